@@ -1,0 +1,1 @@
+"""The TPM itself: libtpms behind one narrow door."""

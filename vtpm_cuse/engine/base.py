@@ -1,0 +1,98 @@
+"""What the device layer asks of an engine, and what an engine asks of its surroundings."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+
+class StateType(IntEnum):
+    """libtpms' state types (TPMLIB_StateType)."""
+
+    PERMANENT = 1
+    VOLATILE = 2
+    SAVESTATE = 4
+
+    @property
+    def blob_name(self) -> str:
+        """The name libtpms and the C suite's files use."""
+        return {1: "permall", 2: "volatilestate", 4: "savestate"}[self]
+
+
+class Nvram(Protocol):
+    """Where an engine keeps its state; called back in whatever thread runs the command."""
+
+    def load(self, name: str) -> bytes:
+        """Returns the blob. Raises StateMissing only when there is none, else StorageError."""
+
+    def store(self, name: str, data: bytes) -> None:
+        """Keeps the blob, durably. Raises StorageError."""
+
+    def delete(self, name: str, *, must_exist: bool) -> None:
+        """Removes the blob. Raises StorageError."""
+
+
+class Engine(Protocol):
+    """One TPM. All calls from one thread at a time; `cancel` alone may run beside `process`."""
+
+    locality: int
+    tpm2: bool
+
+    @property
+    def running(self) -> bool:
+        """Between `start` and `stop`."""
+
+    def start(self) -> None:
+        """Powers the TPM on (TPMLIB_MainInit). Raises StorageError, EngineError."""
+
+    def stop(self) -> None:
+        """Powers it off, without a TPM2_Shutdown. Harmless when stopped."""
+
+    def process(self, command: bytes) -> bytes:
+        """One command, one response. Raises EngineError; StorageError when a callback failed."""
+
+    def cancel(self) -> int:
+        """Asks a running command to end early; returns the result code."""
+
+    def hash_start(self) -> int:
+        """TPM_IO_Hash_Start; returns the result code."""
+
+    def hash_data(self, data: bytes) -> int:
+        """TPM_IO_Hash_Data; returns the result code."""
+
+    def hash_end(self) -> int:
+        """TPM_IO_Hash_End; returns the result code."""
+
+    def established(self) -> bool:
+        """The tpmEstablished bit. Raises EngineError."""
+
+    def reset_established(self) -> int:
+        """Clears the bit, in the present locality; returns the result code."""
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """Sets the buffer size in bytes (0 asks only): in use, smallest, largest."""
+
+    def volatile_state(self) -> bytes:
+        """The volatile state of the running TPM. Raises EngineError."""
+
+    def get_state(self, kind: StateType) -> bytes:
+        """The state as the engine would store it. Raises StateMissing, EngineError."""
+
+    def set_state(self, kind: StateType, data: bytes | None) -> None:
+        """Gives a stopped engine the state for its next start; None means "explicitly empty".
+
+        Raises:
+            EngineError: The engine refuses it; then it has dropped all blobs given before.
+        """
+
+    def validate_state(self, kind: StateType) -> None:
+        """Raises EngineError. Consumes a volatile state given before: do not call before a start."""
+
+    def info(self, flags: int) -> str:
+        """JSON text (TPMLIB_GetInfo)."""
+
+    def set_profile(self, profile: str) -> None:
+        """JSON profile for the next start. Raises EngineUnavailable (libtpms 0.9), EngineError."""
+
+    def was_manufactured(self) -> bool:
+        """Whether the last `start` made a new TPM; False where the library cannot tell."""

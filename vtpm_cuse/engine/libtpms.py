@@ -1,0 +1,323 @@
+"""libtpms bound by cffi. No other module touches cffi or a C buffer.
+
+libtpms keeps its TPM in process globals: one `LibtpmsEngine` at a time.
+
+A callback never lets an exception into C. The seven steps: libtpms calls back
+in the thread of the outer call; the callback runs our code; an exception is
+kept in ``_fault``; a failure code goes to libtpms; libtpms gives up; the outer
+call returns; `_check` raises what was kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vtpm_cuse import faults
+from vtpm_cuse.engine._libtpms import ffi
+from vtpm_cuse.errors import EngineError, EngineUnavailable, StateMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtpm_cuse.engine._libtpms import CData, Libtpms
+    from vtpm_cuse.engine.base import Nvram, StateType
+
+_SONAME = "libtpms.so.0"
+_TPM_FAIL = 0x9
+_TPM_RETRY = 0x800
+_TPM_INVALID_POSTINIT = 0x26
+
+
+def _open_library() -> Libtpms:
+    try:
+        library: Libtpms = ffi.dlopen(_SONAME)
+    except OSError as exc:
+        raise EngineUnavailable(f"cannot load {_SONAME}", "apt-get install libtpms0") from exc
+    return library
+
+
+class LibtpmsEngine:
+    """The TPM of this process (implements `engine.base.Engine`)."""
+
+    def __init__(self, *, tpm2: bool, nvram: Nvram) -> None:
+        self.tpm2 = tpm2
+        self.locality = 0
+        self._nvram = nvram
+        self._running = False
+        self._fault: BaseException | None = None
+        self._lib = _open_library()
+        self._libc = ffi.dlopen(None)
+        # OWNER: libtpms allocates and grows the response buffer, we reuse it for every command.
+        self._response = ffi.new("unsigned char **")
+        self._response_size = ffi.new("uint32_t *")
+        self._response_room = ffi.new("uint32_t *")
+        self._callbacks = self._make_callbacks()
+        self._lib.TPMLIB_RegisterCallbacks(self._callbacks[0])
+        self._choose_version()
+
+    # -- what libtpms can do --------------------------------------------------------------
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """The library's version: major, minor, micro."""
+        number = self._lib.TPMLIB_GetVersion()
+        return number >> 16, number >> 8 & 0xFF, number & 0xFF
+
+    @property
+    def has_profiles(self) -> bool:
+        """Whether `set_profile` works (libtpms 0.10 and later)."""
+        try:
+            return bool(self._lib.TPMLIB_SetProfile)
+        except ffi.error:
+            return False
+
+    def info(self, flags: int) -> str:
+        """JSON text (TPMLIB_GetInfo); works stopped as well."""
+        text = self._lib.TPMLIB_GetInfo(flags)
+        if not text:
+            raise EngineError("TPMLIB_GetInfo", _TPM_FAIL)
+        try:
+            return ffi.string(text).decode()
+        finally:
+            self._libc.free(text)  # OWNER: ours since the return
+
+    def tpm_property(self, number: int) -> int:
+        """An integer property (TPMLIB_GetTPMProperty). Raises EngineError."""
+        value = ffi.new("int *")
+        self._check("TPMLIB_GetTPMProperty", self._lib.TPMLIB_GetTPMProperty(number, value))
+        return int(value[0])
+
+    def set_debug(self, fd: int, level: int, prefix: str) -> None:
+        """Lets libtpms log to *fd*; level 0 is off."""
+        self._lib.TPMLIB_SetDebugFD(fd)
+        self._lib.TPMLIB_SetDebugLevel(level)
+        self._lib.TPMLIB_SetDebugPrefix(prefix.encode())
+
+    # -- life cycle -----------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Between `start` and `stop`."""
+        return self._running
+
+    def start(self) -> None:
+        """Powers the TPM on. Raises StorageError, EngineError."""
+        self.stop()
+        self._choose_version()
+        try:
+            self._check("TPMLIB_MainInit", self._lib.TPMLIB_MainInit())
+        except BaseException:
+            # After a failed start the version stays chosen until Terminate.
+            self._lib.TPMLIB_Terminate()
+            raise
+        self._running = True
+
+    def stop(self) -> None:
+        """Powers it off, without a TPM2_Shutdown. Harmless when stopped."""
+        if self._running:
+            self._running = False
+            self._lib.TPMLIB_Terminate()
+
+    def close(self) -> None:
+        """Stops and gives the response buffer back; the object is not used afterwards."""
+        self.stop()
+        self._libc.free(self._response[0])
+        self._response[0] = ffi.NULL
+        self._response_size[0] = self._response_room[0] = 0
+
+    def set_profile(self, profile: str) -> None:
+        """JSON profile for the next start. Raises EngineUnavailable (libtpms 0.9), EngineError."""
+        if not self.has_profiles:
+            raise EngineUnavailable("this libtpms has no profiles", "libtpms 0.10 or newer does")
+        self._check("TPMLIB_SetProfile", self._lib.TPMLIB_SetProfile(profile.encode()))
+
+    def was_manufactured(self) -> bool:
+        """Whether the last start made a new TPM; False where the library cannot tell."""
+        return self.has_profiles and bool(self._lib.TPMLIB_WasManufactured())
+
+    # -- commands -------------------------------------------------------------------------
+
+    def process(self, command: bytes) -> bytes:
+        """One command, one response. Raises EngineError; StorageError when a callback failed."""
+        if not self._running:  # TPM 1.2 would crash, TPM 2 answer nothing
+            raise EngineError("TPMLIB_Process", _TPM_FAIL)
+        # TPM 1.2 decrypts in place, so it gets a copy of its own.
+        data = command if self.tpm2 else ffi.from_buffer(bytearray(command))
+        rc = self._lib.TPMLIB_Process(
+            self._response, self._response_size, self._response_room, data, len(command)
+        )
+        if rc or self._fault is not None:
+            self._check("TPMLIB_Process", rc)
+        return ffi.buffer(self._response[0], self._response_size[0])[:]
+
+    def cancel(self) -> int:
+        """Asks a running command to end early; from any thread; returns the result code."""
+        return self._lib.TPMLIB_CancelCommand()
+
+    def hash_start(self) -> int:
+        """TPM_IO_Hash_Start; returns the result code. Raises StorageError."""
+        self._need_running("TPM_IO_Hash_Start")  # a stopped TPM would crash
+        return self._result(self._lib.TPM_IO_Hash_Start())
+
+    def hash_data(self, data: bytes) -> int:
+        """TPM_IO_Hash_Data; returns the result code."""
+        self._need_running("TPM_IO_Hash_Data")
+        return self._result(self._lib.TPM_IO_Hash_Data(data, len(data)))
+
+    def hash_end(self) -> int:
+        """TPM_IO_Hash_End; returns the result code."""
+        self._need_running("TPM_IO_Hash_End")
+        return self._result(self._lib.TPM_IO_Hash_End())
+
+    def established(self) -> bool:
+        """The tpmEstablished bit. Raises EngineError."""
+        self._need_running("TPM_IO_TpmEstablished_Get")
+        bit = ffi.new("TPM_BOOL *")
+        self._check("TPM_IO_TpmEstablished_Get", self._lib.TPM_IO_TpmEstablished_Get(bit))
+        return bool(bit[0])
+
+    def reset_established(self) -> int:
+        """Clears the bit, in the present locality; returns the result code."""
+        self._need_running("TPM_IO_TpmEstablished_Reset")
+        return self._result(self._lib.TPM_IO_TpmEstablished_Reset())
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """Sets the buffer size in bytes (0 asks only): in use, smallest, largest."""
+        smallest, largest = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        in_use = self._lib.TPMLIB_SetBufferSize(wanted, smallest, largest)
+        return in_use, smallest[0], largest[0]
+
+    # -- state ----------------------------------------------------------------------------
+
+    def volatile_state(self) -> bytes:
+        """The volatile state of the running TPM. Raises EngineError."""
+        self._need_running("TPMLIB_VolatileAll_Store")
+        return self._take("TPMLIB_VolatileAll_Store", self._lib.TPMLIB_VolatileAll_Store)
+
+    def get_state(self, kind: StateType) -> bytes:
+        """The state as it would be stored. Raises StateMissing, StorageError, EngineError."""
+        try:
+            return self._take("TPMLIB_GetState", self._lib.TPMLIB_GetState, kind)
+        except EngineError as exc:
+            if exc.rc == _TPM_RETRY:
+                raise StateMissing(kind.blob_name, "no such state") from exc
+            raise
+
+    def set_state(self, kind: StateType, data: bytes | None) -> None:
+        """State for the next start, None for "explicitly empty". Raises EngineError."""
+        self._choose_version()
+        buffer = ffi.NULL if data is None else data
+        size = 0 if data is None else len(data)
+        self._check("TPMLIB_SetState", self._lib.TPMLIB_SetState(kind, buffer, size))
+
+    def validate_state(self, kind: StateType) -> None:
+        """Raises EngineError. Consumes a volatile state given before."""
+        self._choose_version()
+        self._check("TPMLIB_ValidateState", self._lib.TPMLIB_ValidateState(kind, 0))
+
+    # -- callbacks ------------------------------------------------------------------------
+
+    def _make_callbacks(self) -> list[CData]:
+        """The callback table first, then what must live as long as the engine does."""
+        table = ffi.new("struct libtpms_callbacks *")
+        table.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
+        kept: list[CData] = [table]
+        for name, function in (
+            ("tpm_nvram_init", lambda: 0),
+            ("tpm_nvram_loaddata", self._on_load),
+            ("tpm_nvram_storedata", self._on_store),
+            ("tpm_nvram_deletename", self._on_delete),
+            ("tpm_io_init", lambda: 0),
+            ("tpm_io_getlocality", self._on_locality),
+        ):
+            pointer = ffi.callback(ffi.typeof(getattr(table, name)), function, error=_TPM_FAIL)
+            setattr(table, name, pointer)
+            kept.append(pointer)
+        return kept
+
+    def _on_load(self, data: CData, length: CData, _number: int, name: CData) -> int:
+        data[0], length[0] = ffi.NULL, 0
+        try:
+            blob = self._nvram.load(ffi.string(name).decode())
+            # OWNER: libtpms, which frees it with free().
+            memory = self._libc.malloc(max(1, len(blob)))
+            if not memory:
+                raise MemoryError
+            ffi.memmove(memory, blob, len(blob))
+        except StateMissing:
+            return _TPM_RETRY  # the only answer after which libtpms makes a new TPM
+        except BaseException as exc:
+            return self._failed(exc)
+        data[0], length[0] = ffi.cast("unsigned char *", memory), len(blob)
+        return 0
+
+    def _on_store(self, data: CData, length: int, _number: int, name: CData) -> int:
+        try:
+            self._nvram.store(ffi.string(name).decode(), ffi.buffer(data, length)[:])
+        except BaseException as exc:
+            return self._failed(exc)
+        return 0
+
+    def _on_delete(self, _number: int, name: CData, must_exist: int) -> int:
+        try:
+            self._nvram.delete(ffi.string(name).decode(), must_exist=bool(must_exist))
+        except BaseException as exc:
+            return self._failed(exc)
+        return 0
+
+    def _on_locality(self, locality: CData, _number: int) -> int:
+        locality[0] = self.locality
+        return 0
+
+    def _failed(self, exc: BaseException) -> int:
+        """Keeps the first exception for the outer call; libtpms may call back again."""
+        if self._fault is None:
+            self._fault = exc
+        return faults.tpm_result(exc)
+
+    # -- results --------------------------------------------------------------------------
+
+    def _check(self, function: str, rc: int) -> None:
+        """The one place where a status becomes an exception."""
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
+        if rc:
+            raise EngineError(function, rc)
+
+    def _result(self, rc: int) -> int:
+        """Passes a result code on, unless a callback failed."""
+        self._check("", 0)
+        return rc
+
+    def _need_running(self, function: str) -> None:
+        if not self._running:
+            raise EngineError(function, _TPM_FAIL)
+
+    def _take(self, name: str, function: Callable[..., int], *arguments: int) -> bytes:
+        """Calls a function that hands over a buffer, and frees it."""
+        buffer, size = ffi.new("unsigned char **"), ffi.new("uint32_t *")
+        rc = function(*arguments, buffer, size)
+        try:
+            self._check(name, rc)
+            return ffi.buffer(buffer[0], size[0])[:] if size[0] else b""
+        finally:
+            self._libc.free(buffer[0])  # OWNER: ours since the return; NULL is fine
+
+    def _choose_version(self) -> None:
+        if self._running:
+            return
+        rc = self._lib.TPMLIB_ChooseTPMVersion(1 if self.tpm2 else 0)
+        if rc:
+            version = "2" if self.tpm2 else "1.2"
+            raise EngineUnavailable(f"Error: TPM {version} is not supported by libtpms.")
+
+
+def supported_versions() -> frozenset[str]:
+    """Of "1.2" and "2.0", those that the installed libtpms can be."""
+    library = _open_library()
+    return frozenset(
+        name
+        for number, name in enumerate(("1.2", "2.0"))
+        if library.TPMLIB_ChooseTPMVersion(number) == 0
+    )

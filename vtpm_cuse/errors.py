@@ -1,0 +1,122 @@
+"""The exception tree. Classes carry data; ``__str__`` builds the sentence once.
+
+Which TPM response code, PTM result, errno or exit status a class becomes is
+`vtpm_cuse.faults`' business alone.
+"""
+
+from __future__ import annotations
+
+
+class VtpmError(Exception):
+    """Everything this package raises on purpose."""
+
+
+class WireError(VtpmError):
+    """Bytes do not fit the layout: ``what`` needed ``need`` bytes and got ``got``."""
+
+    def __init__(self, what: str, need: int, got: int) -> None:
+        super().__init__(what, need, got)
+        self.what, self.need, self.got = what, need, got
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.need} bytes needed, {self.got} there"
+
+
+class PtmError(VtpmError):
+    """A PTM request failed with ``result``, the code its requester is answered."""
+
+    def __init__(self, result: int, reason: str = "") -> None:
+        super().__init__(result, reason)
+        self.result, self.reason = result, reason
+
+    def __str__(self) -> str:
+        return self.reason or f"request failed with result 0x{self.result:x}"
+
+
+class DeviceError(VtpmError):
+    """A system call on the device file fails with ``errno``."""
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(errno)
+        self.errno = errno
+
+
+class EngineError(VtpmError):
+    """libtpms said no: ``function`` returned ``rc`` (TPM 1.2 or TPM 2.0 code)."""
+
+    def __init__(self, function: str, rc: int) -> None:
+        super().__init__(function, rc)
+        self.function, self.rc = function, rc
+
+    def __str__(self) -> str:
+        return f"{self.function} failed: 0x{self.rc:x}"
+
+
+class EngineUnavailable(VtpmError):
+    """libtpms is missing, or lacks ``feature``."""
+
+    def __init__(self, feature: str, hint: str = "") -> None:
+        super().__init__(feature, hint)
+        self.feature, self.hint = feature, hint
+
+    def __str__(self) -> str:
+        return f"{self.feature}; {self.hint}" if self.hint else self.feature
+
+
+class StorageError(VtpmError):
+    """State could not be read or written; ``path`` is the file at fault."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class StateMissing(StorageError):
+    """There is no such blob. The only error that may lead to a new TPM."""
+
+
+class StateLocked(StorageError):
+    """Another process holds the state."""
+
+
+class StateDamaged(StorageError):
+    """A blob fails a check; ``result`` is the C suite's code for that check."""
+
+    def __init__(self, path: str, reason: str, result: int) -> None:
+        super().__init__(path, reason)
+        self.args = (path, reason, result)
+        self.result = result
+
+
+class StateKeyRejected(StorageError):
+    """A blob is encrypted and the key for it is missing or wrong."""
+
+    def __init__(self, path: str, reason: str, result: int) -> None:
+        super().__init__(path, reason)
+        self.args = (path, reason, result)
+        self.result = result
+
+
+class FrontendError(VtpmError):
+    """A device node or channel cannot be had; ``hint`` says what to do."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason, hint)
+        self.reason, self.hint = reason, hint
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.hint}" if self.hint else self.reason
+
+
+class UsageError(VtpmError):
+    """The caller can fix it: one line, no traceback, ``exit_status``."""
+
+    def __init__(self, reason: str, exit_status: int = 1, hint: str = "") -> None:
+        super().__init__(reason, exit_status, hint)
+        self.reason, self.exit_status, self.hint = reason, exit_status, hint
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.hint}" if self.hint else self.reason

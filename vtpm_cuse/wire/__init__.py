@@ -1,0 +1,1 @@
+"""Structures, constants and codes of every interface: bytes to values and back, no I/O."""
