@@ -10,11 +10,18 @@ call returns; `_check` raises what was kept.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine._libtpms import ffi
-from vtpm_cuse.errors import EngineError, EngineUnavailable, StateMissing
+from vtpm_cuse.errors import (
+    EngineError,
+    EngineUnavailable,
+    StateDamaged,
+    StateKeyRejected,
+    StateMissing,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,10 +29,11 @@ if TYPE_CHECKING:
     from vtpm_cuse.engine._libtpms import CData, Libtpms
     from vtpm_cuse.engine.base import Nvram, StateType
 
+log = logging.getLogger(__name__)
+
 _SONAME = "libtpms.so.0"
 _TPM_FAIL = 0x9
 _TPM_RETRY = 0x800
-_TPM_INVALID_POSTINIT = 0x26
 
 
 def _open_library() -> Libtpms:
@@ -105,7 +113,12 @@ class LibtpmsEngine:
         self.stop()
         self._choose_version()
         try:
-            self._check("TPMLIB_MainInit", self._lib.TPMLIB_MainInit())
+            rc = self._lib.TPMLIB_MainInit()
+            if rc == 0 and isinstance(self._fault, (StateDamaged, StateKeyRejected)):
+                # libtpms' own choice for a TPM 2 with an unusable volatile state: a cold start.
+                log.warning("Ignoring a stored state: %s", self._fault)
+                self._fault = None
+            self._check("TPMLIB_MainInit", rc)
         except BaseException:
             # After a failed start the version stays chosen until Terminate.
             self._lib.TPMLIB_Terminate()

@@ -1,0 +1,1 @@
+"""Thin trio adapters between the device layer and the outside."""

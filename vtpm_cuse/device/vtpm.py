@@ -1,0 +1,271 @@
+"""The vTPM: engine, store, lifecycle and locality, one command at a time.
+
+Synchronous and free of trio: a frontend runs short calls inline and gives the
+long ones (`Vtpm.is_long`) to a `device.worker.Worker`. While one runs there,
+only `Vtpm.cancel` and what reads plain attributes may be called beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse import faults
+from vtpm_cuse.engine.base import StateType
+from vtpm_cuse.errors import EngineError, PtmError, StateMissing, StorageError, VtpmError
+from vtpm_cuse.wire.ptm import PtmBlobType, PtmConfigFlag, PtmResult, PtmStateFlag
+from vtpm_cuse.wire.tpm import (
+    TPM_CC_SET_LOCALITY,
+    TPM_HEADER_SIZE,
+    TpmCc,
+    TpmRc,
+    TpmSu,
+    command_code,
+    long_commands,
+    response,
+    response_code,
+    shutdown_command,
+    startup_command,
+)
+
+if TYPE_CHECKING:
+    from vtpm_cuse.engine.base import Engine
+    from vtpm_cuse.storage.sealed import SealedStore
+
+log = logging.getLogger(__name__)
+
+_SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
+_SET_LOCALITY: Final = TPM_CC_SET_LOCALITY.to_bytes(4, "big")
+_STATE_TYPES: Final = {
+    PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
+    PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
+    PtmBlobType.PTM_BLOB_TYPE_SAVESTATE: StateType.SAVESTATE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VtpmOptions:
+    """How one vTPM behaves; the defaults are the C suite's."""
+
+    auto_shutdown: bool = True
+    reject_locality_4: bool = False
+    allow_set_locality: bool = False
+    profile: str | None = None
+
+
+class Vtpm:
+    """One TPM with its state.
+
+    The locality, the buffer size and the last command survive `start`: a VM
+    monitor tracks the locality itself and does not send it again after a reset.
+    """
+
+    def __init__(
+        self, engine: Engine, store: SealedStore | None, options: VtpmOptions | None = None
+    ) -> None:
+        self.engine = engine
+        self.store = store
+        self.options = options or VtpmOptions()
+        self.tpm2 = engine.tpm2
+        self._profile = self.options.profile
+        self._long = long_commands(tpm2=self.tpm2)
+        self._last_command = b""
+
+    # -- life cycle -----------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Between `start` and `stop`."""
+        return self.engine.running
+
+    def start(self, *, delete_volatile: bool = False) -> None:
+        """Starts the TPM, or resets it; makes a new one only where no state exists.
+
+        Raises:
+            PtmError: With the result that PTM_INIT answers; the TPM is stopped.
+        """
+        self.stop()
+        try:
+            self._start(delete_volatile)
+        except VtpmError as exc:
+            self.engine.stop()
+            log.error("Error: Could not initialize the TPM: %s", exc)
+            raise PtmError(self._start_result(exc), str(exc)) from exc
+
+    def _start(self, delete_volatile: bool) -> None:
+        store = self.need_store()
+        # PEER: locks after a new TPM may have been made and written; two could do so at once.
+        store.blobs.lock()
+        if self._profile is not None and self.tpm2:
+            self.engine.set_profile(self._profile)
+        self.engine.start()
+        if self._profile is not None and self.tpm2 and not self.engine.was_manufactured():
+            reason = "Error: Profile could not be applied to an existing TPM 2 instance."
+            raise PtmError(PtmResult.TPM_FAIL, reason)
+        self._profile = None
+        if delete_volatile:
+            store.delete(StateType.VOLATILE.blob_name, must_exist=False)
+
+    def _start_result(self, exc: VtpmError) -> int:
+        """A TPM 2 answers 0x101 whatever is wrong with its state, a TPM 1.2 the cause."""
+        cause = faults.tpm_result(exc)
+        if self.tpm2 and cause != PtmResult.TPM_FAIL:
+            return PtmResult.TPM_RC_FAILURE
+        return cause
+
+    def need_store(self) -> SealedStore:
+        """The store. Raises PtmError when there is no state location."""
+        if self.store is None:
+            raise PtmError(PtmResult.TPM_FAIL, "SWTPM_NVRAM_Init: Missing backend URI.")
+        return self.store
+
+    def stop(self) -> None:
+        """Orderly TPM2_Shutdown where due, then power off. Harmless when stopped."""
+        if self.running:
+            self._auto_shutdown()
+            self.engine.stop()
+
+    def startup(self, kind: TpmSu) -> None:
+        """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
+        self.process(startup_command(kind, tpm2=self.tpm2))
+
+    def _auto_shutdown(self) -> None:
+        """An unorderly reset would raise the dictionary attack counter.
+
+        The last command's code counts, not its success: TPM2_Shutdown(CLEAR)
+        before a reset is the guest's wish.
+        """
+        if not self.tpm2 or not self.options.auto_shutdown or self._last_command == _SHUTDOWN:
+            return
+        for kind in (TpmSu.TPM_SU_STATE, TpmSu.TPM_SU_CLEAR):
+            try:
+                code = response_code(self.engine.process(shutdown_command(kind)))
+            except VtpmError as exc:
+                log.warning("Could not shut the TPM down in order: %s", exc)
+                return
+            if code == TpmRc.TPM_SUCCESS:
+                self._last_command = _SHUTDOWN
+            if code in {TpmRc.TPM_SUCCESS, TpmRc.TPM_RC_INITIALIZE}:
+                return
+
+    # -- commands -------------------------------------------------------------------------
+
+    def is_long(self, command: bytes) -> bool:
+        """Whether the command may take long enough to belong on a worker."""
+        return command_code(command) in self._long and self.running
+
+    def process(self, command: bytes) -> bytes:
+        """One command, one response; never raises: a fault becomes a TPM response."""
+        if not self.engine.running:
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+        if len(command) < TPM_HEADER_SIZE:
+            return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
+        code = command[6:10]
+        self._last_command = code
+        if code == _SET_LOCALITY:
+            return self._set_locality_command(command)
+        try:
+            return self.engine.process(command)
+        except (StorageError, EngineError) as exc:
+            log.error("The TPM could not finish a command: %s", exc)
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+
+    def cancel(self) -> int:
+        """Asks a running command to end early; returns the result code. From any thread."""
+        return self.engine.cancel()
+
+    def _refusal(self, tpm12: TpmRc, tpm2: TpmRc) -> bytes:
+        return response(tpm2 if self.tpm2 else tpm12, tpm2=self.tpm2)
+
+    def _set_locality_command(self, command: bytes) -> bytes:
+        """The kernel proxy driver's vendor command; recognised by its code alone."""
+        if not self.options.allow_set_locality:
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+        if len(command) <= TPM_HEADER_SIZE:
+            return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
+        try:
+            self.set_locality(command[TPM_HEADER_SIZE])
+        except PtmError:
+            return self._refusal(TpmRc.TPM_BAD_LOCALITY, TpmRc.TPM_RC_LOCALITY)
+        return response(TpmRc.TPM_SUCCESS, tpm2=self.tpm2)
+
+    # -- locality and established bit -----------------------------------------------------
+
+    def set_locality(self, locality: int) -> None:
+        """Locality of all later commands, 0 to 4. Raises PtmError."""
+        if locality > 4 or (locality == 4 and self.options.reject_locality_4):
+            raise PtmError(PtmResult.TPM_BAD_LOCALITY)
+        self.engine.locality = locality
+
+    def reset_established(self, locality: int) -> int:
+        """Clears the tpmEstablished bit in *locality* (3 or 4 may); returns the result code."""
+        if locality > 4:
+            return PtmResult.TPM_BAD_LOCALITY
+        before = self.engine.locality
+        self.engine.locality = locality
+        try:
+            return self.engine.reset_established()
+        finally:
+            self.engine.locality = before
+
+    # -- state ----------------------------------------------------------------------------
+
+    def config_flags(self) -> PtmConfigFlag:
+        """Which keys are in use."""
+        return PtmConfigFlag(0)
+
+    def store_volatile(self) -> None:
+        """Writes the volatile state beside the permanent one. Raises VtpmError."""
+        payload = self.engine.volatile_state()
+        self.need_store().store(StateType.VOLATILE.blob_name, payload)
+
+    def export_blob(self, kind: int, *, decrypted: bool) -> tuple[PtmStateFlag, bytes]:
+        """A migration blob. Raises VtpmError: PtmError, StateMissing, StorageError, EngineError."""
+        store = self.need_store()
+        state = self._state_type(kind, PtmResult.TPM_FAIL)
+        if state is StateType.VOLATILE:
+            payload = self.engine.volatile_state()
+            # It is on its way to another TPM: no later start here may resume from a stored one.
+            with contextlib.suppress(StateMissing):
+                store.delete(state.blob_name, must_exist=False)
+        else:
+            payload = store.load(state.blob_name)
+        return store.to_migration(payload, decrypted=decrypted)
+
+    def import_blob(self, kind: int, flags: int, blob: bytes) -> None:
+        """Takes a migration blob for the next start; an empty one hides what is stored.
+
+        The order is permanent, volatile, savestate. Nothing is written before the start.
+
+        Raises:
+            VtpmError: PtmError, StorageError, EngineError; all blobs given before are dropped.
+        """
+        state = self._state_type(kind, PtmResult.TPM_BAD_PARAMETER)
+        store = self.need_store()
+        try:
+            store.blobs.lock()
+        except StorageError as exc:
+            raise PtmError(PtmResult.TPM_IOERROR, str(exc)) from exc
+        payload = b""
+        if len(blob) > 0:
+            payload = store.from_migration_untrusted(state.blob_name, blob, flags)
+        if state is StateType.PERMANENT and not payload:
+            # PEER: the next start then ends the process. Here a stored TPM stays as it is.
+            log.warning("An empty permanent state was given; the stored one stays in use")
+            return
+        self.engine.set_state(state, payload or None)
+
+    @staticmethod
+    def _state_type(kind: int, unknown: PtmResult) -> StateType:
+        try:
+            return _STATE_TYPES[PtmBlobType(kind)]
+        except ValueError:
+            raise PtmError(unknown, f"Unknown blob type {kind}") from None
+
+    def close(self) -> None:
+        """`stop`, then gives up the store's lock and descriptors."""
+        self.stop()
+        if self.store is not None:
+            self.store.blobs.close()

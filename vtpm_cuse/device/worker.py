@@ -1,0 +1,47 @@
+"""One long-lived thread for what takes long, so that the trio task stays responsive.
+
+It exists from the start because a sandbox may forbid new threads later.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Worker:
+    """Runs jobs one after the other; `run` is called from trio."""
+
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Not a daemon: the interpreter must not end below a running libtpms.
+        self._thread = threading.Thread(target=self._work, name="tpm-worker")
+        self._thread.start()
+
+    def submit(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
+        """Runs *job* in the thread, then *done* with its result in the trio thread.
+
+        *job* must not raise: what runs here turns its faults into bytes.
+        """
+
+        def run() -> None:
+            result = job()
+            self._token.run_sync_soon(done, result)
+
+        self._jobs.put(run)
+
+    def close(self) -> None:
+        """Waits for the jobs to end."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()

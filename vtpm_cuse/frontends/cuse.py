@@ -1,0 +1,168 @@
+"""/dev/cuse: the trio loop that serves one character device.
+
+Ownership: the loop task owns session and device file; the worker thread runs
+one job at a time and hands its result back through trio, so no lock is needed.
+Between two checkpoints a request is read, answered and its command executed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import time
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from vtpm_cuse.device.opens import TpmDeviceFile
+from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.proto.cuse import (
+    READ_BUFFER_SIZE,
+    CuseSession,
+    error_reply,
+    init_reply,
+    unique_of,
+)
+
+if TYPE_CHECKING:
+    from vtpm_cuse.device.ptm import PtmService
+    from vtpm_cuse.device.vtpm import Vtpm
+    from vtpm_cuse.device.worker import Worker
+
+log = logging.getLogger(__name__)
+
+CUSE_PATH: Final = "/dev/cuse"
+
+_LINGER_SECONDS: Final = 300e-6
+"""How long the loop looks for the next request before it sleeps; waking up costs more."""
+
+_CHECKPOINT_EVERY: Final = 32
+"""Requests between checkpoints under load, so that signals and jobs get their turn."""
+
+_RELEASE_GRACE_SECONDS: Final = 1.0
+"""After PTM_SHUTDOWN: time for the requester to close the device."""
+
+
+class CuseChannel:
+    """One open of /dev/cuse, which is one device.
+
+    Raises:
+        FrontendError: /dev/cuse is missing or not permitted.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.fd = os.open(CUSE_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as exc:
+            raise FrontendError("cuse: device not found, try 'modprobe cuse' first") from exc
+        except OSError as exc:
+            hint = "try 'modprobe cuse' first" if exc.errno == errno.ENODEV else "run it as root"
+            raise FrontendError(f"cuse: cannot open {CUSE_PATH}: {exc.strerror}", hint) from exc
+        self._buffer = memoryview(bytearray(READ_BUFFER_SIZE))
+        self.buffers = [self._buffer]
+
+    async def create_device(self, name: str, major: int, minor: int) -> None:
+        """Makes /dev/*name* (major 0: the kernel chooses).
+
+        Raises:
+            FrontendError: The kernel refused; the message says why as far as it can be told.
+        """
+        await trio.lowlevel.wait_readable(self.fd)
+        size = os.readv(self.fd, self.buffers)
+        os.write(self.fd, init_reply(self._buffer[:size], name, major, minor))
+        # The kernel takes any reply; only a channel that is still alive has a device.
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            raise FrontendError(*_why_refused(name, major, minor))
+
+    def close(self) -> None:
+        """Removes the device."""
+        os.close(self.fd)
+
+
+def _why_refused(name: str, major: int, minor: int) -> tuple[str, str]:
+    """The kernel says it in its log only, and not even there for a name."""
+    if os.path.exists(f"/sys/class/cuse/{name.replace('/', '!')}"):
+        return f"The device name '{name}' is taken", "choose another with -n"
+    if major and os.path.exists(f"/sys/dev/char/{major}:{minor}"):
+        return f"The device number {major}:{minor} is taken", "choose another with -M and -m"
+    return f"The kernel refused to make /dev/{name} ({major}:{minor})", "see dmesg"
+
+
+class CuseServer:
+    """Serves a vTPM on a channel whose device exists."""
+
+    def __init__(self, channel: CuseChannel, vtpm: Vtpm, ptm: PtmService, worker: Worker) -> None:
+        self._channel = channel
+        self._vtpm = vtpm
+        self._ptm = ptm
+        self._file = TpmDeviceFile(vtpm, ptm, worker.submit, self._wake)
+        self._session = CuseSession(self._file)
+
+    async def serve(self) -> None:
+        """Until PTM_SHUTDOWN, or the kernel takes the device away."""
+        with trio.CancelScope() as scope:
+            await self._serve(scope)
+
+    async def _serve(self, scope: trio.CancelScope) -> None:
+        fd, buffers = self._channel.fd, self._channel.buffers
+        served, linger_until = 0, 0.0
+        while not (self._ptm.shutdown_requested and not self._file.is_open):
+            try:
+                size = os.readv(fd, buffers)
+            except BlockingIOError:
+                if time.perf_counter() < linger_until:
+                    os.sched_yield()
+                else:
+                    await trio.lowlevel.wait_readable(fd)
+                continue
+            except OSError as exc:
+                if exc.errno == errno.ENODEV:
+                    log.warning("The kernel has taken the device away")
+                    return
+                if exc.errno in {errno.ENOENT, errno.EINTR}:  # the request was withdrawn
+                    continue
+                raise
+            self._answer(buffers[0][:size])
+            if self._ptm.shutdown_requested and scope.deadline == float("inf"):
+                scope.deadline = trio.current_time() + _RELEASE_GRACE_SECONDS
+            served += 1
+            if served % _CHECKPOINT_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+            linger_until = time.perf_counter() + _LINGER_SECONDS
+            # On one processor this lets the client come up with its next request.
+            os.sched_yield()
+
+    def _answer(self, message: memoryview) -> None:
+        """One request. The device outlives a bug of ours: the client gets EIO, the log the story."""
+        try:
+            reply = self._session.receive(message)
+        except Exception:
+            log.exception("A request could not be handled")
+            reply = error_reply(unique_of(message), errno.EIO)
+        if reply is not None:
+            self._send(reply)
+        if self._file.pending is not None:
+            self._file.run_pending()
+
+    def _wake(self) -> None:
+        for message in self._session.wake():
+            self._send(message)
+
+    def _send(self, message: bytes) -> None:
+        try:
+            os.write(self._channel.fd, message)
+        except OSError as exc:
+            # ENOENT: the client is gone. ENODEV: so is the device; the next read says so.
+            if exc.errno not in {errno.ENOENT, errno.ENODEV}:
+                log.warning("The kernel did not take a reply: %s", exc.strerror)
+
+    async def settle(self) -> None:
+        """Ends a running command early and waits for it; it is never abandoned."""
+        with trio.CancelScope(shield=True):
+            while self._file.busy:
+                self._vtpm.cancel()
+                await trio.sleep(0.01)

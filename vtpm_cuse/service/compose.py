@@ -1,0 +1,69 @@
+"""From configuration to a vTPM: the one place that chooses engine and store."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
+from vtpm_cuse.engine.libtpms import LibtpmsEngine
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.service import logs
+from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.wire.tpm import TpmSu
+
+if TYPE_CHECKING:
+    from vtpm_cuse.service.config import StateConfig, VtpmConfig
+
+log = logging.getLogger(__name__)
+
+_STARTUP_KINDS = {
+    False: {
+        "clear": TpmSu.TPM_ST_CLEAR,
+        "state": TpmSu.TPM_ST_STATE,
+        "deactivated": TpmSu.TPM_ST_DEACTIVATED,
+    },
+    True: {"clear": TpmSu.TPM_SU_CLEAR, "state": TpmSu.TPM_SU_STATE},
+}
+
+
+def make_vtpm(config: VtpmConfig, state: StateConfig) -> Vtpm:
+    """A stopped vTPM on *state*; nothing is read, written or locked yet.
+
+    Raises:
+        EngineUnavailable: libtpms is missing or cannot be what is asked for.
+        UsageError: The configuration cannot hold.
+    """
+    store = SealedStore(open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock))
+    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=store)
+    if debug := logs.engine_debug():
+        engine.set_debug(debug.fd, debug.level, debug.prefix)
+    if config.profile is not None and config.tpm2 and not engine.has_profiles:
+        raise UsageError(
+            "Error: This libtpms has no profiles", hint="use libtpms 0.10 or newer, or no --profile"
+        )
+    options = VtpmOptions(
+        auto_shutdown=config.startup.auto_shutdown,
+        reject_locality_4=config.locality.reject_locality_4,
+        allow_set_locality=config.locality.allow_set_locality,
+        profile=config.profile.text if config.profile else None,
+    )
+    return Vtpm(engine, store, options)
+
+
+def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:
+    """Starts the TPM if the flags say so; returns False when there is nothing to serve.
+
+    Raises:
+        PtmError: The TPM could not be started.
+    """
+    kind = config.startup.startup
+    if kind == "deactivated" and config.tpm2:
+        log.error("Error: TPM 2 does not support startup deactivated.")
+        return False
+    if config.startup.not_need_init:
+        vtpm.start()
+        if kind in _STARTUP_KINDS[config.tpm2]:
+            vtpm.startup(_STARTUP_KINDS[config.tpm2][kind])
+    return True

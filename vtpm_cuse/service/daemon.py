@@ -1,0 +1,67 @@
+"""Going to the background, with a parent that tells the truth.
+
+The fork comes before threads, event loop, libtpms and locks exist.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Serve = Callable[[Callable[[], None]], int]
+
+_READY = b"R"
+
+
+def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
+    """Runs *serve* in a session of its own; returns in both processes.
+
+    In the child, *serve* gets the function to call once the service is ready, and
+    its exit status is returned. The parent waits for that call, then for
+    *confirm*, and returns 0; when the child ends before, it returns the child's
+    status. Until then the child's errors appear on the caller's standard error.
+
+    Raises:
+        VtpmError: From *confirm*, in the parent; the child has been told to end.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        os.setsid()
+        return serve(lambda: _detach(write_end))
+    os.close(write_end)
+    try:
+        if os.read(read_end, 1) != _READY:
+            return _status_of(child)
+        confirm()
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        raise
+    finally:
+        os.close(read_end)
+    return 0
+
+
+def _detach(write_end: int) -> None:
+    """Lets go of the caller's directory and terminal, then of the caller."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
+    os.write(write_end, _READY)
+    os.close(write_end)
+
+
+def _status_of(child: int) -> int:
+    """The child's exit status, or this process' death by the child's signal."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status

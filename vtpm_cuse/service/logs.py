@@ -1,0 +1,106 @@
+"""The log of a running vTPM: ``--log`` on top of the standard logging module.
+
+A message has a level from 1 up and is written when the log's level reaches it.
+Errors, warnings and what an operator wants to know are level 1; level 2 is
+DEBUG, and each level more is one below it. A level-n line starts with n-1
+spaces, as the C suite's do, so that a reader can filter by them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from vtpm_cuse.service.config import LogConfig
+
+_LOGGER: Final = logging.getLogger("vtpm_cuse")
+_ENGINE_LEVEL: Final = 5  # from here on libtpms logs too
+_SILENT: Final = logging.CRITICAL + 1
+_STDERR: Final = 2
+
+
+class EngineDebug(NamedTuple):
+    """How libtpms is to log: into *fd*, at its own *level*, each line after *prefix*."""
+
+    fd: int
+    level: int
+    prefix: str
+
+
+def logging_level(level: int) -> int:
+    """The logging module's number for messages of *level*: INFO for 1, DEBUG for 2, then down."""
+    return logging.INFO if level <= 1 else max(1, logging.DEBUG + 2 - level)
+
+
+class _LogHandler(logging.Handler):
+    """Writes each message with one system call, so that lines of two processes do not mix."""
+
+    def __init__(self, fd: int, config: LogConfig) -> None:
+        super().__init__()
+        self.fd, self._config = fd, config
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written, on a full disk say, must not stop the TPM."""
+        start = self._config.prefix + " " * max(0, logging.DEBUG + 1 - record.levelno)
+        text = "".join(f"{start}{line}\n" for line in self.format(record).splitlines())
+        with suppress(OSError):
+            os.write(self.fd, text.encode(errors="backslashreplace"))
+
+    def engine_debug(self) -> EngineDebug | None:
+        level = self._config.level + 1 - _ENGINE_LEVEL
+        return EngineDebug(self.fd, level, self._config.prefix + " " * 4) if level > 0 else None
+
+    def close(self) -> None:
+        super().close()
+        if self._config.path is not None:
+            os.close(self.fd)
+
+
+def configure(config: LogConfig) -> None:
+    """Sends all messages where *config* says, from now on.
+
+    Raises:
+        UsageError: The log file cannot be opened, or the descriptor not written to.
+    """
+    handler = None if config.path == "-" else _LogHandler(_open(config), config)
+    for old in _LOGGER.handlers[:]:
+        _LOGGER.removeHandler(old)
+        old.close()
+    _LOGGER.propagate = False
+    _LOGGER.setLevel(logging_level(config.level) if handler else _SILENT)
+    if handler:
+        _LOGGER.addHandler(handler)
+
+
+def engine_debug() -> EngineDebug | None:
+    """What libtpms is to be told about logging; None below level 5."""
+    for handler in _LOGGER.handlers:
+        if isinstance(handler, _LogHandler):
+            return handler.engine_debug()
+    return None
+
+
+def _open(config: LogConfig) -> int:
+    if config.path is None:
+        return _STDERR if config.fd is None else _writable(config.fd)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(config.path, flags | (os.O_TRUNC if config.truncate else 0), 0o600)
+    except OSError as exc:
+        raise UsageError(f"Could not open logfile for writing: {exc.strerror}") from exc
+
+
+def _writable(fd: int) -> int:
+    try:
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError as exc:
+        raise UsageError(f"Could not log to file descriptor {fd}: {exc.strerror}") from exc
+    if access == os.O_RDONLY:
+        raise UsageError(f"Could not log to file descriptor {fd}: it is open for reading only")
+    return fd
