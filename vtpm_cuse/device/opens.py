@@ -63,6 +63,13 @@ class TpmDeviceFile:
         ptm: Answers the ioctls.
         submit: Runs a job elsewhere, then a function with its result here.
         on_change: Called when a waiting call may go on, or poll events changed.
+
+    Attributes:
+        is_open: Somebody has the device open.
+        busy: A job runs.
+        cancelling: It has been asked to end. libtpms forgets a cancellation that comes before
+            it has begun with the command, so the frontend repeats it until `busy` is over.
+        pending: The command that `run_pending` executes.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class TpmDeviceFile:
         self._on_change = on_change
         self.is_open = False
         self.busy = False
+        self.cancelling = False
         self.pending: bytes | None = None
         self._response = memoryview(b"")
         self._outgoing: _OutgoingBlob | None = None
@@ -189,6 +197,8 @@ class TpmDeviceFile:
                 return self._set_blob(request)
         if command is PtmCommand.PTM_GET_CAPABILITY:
             return PtmCapabilityIoctl(CAPABILITIES)
+        if command is PtmCommand.PTM_CANCEL_TPM_CMD:
+            self.cancelling = self.busy
         if command is PtmCommand.PTM_STOP:
             self._response = memoryview(b"")
         return self._ptm.handle(command, request)
@@ -250,7 +260,7 @@ class TpmDeviceFile:
 
     def _start_job(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
         def finish(result: bytes) -> None:
-            self.busy = False
+            self.busy = self.cancelling = False
             done(result)
             self._on_change()
 

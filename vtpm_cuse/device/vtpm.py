@@ -92,7 +92,7 @@ class Vtpm:
         except VtpmError as exc:
             self.engine.stop()
             log.error("Error: Could not initialize the TPM: %s", exc)
-            raise PtmError(self._start_result(exc), str(exc)) from exc
+            raise PtmError(faults.tpm_result(exc), str(exc)) from exc
 
     def _start(self, delete_volatile: bool) -> None:
         store = self.need_store()
@@ -100,20 +100,18 @@ class Vtpm:
         store.blobs.lock()
         if self._profile is not None and self.tpm2:
             self.engine.set_profile(self._profile)
-        self.engine.start()
+        try:
+            self.engine.start()
+        except VtpmError as exc:
+            # A TPM 2 gives this one code whatever is wrong with its state, a TPM 1.2 the cause.
+            result = PtmResult.TPM_RC_FAILURE if self.tpm2 else faults.tpm_result(exc)
+            raise PtmError(result, str(exc)) from exc
         if self._profile is not None and self.tpm2 and not self.engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
         if delete_volatile:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
-
-    def _start_result(self, exc: VtpmError) -> int:
-        """A TPM 2 answers 0x101 whatever is wrong with its state, a TPM 1.2 the cause."""
-        cause = faults.tpm_result(exc)
-        if self.tpm2 and cause != PtmResult.TPM_FAIL:
-            return PtmResult.TPM_RC_FAILURE
-        return cause
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""
@@ -170,7 +168,9 @@ class Vtpm:
             return self.engine.process(command)
         except (StorageError, EngineError) as exc:
             log.error("The TPM could not finish a command: %s", exc)
-            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+        except Exception:  # a bug of ours must not take the device away
+            log.exception("The TPM could not finish a command")
+        return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
 
     def cancel(self) -> int:
         """Asks a running command to end early; returns the result code. From any thread."""

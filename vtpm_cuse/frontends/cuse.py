@@ -41,6 +41,8 @@ _LINGER_SECONDS: Final = 300e-6
 _CHECKPOINT_EVERY: Final = 32
 """Requests between checkpoints under load, so that signals and jobs get their turn."""
 
+_CANCEL_AGAIN_SECONDS: Final = 0.01
+
 _RELEASE_GRACE_SECONDS: Final = 1.0
 """After PTM_SHUTDOWN: time for the requester to close the device."""
 
@@ -115,9 +117,9 @@ class CuseServer:
                 size = os.readv(fd, buffers)
             except BlockingIOError:
                 if time.perf_counter() < linger_until:
-                    os.sched_yield()
+                    os.sched_yield()  # on one processor, to the client
                 else:
-                    await trio.lowlevel.wait_readable(fd)
+                    await self._wait_for_request()
                 continue
             except OSError as exc:
                 if exc.errno == errno.ENODEV:
@@ -133,8 +135,14 @@ class CuseServer:
             if served % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
             linger_until = time.perf_counter() + _LINGER_SECONDS
-            # On one processor this lets the client come up with its next request.
-            os.sched_yield()
+
+    async def _wait_for_request(self) -> None:
+        if not self._file.cancelling:
+            await trio.lowlevel.wait_readable(self._channel.fd)
+            return
+        self._vtpm.cancel()
+        with trio.move_on_after(_CANCEL_AGAIN_SECONDS):
+            await trio.lowlevel.wait_readable(self._channel.fd)
 
     def _answer(self, message: memoryview) -> None:
         """One request. The device outlives a bug of ours: the client gets EIO, the log the story."""
@@ -149,8 +157,11 @@ class CuseServer:
             self._file.run_pending()
 
     def _wake(self) -> None:
-        for message in self._session.wake():
-            self._send(message)
+        try:
+            for message in self._session.wake():
+                self._send(message)
+        except Exception:  # called from trio's own machinery, which must not see it
+            log.exception("A waiting request could not be answered")
 
     def _send(self, message: bytes) -> None:
         try:
@@ -165,4 +176,4 @@ class CuseServer:
         with trio.CancelScope(shield=True):
             while self._file.busy:
                 self._vtpm.cancel()
-                await trio.sleep(0.01)
+                await trio.sleep(_CANCEL_AGAIN_SECONDS)
