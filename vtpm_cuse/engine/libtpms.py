@@ -286,7 +286,8 @@ class LibtpmsEngine:
         """Keeps the first exception for the outer call; libtpms may call back again."""
         if self._fault is None:
             self._fault = exc
-        return faults.tpm_result(exc)
+        result = faults.tpm_result(exc)
+        return _TPM_FAIL if result in {0, _TPM_RETRY} else result  # RETRY would make a new TPM
 
     # -- results --------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 StartupKind = Literal["none", "clear", "state", "deactivated"]
-RemoveDisabled = Literal["check", "fips-host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +77,15 @@ class LocalityConfig:
 
 @dataclass(frozen=True, slots=True)
 class ProfileConfig:
-    """The TPM 2.0 profile of a TPM yet to be made, as JSON text."""
+    """The profile of a TPM 2.0 yet to be made.
+
+    Attributes:
+        text: The profile as JSON.
+        remove_disabled: "check" or "fips-host": a custom profile loses what OpenSSL disables.
+    """
 
     text: str
-    remove_disabled: RemoveDisabled | None = None
+    remove_disabled: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

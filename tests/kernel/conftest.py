@@ -1,0 +1,79 @@
+"""Servers on real devices. Outside the kernel lab these tests are skipped, see kernel-helpers/lab."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.kernel.harness import Server, Zygote, errno_from, needs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+    Serve = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def cuse() -> None:
+    """A kernel with /dev/cuse, and the right to use it."""
+    error = errno_from(lambda: os.close(os.open("/dev/cuse", os.O_RDWR)))
+    reason = os.strerror(error) if error else ""
+    needs(not error, f"/dev/cuse: {reason}; run kernel-helpers/lab -- ... or modprobe cuse as root")
+
+
+@pytest.fixture
+def serve(cuse: None, tmp_path: Path) -> Iterator[Serve]:
+    """Makes servers (not started yet) that end with the test."""
+    yield from _servers(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_serve(cuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """Makes servers (not started yet) that end with the module."""
+    yield from _servers(tmp_path_factory.mktemp("servers"))
+
+
+def _servers(folder: Path) -> Iterator[Serve]:
+    made: list[Server] = []
+
+    def make(name: str, **settings: Any) -> Server:  # noqa: ANN401  as Server takes them
+        made.append(Server(name, folder, **settings))
+        _ALL.append(made[-1])
+        return made[-1]
+
+    yield make
+    errors = []
+    for server in reversed(made):
+        try:
+            server.end()
+        except Exception as exc:
+            errors.append(exc)
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture(scope="session")
+def zygote(cuse: None) -> Iterator[Zygote]:
+    """Starts servers without the price of a new interpreter."""
+    starter = Zygote()
+    yield starter
+    starter.close()
+
+
+_ALL: list[Server] = []
+_LOG_TAIL = 4000
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, None]:
+    """Shows the logs of running and just ended servers with a failed test."""
+    outcome = yield
+    report = outcome.get_result()
+    if not report.failed:
+        return
+    for server in _ALL[-4:]:
+        if server.log.exists():
+            report.sections.append((f"log of {server.name}", server.said[-_LOG_TAIL:]))

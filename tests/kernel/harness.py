@@ -1,0 +1,487 @@
+"""What the kernel tests stand on: a server on a real device, raw PTM requests, events to wait for.
+
+PTM ioctl numbers and structures are written out as literals here, so that a
+mistake in the package cannot cancel out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import random
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PROGRAMS: Final = Path(sys.executable).parent
+SWTPM_CUSE: Final = str(PROGRAMS / "swtpm-cuse")
+OUR_IOCTL: Final = str(PROGRAMS / "swtpm_ioctl")
+PEER_IOCTL: Final = "/usr/bin/swtpm_ioctl"
+
+PATIENCE: Final = 120.0
+"""Seconds for anything that must happen; the lab is a dozen times slower than a plain machine."""
+
+PTM_GET_CAPABILITY: Final = 0x80085000
+PTM_INIT: Final = 0xC0045001
+PTM_SHUTDOWN: Final = 0x80045002
+PTM_GET_TPMESTABLISHED: Final = 0x80085003
+PTM_SET_LOCALITY: Final = 0xC0045004
+PTM_HASH_START: Final = 0x80045005
+PTM_HASH_DATA: Final = 0xD0045006
+PTM_HASH_END: Final = 0x80045007
+PTM_CANCEL_TPM_CMD: Final = 0x80045008
+PTM_STORE_VOLATILE: Final = 0x80045009
+PTM_RESET_TPMESTABLISHED: Final = 0xC004500A
+PTM_GET_STATEBLOB: Final = 0xCC10500B
+PTM_SET_STATEBLOB: Final = 0xCC0C500C
+PTM_STOP: Final = 0x8004500D
+PTM_GET_CONFIG: Final = 0x8008500E
+PTM_SET_DATAFD: Final = 0x8004500F
+PTM_SET_BUFFERSIZE: Final = 0xC0105010
+PTM_GET_INFO: Final = 0xCC105011
+PTM_LOCK_STORAGE: Final = 0xC0045012
+
+LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def needs(condition: bool, reason: str) -> None:
+    """Skips with *reason* unless *condition*; in CI and in the lab everything must be there."""
+    if condition:
+        return
+    if os.environ.get("CI") or "LAB_SCRATCH" in os.environ:
+        pytest.fail(f"{reason} (must not be skipped in CI or in the lab)", pytrace=False)
+    pytest.skip(reason)
+
+
+def seeded(seed: int) -> random.Random:
+    """Random numbers that are the same in every run."""
+    return random.Random(seed)  # noqa: S311
+
+
+# -- programs -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """A program that has ended."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run(
+    *argv: str | Path,
+    status: int | None = 0,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    user: str | None = None,
+) -> Done:
+    """Runs a program and asserts its exit status (None: any)."""
+    words = tuple(str(word) for word in argv)
+    done = subprocess.run(
+        words,
+        check=False,
+        input=stdin,
+        capture_output=True,
+        timeout=PATIENCE,
+        env={**os.environ, **env} if env else None,
+        cwd=cwd,
+        user=user,
+    )
+    result = Done(
+        words,
+        done.returncode,
+        done.stdout.decode(errors="replace"),
+        done.stderr.decode(errors="replace"),
+    )
+    assert status is None or result.status == status, result
+    return result
+
+
+# -- waiting ------------------------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    """For states of the kernel that announce themselves by no event; gives way to everybody."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        os.sched_yield()
+
+
+def wait_readable(fd: int, seconds: float = PATIENCE) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    assert poll.poll(seconds * 1000), f"nothing to read within {seconds} s"
+
+
+def wait_exit(pidfd: int, seconds: float = PATIENCE) -> None:
+    """Until the process behind *pidfd* has ended."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    assert poll.poll(seconds * 1000), f"the process still runs after {seconds} s"
+
+
+def wait_child(pid: int, seconds: float = PATIENCE) -> int:
+    """Waits for a child; returns its exit code, or minus the signal that ended it."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        wait_exit(pidfd, seconds)
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+_READ, _POLL, _SELECT, _PSELECT, _EPOLL_WAIT, _IOCTL = "0", "7", "23", "270", "232", "16"
+BLOCKING_CALLS: Final = {_READ, _POLL, _SELECT, _PSELECT, _EPOLL_WAIT, _IOCTL}
+
+
+def wait_blocked(thread_id: int) -> None:
+    """Until a thread sleeps in read, poll, select, epoll_wait or ioctl (x86-64)."""
+    path = Path(f"/proc/{thread_id}/syscall")
+    wait_until(lambda: path.read_text().split()[0] in BLOCKING_CALLS, f"{thread_id} blocks")
+
+
+def wait_for_line(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    """Until a file holds *text*; fails at once when *process* ends before."""
+    with _inotify(path.parent) as notifier:
+        pidfd = os.pidfd_open(process.pid)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(notifier, select.POLLIN)
+        deadline = time.monotonic() + PATIENCE
+        try:
+            while not (path.exists() and text in path.read_text()):
+                remaining = deadline - time.monotonic()
+                assert remaining > 0, f"no {text!r} in {path}"
+                ready = [fd for fd, _ in poll.poll(remaining * 1000)]
+                assert pidfd not in ready, f"ended with {process.wait()}: {_text_of(path)}"
+                if notifier in ready:
+                    os.read(notifier, 65536)
+        finally:
+            os.close(pidfd)
+
+
+@contextmanager
+def _inotify(folder: Path) -> Iterator[int]:
+    fd = LIBC.inotify_init1(os.O_CLOEXEC)
+    assert fd >= 0
+    try:
+        in_modify, in_create = 0x2, 0x100
+        assert LIBC.inotify_add_watch(fd, os.fsencode(folder), in_modify | in_create) >= 0
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else "(no such file)"
+
+
+# -- the device ---------------------------------------------------------------------------
+
+
+def exchange(fd: int, command: bytes) -> bytes:
+    """One TPM command and its response."""
+    assert os.write(fd, command) == len(command)
+    return os.read(fd, 8192)
+
+
+def ptm(fd: int, number: int, argument: bytes = b"") -> bytes:
+    """A PTM ioctl; returns its whole argument afterwards."""
+    size = number >> 16 & 0x3FFF
+    data = bytearray(argument.ljust(size, b"\0"))
+    assert fcntl.ioctl(fd, number, data, True) == 0
+    return bytes(data)
+
+
+def ptm_result(fd: int, number: int, argument: bytes = b"") -> int:
+    """The result in the first four bytes of a PTM ioctl's answer."""
+    return int(struct.unpack_from("=I", ptm(fd, number, argument))[0])
+
+
+def u32(*values: int) -> bytes:
+    """Host-endian, as ioctl arguments are."""
+    return struct.pack(f"={len(values)}I", *values)
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    """A file descriptor of the device."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def errno_from(call: Callable[[], object]) -> int:
+    """The errno that *call* fails with; 0 when it does not fail."""
+    try:
+        call()
+    except OSError as exc:
+        return exc.errno or -1
+    return 0
+
+
+def waiting_requests(name: str) -> int:
+    """Requests that the kernel has handed to the server, or would like to, unanswered."""
+    return int(Path(f"/sys/class/cuse/{name}/waiting").read_text())
+
+
+@contextmanager
+def child(body: Callable[[], None]) -> Iterator[int]:
+    """A forked process that runs *body*; it is killed at the end, if it still runs."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    try:
+        yield pid
+    finally:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            wait_child(pid)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+class Background:
+    """A function in a thread, whose result or exception is handed over."""
+
+    def __init__(self, body: Callable[[], object]) -> None:
+        self._body = body
+        self._result: object = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._body()
+        except BaseException as exc:
+            self._error = exc
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def native_id(self) -> int:
+        assert self._thread.native_id is not None
+        return self._thread.native_id
+
+    def result(self, seconds: float = PATIENCE) -> object:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), f"still running after {seconds} s"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+# -- the server ---------------------------------------------------------------------------
+
+
+class Zygote:
+    """Starts many servers quickly: a process with everything imported that forks for each.
+
+    For loops that are about the device; whole programs are started everywhere else.
+    """
+
+    _SOURCE = """
+import json, os, sys
+import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.frontends.cuse
+import vtpm_cuse.client.ioctl, vtpm_cuse.service.pidfile, vtpm_cuse.device.worker
+from vtpm_cuse.cli.swtpm_cuse import main
+print("ready", flush=True)
+for line in sys.stdin:
+    argv = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        sys.argv = argv
+        try:
+            status = main()
+        except SystemExit as exc:
+            status = exc.code
+        os._exit(status or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self._SOURCE],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._answer() == "ready"
+
+    def start(self, argv: Sequence[str]) -> int:
+        """Runs swtpm-cuse; returns its exit status."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(list(argv)).encode() + b"\n")
+        self._process.stdin.flush()
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        wait_readable(self._process.stdout.fileno())
+        return self._process.stdout.readline().decode().strip()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(PATIENCE)
+        self._process.stdout.close()
+
+
+@dataclass
+class Server:
+    """``swtpm-cuse -n NAME`` in the background, on a state folder and a log of its own.
+
+    Attributes:
+        name: The device is /dev/NAME.
+        folder: Holds state, log and pid file.
+        flags: Of ``--flags``; empty for none.
+        tpm2: TPM 2.0 rather than 1.2.
+        more: Further arguments.
+        state: State folder.
+    """
+
+    name: str
+    folder: Path
+    flags: str = "not-need-init,startup-clear"
+    tpm2: bool = True
+    more: tuple[str, ...] = ()
+    state: Path = field(default=Path())
+    _pidfd: int = -1
+
+    def __post_init__(self) -> None:
+        if self.state == Path():
+            self.state = self.folder / "state"
+        self.log = self.folder / f"{self.name}.log"
+        self.pid_file = self.folder / f"{self.name}.pid"
+        self.device = Path("/dev") / self.name
+        self.permall = self.state / ("tpm2-00.permall" if self.tpm2 else "tpm-00.permall")
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            *("-n", self.name),
+            *(("--tpm2",) if self.tpm2 else ()),
+            *("--tpmstate", f"dir={self.state}"),
+            *("--log", f"file={self.log}"),
+            *("--pid", f"file={self.pid_file}"),
+            *(("--flags", self.flags) if self.flags else ()),
+            *self.more,
+        )
+
+    @property
+    def pid(self) -> int:
+        return int(self.pid_file.read_text())
+
+    def start(self, zygote: Zygote | None = None) -> Server:
+        """Starts it; on return the device answers."""
+        if zygote is None:
+            done = run(SWTPM_CUSE, *self.arguments, status=None)
+            assert done.status == 0, (done, _text_of(self.log))
+        else:
+            status = zygote.start([SWTPM_CUSE, *self.arguments])
+            assert status == 0, (status, _text_of(self.log))
+        self._pidfd = os.pidfd_open(self.pid)
+        return self
+
+    def fails(self, status: int, *texts: str) -> Done:
+        """Starts it in vain; every text must be in what it said."""
+        done = run(SWTPM_CUSE, *self.arguments, status=None)
+        said = done.stderr + _text_of(self.log)
+        assert done.status == status, (done, said)
+        for text in texts:
+            assert text in said
+        assert "Traceback" not in said
+        return done
+
+    @property
+    def running(self) -> bool:
+        return self._pidfd >= 0
+
+    def open(self, flags: int = os.O_RDWR) -> int:
+        return os.open(self.device, flags)
+
+    def opened(self, flags: int = os.O_RDWR) -> object:
+        return opened(self.device, flags)
+
+    def stop(self) -> None:
+        """By ``swtpm_ioctl -s``; then process, node and pid file are gone."""
+        run(OUR_IOCTL, "-s", self.device)
+        self.gone()
+
+    def signal(self, number: int) -> None:
+        signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """Without warning."""
+        self.signal(signal.SIGKILL)
+        self.gone(pid_file=True)
+
+    def gone(self, *, pid_file: bool = False) -> None:
+        """Waits until the process has ended, and checks that it left nothing behind."""
+        try:
+            wait_exit(self._pidfd, 30)
+        finally:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        assert not self.device.exists()
+        assert not Path(f"/sys/class/cuse/{self.name}").exists()
+        assert self.pid_file.exists() == pid_file
+        assert "Traceback" not in _text_of(self.log), _text_of(self.log)
+
+    def end(self) -> None:
+        """The fixture's farewell, whatever happened before."""
+        if not self.running:
+            return
+        try:
+            self.stop()
+        except BaseException:
+            if self.running:
+                self.signal(signal.SIGKILL)
+                wait_exit(self._pidfd)
+                os.close(self._pidfd)
+                self._pidfd = -1
+            raise
+
+    @property
+    def said(self) -> str:
+        return _text_of(self.log)
+
+
+def no_such_device(path: Path) -> bool:
+    return errno_from(lambda: os.close(os.open(path, os.O_RDWR))) == errno.ENOENT

@@ -1,0 +1,115 @@
+"""Where messages go, which of them, and how they look."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.service import logs
+from vtpm_cuse.service.config import LogConfig
+
+log = logging.getLogger("vtpm_cuse.test")
+
+
+@pytest.fixture(autouse=True)
+def _silent_afterwards() -> Iterator[None]:
+    root = logging.getLogger("vtpm_cuse")
+    level, propagate = root.level, root.propagate
+    yield
+    logs.configure(LogConfig(path="-"))
+    root.setLevel(level)
+    root.propagate = propagate
+
+
+def say_everything() -> None:
+    log.error("an error")
+    log.warning("a warning")
+    log.info("good news")
+    for level in range(2, 9):
+        log.log(logs.logging_level(level), "level %d", level)
+
+
+def written(path: Path, config: LogConfig) -> list[str]:
+    logs.configure(config)
+    say_everything()
+    return path.read_text().splitlines()
+
+
+def test_by_default_the_operator_reads_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogConfig())
+    say_everything()
+    assert capfd.readouterr() == ("", "swtpm: an error\nswtpm: a warning\nswtpm: good news\n")
+
+
+@pytest.mark.parametrize("level", range(1, 9))
+def test_level_and_indentation(tmp_path: Path, level: int) -> None:
+    path = tmp_path / "log"
+    lines = written(path, LogConfig(path=str(path), level=level, prefix="T: "))
+    assert lines[:3] == ["T: an error", "T: a warning", "T: good news"]
+    assert lines[3:] == [f"T: {' ' * (n - 1)}level {n}" for n in range(2, level + 1)]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_each_line_of_a_message_has_the_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.configure(LogConfig(path=str(path), level=2, prefix="T: "))
+    log.debug("dump\n%s", "00 01\n02")
+    assert path.read_text() == "T:  dump\nT:  00 01\nT:  02\n"
+
+
+def test_appends_unless_told_to_truncate(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("old\n")
+    assert written(path, LogConfig(path=str(path), prefix=""))[:2] == ["old", "an error"]
+    assert written(path, LogConfig(path=str(path), prefix="", truncate=True))[0] == "an error"
+
+
+def test_minus_is_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogConfig(path="-", level=20))
+    say_everything()
+    assert capfd.readouterr() == ("", "")
+    assert logs.engine_debug() is None
+
+
+def test_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        assert written(path, LogConfig(fd=file.fileno(), prefix=""))[0] == "an error"
+        logs.configure(LogConfig())
+        file.write(b"still open")
+
+
+def test_engine_logs_from_level_5(tmp_path: Path) -> None:
+    logs.configure(LogConfig(level=4))
+    assert logs.engine_debug() is None
+    logs.configure(LogConfig(level=7, prefix="T: "))
+    assert logs.engine_debug() == (2, 3, "T:     ")
+
+
+def test_a_full_disk_stops_nobody() -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        logs.configure(LogConfig(fd=full.fileno()))
+        say_everything()
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    nowhere = str(tmp_path / "no" / "log")
+    with pytest.raises(UsageError, match="Could not open logfile for writing: No such file"):
+        logs.configure(LogConfig(path=nowhere))
+    with pytest.raises(UsageError, match="Could not open logfile for writing: Too many levels"):
+        logs.configure(LogConfig(path=str(link)))
+    with pytest.raises(UsageError, match="descriptor 999: Bad file descriptor"):
+        logs.configure(LogConfig(fd=999))
+    reader = os.open(os.devnull, os.O_RDONLY)
+    try:
+        with pytest.raises(UsageError, match="reading only"):
+            logs.configure(LogConfig(fd=reader))
+    finally:
+        os.close(reader)

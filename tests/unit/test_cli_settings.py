@@ -1,0 +1,212 @@
+"""From words to configuration: defaults, precedence, errors with their exit statuses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vtpm_cuse.cli import settings
+from vtpm_cuse.cli.commandline import CommandLine
+from vtpm_cuse.cli.help import help_text
+from vtpm_cuse.cli.options import OPTIONS, Interface, options_of
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.service.config import (
+    CuseConfig,
+    LocalityConfig,
+    LogConfig,
+    PidConfig,
+    ProfileConfig,
+    StartupConfig,
+    StartupKind,
+    StateConfig,
+    VtpmConfig,
+)
+
+
+@pytest.fixture(autouse=True)
+def _somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TPM_PATH", raising=False)
+    monkeypatch.chdir("/usr")
+
+
+def line_of(*words: str, interface: Interface = Interface.CUSE) -> CommandLine:
+    return CommandLine(interface, "swtpm-cuse", words)
+
+
+def config_of(*words: str) -> CuseConfig:
+    return settings.cuse_config(line_of("-n", "vtpm0", *words))
+
+
+def error_of(*words: str) -> tuple[str, int]:
+    with pytest.raises(UsageError) as info:
+        settings.cuse_config(line_of(*words))
+    return info.value.reason, info.value.exit_status
+
+
+def test_defaults() -> None:
+    assert config_of() == CuseConfig(name="vtpm0", vtpm=VtpmConfig())
+
+
+def test_everything() -> None:
+    config = config_of(
+        *("-M", "0x10", "--min=3", "--foreground", "--tpm2"),
+        *("--tpmstate", "dir=state,mode=0600,lock=false"),
+        *("--flags", "startup-clear,disable-auto-shutdown"),
+        *("--locality", "reject-locality-4,allow-set-locality"),
+        *("--profile", "name=null", "--log", "file=log,level=4,truncate", "--pid", "file=pid"),
+    )
+    assert config == CuseConfig(
+        name="vtpm0",
+        major=16,
+        minor=3,
+        foreground=True,
+        log=LogConfig(path="/usr/log", level=4, prefix="", truncate=True),
+        pid=PidConfig(path="/usr/pid"),
+        vtpm=VtpmConfig(
+            tpm2=True,
+            state=StateConfig("dir:///usr/state", mode=0o600, lock=False),
+            startup=StartupConfig(not_need_init=True, startup="clear", auto_shutdown=False),
+            locality=LocalityConfig(reject_locality_4=True, allow_set_locality=True),
+            profile=ProfileConfig('{"Name":"null"}'),
+        ),
+    )
+
+
+def test_first_name_and_last_of_any_other_option_count() -> None:
+    config = config_of("-n", "other", "-M", "1", "-M", "2", "--log", "level=3", "--log", "fd=2")
+    assert (config.name, config.major, config.log.level) == ("vtpm0", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "state"),
+    [
+        (["dir=/a,backend-uri=dir:///b"], StateConfig("dir:///a")),
+        (["backend-uri=dir://b"], StateConfig("dir:///usr/b")),
+        (["backend-uri=file:///b"], StateConfig("file:///b", lock=False)),
+        (["backend-uri=file:///b,lock"], StateConfig("file:///b", lock=True)),
+        (["backend-uri=odd:b"], StateConfig("odd:b")),
+    ],
+)
+def test_state(words: list[str], state: StateConfig) -> None:
+    assert config_of("--tpmstate", *words).vtpm.state == state
+
+
+def test_tpm_path_is_the_default_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPM_PATH", "here")
+    assert config_of().vtpm.state == StateConfig("dir:///usr/here")
+    assert config_of("--tpmstate", "dir=/a").vtpm.state == StateConfig("dir:///a")
+
+
+@pytest.mark.parametrize(
+    ("flags", "not_need_init", "startup"),
+    [
+        ("not-need-init", True, None),
+        ("startup-none", False, "none"),
+        ("startup-state,startup-clear", True, "clear"),
+        ("startup-none,startup-deactivated,startup-state", True, "state"),
+        ("startup-none,startup-deactivated", True, "deactivated"),
+        ("startup-clear=no", False, None),
+    ],
+)
+def test_startup(flags: str, not_need_init: bool, startup: StartupKind | None) -> None:
+    expected = StartupConfig(not_need_init, startup)
+    assert config_of("--flags", flags).vtpm.startup == expected
+
+
+def test_log_without_level_or_prefix() -> None:
+    assert config_of().log == LogConfig(prefix="swtpm: ")
+    assert config_of("--log", "level=0").log == LogConfig(prefix="", level=1)
+    assert config_of("--log", "file=-").log.path == "-"
+    assert config_of("--log", "fd=-1,prefix=a b").log == LogConfig(prefix="a b")
+
+
+def test_pid_by_descriptor(tmp_path: Path) -> None:
+    with (tmp_path / "pid").open("wb") as file:
+        assert config_of("--pid", f"fd={file.fileno()}").pid == PidConfig(fd=file.fileno())
+
+
+def test_profile_from_file_and_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "profile"
+    path.write_bytes(b'\n {"Name":"custom"} \n')
+    by_path = config_of("--profile", f"file={path},remove-disabled=check").vtpm.profile
+    by_fd = config_of("--profile", f"fd={os.open(path, os.O_RDONLY)}").vtpm.profile
+    given = config_of("--profile", 'profile={"Name":"a","b":1}').vtpm.profile
+    assert by_path == ProfileConfig('{"Name":"custom"}', "check")
+    assert by_fd == ProfileConfig('{"Name":"custom"}')
+    assert given == ProfileConfig('{"Name":"a","b":1}')
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "reason"),
+    [
+        ([], 254, "Error: device name missing"),
+        (["-n", ""], 254, "Error: '' cannot be the name of a device"),
+        (["-n", "../x"], 254, "Error: '../x' cannot be the name of a device"),
+        (["-n", "a b"], 254, "Error: 'a b' cannot be the name of a device"),
+        (["-n", "a\nb"], 254, "Error: 'a\nb' cannot be the name of a device"),
+        (["-n", "a", "x"], 1, "Unknown parameter 'x'"),
+        (["-n", "a", "-M", "65536"], 255, "Error: '65536' of option --maj is not a number"),
+        (["-n", "a", "-m", "x"], 255, "Error: 'x' of option --min is not a number"),
+        (["--key", "file=k"], 253, "Error: option --key is not available yet"),
+        (["-r", "tss"], 253, "Error: option --runas is not available yet"),
+        (["-n", "a", "--tpmstate", "x"], 253, "Error parsing tpmstate options: Unknown option 'x'"),
+        (["-n", "a", "--tpmstate", "mode=0600"], 253, "The dir or backend-uri parameters is"),
+        (["-n", "a", "--log", "fd=x"], 253, "Error parsing logging options: invalid number 'x'"),
+        (["-n", "a", "--flags", ""], 253, "Error parsing flags options: Unknown option ''"),
+        (["-n", "a", "--locality", "5"], 253, "Error parsing locality options: Unknown option '5'"),
+        (["-n", "a", "--pid", "fd=-1"], 253, "The file or fd parameter is required for the pid"),
+        (["-n", "a", "--pid", "fd=77"], 253, "Bad filedescriptor 77 for pid file"),
+        (["-n", "a", "--profile", "name=a,fd=0"], 253, "Only one profile option parameter of"),
+        (["-n", "a", "--profile", "remove-disabled=check"], 253, "No profile option parameter"),
+        (["-n", "a", "--profile", "remove-disabled=x"], 253, "Error parsing profile options: 'x'"),
+        (["-n", "a", "--profile", "file=/nowhere"], 253, "Could not read the profile from"),
+        (["-n", "a", "--profile", "file=/usr/bin/env"], 253, "Could not read the profile from"),
+    ],
+)
+def test_errors(words: list[str], status: int, reason: str) -> None:
+    message, exit_status = error_of(*words)
+    assert message.startswith(reason)
+    assert exit_status == status
+
+
+def test_unknown_option_is_named_and_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_of("--bogus") == config_of()
+    assert capsys.readouterr().err == "swtpm-cuse: unrecognized option '--bogus'\n"
+
+
+def test_option_without_its_value_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="Try 'swtpm-cuse --help'") as info:
+        line_of("-n")
+    assert info.value.exit_status == 1
+    assert "requires an argument" in capsys.readouterr().err
+
+
+def test_other_interfaces_have_one_exit_status() -> None:
+    line = line_of("--log", "fd=x", interface=Interface.SOCKET)
+    with pytest.raises(UsageError) as info:
+        settings.log_config(line)
+    assert info.value.exit_status == 1
+    with pytest.raises(UsageError):
+        line_of("--bogus", interface=Interface.SOCKET)
+
+
+@pytest.mark.parametrize("interface", Interface)
+def test_help_names_every_option_that_works_and_no_other(interface: Interface) -> None:
+    text = help_text(interface, "swtpm x", "an example\n")
+    assert text.startswith("Usage: swtpm x [options]\n")
+    assert text.endswith("Examples:\n  an example\n")
+    assert all(len(row) < 80 for row in text.splitlines())
+    for option in options_of(interface).values():
+        assert (f"--{option.name}" in text.split()) is option.available
+        assert all(sub.help in " ".join(text.split()) for sub in option.subs)
+
+
+def test_table_has_no_name_twice_and_says_something_about_each() -> None:
+    for interface in Interface:
+        letters = [option.letter for option in options_of(interface).values() if option.letter]
+        assert len(letters) == len(set(letters))
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
+    assert all(option.help for option in OPTIONS if option.available)
+    assert all(bool(option.noun) == bool(option.subs) for option in OPTIONS)

@@ -1,0 +1,1 @@
+"""Programs: one module each, one option table, one way to report errors."""

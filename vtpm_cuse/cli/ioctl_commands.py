@@ -1,0 +1,250 @@
+"""The commands of ``swtpm_ioctl``: one table, and what each of them does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.errors import PtmError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vtpm_cuse.client.base import Control
+    from vtpm_cuse.wire.ptm import PtmBlobType
+
+_HASH_CHUNK: Final = 4096
+_HIGHEST_LOCALITY: Final = 4
+_TPM_RETRY: Final = 0x800  # there is no such state blob
+
+
+class Asked(NamedTuple):
+    """The values given to a command: as typed, as a number, and the file's name."""
+
+    value: str = ""
+    number: int = 0
+    file: str = ""
+
+
+class Command(NamedTuple):
+    """A row of the command table.
+
+    Attributes:
+        word: The one spelling that works; the parser lets others through, for the C suite's sake.
+        ptm: The request, for messages.
+        help: What it does.
+        run: Does it.
+        metavar: What follows the word.
+        read: Reads the value as a number, before anything is connected to. Raises UsageError.
+    """
+
+    word: str
+    ptm: str
+    help: str
+    run: Callable[[Control, Asked], None]
+    metavar: str = ""
+    read: Callable[[str], int] = lambda _: 0
+
+    @property
+    def name(self) -> str:
+        """The word without its dashes."""
+        return self.word.lstrip("-")
+
+
+def _count(complaint: str) -> Callable[[str], int]:
+    """Reads a number that may have anything behind it; *complaint* ends with what is none."""
+
+    def read(text: str) -> int:
+        from vtpm_cuse.cli.numbers import leading_number
+
+        found = leading_number(text)
+        if found is None:
+            raise UsageError(f"{complaint} {text}.")
+        return found[0] & 0xFFFF_FFFF
+
+    return read
+
+
+def _locality(text: str) -> int:
+    locality = _count("Could not get locality number from")(text)
+    if locality > _HIGHEST_LOCALITY:
+        raise UsageError("Locality outside valid range of [0..4].")
+    return locality
+
+
+def _info_flags(text: str) -> int:
+    from vtpm_cuse.cli.numbers import number
+
+    found = number(text, 0, (1 << 64) - 1)
+    if found is None:
+        raise UsageError("Cannot parse info flags.")
+    return found
+
+
+def _capability(tpm: Control, _asked: Asked) -> None:
+    print(f"ptm capability is 0x{tpm.capability():x}")
+
+
+def _init(tpm: Control, _asked: Asked) -> None:
+    from vtpm_cuse.wire.ptm import PtmInitFlag
+
+    tpm.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+
+
+def _hash(tpm: Control, asked: Asked) -> None:
+    data = os.fsencode(asked.value)
+    tpm.hash(
+        _chunks_of_stdin()
+        if asked.value == "-"
+        else (data[start : start + _HASH_CHUNK] for start in range(0, len(data), _HASH_CHUNK))
+    )
+
+
+def _chunks_of_stdin() -> Iterator[bytes]:
+    while True:
+        chunk = sys.stdin.buffer.read(_HASH_CHUNK)
+        yield chunk
+        if len(chunk) < _HASH_CHUNK:
+            return
+
+
+def _save(tpm: Control, asked: Asked) -> None:
+    from vtpm_cuse.wire.ptm import PtmStateFlag
+
+    # PEER: empties the file before it asks, and so loses an earlier copy when the vTPM says no.
+    try:
+        blob = tpm.get_state(_blob_type(asked.value), PtmStateFlag.PTM_STATE_FLAG_DECRYPTED)
+    except PtmError as exc:
+        if exc.result != _TPM_RETRY:
+            raise
+        blob = b""
+    try:
+        fd = os.open(asked.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(blob)
+    except OSError as exc:
+        reason = f"Could not open file '{asked.file}' for writing: {exc.strerror}"
+        raise UsageError(reason) from exc
+
+
+def _load(tpm: Control, asked: Asked) -> None:
+    kind = _blob_type(asked.value)
+    try:
+        with open(asked.file, "rb") as file:
+            blob = file.read()
+    except OSError as exc:
+        reason = f"Could not open file '{asked.file}' for reading: {exc.strerror}"
+        raise UsageError(reason) from exc
+    tpm.set_state(kind, blob)
+
+
+def _blob_type(name: str) -> PtmBlobType:
+    from vtpm_cuse.wire.ptm import PtmBlobType
+
+    types = {
+        "permanent": PtmBlobType.PTM_BLOB_TYPE_PERMANENT,
+        "volatile": PtmBlobType.PTM_BLOB_TYPE_VOLATILE,
+        "savestate": PtmBlobType.PTM_BLOB_TYPE_SAVESTATE,
+    }
+    if name not in types:
+        raise UsageError(f"Unknown TPM state type '{name}'")
+    return types[name]
+
+
+def _config(tpm: Control, _asked: Asked) -> None:
+    print(f"ptm configuration flags: 0x{tpm.config():x}")
+
+
+def _buffer(tpm: Control, asked: Asked) -> None:
+    sizes = tpm.set_buffer_size(asked.number)
+    print(f"TPM buffersize: {sizes.buffersize}")
+    print(f"minimum size  : {sizes.minsize}")
+    print(f"maximum size  : {sizes.maxsize}")
+
+
+COMMANDS: Final = (
+    Command("-c", "PTM_GET_CAPABILITY", "show the capabilities as a bit mask", _capability),
+    Command(
+        "-i",
+        "PTM_INIT",
+        "power the TPM on, or reset it; volatile state, if there is any, is resumed and deleted",
+        _init,
+    ),
+    Command("--stop", "PTM_STOP", "power the TPM off", lambda tpm, _: tpm.stop()),
+    Command("-s", "PTM_SHUTDOWN", "power it off and end the vTPM", lambda tpm, _: tpm.shutdown()),
+    Command(
+        "-e",
+        "PTM_GET_TPMESTABLISHED",
+        "show the tpmEstablished bit",
+        lambda tpm, _: print(f"tpmEstablished is {tpm.established()}"),
+    ),
+    Command(
+        "-r",
+        "PTM_RESET_TPMESTABLISHED",
+        "reset the tpmEstablished bit, in this locality (3 or 4)",
+        lambda tpm, asked: tpm.reset_established(asked.number),
+        "LOCALITY",
+        _locality,
+    ),
+    Command(
+        "-v",
+        "PTM_STORE_VOLATILE",
+        "store the volatile state beside the permanent state",
+        lambda tpm, _: tpm.store_volatile(),
+    ),
+    Command(
+        "-C",
+        "PTM_CANCEL_TPM_CMD",
+        "cancel the TPM command that is running",
+        lambda tpm, _: tpm.cancel(),
+    ),
+    Command(
+        "-l",
+        "PTM_SET_LOCALITY",
+        "set the locality of later TPM commands, 0 to 4",
+        lambda tpm, asked: tpm.set_locality(asked.number),
+        "LOCALITY",
+        _locality,
+    ),
+    Command("-h", "PTM_HASH_DATA", "measure the data; '-' reads standard input", _hash, "DATA"),
+    Command(
+        "--save",
+        "PTM_GET_STATEBLOB",
+        "save the permanent, volatile or savestate blob in a file",
+        _save,
+        "TYPE FILE",
+    ),
+    Command(
+        "--load",
+        "PTM_SET_STATEBLOB",
+        "load the permanent, volatile or savestate blob from a file into a TPM that is off",
+        _load,
+        "TYPE FILE",
+    ),
+    Command("-g", "PTM_GET_CONFIG", "show which keys are in use as a bit mask", _config),
+    Command(
+        "-b",
+        "PTM_SET_BUFFERSIZE",
+        "set the buffer size in bytes, 0 to show it; shows the limits too",
+        _buffer,
+        "SIZE",
+        _count("Could not get buffersize from"),
+    ),
+    Command(
+        "--info",
+        "PTM_GET_INFO",
+        "show facts about the TPM as JSON: 1 specification, 2 attributes, 4 features and so on",
+        lambda tpm, asked: print(tpm.info(asked.number)),
+        "FLAGS",
+        _info_flags,
+    ),
+    Command(
+        "--lock-storage",
+        "PTM_LOCK_STORAGE",
+        "lock the state, with so many retries of 10 ms",
+        lambda tpm, asked: tpm.lock_storage(asked.number),
+        "RETRIES",
+        _count("Could not parse lock retries from"),
+    ),
+)

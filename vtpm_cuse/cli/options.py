@@ -1,0 +1,205 @@
+"""The one option table of the emulator's interfaces.
+
+Parser, help screens, man pages and completions are made from it. To add an
+option is to add a row here and to read it in `cli.settings`; a row with
+``available=False`` names an option of the C suite that is not built yet: it is
+refused with a clear sentence and left out of the help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.cli.suboptions import Kind, SubOption
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Interface(Enum):
+    """How a vTPM is served."""
+
+    SOCKET = "socket"
+    CHARDEV = "chardev"
+    CUSE = "cuse"
+
+
+ALL: Final = frozenset(Interface)
+CUSE: Final = frozenset({Interface.CUSE})
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One row of the table.
+
+    Attributes:
+        name: Long name, without dashes.
+        help: What it does, in a clause or two.
+        letter: Short name.
+        metavar: What stands for the value, when that is one word.
+        noun: For a value made of sub-options, what the C suite's messages call it.
+        subs: The sub-options.
+        interfaces: Where the option exists.
+        first_counts: A repeated option is ignored; normally the last one counts.
+        available: False while it is not built.
+    """
+
+    name: str
+    help: str
+    letter: str = ""
+    metavar: str = ""
+    noun: str = ""
+    subs: tuple[SubOption, ...] = ()
+    interfaces: frozenset[Interface] = ALL
+    first_counts: bool = False
+    available: bool = True
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether a value follows."""
+        return bool(self.metavar or self.subs)
+
+    def offers(self, sub_name: str) -> bool:
+        """Whether it works today, and so does its sub-option, if one is named."""
+        return self.available and (
+            not sub_name or any(sub.name == sub_name and sub.available for sub in self.subs)
+        )
+
+
+def _switches(**helps: str) -> tuple[SubOption, ...]:
+    return tuple(SubOption(name.replace("_", "-"), text, Kind.BOOL) for name, text in helps.items())
+
+
+OPTIONS: Final[Sequence[Option]] = (
+    Option(
+        "name",
+        "name of the device: the TPM appears as /dev/NAME",
+        letter="n",
+        metavar="NAME",
+        interfaces=CUSE,
+        # PEER: so does its loop, for this option alone.
+        first_counts=True,
+    ),
+    Option(
+        "maj",
+        "major number of the device; by default, or with 0, the kernel chooses one",
+        letter="M",
+        metavar="NUMBER",
+        interfaces=CUSE,
+    ),
+    Option("min", "minor number of the device", letter="m", metavar="NUMBER", interfaces=CUSE),
+    Option(
+        "foreground",
+        "stay in the foreground, as service managers want it; without it the program returns "
+        "as soon as the device answers, and the TPM runs on in the background",
+        interfaces=CUSE,
+    ),
+    Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2"),
+    Option(
+        "tpmstate",
+        "where the state of the TPM is kept; needed unless the environment variable TPM_PATH "
+        "names a directory",
+        noun="tpmstate",
+        subs=(
+            SubOption("dir", "directory of the state files", metavar="DIR"),
+            SubOption("backend-uri", "the same as dir://DIR", metavar="URI"),
+            SubOption(
+                "mode",
+                "permissions of the state files in octal, by default 0640",
+                Kind.MODE,
+                metavar="0...",
+            ),
+            SubOption("lock", "false lets other processes use the same state", Kind.BOOL, "BOOL"),
+        ),
+    ),
+    Option(
+        "flags",
+        "how the TPM starts and ends",
+        noun="flags",
+        subs=_switches(
+            not_need_init="power the TPM on at once, without waiting for an INIT",
+            startup_clear="power it on and send Startup(CLEAR)",
+            startup_state="power it on and send Startup(STATE)",
+            startup_deactivated="power it on and send Startup(DEACTIVATED), TPM 1.2 only",
+            startup_none="send no Startup",
+            disable_auto_shutdown="send no TPM2_Shutdown when a client omitted it",
+        ),
+    ),
+    Option(
+        "locality",
+        "which localities clients may use",
+        noun="locality",
+        subs=_switches(
+            reject_locality_4="refuse locality 4",
+            allow_set_locality="let the kernel's SetLocality command choose",
+        ),
+    ),
+    Option(
+        "profile",
+        "profile of a TPM 2.0 that is made anew; needs libtpms 0.10 or newer",
+        noun="profile",
+        subs=(
+            SubOption("name", "a profile by its name, see --print-profiles", metavar="NAME"),
+            SubOption("profile", "a profile as JSON text", metavar="JSON"),
+            SubOption("file", "a profile in a file", metavar="PATH"),
+            SubOption("fd", "a profile to be read from a descriptor", Kind.INT, "FD"),
+            SubOption(
+                "remove-disabled",
+                "check or fips-host: take out of a custom profile what OpenSSL here cannot do",
+                metavar="HOW",
+                choices=("check", "fips-host"),
+            ),
+        ),
+    ),
+    Option(
+        "log",
+        "where messages go, by default to standard error",
+        noun="logging",
+        subs=(
+            SubOption("file", "file to append to; '-' for no messages at all", metavar="PATH"),
+            SubOption("fd", "open descriptor to write to", Kind.INT, "FD"),
+            SubOption(
+                "level",
+                "1 for the operator, 2 and more for details, 5 and more for libtpms' own messages",
+                Kind.UINT,
+                "N",
+            ),
+            SubOption("prefix", "text to start every line with", metavar="TEXT"),
+            SubOption("truncate", "empty the file first", Kind.BOOL),
+        ),
+    ),
+    Option(
+        "pid",
+        "where the process id is written; the file is removed at the end",
+        noun="pid",
+        subs=(
+            SubOption("file", "path of the file", metavar="PATH"),
+            SubOption("fd", "open descriptor of a file", Kind.INT, "FD"),
+        ),
+    ),
+    Option("key", "", metavar="KEY", available=False),
+    Option("migration-key", "", metavar="KEY", available=False),
+    Option("seccomp", "", metavar="ACTION", available=False),
+    Option("migration", "", metavar="WHAT", available=False),
+    Option("runas", "", letter="r", metavar="USER", available=False),
+    Option("chroot", "", letter="R", metavar="DIR", available=False),
+    Option("print-capabilities", "print what this program can do, as JSON, and end"),
+    Option("print-states", "print which state there is, as JSON, and end"),
+    Option("print-profiles", "print the profiles of libtpms, as JSON, and end"),
+    Option(
+        "print-info",
+        "print facts about the TPM, as JSON, and end; NUMBER adds up 1 specification, "
+        "2 attributes, 4 features, 8 algorithms, 0x10 commands, 0x20 active profile, "
+        "0x40 profiles, 0x80 runtime attributes",
+        metavar="NUMBER",
+    ),
+    Option("help", "print this help and end", letter="h"),
+    Option("version", "print the version and end", letter="v", interfaces=CUSE),
+)
+
+
+def options_of(interface: Interface) -> dict[str, Option]:
+    """The options of one interface by name, those not available included."""
+    return {option.name: option for option in OPTIONS if interface in option.interfaces}

@@ -1,0 +1,43 @@
+"""What all programs do around their work: errors become one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse import __version__
+from vtpm_cuse.errors import UsageError, VtpmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PEER_VERSION: Final = "0.10.2"
+"""The C suite's version whose options and outputs are ours; scripts compare with it."""
+
+_INTERRUPTED: Final = 130  # as a shell reports death by SIGINT
+
+
+def version_text(what: str) -> str:
+    """The line that ``--version`` prints."""
+    return f"TPM emulator {what}version {PEER_VERSION} (vtpm-cuse {__version__})"
+
+
+def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
+    """Calls *work* and returns the exit status; *report* shows the one line about an error."""
+    try:
+        status = work()
+        sys.stdout.flush()
+    except VtpmError as exc:
+        report(str(exc))
+        return exc.exit_status if isinstance(exc, UsageError) else 1
+    except BrokenPipeError:
+        # The reader has seen enough; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as exc:
+        report(str(exc))
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return status

@@ -1,0 +1,1 @@
+"""Talking to a running vTPM, shared by tools and tests."""

@@ -1,0 +1,105 @@
+"""A vTPM on a character device, driven by ioctls on it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.client.base import Control
+from vtpm_cuse.wire.layout import HOST
+from vtpm_cuse.wire.ptm import (
+    PTM_SPECS,
+    PTM_STATE_BLOB_SIZE,
+    PtmBlobType,
+    PtmCommand,
+    PtmGetStateRequest,
+    PtmGetStateResponse,
+    PtmSetStateRequest,
+    PtmStateFlag,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vtpm_cuse.wire.layout import WireStruct
+
+
+class DeviceControl(Control):
+    """Opens *path*; while it is open, nobody else can use the device.
+
+    Args:
+        path: The character device.
+        buffer_size: State blobs travel by read() and write() of so many bytes; 0 for ioctls alone.
+
+    Raises:
+        OSError: The device cannot be opened, or is none.
+    """
+
+    def __init__(self, path: str, buffer_size: int = 0) -> None:
+        self._buffer_size = buffer_size
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # PEER: writes its command over the start of anything else that was named by mistake.
+        if not stat.S_ISCHR(os.fstat(self._fd).st_mode):
+            self.close()
+            raise OSError(errno.ENODEV, "Not a character device", path)
+
+    def close(self) -> None:
+        """Closes the device."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def get_state(self, kind: PtmBlobType, flags: PtmStateFlag) -> bytes:
+        """The whole state blob."""
+        blob = b""
+        while True:
+            body = PtmGetStateRequest(flags, kind, len(blob))
+            part = self._request_for(PtmGetStateResponse, PtmCommand.PTM_GET_STATEBLOB, body)
+            blob += part.data[: part.length]
+            if len(blob) >= part.totlength or not part.length:
+                return blob
+            if self._buffer_size:
+                return blob + self._read(part.totlength - len(blob))
+
+    def set_state(self, kind: PtmBlobType, blob: bytes) -> None:
+        """Gives the vTPM a state blob."""
+        pieces = self._written(blob, kind) if self._buffer_size and blob else _pieces(blob)
+        for piece in pieces:
+            self._send_piece(kind, piece)
+
+    def _exchange(self, command: PtmCommand, body: WireStruct) -> WireStruct:
+        spec = PTM_SPECS[command]
+        argument = bytearray(body.pack(HOST).ljust(spec.size, b"\0"))
+        fcntl.ioctl(self._fd, spec.ioctl(command), argument)
+        return spec.response.unpack_untrusted(argument, HOST)
+
+    def _read(self, size: int) -> bytes:
+        """What the ioctl left of a blob; the device ends the transfer after a short read."""
+        rest = b""
+        while len(rest) < size:
+            part = os.read(self._fd, self._buffer_size)
+            rest += part
+            if len(part) < self._buffer_size:
+                break
+        return rest
+
+    def _written(self, blob: bytes, kind: PtmBlobType) -> Iterator[bytes]:
+        yield b""  # a first piece that is empty means: write() brings the blob
+        while blob:
+            blob = blob[os.write(self._fd, blob[: self._buffer_size]) :]
+        yield b""
+
+    def _send_piece(self, kind: PtmBlobType, piece: bytes) -> None:
+        body = PtmSetStateRequest(0, kind, len(piece), piece)
+        self.request(PtmCommand.PTM_SET_STATEBLOB, body)
+
+
+def _pieces(blob: bytes) -> Iterator[bytes]:
+    """Full pieces, then one that is not full and so the last; an empty first one is none yet."""
+    if not blob:
+        yield b""
+    for start in range(0, len(blob) + 1, PTM_STATE_BLOB_SIZE):
+        yield blob[start : start + PTM_STATE_BLOB_SIZE]
