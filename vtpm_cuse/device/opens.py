@@ -15,12 +15,11 @@ from __future__ import annotations
 import errno
 import logging
 import select
-import time
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
 from vtpm_cuse.device.ptm import ANSWERED_WHILE_BUSY, CAPABILITIES, PtmService
-from vtpm_cuse.errors import DeviceError, PtmError, StorageError, VtpmError
+from vtpm_cuse.errors import DeviceError, PtmError, VtpmError
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.ptm import (
     PTM_IOCTLS,
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOB_MAX: Final = 512 << 10
-_LOCK_RETRY_SECONDS: Final = 0.01
+_SUCCESS: Final = PtmResultResponse(PtmResult.TPM_SUCCESS).pack(HOST)
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
@@ -184,7 +183,7 @@ class TpmDeviceFile:
             raise DeviceError(errno.EINVAL)
         request = PTM_SPECS[command].request.unpack_untrusted(argument, HOST)
         if isinstance(request, PtmLockStorageRequest):
-            return self._lock_storage(request.retries)
+            return self._lock_storage(request)
         if self.busy and command not in ANSWERED_WHILE_BUSY:
             return lambda: None if self.busy else self._answer(command, request).pack(HOST)
         return self._answer(command, request).pack(HOST)
@@ -232,31 +231,15 @@ class TpmDeviceFile:
             return PtmResultResponse(faults.tpm_result(exc))
         return PtmResultResponse(PtmResult.TPM_SUCCESS)
 
-    def _lock_storage(self, retries: int) -> bytes | Retry:
-        """Tries at once, then as a job every 10 ms."""
-        answer = self._try_lock()
-        if answer == PtmResult.TPM_SUCCESS or retries == 0 or self.busy:
-            return PtmResultResponse(answer).pack(HOST)
+    def _lock_storage(self, request: PtmLockStorageRequest) -> bytes | Retry:
+        """Tries once here, and the retries as a job."""
+        command = PtmCommand.PTM_LOCK_STORAGE
+        once = self._ptm.handle(command, PtmLockStorageRequest(0)).pack(HOST)
+        if once == _SUCCESS or request.retries == 0 or self.busy:
+            return once
         done: list[bytes] = []
-
-        def keep_trying() -> bytes:
-            tries = 0
-            while (result := self._try_lock()) != PtmResult.TPM_SUCCESS and tries < retries:
-                time.sleep(_LOCK_RETRY_SECONDS)
-                tries += 1
-            return PtmResultResponse(result).pack(HOST)
-
-        self._start_job(keep_trying, done.append)
+        self._start_job(lambda: self._ptm.handle(command, request).pack(HOST), done.append)
         return lambda: done[0] if done else None
-
-    def _try_lock(self) -> PtmResult:
-        try:
-            if self._vtpm.store is not None:
-                self._vtpm.store.blobs.lock()
-        except StorageError as exc:
-            log.info("%s", exc)
-            return PtmResult.TPM_FAIL
-        return PtmResult.TPM_SUCCESS
 
     def _start_job(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
         def finish(result: bytes) -> None:

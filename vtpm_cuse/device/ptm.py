@@ -166,7 +166,6 @@ class PtmService:
         part = text[request.offset : request.offset + PTM_INFO_SIZE]
         return PtmInfoResponse(PtmResult.TPM_SUCCESS, len(text), len(part), part)
 
-    def _lock_storage(self, _request: PtmLockStorageRequest) -> None:
-        store = self.vtpm.store
-        if store is not None:
-            store.blobs.lock()
+    def _lock_storage(self, request: PtmLockStorageRequest) -> None:
+        """Blocks for 10 ms a retry."""
+        self.vtpm.lock_storage(request.retries)

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
-from vtpm_cuse.errors import EngineError, PtmError, StateMissing, StorageError, VtpmError
+from vtpm_cuse.errors import (
+    EngineError,
+    PtmError,
+    StateLocked,
+    StateMissing,
+    StorageError,
+    VtpmError,
+)
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -38,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
 _SET_LOCALITY: Final = TPM_CC_SET_LOCALITY.to_bytes(4, "big")
+_LOCK_RETRY_SECONDS: Final = 0.01
+_HANDOVER_RETRIES: Final = 300
 _STATE_TYPES: Final = {
     PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
     PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
@@ -47,11 +57,17 @@ _STATE_TYPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class VtpmOptions:
-    """How one vTPM behaves; the defaults are the C suite's."""
+    """How one vTPM behaves; the defaults are the C suite's.
+
+    Attributes:
+        incoming: A migration brings the state: the first start does not lock it, for its
+            owner still does.
+    """
 
     auto_shutdown: bool = True
     reject_locality_4: bool = False
     allow_set_locality: bool = False
+    incoming: bool = False
     profile: str | None = None
 
 
@@ -60,6 +76,9 @@ class Vtpm:
 
     The locality, the buffer size and the last command survive `start`: a VM
     monitor tracks the locality itself and does not send it again after a reset.
+
+    Attributes:
+        state_lost: Another process has the state now: end, without a word to any client.
     """
 
     def __init__(
@@ -72,6 +91,9 @@ class Vtpm:
         self._profile = self.options.profile
         self._long = long_commands(tpm2=self.tpm2)
         self._last_command = b""
+        self._incoming = self._lock_pending = self.options.incoming
+        self._lock_retries = 0
+        self.state_lost = False
 
     # -- life cycle -----------------------------------------------------------------------
 
@@ -96,8 +118,9 @@ class Vtpm:
 
     def _start(self, delete_volatile: bool) -> None:
         store = self.need_store()
-        # PEER: locks after a new TPM may have been made and written; two could do so at once.
-        store.blobs.lock()
+        if not self._incoming:
+            # PEER: locks after a new TPM may have been made; two could do so at once.
+            self.lock_storage(self._lock_retries)
         if self._profile is not None and self.tpm2:
             self.engine.set_profile(self._profile)
         try:
@@ -135,7 +158,8 @@ class Vtpm:
         The last command's code counts, not its success: TPM2_Shutdown(CLEAR)
         before a reset is the guest's wish.
         """
-        if not self.tpm2 or not self.options.auto_shutdown or self._last_command == _SHUTDOWN:
+        wanted = self.tpm2 and self.options.auto_shutdown and self._last_command != _SHUTDOWN
+        if not wanted or self._lock_pending:  # without the lock nothing may be written
             return
         for kind in (TpmSu.TPM_SU_STATE, TpmSu.TPM_SU_CLEAR):
             try:
@@ -152,11 +176,11 @@ class Vtpm:
 
     def is_long(self, command: bytes) -> bool:
         """Whether the command may take long enough to belong on a worker."""
-        return command_code(command) in self._long and self.running
+        return self.running and (command_code(command) in self._long or self._lock_pending)
 
     def process(self, command: bytes) -> bytes:
         """One command, one response; never raises: a fault becomes a TPM response."""
-        if not self.engine.running:
+        if not self.engine.running or (self._lock_pending and not self._take_state_back()):
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         if len(command) < TPM_HEADER_SIZE:
             return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
@@ -210,6 +234,38 @@ class Vtpm:
         finally:
             self.engine.locality = before
 
+    # -- the lock, and its way to another host ---------------------------------------------
+
+    def lock_storage(self, retries: int) -> None:
+        """Locks the state, trying again every 10 ms. Blocks. Raises StorageError."""
+        if self.store is not None:
+            while True:
+                try:
+                    self.store.blobs.lock()
+                    break
+                except StateLocked:
+                    if retries == 0:
+                        raise
+                retries -= 1
+                time.sleep(_LOCK_RETRY_SECONDS)
+        self._incoming = self._lock_pending = False
+        self._lock_retries = 0
+
+    def _take_state_back(self) -> bool:
+        """Before a command, after the state was handed out; sets `state_lost` when it is gone."""
+        try:
+            self.lock_storage(self._lock_retries)
+        except StorageError as exc:
+            log.error("%s", exc)
+            self.state_lost = True
+        return not self.state_lost
+
+    def release_storage(self) -> None:
+        """Lets the destination of a migration lock the state; the next command takes it back."""
+        if self.store is not None:
+            self.store.blobs.unlock()
+            self._lock_pending, self._lock_retries = True, _HANDOVER_RETRIES
+
     # -- state ----------------------------------------------------------------------------
 
     def config_flags(self) -> PtmConfigFlag:
@@ -222,7 +278,7 @@ class Vtpm:
         self.need_store().store(StateType.VOLATILE.blob_name, payload)
 
     def export_blob(self, kind: int, *, decrypted: bool) -> tuple[PtmStateFlag, bytes]:
-        """A migration blob. Raises VtpmError: PtmError, StateMissing, StorageError, EngineError."""
+        """A migration blob. Raises VtpmError: PtmError, StateLocked, StateMissing, StorageError, EngineError."""
         store = self.need_store()
         state = self._state_type(kind, PtmResult.TPM_FAIL)
         if state is StateType.VOLATILE:
@@ -245,7 +301,7 @@ class Vtpm:
         state = self._state_type(kind, PtmResult.TPM_BAD_PARAMETER)
         store = self.need_store()
         try:
-            store.blobs.lock()
+            self.lock_storage(self._lock_retries)
         except StorageError as exc:
             raise PtmError(PtmResult.TPM_IOERROR, str(exc)) from exc
         payload = b""

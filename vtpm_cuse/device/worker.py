@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+_HURRY_SECONDS: Final = 0.01
 
 
 class Worker:
@@ -36,6 +39,31 @@ class Worker:
             self._token.run_sync_soon(done, result)
 
         self._jobs.put(run)
+
+    async def run(self, job: Callable[[], bytes], hurry: Callable[[], object]) -> bytes:
+        """Runs *job* and returns its result.
+
+        When the caller is cancelled meanwhile, *hurry* is called until the job has ended: a
+        running command is never abandoned.
+        """
+        results: list[bytes] = []
+        ended = trio.Event()
+
+        def done(result: bytes) -> None:
+            results.append(result)
+            ended.set()
+
+        self.submit(job, done)
+        try:
+            await ended.wait()
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                while not ended.is_set():
+                    hurry()
+                    with trio.move_on_after(_HURRY_SECONDS):
+                        await ended.wait()
+            raise
+        return results[0]
 
     def close(self) -> None:
         """Waits for the jobs to end."""

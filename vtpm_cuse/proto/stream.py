@@ -9,19 +9,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from vtpm_cuse.wire.layout import BIG, U8, U32, WireStruct, wire
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE
+from vtpm_cuse.wire.layout import BIG
+from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, SendCommandHeader
 
 _SEND_COMMAND: Final = (8).to_bytes(4, "big")
-
-
-@wire()
-class SendCommandHeader(WireStruct):
-    """Optional head of a TPM 2 command, 9 bytes: TPM_SEND_COMMAND, locality, length (unused)."""
-
-    command: U32
-    locality: U8
-    length: U32
 
 
 class Request(NamedTuple):

@@ -7,7 +7,7 @@ Sources: TCG TPM 1.2 Main Part 2 (Structures), TCG TPM 2.0 Library Part 2
 from enum import IntEnum
 from typing import Final
 
-from vtpm_cuse.wire.layout import BIG, U16, U32, Buffer, WireStruct, wire
+from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer, WireStruct, wire
 
 TPM_HEADER_SIZE: Final = 10
 TPM_BUFFER_MAX: Final = 4096
@@ -20,6 +20,18 @@ class TpmHeader(WireStruct):
     tag: U16
     size: U32
     code: U32
+
+
+@wire()
+class SendCommandHeader(WireStruct):
+    """Optional head of a TPM 2 command on a socket, 9 bytes; length is not looked at.
+
+    Source: the send-command message of Microsoft's TPM 2.0 simulator protocol.
+    """
+
+    command: U32
+    locality: U8
+    length: U32
 
 
 class TpmTag(IntEnum):

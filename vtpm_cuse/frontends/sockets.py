@@ -1,0 +1,327 @@
+"""Data and control channel over stream sockets: what QEMU, libvirt and tpm2-tss connect to.
+
+Ownership: every connection is a task of one nursery. A short command runs in
+its task between two checkpoints; a long one runs on the worker while `_turn`
+keeps everything else off the TPM that must not run beside it.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from vtpm_cuse.device import control
+from vtpm_cuse.device.ptm import ANSWERED_WHILE_BUSY, PtmService
+from vtpm_cuse.proto.control import ControlRequest, ControlStream
+from vtpm_cuse.proto.stream import CommandStream, Request, framed
+from vtpm_cuse.wire.layout import BIG
+from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
+
+if TYPE_CHECKING:
+    from vtpm_cuse.device.vtpm import Vtpm
+    from vtpm_cuse.device.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_READ_SIZE: Final = 16384
+_LINGER_SECONDS: Final = 50e-6
+"""How long a data connection looks for the next command before it sleeps."""
+
+_CHECKPOINT_EVERY: Final = 32
+_DATA_REST_SECONDS: Final = 1.0
+"""How long the rest of a command may take; then the TPM answers to what is there."""
+
+_CONTROL_REST_SECONDS: Final = 0.5
+_MAX_FDS: Final = 16
+
+
+@dataclass
+class Channels:
+    """The sockets a server takes over, all non-blocking, and when it ends by itself.
+
+    Attributes:
+        data_listener: Accepts data connections, one at a time.
+        data_stream: A connected data socket; its end is the server's.
+        control_listener: Accepts control connections.
+        control_stream: A connected control socket.
+        disconnect: Close a data connection after each response.
+        terminate: End when there is no data connection after there was one.
+        control_terminate: End when the control connection is closed.
+    """
+
+    data_listener: socket.socket | None = None
+    data_stream: socket.socket | None = None
+    control_listener: socket.socket | None = None
+    control_stream: socket.socket | None = None
+    disconnect: bool = False
+    terminate: bool = False
+    control_terminate: bool = False
+    unlink: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Closes them; the paths of bound Unix sockets go too."""
+        for sock in (
+            self.data_listener,
+            self.data_stream,
+            self.control_listener,
+            self.control_stream,
+        ):
+            if sock is not None:
+                sock.close()
+        for path in self.unlink:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+class SocketServer:
+    """Serves a vTPM on sockets, with tasks in a nursery of its own."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        channels: Channels,
+        vtpm: Vtpm,
+        ptm: PtmService,
+        worker: Worker,
+    ) -> None:
+        self._nursery = nursery
+        self._channels = channels
+        self._vtpm = vtpm
+        self._ptm = ptm
+        self._worker = worker
+        self._turn = trio.Lock()
+        self._control_clients = 0
+        self._data_fd_set = False
+
+    def start(self) -> None:
+        """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the channels say so."""
+        channels, start = self._channels, self._nursery.start_soon
+        if channels.data_stream is not None:
+            start(self._serve_only_data, channels.data_stream)
+        elif channels.data_listener is not None:
+            start(self._accept_data, channels.data_listener)
+        if channels.control_stream is not None:
+            start(self._serve_control, channels.control_stream)
+        elif channels.control_listener is not None:
+            start(self._accept_control, channels.control_listener)
+
+    def _end(self) -> None:
+        self._nursery.cancel_scope.cancel()
+
+    # -- data -----------------------------------------------------------------------------
+
+    async def _accept_data(self, listener: socket.socket) -> None:
+        while True:
+            connection = await _accept(listener)
+            await self._serve_data(connection)
+            if self._channels.terminate:
+                self._end()
+                return
+
+    async def _serve_only_data(self, connection: socket.socket) -> None:
+        await self._serve_data(connection)
+        self._end()
+
+    async def _serve_passed_data(self, connection: socket.socket) -> None:
+        try:
+            await self._serve_data(connection)
+        finally:
+            self._data_fd_set = False
+
+    async def _serve_data(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                await self._converse(connection)
+        except OSError as exc:
+            log.info("Data client: %s", exc.strerror)
+        log.debug("Data client disconnected")
+
+    async def _converse(self, connection: socket.socket) -> None:
+        stream = CommandStream(prefix=self._vtpm.tpm2)
+        served, linger_until = 0, 0.0
+        while True:
+            try:
+                data = connection.recv(_READ_SIZE)
+            except BlockingIOError:
+                if time.perf_counter() < linger_until:
+                    os.sched_yield()
+                elif not await _readable(
+                    connection, _DATA_REST_SECONDS if stream.partial else None
+                ):
+                    await self._answer_all(connection, stream, flush=True)
+                continue
+            if data:
+                stream.feed(data)
+            served += await self._answer_all(connection, stream, flush=not data)
+            if not data or (served and self._channels.disconnect):
+                return
+            if served % _CHECKPOINT_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+            linger_until = time.perf_counter() + _LINGER_SECONDS
+
+    async def _answer_all(
+        self, connection: socket.socket, stream: CommandStream, *, flush: bool
+    ) -> int:
+        answered = 0
+        while (request := stream.next_request(flush=flush)) is not None:
+            response = await self._process(request)
+            await _send_all(connection, framed(response, request))
+            answered += 1
+        return answered
+
+    async def _process(self, request: Request) -> bytes:
+        vtpm = self._vtpm
+        if self._turn.locked():
+            async with self._turn:
+                pass
+        if request.locality is not None:
+            vtpm.engine.locality = request.locality  # taken over unchecked, as the C suite does
+        if not vtpm.is_long(request.command):
+            return vtpm.process(request.command)
+        async with self._turn:
+            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.cancel)
+        if vtpm.state_lost:
+            self._end()
+            await trio.lowlevel.checkpoint()
+        return response
+
+    # -- control --------------------------------------------------------------------------
+
+    async def _accept_control(self, listener: socket.socket) -> None:
+        """PEER: lets a second client wait for the first to go; here both are served."""
+        while True:
+            self._nursery.start_soon(self._serve_control, await _accept(listener))
+
+    async def _serve_control(self, connection: socket.socket) -> None:
+        self._control_clients += 1
+        try:
+            with connection:
+                await self._obey(connection)
+        except OSError as exc:
+            log.info("Control client: %s", exc.strerror)
+        finally:
+            self._control_clients -= 1
+            if self._channels.control_terminate and not self._control_clients:
+                self._end()
+
+    async def _obey(self, connection: socket.socket) -> None:
+        stream = ControlStream()
+        deadline = float("inf")
+        while True:
+            with trio.move_on_at(deadline) as scope:
+                data, fds = await _receive_with_fds(connection)
+            if scope.cancelled_caught or not data:
+                return
+            stream.feed(data)
+            request = stream.next_request()
+            try:
+                if request is not None:
+                    await _send_all(connection, await self._answer_control(request, fds))
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            if self._ptm.shutdown_requested:
+                self._end()
+                return
+            if not stream.partial:
+                deadline = float("inf")
+            elif deadline == float("inf"):
+                deadline = trio.current_time() + _CONTROL_REST_SECONDS
+
+    async def _answer_control(self, request: ControlRequest, fds: list[int]) -> bytes:
+        if request.command is PtmCommand.PTM_SET_DATAFD:
+            return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
+        if request.command is PtmCommand.PTM_LOCK_STORAGE:
+            async with self._turn:  # it may block for its retries
+                return await self._worker.run(lambda: self._answer(request), lambda: None)
+        if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:
+            async with self._turn:
+                return self._answer(request)
+        return self._answer(request)
+
+    def _answer(self, request: ControlRequest) -> bytes:
+        return control.answer(self._vtpm, self._ptm, request)
+
+    def _set_data_fd(self, fds: list[int]) -> PtmResult:
+        if self._data_fd_set or self._channels.data_listener or self._channels.data_stream:
+            return PtmResult.TPM_IOERROR
+        if not fds:
+            log.error("no valid data socket in message")
+            return PtmResult.TPM_BAD_PARAMETER
+        try:
+            connection = socket.socket(fileno=fds[0])
+        except OSError as exc:
+            log.error("The passed descriptor is no socket: %s", exc.strerror)
+            return PtmResult.TPM_BAD_PARAMETER
+        fds.pop(0)
+        connection.setblocking(False)
+        self._data_fd_set = True
+        self._nursery.start_soon(self._serve_passed_data, connection)
+        return PtmResult.TPM_SUCCESS
+
+
+async def _accept(listener: socket.socket) -> socket.socket:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(listener)
+        except OSError as exc:
+            if exc.errno not in {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+                raise
+            log.warning("Could not accept a connection: %s", exc.strerror)
+            await trio.sleep(0.1)
+        else:
+            connection.setblocking(False)
+            if connection.family in {socket.AF_INET, socket.AF_INET6}:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await trio.lowlevel.checkpoint()
+            return connection
+
+
+async def _readable(connection: socket.socket, seconds: float | None) -> bool:
+    """Waits for bytes or the end; False when *seconds* passed first."""
+    if seconds is None:
+        await trio.lowlevel.wait_readable(connection)
+        return True
+    with trio.move_on_after(seconds) as scope:
+        await trio.lowlevel.wait_readable(connection)
+    return not scope.cancelled_caught
+
+
+async def _send_all(connection: socket.socket, data: bytes) -> None:
+    view = memoryview(data)
+    while True:
+        try:
+            sent = connection.send(view)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(view):
+            return
+        view = view[sent:]
+        await trio.lowlevel.wait_writable(connection)
+
+
+async def _receive_with_fds(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """Bytes and the descriptors that came with them, which the caller owns."""
+    room = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+    while True:
+        try:
+            data, ancillary, _, _ = connection.recvmsg(_READ_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(connection)
+            continue
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        return data, list(fds)
