@@ -53,12 +53,12 @@ class Command(NamedTuple):
 
 
 def _count(complaint: str) -> Callable[[str], int]:
-    """Reads a number that may have anything behind it; *complaint* ends with what is none."""
+    """Reads a decimal number that may have anything behind it; else *complaint* is made."""
 
     def read(text: str) -> int:
         from vtpm_cuse.cli.numbers import leading_number
 
-        found = leading_number(text)
+        found = leading_number(text, base=10)
         if found is None:
             raise UsageError(f"{complaint} {text}.")
         return found[0] & 0xFFFF_FFFF

@@ -31,9 +31,9 @@ _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile f
 def cuse_config(line: CommandLine) -> CuseConfig:
     """All of ``swtpm cuse``. Raises UsageError."""
     return CuseConfig(
-        name=_device_name(line),
         major=line.number("maj", 0xFFFF),
         minor=line.number("min", 0xFFFF),
+        name=_device_name(line),
         foreground=line.has("foreground"),
         log=log_config(line),
         pid=pid_config(line),

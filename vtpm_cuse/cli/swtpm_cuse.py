@@ -51,11 +51,11 @@ def _run(words: Sequence[str], program: str) -> int:
     if line.has("version"):
         print(version_text("CUSE interface "))
         return 0
+    flags = line.number("print-info", 0xFFFF_FFFF)
     logs.configure(settings.log_config(line))
     text = prints.asked_text(line)
     if text is None:
         config = settings.cuse_config(line)
-        flags = line.number("print-info", 0xFFFF_FFFF)
         if not flags:
             return _serve(config)
         text = prints.info(flags, tpm2=config.vtpm.tpm2)

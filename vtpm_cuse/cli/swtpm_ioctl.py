@@ -144,7 +144,7 @@ def _buffer_size() -> int:
         return 0
     from vtpm_cuse.cli.numbers import leading_number
 
-    found = leading_number(text)
+    found = leading_number(text, base=10)
     return max(1, found[0]) if found else 1
 
 
@@ -157,7 +157,7 @@ def _split_tcp(target: str) -> tuple[str, int]:
         return "127.0.0.1", _DEFAULT_PORT
     from vtpm_cuse.cli.numbers import leading_number
 
-    found = leading_number(port)
+    found = leading_number(port, base=10)
     if found is None:
         raise UsageError(f"Invalid port '{port}'")
     if not 0 <= found[0] < 1 << 16:

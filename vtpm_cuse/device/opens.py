@@ -198,6 +198,8 @@ class TpmDeviceFile:
             return PtmCapabilityIoctl(CAPABILITIES)
         if command is PtmCommand.PTM_CANCEL_TPM_CMD:
             self.cancelling = self.busy
+        if command is PtmCommand.PTM_INIT:
+            self._incoming = None  # what is written from now on is for the TPM
         if command is PtmCommand.PTM_STOP:
             self._response = memoryview(b"")
         return self._ptm.handle(command, request)

@@ -109,6 +109,8 @@ class CuseSession:
             return handler(message, unique)
         except VtpmError as exc:
             return error_reply(unique, faults.errno_of(exc))
+        except struct.error:  # the request is shorter than its structure
+            return error_reply(unique, errno.EINVAL)
 
     def wake(self) -> Iterator[bytes]:
         """After a change of the device: replies to waiting requests, then poll notifications."""
@@ -129,8 +131,9 @@ class CuseSession:
 
     def _write(self, message: memoryview, unique: int) -> bytes:
         size = _TRANSFER.unpack_from(message, _IN.size)[2]
-        self._file.write(bytes(message[_DATA_AT : _DATA_AT + size]))
-        return _OUT.pack(_WRITE_REPLY_SIZE, 0, unique) + _WRITTEN.pack(size, 0)
+        data = bytes(message[_DATA_AT : _DATA_AT + size])
+        self._file.write(data)
+        return _OUT.pack(_WRITE_REPLY_SIZE, 0, unique) + _WRITTEN.pack(len(data), 0)
 
     def _read(self, message: memoryview, unique: int) -> bytes | None:
         _, _, size, _, _, flags, _ = _TRANSFER.unpack_from(message, _IN.size)

@@ -10,11 +10,12 @@ from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service import logs
 from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
-    from vtpm_cuse.service.config import StateConfig, VtpmConfig
+    from vtpm_cuse.service.config import VtpmConfig
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +29,19 @@ _STARTUP_KINDS = {
 }
 
 
-def make_vtpm(config: VtpmConfig, state: StateConfig) -> Vtpm:
-    """A stopped vTPM on *state*; nothing is read, written or locked yet.
+def make_vtpm(config: VtpmConfig, *, incoming: bool = False) -> Vtpm:
+    """A stopped vTPM; nothing is read, written or locked yet.
+
+    Args:
+        config: What it is to be; without a state location it can be made, but not started.
+        incoming: A migration brings the state.
 
     Raises:
         EngineUnavailable: libtpms is missing or cannot be what is asked for.
         UsageError: The configuration cannot hold.
     """
-    store = SealedStore(open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock))
-    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=store)
+    store = _make_store(config)
+    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=store or SealedStore(MemoryStore()))
     if debug := logs.engine_debug():
         engine.set_debug(debug.fd, debug.level, debug.prefix)
     if config.profile is not None and config.tpm2 and not engine.has_profiles:
@@ -47,9 +52,17 @@ def make_vtpm(config: VtpmConfig, state: StateConfig) -> Vtpm:
         auto_shutdown=config.startup.auto_shutdown,
         reject_locality_4=config.locality.reject_locality_4,
         allow_set_locality=config.locality.allow_set_locality,
+        incoming=incoming,
         profile=config.profile.text if config.profile else None,
     )
     return Vtpm(engine, store, options)
+
+
+def _make_store(config: VtpmConfig) -> SealedStore | None:
+    state = config.state
+    if state is None:
+        return None
+    return SealedStore(open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock))
 
 
 def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:

@@ -117,3 +117,60 @@ class CuseConfig:
     foreground: bool = False
     log: LogConfig = field(default_factory=LogConfig)
     pid: PidConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SocketAddress:
+    """One end of a channel: a descriptor if there is one, else a path, else a port.
+
+    Attributes:
+        kind: ``tcp`` or ``unixio``.
+        port: TCP port.
+        bindaddr: Numeric IPv4 or IPv6 address to listen on.
+        ifname: Network interface, for IPv6 link-local addresses.
+        path: Path of a Unix socket.
+        mode: Permission bits of that path.
+        uid: Owner of that path; None leaves it.
+        gid: Group of that path; None leaves it.
+        fd: An open socket: a listening one, but for TCP data a connected one.
+        clientfd: A connected socket of a control channel.
+    """
+
+    kind: Literal["tcp", "unixio"]
+    port: int | None = None
+    bindaddr: str = "127.0.0.1"
+    ifname: str | None = None
+    path: str | None = None
+    mode: int = 0o770
+    uid: int | None = None
+    gid: int | None = None
+    fd: int | None = None
+    clientfd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SocketConfig:
+    """A vTPM on sockets.
+
+    Attributes:
+        data: Where TPM commands come from (``--server``, ``--port``).
+        data_fd: A connected data stream (``--fd``).
+        control: Where control commands come from (``--ctrl``).
+        disconnect: Close a data connection after each response.
+        terminate: End when there is no data connection after there was one.
+        control_terminate: End when the control connection is closed.
+        daemon: Go to the background.
+        incoming: A migration brings the state (``--migration incoming``).
+    """
+
+    vtpm: VtpmConfig
+    data: SocketAddress | None = None
+    data_fd: int | None = None
+    control: SocketAddress | None = None
+    disconnect: bool = False
+    terminate: bool = False
+    control_terminate: bool = False
+    daemon: bool = False
+    incoming: bool = False
+    log: LogConfig = field(default_factory=LogConfig)
+    pid: PidConfig | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import FrontendError, UsageError, VtpmError
@@ -15,11 +14,9 @@ from vtpm_cuse.service.daemon import run_in_background
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import trio
-
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.frontends.cuse import CuseChannel
-    from vtpm_cuse.service.config import CuseConfig, StateConfig
+    from vtpm_cuse.service.config import CuseConfig
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def run(config: CuseConfig) -> int:
         VtpmError: What was wrong, before anything was made.
     """
     logs.configure(config.log)
-    state = _state_location(config)
+    _prepare_state(config)
     if os.path.lexists(f"/dev/{config.name}"):
         raise UsageError(f"Error: A device '/dev/{config.name}' already exists.", _START_FAILED)
 
@@ -44,7 +41,7 @@ def run(config: CuseConfig) -> int:
     channel = CuseChannel()
 
     def serve(ready: Callable[[], None]) -> int:
-        return _serve(config, state, channel, ready)
+        return _serve(config, channel, ready)
 
     def confirm() -> None:
         channel.close()  # the device must end with its server
@@ -55,7 +52,8 @@ def run(config: CuseConfig) -> int:
     return run_in_background(serve, confirm)
 
 
-def _state_location(config: CuseConfig) -> StateConfig:
+def _prepare_state(config: CuseConfig) -> None:
+    """This interface makes a missing state directory, and does not start without a location."""
     state = config.vtpm.state
     if state is None:
         reason = "Error: No TPM state directory is defined; TPM_PATH is not set"
@@ -67,18 +65,15 @@ def _state_location(config: CuseConfig) -> StateConfig:
         except OSError as exc:
             reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
             raise UsageError(reason, _START_FAILED) from exc
-    return state
 
 
-def _serve(
-    config: CuseConfig, state: StateConfig, channel: CuseChannel, ready: Callable[[], None]
-) -> int:
+def _serve(config: CuseConfig, channel: CuseChannel, ready: Callable[[], None]) -> int:
     import trio
 
     from vtpm_cuse.service.compose import make_vtpm, power_on
 
     try:
-        vtpm = make_vtpm(config.vtpm, state)
+        vtpm = make_vtpm(config.vtpm)
     except VtpmError as exc:
         log.error("%s", exc)
         return 1
@@ -111,6 +106,7 @@ async def _serve_device(
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.cuse import CuseServer
     from vtpm_cuse.service.pidfile import pid_file
+    from vtpm_cuse.service.signals import cancel_on_signal
 
     await channel.create_device(config.name, config.major, config.minor)
     worker = Worker()
@@ -118,7 +114,7 @@ async def _serve_device(
     try:
         with pid_file(config.pid):
             async with trio.open_nursery() as nursery:
-                await nursery.start(_cancel_on_signal, nursery.cancel_scope)
+                await nursery.start(cancel_on_signal, nursery.cancel_scope)
                 log.info("CUSE TPM successfully initialized.")
                 ready()
                 await server.serve()
@@ -126,15 +122,6 @@ async def _serve_device(
     finally:
         await server.settle()
         worker.close()
-
-
-async def _cancel_on_signal(scope: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
-    import trio
-
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        task_status.started()
-        async for _ in signals:
-            scope.cancel()
 
 
 def _confirm_device(name: str) -> None:

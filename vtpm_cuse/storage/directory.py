@@ -62,8 +62,13 @@ class DirectoryStore:
         file_name = self._file_name(name)
         aside = file_name.replace("tpm", "TMP", 1)
         with self._errors(file_name):
-            self._write_aside(aside, blob)
-            os.replace(aside, file_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            try:
+                self._write_aside(aside, blob)
+                os.replace(aside, file_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(aside, dir_fd=self._directory)
+                raise
             os.fsync(self._directory)
 
     def delete(self, name: str, *, must_exist: bool = False) -> None:
@@ -149,10 +154,6 @@ class DirectoryStore:
             with open(fd, "wb", closefd=False) as file:
                 file.write(blob)
             os.fsync(fd)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside, dir_fd=self._directory)
-            raise
         finally:
             os.close(fd)
 

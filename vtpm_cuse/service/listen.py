@@ -1,0 +1,121 @@
+"""Acquires the sockets of `swtpm socket`, before anything that takes time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.frontends.sockets import Channels
+
+if TYPE_CHECKING:
+    from vtpm_cuse.service.config import SocketAddress, SocketConfig
+
+_BACKLOG = 16
+_PATH_MAX = 107
+
+
+def acquire(config: SocketConfig) -> Channels:
+    """Binds, or takes over, all sockets of a configuration.
+
+    Raises:
+        UsageError: One of them cannot be had; none stays open.
+    """
+    channels = Channels(
+        disconnect=config.disconnect,
+        terminate=config.terminate,
+        control_terminate=config.control_terminate,
+    )
+    with contextlib.ExitStack() as undo:
+        undo.callback(channels.close)
+        _acquire_control(channels, config.control)
+        _acquire_data(channels, config)
+        undo.pop_all()
+    return channels
+
+
+def _acquire_control(channels: Channels, address: SocketAddress | None) -> None:
+    if address is None:
+        return
+    if address.fd is None and address.clientfd is not None:
+        channels.control_stream = _inherit(address.clientfd)
+    else:
+        channels.control_listener = _listener(channels, address)
+
+
+def _acquire_data(channels: Channels, config: SocketConfig) -> None:
+    address = config.data
+    if config.data_fd is not None:
+        channels.data_stream = _inherit(config.data_fd)
+    elif address is not None and address.kind == "tcp" and address.fd is not None:
+        channels.data_stream = _inherit(address.fd)
+    elif address is not None:
+        channels.data_listener = _listener(channels, address)
+
+
+def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
+    if address.fd is not None:
+        return _inherit(address.fd)
+    try:
+        if address.path is not None:
+            return _listen_unix(channels, address, address.path)
+        return _listen_tcp(address)
+    except OSError as exc:
+        where = address.path or f"{address.bindaddr}:{address.port}"
+        raise UsageError(f"Could not listen on {where}: {exc.strerror}") from exc
+
+
+def _inherit(fd: int) -> socket.socket:
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise UsageError(f"File descriptor {fd} is not a socket")
+        sock = socket.socket(fileno=fd)
+    except OSError as exc:
+        raise UsageError(f"Cannot use file descriptor {fd}: {exc.strerror}") from exc
+    sock.setblocking(False)
+    return sock
+
+
+def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socket.socket:
+    if len(os.fsencode(path)) > _PATH_MAX:
+        raise UsageError(f"Path for UnixIO socket is too long: {path}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # left over by a process that was killed
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        channels.unlink.append(os.path.abspath(path))
+        os.chmod(path, address.mode)
+        if address.uid is not None or address.gid is not None:
+            keep = -1
+            uid = keep if address.uid is None else address.uid
+            os.chown(path, uid, keep if address.gid is None else address.gid)
+    except BaseException:
+        sock.close()
+        raise
+    return _listening(sock)
+
+
+def _listen_tcp(address: SocketAddress) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.bindaddr else socket.AF_INET
+    target: tuple[str, int] | tuple[str, int, int, int] = (address.bindaddr, address.port or 0)
+    if family == socket.AF_INET6:
+        scope = socket.if_nametoindex(address.ifname) if address.ifname else 0
+        target = (*target[:2], 0, scope)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(target)
+    except BaseException:
+        sock.close()
+        raise
+    return _listening(sock)
+
+
+def _listening(sock: socket.socket) -> socket.socket:
+    sock.listen(_BACKLOG)
+    sock.setblocking(False)
+    return sock
