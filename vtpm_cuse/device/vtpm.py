@@ -270,7 +270,7 @@ class Vtpm:
 
     def config_flags(self) -> PtmConfigFlag:
         """Which keys are in use."""
-        return PtmConfigFlag(0)
+        return PtmConfigFlag(0) if self.store is None else self.store.config_flags
 
     def store_volatile(self) -> None:
         """Writes the volatile state beside the permanent one. Raises VtpmError."""

@@ -1,14 +1,11 @@
-"""Payloads in, payloads out: the blob format around any store, and migration blobs.
-
-This is the one place where a payload gets its header and TLV layer; keys will
-join here.
-"""
+"""Payloads in, payloads out: header, TLV layer and keys around any store; migration blobs."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import PtmError, StateDamaged
+from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected
 from vtpm_cuse.wire.blob import (
     BlobFlag,
     BlobTag,
@@ -17,43 +14,93 @@ from vtpm_cuse.wire.blob import (
     tlv,
     with_header,
 )
-from vtpm_cuse.wire.ptm import PtmResult, PtmStateFlag
+from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult, PtmStateFlag
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtpm_cuse.storage.base import StateStore
+    from vtpm_cuse.storage.keys import Key
+
+_KEY_RESULTS = (PtmResult.TPM_DECRYPT_ERROR, PtmResult.TPM_BAD_KEY_PROPERTY)
 
 
 class SealedStore:
-    """A store of payloads (implements `engine.base.Nvram`) on a store of blobs."""
+    """A store of payloads (implements `engine.base.Nvram`) on a store of blobs.
 
-    def __init__(self, blobs: StateStore) -> None:
+    Args:
+        blobs: Keeps the blobs.
+        key: Encrypts what is stored.
+        migration_key: Encrypts what goes to another TPM.
+        random: Makes IVs.
+    """
+
+    def __init__(
+        self,
+        blobs: StateStore,
+        key: Key | None = None,
+        migration_key: Key | None = None,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
         self.blobs = blobs
+        self._key = key
+        self._migration_key = migration_key
+        self._random = random
+
+    @property
+    def config_flags(self) -> PtmConfigFlag:
+        """Which keys are in use."""
+        flags = PtmConfigFlag(0)
+        if self._key is not None:
+            flags |= PtmConfigFlag.PTM_CONFIG_FLAG_FILE_KEY
+        if self._migration_key is not None:
+            flags |= PtmConfigFlag.PTM_CONFIG_FLAG_MIGRATION_KEY
+        return flags
+
+    # -- stored state ---------------------------------------------------------------------
 
     def load(self, name: str) -> bytes:
-        """Returns the payload. Raises StateMissing, StateDamaged, StorageError."""
+        """Returns the payload. Raises StateMissing, StateKeyRejected, StateDamaged, StorageError.
+
+        Whether a key is there decides what is expected, not the header's flag: a
+        plain file where a key is given is an error.
+        """
         blob = self.blobs.load(name)
         try:
             header, body = split_header_untrusted(blob)
-            return body if header.version == 1 else _plain_data(body)
+            return self._open_inner(body, BlobFlag(header.flags), self._key, header.version)
         except PtmError as exc:
-            raise StateDamaged(name, exc.reason, exc.result) from exc
+            kind = StateKeyRejected if exc.result in _KEY_RESULTS else StateDamaged
+            raise kind(name, exc.reason, exc.result) from exc
 
     def store(self, name: str, data: bytes) -> None:
         """Keeps the payload, durably. Raises StorageError."""
-        self.blobs.store(name, with_header(BlobFlag(0), tlv(BlobTag.DATA, data)))
+        flags, body = self._seal_inner(data, self._key)
+        self.blobs.store(name, with_header(flags, body))
 
     def delete(self, name: str, *, must_exist: bool) -> None:
         """Removes the blob. Raises StorageError."""
         self.blobs.delete(name, must_exist=must_exist)
 
+    # -- migration ------------------------------------------------------------------------
+
     def to_migration(self, payload: bytes, *, decrypted: bool) -> tuple[PtmStateFlag, bytes]:
         """Wraps a payload for another TPM; the flag says whether the file key still covers it."""
-        del decrypted  # nothing is encrypted without keys
-        inner = tlv(BlobTag.DATA, payload)
-        body = tlv(BlobTag.MIGRATION_DATA, inner)
-        return PtmStateFlag(0), with_header(BlobFlag.MIGRATION_DATA, body)
+        flags, inner = self._seal_inner(payload, None if decrypted else self._key)
+        state_flag = PtmStateFlag(0)
+        if flags & BlobFlag.ENCRYPTED:
+            state_flag = PtmStateFlag.PTM_STATE_FLAG_ENCRYPTED
+        flags |= BlobFlag.MIGRATION_DATA
+        key = self._migration_key
+        if key is None:
+            return state_flag, with_header(flags, tlv(BlobTag.MIGRATION_DATA, inner))
+        flags |= BlobFlag.MIGRATION_ENCRYPTED
+        if key.is_256bit:
+            flags |= BlobFlag.MIGRATION_KEY_256BIT
+        tags = BlobTag.ENCRYPTED_MIGRATION_DATA, BlobTag.IV_MIGRATION_DATA
+        return state_flag, with_header(flags, key.seal(*tags, inner, self._random))
 
-    def from_migration_untrusted(self, name: str, blob: bytes, flags: int) -> bytes:
+    def from_migration_untrusted(self, name: str, blob: bytes, request_flags: int) -> bytes:
         """Unwraps what `to_migration` or the C suite made; empty for a bare header.
 
         Raises:
@@ -62,20 +109,63 @@ class SealedStore:
         header, body = split_header_untrusted(blob)
         if not body:
             return b""
-        if header.flags & BlobFlag.MIGRATION_ENCRYPTED:
-            raise PtmError(PtmResult.TPM_KEYNOTFOUND, f"Missing migration key to decrypt {name}")
-        if header.flags & BlobFlag.ENCRYPTED or flags & PtmStateFlag.PTM_STATE_FLAG_ENCRYPTED:
-            raise PtmError(PtmResult.TPM_KEYNOTFOUND, f"Missing state key to decrypt {name}")
-        if header.version == 1:
+        flags = BlobFlag(header.flags)
+        try:
+            inner = self._open_outer(name, body, flags, header.version)
+            key = None
+            wanted = request_flags & PtmStateFlag.PTM_STATE_FLAG_ENCRYPTED
+            if flags & BlobFlag.ENCRYPTED or wanted:
+                key = _need(self._key, "state", name)
+            return self._open_inner(inner, flags, key, header.version)
+        except PtmError as exc:
+            raise PtmError(exc.result, f"{name}: {exc.reason}") from exc
+
+    def _open_outer(self, name: str, body: bytes, flags: BlobFlag, version: int) -> bytes:
+        if flags & BlobFlag.MIGRATION_ENCRYPTED:
+            key = _need(self._migration_key, "migration", name)
+            if version == 1:
+                return key.unseal_version_1_untrusted(body)
+            _check_size(key, flags & BlobFlag.MIGRATION_KEY_256BIT)
+            tags = BlobTag.ENCRYPTED_MIGRATION_DATA, BlobTag.IV_MIGRATION_DATA
+            return key.unseal_untrusted(*tags, body)
+        if version == 1:
             return body
         inner = find_tlv_untrusted(body, BlobTag.MIGRATION_DATA)
         if inner is None:
             raise PtmError(PtmResult.TPM_FAIL, "Could not find migration data in byte stream.")
-        return _plain_data(inner)
+        return inner
+
+    # -- the layer both share -------------------------------------------------------------
+
+    def _seal_inner(self, payload: bytes, key: Key | None) -> tuple[BlobFlag, bytes]:
+        if key is None:
+            return BlobFlag(0), tlv(BlobTag.DATA, payload)
+        flags = BlobFlag.ENCRYPTED | (BlobFlag.KEY_256BIT if key.is_256bit else BlobFlag(0))
+        tags = BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA
+        return flags, key.seal(*tags, payload, self._random)
+
+    @staticmethod
+    def _open_inner(stream: bytes, flags: BlobFlag, key: Key | None, version: int) -> bytes:
+        if version == 1:
+            return stream if key is None else key.unseal_version_1_untrusted(stream)
+        if key is None:
+            payload = find_tlv_untrusted(stream, BlobTag.DATA)
+            if payload is None:
+                raise PtmError(PtmResult.TPM_FAIL, "Could not find plain data in byte stream.")
+            return payload
+        if flags & BlobFlag.ENCRYPTED:
+            _check_size(key, flags & BlobFlag.KEY_256BIT)
+        return key.unseal_untrusted(BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA, stream)
 
 
-def _plain_data(stream: bytes) -> bytes:
-    payload = find_tlv_untrusted(stream, BlobTag.DATA)
-    if payload is None:
-        raise PtmError(PtmResult.TPM_FAIL, "Could not find plain data in byte stream.")
-    return payload
+def _need(key: Key | None, kind: str, name: str) -> Key:
+    if key is None:
+        raise PtmError(PtmResult.TPM_KEYNOTFOUND, f"Missing {kind} key to decrypt {name}")
+    return key
+
+
+def _check_size(key: Key, needs_256: int) -> None:
+    if key.is_256bit != bool(needs_256):
+        bits = 256 if needs_256 else 128
+        reason = f"Wrong decryption key. Need {bits} bit key."
+        raise PtmError(PtmResult.TPM_BAD_KEY_PROPERTY, reason)
