@@ -152,14 +152,15 @@ def wait_child(pid: int, seconds: float = PATIENCE) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-_READ, _POLL, _SELECT, _PSELECT, _EPOLL_WAIT, _IOCTL = "0", "7", "23", "270", "232", "16"
-BLOCKING_CALLS: Final = {_READ, _POLL, _SELECT, _PSELECT, _EPOLL_WAIT, _IOCTL}
+READ, POLL = "0", "7"  # numbers of system calls on x86-64
+_SELECT, _PSELECT, _EPOLL_WAIT, _IOCTL = "23", "270", "232", "16"
 
 
-def wait_blocked(thread_id: int) -> None:
-    """Until a thread sleeps in read, poll, select, epoll_wait or ioctl (x86-64)."""
+def wait_blocked(thread_id: int, *calls: str) -> None:
+    """Until a thread sleeps in one of the system calls, by default in any that waits."""
     path = Path(f"/proc/{thread_id}/syscall")
-    wait_until(lambda: path.read_text().split()[0] in BLOCKING_CALLS, f"{thread_id} blocks")
+    wanted = calls or (READ, POLL, _SELECT, _PSELECT, _EPOLL_WAIT, _IOCTL)
+    wait_until(lambda: path.read_text().split()[0] in wanted, f"{thread_id} blocks")
 
 
 def wait_for_line(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
@@ -386,7 +387,7 @@ class Server:
 
     def __post_init__(self) -> None:
         if self.state == Path():
-            self.state = self.folder / "state"
+            self.state = self.folder / f"{self.name}.state"
         self.log = self.folder / f"{self.name}.log"
         self.pid_file = self.folder / f"{self.name}.pid"
         self.device = Path("/dev") / self.name

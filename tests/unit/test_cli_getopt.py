@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from vtpm_cuse.cli.getopt import Complaint, Getopt, Given, LongOption, Operand
 from vtpm_cuse.cli.numbers import leading_number, number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OPTIONS = (
     LongOption("name", takes_value=True, letter="n"),
@@ -92,7 +95,7 @@ def test_second_value_is_taken_unless_it_looks_like_an_option() -> None:
 
 
 class GlibcOption(ctypes.Structure):
-    _fields_ = (
+    _fields_ = (  # type: ignore[mutable-override]  # as ctypes wants it
         ("name", ctypes.c_char_p),
         ("has_arg", ctypes.c_int),
         ("flag", ctypes.c_void_p),
@@ -188,7 +191,7 @@ def test_equals_glibc(words: list[str], long_only: bool) -> None:
         ("010", 10, (10, "")),
         ("", 0, None),
         ("x1", 10, None),
-        ("١", 10, None),  # a digit elsewhere
+        ("\N{ARABIC-INDIC DIGIT ONE}", 10, None),
     ],
 )
 def test_numbers_as_strtol(text: str, base: int, found: tuple[int, str] | None) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service import logs
 from vtpm_cuse.service.config import LogConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 log = logging.getLogger("vtpm_cuse.test")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,6 +23,9 @@ from vtpm_cuse.service.config import (
     StateConfig,
     VtpmConfig,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +150,7 @@ def test_profile_from_file_and_descriptor(tmp_path: Path) -> None:
         (["-n", "a b"], 254, "Error: 'a b' cannot be the name of a device"),
         (["-n", "a\nb"], 254, "Error: 'a\nb' cannot be the name of a device"),
         (["-n", "a", "x"], 1, "Unknown parameter 'x'"),
+        (["-M", "-1"], 255, "Error: '-1' of option --maj is not a number"),
         (["-n", "a", "-M", "65536"], 255, "Error: '65536' of option --maj is not a number"),
         (["-n", "a", "-m", "x"], 255, "Error: 'x' of option --min is not a number"),
         (["--key", "file=k"], 253, "Error: option --key is not available yet"),

@@ -28,6 +28,8 @@ class Interface(Enum):
 
 ALL: Final = frozenset(Interface)
 CUSE: Final = frozenset({Interface.CUSE})
+SOCKET: Final = frozenset({Interface.SOCKET})
+STREAMS: Final = ALL - CUSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,31 @@ def _switches(**helps: str) -> tuple[SubOption, ...]:
     return tuple(SubOption(name.replace("_", "-"), text, Kind.BOOL) for name, text in helps.items())
 
 
+def _address(*, default_type: str) -> tuple[SubOption, ...]:
+    needed = f", by default {default_type}" if default_type else ""
+    return (
+        SubOption("type", f"tcp or unixio{needed}", metavar="TYPE", choices=("tcp", "unixio")),
+        SubOption("port", "TCP port to listen on", Kind.INT, "PORT"),
+        SubOption("bindaddr", "address to listen on, by default 127.0.0.1", metavar="ADDR"),
+        SubOption("ifname", "interface, for an IPv6 link-local address", metavar="NAME"),
+        SubOption("path", "path of the Unix socket", metavar="PATH"),
+        SubOption("mode", "permissions of the path, by default 0770", Kind.MODE, "0..."),
+        SubOption("uid", "owner of the path", Kind.UID, "UID"),
+        SubOption("gid", "group of the path", Kind.GID, "GID"),
+    )
+
+
+_KEY: Final = (
+    SubOption("file", "file that holds the key", metavar="PATH"),
+    SubOption("fd", "descriptor to read the key from", Kind.INT, "FD"),
+    SubOption("pwdfile", "file that holds a passphrase", metavar="PATH"),
+    SubOption("pwdfd", "descriptor to read a passphrase from", Kind.INT, "FD"),
+    SubOption("mode", "aes-128-cbc (the default), aes-cbc or aes-256-cbc", metavar="CIPHER"),
+    SubOption("format", "hex (the default) or binary", metavar="FORMAT"),
+    SubOption("kdf", "pbkdf2 (the default) or sha512", metavar="KDF"),
+    SubOption("remove", "remove the file after it was read", Kind.BOOL),
+)
+
 OPTIONS: Final[Sequence[Option]] = (
     Option(
         "name",
@@ -95,6 +122,55 @@ OPTIONS: Final[Sequence[Option]] = (
         "stay in the foreground, as service managers want it; without it the program returns "
         "as soon as the device answers, and the TPM runs on in the background",
         interfaces=CUSE,
+    ),
+    Option(
+        "server",
+        "where clients connect to send TPM commands",
+        noun="server",
+        subs=(
+            *_address(default_type="tcp"),
+            SubOption("fd", "open socket: listening for unixio, connected for tcp", Kind.INT, "FD"),
+            SubOption("disconnect", "close a connection after each response", Kind.BOOL),
+        ),
+        interfaces=SOCKET,
+    ),
+    Option(
+        "port",
+        "listen on this TCP port of 127.0.0.1 and close a connection after each response",
+        letter="p",
+        metavar="PORT",
+        interfaces=SOCKET,
+    ),
+    Option(
+        "fd",
+        "use this connected socket for TPM commands, and end with it",
+        letter="f",
+        metavar="FD",
+        interfaces=SOCKET,
+    ),
+    Option(
+        "ctrl",
+        "where the control channel is",
+        noun="ctrl",
+        subs=(
+            *_address(default_type=""),
+            SubOption("fd", "open listening socket", Kind.INT, "FD"),
+            SubOption("clientfd", "open connected socket, unixio only", Kind.INT, "FD"),
+            SubOption("terminate", "end when the control client goes away", Kind.BOOL),
+        ),
+        interfaces=SOCKET,
+    ),
+    Option(
+        "terminate",
+        "end when the client that sends TPM commands goes away",
+        letter="t",
+        interfaces=SOCKET,
+    ),
+    Option(
+        "daemon",
+        "go to the background; the program returns when clients can connect",
+        letter="d",
+        interfaces=SOCKET,
     ),
     Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2"),
     Option(
@@ -179,10 +255,20 @@ OPTIONS: Final[Sequence[Option]] = (
             SubOption("fd", "open descriptor of a file", Kind.INT, "FD"),
         ),
     ),
-    Option("key", "", metavar="KEY", available=False),
-    Option("migration-key", "", metavar="KEY", available=False),
+    Option("key", "key that encrypts the state files", noun="key", subs=_KEY),
+    Option("migration-key", "key that encrypts state blobs on their way", noun="key", subs=_KEY),
+    Option(
+        "migration",
+        "how the state comes and goes in a migration",
+        noun="migration",
+        subs=_switches(
+            incoming="another host still holds the state: lock it when it has arrived",
+            release_lock_outgoing="accepted; the lock is always released with the last blob",
+        ),
+        interfaces=SOCKET,
+    ),
     Option("seccomp", "", metavar="ACTION", available=False),
-    Option("migration", "", metavar="WHAT", available=False),
+    Option("migration", "", metavar="WHAT", available=False, interfaces=ALL - SOCKET),
     Option("runas", "", letter="r", metavar="USER", available=False),
     Option("chroot", "", letter="R", metavar="DIR", available=False),
     Option("print-capabilities", "print what this program can do, as JSON, and end"),

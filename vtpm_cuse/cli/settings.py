@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.commandline import CuseExit
+from vtpm_cuse.cli.numbers import number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import (
     CuseConfig,
@@ -15,6 +17,8 @@ from vtpm_cuse.service.config import (
     LogConfig,
     PidConfig,
     ProfileConfig,
+    SocketAddress,
+    SocketConfig,
     StartupConfig,
     StartupKind,
     StateConfig,
@@ -22,9 +26,15 @@ from vtpm_cuse.service.config import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vtpm_cuse.cli.commandline import CommandLine
     from vtpm_cuse.cli.suboptions import SubValues
+    from vtpm_cuse.storage.keys import KeySource
 
+_PORT_MAX: Final = 0xFFFF
+_FIRST_FD: Final = 3
+_SOCKET_MODE: Final = 0o770
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
 
 
@@ -41,6 +51,33 @@ def cuse_config(line: CommandLine) -> CuseConfig:
     )
 
 
+def socket_config(line: CommandLine) -> SocketConfig:
+    """All of ``swtpm socket``. Raises UsageError."""
+    control = line.subs("ctrl")
+    migration = line.subs("migration")
+    port, data_fd = _port_option(line), _data_fd(line)
+    server = line.subs("server")
+    data = None
+    if server is not None:
+        data = _server_address(line, server, port)
+    elif port is not None:
+        data = SocketAddress("tcp", port=port)
+    return SocketConfig(
+        vtpm=replace(
+            vtpm_config(line), incoming=migration is not None and migration.flag("incoming")
+        ),
+        data=data,
+        data_fd=data_fd,
+        control=None if control is None else _control_address(line, control),
+        disconnect=server.flag("disconnect") if server is not None else port is not None,
+        terminate=line.has("terminate"),
+        control_terminate=control is not None and control.flag("terminate"),
+        daemon=line.has("daemon"),
+        log=log_config(line),
+        pid=pid_config(line),
+    )
+
+
 def vtpm_config(line: CommandLine) -> VtpmConfig:
     """The options about the TPM itself. Raises UsageError."""
     return VtpmConfig(
@@ -49,6 +86,8 @@ def vtpm_config(line: CommandLine) -> VtpmConfig:
         startup=_startup_config(line),
         locality=_locality_config(line),
         profile=_profile_config(line),
+        key=_key_source(line, "key"),
+        migration_key=_key_source(line, "migration-key"),
     )
 
 
@@ -109,6 +148,93 @@ def _device_name(line: CommandLine) -> str:
     if not name.isascii() or not name.isprintable() or " " in name or {"", ".", ".."} & {*parts}:
         raise UsageError(f"Error: '{name}' cannot be the name of a device", CuseExit.NO_NAME)
     return name
+
+
+def _port_option(line: CommandLine) -> int | None:
+    return line.number("port", _PORT_MAX) if line.has("port") else None
+
+
+def _data_fd(line: CommandLine) -> int | None:
+    if not line.has("fd"):
+        return None
+    fd = line.number("fd", 0x7FFFFFFF)
+    if fd < _FIRST_FD:
+        raise line.error("Error: Cannot accept file descriptors with values 0, 1, or 2")
+    return fd
+
+
+def _server_address(line: CommandLine, given: SubValues, port: int | None) -> SocketAddress:
+    address = _address(line, given, given.text("type") or "tcp")
+    if address.kind == "tcp" and address.port is None and address.fd is None:
+        port = port if port is not None else number(os.environ.get("TPM_PORT", ""), 0, _PORT_MAX)
+        if port is None:
+            raise line.error("No valid port number provided for TCP socket.")
+        return replace(address, port=port)
+    if address.kind == "unixio" and address.path is None and address.fd is None:
+        raise line.error("Missing path and fd options for UnixIO socket")
+    return address
+
+
+def _control_address(line: CommandLine, given: SubValues) -> SocketAddress:
+    kind = given.text("type")
+    if kind is None:
+        raise line.error("Missing type parameter for control channel")
+    address = _address(line, given, kind)
+    if address.kind == "tcp" and address.port is None and address.fd is None:
+        raise line.error("Missing port and fd options for TCP control channel")
+    unix = (address.fd, address.clientfd, address.path)
+    if address.kind == "unixio" and unix == (None, None, None):
+        raise line.error("Missing path and fd options for UnixIO control channel")
+    return address
+
+
+def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
+    port, path = given.integer("port"), given.text("path")
+    if port is not None and not 0 <= port <= _PORT_MAX:
+        raise line.error(f"TCP port {port} is not from 0 to {_PORT_MAX}")
+    unix = kind == "unixio"
+    mode = given.integer("mode")
+    return SocketAddress(
+        kind="unixio" if unix else "tcp",
+        port=None if unix else port,
+        bindaddr=given.text("bindaddr") or "127.0.0.1",
+        ifname=given.text("ifname"),
+        path=os.path.abspath(path) if unix and path is not None else None,
+        mode=_SOCKET_MODE if mode is None else mode,
+        uid=given.integer("uid"),
+        gid=given.integer("gid"),
+        fd=_descriptor(given.integer("fd")),
+        clientfd=_descriptor(given.integer("clientfd")) if unix else None,
+    )
+
+
+def _key_source(line: CommandLine, option: str) -> KeySource | None:
+    given = line.subs(option)
+    if given is None:
+        return None
+    from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, KeySource
+
+    def one_of(name: str, allowed: Iterable[str], default: str, complaint: str) -> str:
+        text = given.text(name) or default
+        if text not in allowed:
+            raise line.error(complaint.format(text))
+        return text
+
+    return KeySource(
+        file=_path(given, "file"),
+        fd=_descriptor(given.integer("fd")),
+        pwdfile=_path(given, "pwdfile"),
+        pwdfd=_descriptor(given.integer("pwdfd")),
+        mode=one_of("mode", CIPHER_KEY_SIZES, "aes-128-cbc", "Unknown encryption mode '{}'."),
+        format=one_of("format", KEY_FORMATS, "hex", "Unknown key format '{}'."),
+        kdf=one_of("kdf", KDFS, "pbkdf2", "Unknown kdf '{}'."),
+        remove=given.flag("remove"),
+    )
+
+
+def _path(given: SubValues, name: str) -> str | None:
+    path = given.text(name)
+    return None if path is None else os.path.abspath(path)
 
 
 def _startup_config(line: CommandLine) -> StartupConfig:

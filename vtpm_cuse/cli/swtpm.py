@@ -13,7 +13,7 @@ Usage: swtpm socket|chardev|cuse [options]
        swtpm -v|--version
        swtpm -h|--help
 
-  socket   TPM commands over TCP or Unix sockets (not built yet)
+  socket   TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it
   chardev  TPM commands from a character device or the kernel's vTPM proxy
            (not built yet)
   cuse     a TPM as a character device in /dev
@@ -22,7 +22,7 @@ Use the --help option to see the help screen for each interface type.
 Use the --version option to see version information.
 
 Examples:
-  swtpm cuse --help
+  swtpm socket --help
   sudo swtpm cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0
 """
 
@@ -44,8 +44,12 @@ def _run() -> int:
             from vtpm_cuse.cli import swtpm_cuse
 
             return swtpm_cuse.main(rest, "swtpm cuse")
-        case ["socket" | "chardev" as name, *_]:
-            _report(f"The interface '{name}' is not built yet; there is 'swtpm cuse'")
+        case ["socket", *rest]:
+            from vtpm_cuse.cli import swtpm_socket
+
+            return swtpm_socket.main(rest, "swtpm socket")
+        case ["chardev", *_]:
+            _report("The interface 'chardev' is not built yet; there are 'socket' and 'cuse'")
             return 1
         case [name, *_]:
             return _refuse(f"Unsupported TPM interface type '{name}'.")

@@ -16,6 +16,7 @@ from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
     from vtpm_cuse.service.config import VtpmConfig
+    from vtpm_cuse.storage.keys import Key, KeySource
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,10 @@ _STARTUP_KINDS = {
 }
 
 
-def make_vtpm(config: VtpmConfig, *, incoming: bool = False) -> Vtpm:
-    """A stopped vTPM; nothing is read, written or locked yet.
+def make_vtpm(config: VtpmConfig) -> Vtpm:
+    """A stopped vTPM; of its state nothing is read, written or locked yet.
 
-    Args:
-        config: What it is to be; without a state location it can be made, but not started.
-        incoming: A migration brings the state.
+    Without a state location it can be made, but not started.
 
     Raises:
         EngineUnavailable: libtpms is missing or cannot be what is asked for.
@@ -52,7 +51,7 @@ def make_vtpm(config: VtpmConfig, *, incoming: bool = False) -> Vtpm:
         auto_shutdown=config.startup.auto_shutdown,
         reject_locality_4=config.locality.reject_locality_4,
         allow_set_locality=config.locality.allow_set_locality,
-        incoming=incoming,
+        incoming=config.incoming,
         profile=config.profile.text if config.profile else None,
     )
     return Vtpm(engine, store, options)
@@ -62,7 +61,16 @@ def _make_store(config: VtpmConfig) -> SealedStore | None:
     state = config.state
     if state is None:
         return None
-    return SealedStore(open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock))
+    blobs = open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock)
+    return SealedStore(blobs, _key(config.key), _key(config.migration_key))
+
+
+def _key(source: KeySource | None) -> Key | None:
+    if source is None:
+        return None
+    from vtpm_cuse.storage.keys import read_key
+
+    return read_key(source)
 
 
 def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:

@@ -6,7 +6,10 @@ Plain frozen data, so that a manager or a test can make one without any words.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vtpm_cuse.storage.keys import KeySource
 
 StartupKind = Literal["none", "clear", "state", "deactivated"]
 
@@ -90,13 +93,22 @@ class ProfileConfig:
 
 @dataclass(frozen=True, slots=True)
 class VtpmConfig:
-    """The TPM itself, whatever interface it is served on."""
+    """The TPM itself, whatever interface it is served on.
+
+    Attributes:
+        key: Where the key comes from that encrypts stored state.
+        migration_key: Where the key comes from that encrypts state on its way to another TPM.
+        incoming: A migration brings the state, whose lock is still held elsewhere.
+    """
 
     tpm2: bool = False
     state: StateConfig | None = None
     startup: StartupConfig = field(default_factory=StartupConfig)
     locality: LocalityConfig = field(default_factory=LocalityConfig)
     profile: ProfileConfig | None = None
+    key: KeySource | None = None
+    migration_key: KeySource | None = None
+    incoming: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +172,6 @@ class SocketConfig:
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
         daemon: Go to the background.
-        incoming: A migration brings the state (``--migration incoming``).
     """
 
     vtpm: VtpmConfig
@@ -171,6 +182,5 @@ class SocketConfig:
     terminate: bool = False
     control_terminate: bool = False
     daemon: bool = False
-    incoming: bool = False
     log: LogConfig = field(default_factory=LogConfig)
     pid: PidConfig | None = None

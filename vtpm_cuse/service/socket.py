@@ -57,7 +57,7 @@ def _serve_channels(config: SocketConfig, channels: Channels, ready: Callable[[]
     from vtpm_cuse.service.compose import make_vtpm, power_on
     from vtpm_cuse.service.pidfile import pid_file
 
-    vtpm = make_vtpm(config.vtpm, incoming=config.incoming)
+    vtpm = make_vtpm(config.vtpm)
     try:
         with pid_file(config.pid):
             if power_on(vtpm, config.vtpm):

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import PtmError, UsageError
 from vtpm_cuse.wire.blob import BlobTag, find_tlv_untrusted, tlv
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers import Cipher, modes
 
 CIPHER_KEY_SIZES: Final = {"aes-cbc": 16, "aes-128-cbc": 16, "aes-256-cbc": 32}
+KEY_FORMATS: Final = ("hex", "binary")
+KDFS: Final = ("pbkdf2", "sha512")
 
 _HMAC_SIZE: Final = 32
 _BLOCK: Final = 16
@@ -32,15 +34,22 @@ _PASSPHRASE_MAX: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class KeySource:
-    """One ``--key`` or ``--migration-key``; the first of file, fd, pwdfile, pwdfd counts."""
+    """One ``--key`` or ``--migration-key``; the first of file, fd, pwdfile, pwdfd counts.
+
+    Attributes:
+        mode: One of `CIPHER_KEY_SIZES`.
+        format: One of `KEY_FORMATS`, for file and fd.
+        kdf: One of `KDFS`, for pwdfile and pwdfd.
+        remove: Remove the files after reading.
+    """
 
     file: str | None = None
     fd: int | None = None
     pwdfile: str | None = None
     pwdfd: int | None = None
-    mode: Literal["aes-cbc", "aes-128-cbc", "aes-256-cbc"] = "aes-128-cbc"
-    format: Literal["hex", "binary"] = "hex"
-    kdf: Literal["pbkdf2", "sha512"] = "pbkdf2"
+    mode: str = "aes-128-cbc"
+    format: str = "hex"
+    kdf: str = "pbkdf2"
     remove: bool = False
 
 

@@ -1,0 +1,79 @@
+"""The JSON texts of the print options, as management layers read them."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.processes import in_child
+from vtpm_cuse.cli import prints
+from vtpm_cuse.cli.commandline import CommandLine
+from vtpm_cuse.cli.options import Interface
+from vtpm_cuse.engine import libtpms
+
+INFO = {
+    "TPMFeatures": {"RSAKeySizes": [1024, 2048]},
+    "AvailableProfiles": [{"Name": "default-v1"}, {"Name": "null"}],
+    "RuntimeAlgorithms": {"CanBeDisabled": "tdes", "Implemented": "rsa,tdes"},
+    "RuntimeCommands": {"CanBeDisabled": "0x1", "Implemented": "0x1-0x2"},
+}
+
+
+def text_for(*words: str) -> str:
+    text = prints.asked_text(CommandLine(Interface.CUSE, "swtpm-cuse", words))
+    assert text is not None
+    return text
+
+
+@pytest.fixture
+def libtpms_with_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A libtpms as of 0.10."""
+
+    def engine(*, tpm2: bool) -> SimpleNamespace:
+        return SimpleNamespace(tpm2=tpm2, has_profiles=True, info=lambda _flags: json.dumps(INFO))
+
+    monkeypatch.setattr(prints, "_engine", engine)
+    monkeypatch.setattr(libtpms, "supported_versions", lambda: {"1.2", "2.0"})
+
+
+def test_nothing_asked() -> None:
+    assert prints.asked_text(CommandLine(Interface.CUSE, "swtpm-cuse", [])) is None
+
+
+@pytest.mark.usefixtures("libtpms_with_profiles")
+def test_capabilities_with_profiles() -> None:
+    text = text_for("--print-capabilities", "--tpm2")
+    assert text.startswith('{ "type": "swtpm", "features": [ "tpm-1.2", "tpm-2.0", "flags-opt-')
+    assert '"rsa-keysize-1024", "rsa-keysize-2048", "cmdarg-profile", ' in text
+    assert text.endswith(
+        '"profiles": { "names": [ "default-v1", "null" ], "algorithms": { "canbedisabled": "tdes",'
+        ' "implemented": "rsa,tdes" }, "commands": { "canbedisabled": "0x1", "implemented": '
+        '"0x1-0x2" } }, "version": "0.10.2" }\n'
+    )
+
+
+@pytest.mark.usefixtures("libtpms_with_profiles")
+def test_profiles() -> None:
+    assert text_for("--print-profiles", "--tpm2") == json.dumps(INFO)
+    assert text_for("--print-profiles") == "{}"
+
+
+@in_child
+def test_capabilities_promise_only_what_works() -> None:
+    found = json.loads(text_for("--print-capabilities"))
+    assert found["type"] == "swtpm"
+    assert found["profiles"] == {}
+    assert {"tpm-1.2", "tpm-2.0", "nvram-backend-dir"} <= set(found["features"])
+    assert not {"tpm-send-command-header", "rsa-keysize-2048"} & set(found["features"])
+    sizes = json.loads(text_for("--print-capabilities", "--tpm2"))["features"]
+    assert "rsa-keysize-2048" in sizes
+
+
+@in_child
+def test_info() -> None:
+    text = prints.info(3, tpm2=True)
+    assert text.endswith("}\n")
+    assert json.loads(text)["TPMSpecification"]["family"] == "2.0"
+    assert set(json.loads(prints.info(3, tpm2=False))) == {"TPMSpecification", "TPMAttributes"}

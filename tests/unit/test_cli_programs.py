@@ -1,0 +1,193 @@
+"""The programs as a shell sees them: text, exit status, what they import."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vtpm_cuse.cli import program, swtpm, swtpm_cuse, swtpm_ioctl
+from vtpm_cuse.errors import EngineUnavailable, UsageError
+from vtpm_cuse.service import cuse, logs
+from vtpm_cuse.service.config import CuseConfig, LogConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    root = logging.getLogger("vtpm_cuse")
+    level, propagate = root.level, root.propagate
+    yield
+    logs.configure(LogConfig(path="-"))
+    root.setLevel(level)
+    root.propagate = propagate
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Calls a program's main with words; gives status, output and errors."""
+
+    def call(main: Callable[[], int], *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *words])
+        status = main()
+        return status, *capfd.readouterr()
+
+    monkeypatch.delenv("TPM_PATH", raising=False)
+    return call
+
+
+def test_swtpm_without_interface(run: Run) -> None:
+    status, out, err = run(swtpm.main)
+    assert (status, out) == (1, "")
+    assert err.startswith("Missing TPM interface type.\n")
+    assert "Usage: swtpm socket|chardev|cuse [options]" in err
+
+
+def test_swtpm_with_unknown_interface(run: Run) -> None:
+    status, _, err = run(swtpm.main, "foo")
+    assert status == 1
+    assert err.startswith("Unsupported TPM interface type 'foo'.\n")
+
+
+@pytest.mark.parametrize("name", ["socket", "chardev"])
+def test_swtpm_says_what_is_not_built(run: Run, name: str) -> None:
+    assert run(swtpm.main, name, "--tpm2") == (
+        1,
+        "",
+        f"swtpm: The interface '{name}' is not built yet; there is 'swtpm cuse'\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "start"),
+    [
+        (swtpm.main, ["--help"], "TPM emulator with choice of interface.\n"),
+        (swtpm.main, ["-v"], "TPM emulator version 0.10.2 (vtpm-cuse "),
+        (swtpm.main, ["cuse", "-v"], "TPM emulator CUSE interface version 0.10.2 (vtpm-cuse "),
+        (swtpm.main, ["cuse", "--help", "x"], "Usage: swtpm cuse [options]\n"),
+        (swtpm_cuse.main, ["--version"], "TPM emulator CUSE interface version 0.10.2 "),
+        (swtpm_cuse.main, ["-h"], "Usage: swtpm-cuse [options]\n"),
+        (swtpm_ioctl.main, ["--version"], "TPM emulator control tool version 0.10.2 "),
+        (swtpm_ioctl.main, ["-c", "--help"], "TPM emulator control tool version 0.10.2 "),
+    ],
+)
+def test_help_and_version(run: Run, main: Callable[[], int], words: list[str], start: str) -> None:
+    status, out, err = run(main, *words)
+    assert (status, err) == (0, "")
+    assert out.startswith(start)
+
+
+def test_cuse_errors_carry_the_programs_prefix(run: Run) -> None:
+    assert run(swtpm.main, "cuse", "--bogus") == (
+        254,
+        "",
+        "cuse: unrecognized option '--bogus'\nswtpm: Error: device name missing\n",
+    )
+
+
+def test_errors_go_to_the_log_once_there_is_one(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert run(swtpm_cuse.main, "--log", f"file={path},prefix=X ") == (254, "", "")
+    assert path.read_text() == "X Error: device name missing\n"
+
+
+def test_print_states(run: Run, tmp_path: Path) -> None:
+    state = f"dir={tmp_path}"
+    none = '{ "type": "swtpm", "states": [] }'
+    assert run(swtpm_cuse.main, "--print-states", "--tpmstate", state) == (0, none, "")
+    (tmp_path / "tpm2-00.permall").write_bytes(b"12345")
+    (tmp_path / "tpm2-00.volatilestate").write_bytes(b"1")
+    some = (
+        '{ "type": "swtpm", "states": [ {"name": "permall", "size": 5}, '
+        '{"name": "volatilestate", "size": 1} ] }'
+    )
+    assert run(swtpm_cuse.main, "--print-states", "--tpm2", "--tpmstate", state) == (0, some, "")
+    assert run(swtpm_cuse.main, "--print-states", "--tpmstate", state) == (0, none, "")
+    assert run(swtpm_cuse.main, "--print-states") == (
+        1,
+        "",
+        "swtpm: Error: --tpmstate option is required for --print-states\n",
+    )
+
+
+def test_cuse_serves_what_the_words_say(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[CuseConfig] = []
+
+    def serve(config: CuseConfig) -> int:
+        served.append(config)
+        return 7
+
+    monkeypatch.setattr(cuse, "run", serve)
+    monkeypatch.setattr(os.path, "exists", lambda _: False)
+    assert run(swtpm_cuse.main, "-n", "vtpm0", "--tpm2", "--print-info", "0") == (7, "", "")
+    assert (served[0].name, served[0].vtpm.tpm2) == ("vtpm0", True)
+
+
+def test_cuse_without_permission(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda _: True)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    status, _, err = run(swtpm_cuse.main, "-n", "vtpm0")
+    assert status == 252
+    assert err.startswith("swtpm: Error: Unable to setuid root. uid = ")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("no", 77), 77, "no"),
+        (EngineUnavailable("no engine", "install it"), 1, "no engine; install it"),
+        (OSError(5, "Input/output error"), 1, "[Errno 5] Input/output error"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_an_error_is_one_line(error: BaseException, status: int, line: str | None) -> None:
+    said: list[str] = []
+
+    def work() -> int:
+        raise error
+
+    assert program.run_program(work, said.append) == status
+    assert said == ([] if line is None else [line])
+
+
+def test_a_reader_that_leaves_early_causes_no_noise() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from vtpm_cuse.cli.swtpm import main; sys.argv[1:] = ['--help']; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "unwanted"),
+    [
+        ("swtpm_ioctl", ["--help"], "dataclasses logging socket cffi trio vtpm_cuse.wire"),
+        ("swtpm_ioctl", ["-c", "/dev/null"], "logging socket cffi trio"),
+        ("swtpm", ["--help"], "dataclasses logging socket cffi trio vtpm_cuse.wire"),
+        ("swtpm_cuse", ["--help"], "socket cffi trio vtpm_cuse.engine vtpm_cuse.wire"),
+    ],
+)
+def test_no_program_imports_what_it_does_not_use(
+    module: str, words: list[str], unwanted: str
+) -> None:
+    code = (
+        f"import sys; from vtpm_cuse.cli.{module} import main; sys.argv[1:] = {words!r}; main();"
+        f"print(*set({unwanted.split()!r}) & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == ""

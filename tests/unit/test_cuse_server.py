@@ -1,0 +1,442 @@
+"""The trio loop on a channel whose other end is here, with a real worker thread."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+
+from tests.support import commands as tpm
+from tests.support import kernel as fake
+from tests.support import ptm
+from tests.support.engine import CANCELED, PATIENCE_SECONDS, FakeEngine, echo
+from tests.support.kernel import FakeKernel
+from tests.support.stores import FailingStore
+from vtpm_cuse.device.ptm import PtmService
+from vtpm_cuse.device.vtpm import Vtpm
+from vtpm_cuse.device.worker import Worker
+from vtpm_cuse.errors import FrontendError, StateLocked
+from vtpm_cuse.frontends import cuse
+from vtpm_cuse.frontends.cuse import CuseChannel, CuseServer
+from vtpm_cuse.storage.sealed import SealedStore
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+LONG = tpm.create_primary_rsa()
+RANDOM = tpm.get_random(8)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, CuseChannel]]:
+    """Whole messages both ways, as on /dev/cuse."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setblocking(False)
+    monkeypatch.setattr(cuse, "CUSE_PATH", "/dev/null")
+    channel = CuseChannel()
+    os.dup2(theirs.fileno(), channel.fd, inheritable=False)
+    theirs.close()
+    with ours:
+        yield ours, channel
+
+
+class Client:
+    """The kernel's end."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._end = trio.socket.from_stdlib_socket(end)
+        self._unique = 0
+
+    async def send(self, opcode: int, body: bytes) -> int:
+        self._unique += 2
+        await self._end.send(FakeKernel.message(opcode, self._unique, body))
+        return self._unique
+
+    async def receive(self) -> tuple[int, int, bytes]:
+        """unique, errno, body."""
+        message = await self._end.recv(1 << 17)
+        length, error, unique = struct.unpack_from("=IiQ", message)
+        assert length == len(message)
+        return unique, -error, message[16:]
+
+    async def call(self, opcode: int, body: bytes) -> tuple[int, bytes]:
+        unique = await self.send(opcode, body)
+        answered, error, reply = await self.receive()
+        assert answered == unique
+        return error, reply
+
+    async def open(self) -> None:
+        assert (await self.call(fake.OPEN, bytes(8)))[0] == 0
+
+    async def release(self) -> None:
+        assert (await self.call(fake.RELEASE, bytes(24)))[0] == 0
+
+    async def write(self, data: bytes) -> int:
+        return (await self.call(fake.WRITE, _transfer(len(data)) + data))[0]
+
+    async def read(self, size: int = 4096) -> bytes:
+        return (await self.call(fake.READ, _transfer(size)))[1]
+
+    async def start_read(self, size: int = 4096) -> int:
+        return await self.send(fake.READ, _transfer(size))
+
+    async def start_ioctl(self, number: int, argument: bytes = b"") -> int:
+        in_size, out_size = fake.ioctl_sizes(number)
+        body = struct.pack("=QIIQII", 0, 0, number, 0, in_size, out_size)
+        return await self.send(fake.IOCTL, body + argument.ljust(in_size, b"\0"))
+
+    async def ioctl(self, number: int, argument: bytes = b"") -> int:
+        """The result in the structure."""
+        unique = await self.start_ioctl(number, argument)
+        answered, error, reply = await self.receive()
+        assert (answered, error) == (unique, 0)
+        return int(struct.unpack_from("=I", reply, 16)[0])
+
+    async def interrupt(self, unique: int) -> None:
+        await self._end.send(
+            FakeKernel.message(fake.INTERRUPT, unique + 1, struct.pack("=Q", unique))
+        )
+
+
+def _transfer(size: int) -> bytes:
+    return struct.pack("=QQIIQII", 0, 0, size, 0, 0, 2, 0)
+
+
+class Served:
+    """What a scenario gets."""
+
+    def __init__(self, pair: tuple[socket.socket, CuseChannel]) -> None:
+        end, self.channel = pair
+        self.store = FailingStore()
+        self.engine = FakeEngine()
+        self.vtpm = Vtpm(self.engine, SealedStore(self.store))
+        self.vtpm.start()
+        self.ptm = PtmService(self.vtpm)
+        self.client = Client(end)
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
+def serve(
+    pair: tuple[socket.socket, CuseChannel],
+    scenario: Callable[[Served], Awaitable[None]],
+    clock: trio.abc.Clock | None = None,
+) -> Served:
+    """Runs the server and the scenario; the server is cancelled when that is over."""
+    result: list[Served] = []
+
+    async def main() -> None:
+        served = Served(pair)
+        result.append(served)
+        worker = Worker()
+        server = CuseServer(served.channel, served.vtpm, served.ptm, worker)
+
+        async def run_server() -> None:
+            with served.scope:
+                await server.serve()
+            served.ended.set()
+
+        try:
+            with trio.fail_after(PATIENCE_SECONDS):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(run_server)
+                    await scenario(served)
+                    served.scope.cancel()
+        finally:
+            served.engine.release()
+            await server.settle()
+            worker.close()
+            served.channel.close()
+
+    trio.run(main, clock=clock)
+    return result[0]
+
+
+# -- serving ------------------------------------------------------------------------------
+
+
+def test_commands(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        for count in range(100):
+            command = tpm.get_random(count)
+            assert await client.write(command) == 0
+            assert await client.read(10) == echo(command)[:10]
+            assert await client.read() == echo(command)[10:]
+            assert await client.read() == b""
+
+    serve(pair, scenario)
+
+
+def test_other_tasks_get_their_turn(pair: tuple[socket.socket, CuseChannel]) -> None:
+    """Even when there is always a next request to read."""
+
+    async def scenario(served: Served) -> None:
+        turns = 0
+        over = False
+
+        async def other() -> None:
+            nonlocal turns
+            while not over:
+                turns += 1
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            await served.client.open()
+            for _ in range(20):
+                for _ in range(40):
+                    await served.client.send(fake.POLL, bytes(24))
+                for _ in range(40):
+                    await served.client.receive()
+            over = True
+        assert turns > 20
+
+    serve(pair, scenario)
+
+
+def test_long_command_leaves_the_device_responsive(
+    pair: tuple[socket.socket, CuseChannel],
+) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.hold()
+        assert await client.write(LONG) == 0
+        reading = await client.start_read()
+        assert await client.ioctl(ptm.GET_CONFIG) == 0
+        assert await client.write(RANDOM) == errno.EBUSY
+        served.engine.release()
+        assert await client.receive() == (reading, 0, echo(LONG))
+
+    serve(pair, scenario)
+
+
+def test_cancel_reaches_a_running_command(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.hold()
+        await client.write(LONG)
+        assert await client.ioctl(ptm.CANCEL_TPM_CMD) == 0
+        reading = await client.start_read()
+        assert await client.receive() == (reading, 0, CANCELED)
+        assert await client.write(RANDOM) == 0
+        assert await client.read() == echo(RANDOM)
+
+    serve(pair, scenario)
+
+
+def test_cancellation_is_repeated(pair: tuple[socket.socket, CuseChannel]) -> None:
+    """The library forgets one that comes before it has begun with the command."""
+
+    async def scenario(served: Served) -> None:
+        client = served.client
+        engine = served.engine
+        really = engine.cancel
+        asked = 0
+
+        def forgetful() -> int:
+            nonlocal asked
+            asked += 1
+            return really() if asked >= 5 else 0
+
+        engine.cancel = forgetful  # type: ignore[method-assign]
+        await client.open()
+        engine.hold()
+        await client.write(LONG)
+        await client.ioctl(ptm.CANCEL_TPM_CMD)
+        reading = await client.start_read()
+        assert await client.receive() == (reading, 0, CANCELED)
+
+    serve(pair, scenario)
+
+
+def test_interrupt_frees_a_waiting_client(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.hold()
+        await client.write(LONG)
+        reading = await client.start_read()
+        await client.interrupt(reading)
+        assert await client.receive() == (reading, errno.EINTR, b"")
+        served.engine.release()
+        reading = await client.start_read()
+        assert await client.receive() == (reading, 0, echo(LONG))
+
+    serve(pair, scenario)
+
+
+def test_poll_notification(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.hold()
+        await client.write(LONG)
+        error, body = await client.call(fake.POLL, struct.pack("=QQII", 0, 77, 1, 1))
+        assert (error, struct.unpack("=II", body)[0]) == (0, 0)
+        served.engine.release()
+        assert await client.receive() == (0, -1, struct.pack("=Q", 77))
+
+    serve(pair, scenario)
+
+
+def test_a_bug_costs_one_request(
+    pair: tuple[socket.socket, CuseChannel],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vtpm_cuse"), "propagate", True)
+
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.faults["established"] = KeyError("a bug")
+        unique = await client.start_ioctl(ptm.GET_TPMESTABLISHED)
+        assert await client.receive() == (unique, errno.EIO, b"")
+        served.engine.script[0x17B] = KeyError("a bug")
+        assert await client.write(RANDOM) == 0
+        assert (await client.read()).hex() == "80010000000a00000101"
+        assert await client.ioctl(ptm.GET_CONFIG) == 0
+
+    serve(pair, scenario)
+    assert "a bug" in caplog.text
+
+
+def test_a_bug_in_a_long_command(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.script[0x131] = KeyError("a bug")
+        await client.write(LONG)
+        reading = await client.start_read()
+        unique, error, body = await client.receive()
+        assert (unique, error, body.hex()) == (reading, 0, "80010000000a00000101")
+        await client.write(RANDOM)
+        assert await client.read() == echo(RANDOM)
+
+    serve(pair, scenario)
+
+
+# -- the end ------------------------------------------------------------------------------
+
+
+def test_shutdown_ends_it_at_release(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        assert await client.ioctl(ptm.SHUTDOWN) == 0
+        assert await client.ioctl(ptm.GET_CONFIG) == 0
+        assert not served.ended.is_set()
+        await client.release()
+        await served.ended.wait()
+        assert not served.engine.running
+
+    serve(pair, scenario)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_shutdown_does_not_wait_for_ever_for_the_release(
+    pair: tuple[socket.socket, CuseChannel], busy: bool
+) -> None:
+    """Nor where it had to wait for a long command first."""
+
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.engine.hold()
+        if busy:
+            await client.write(LONG)
+        shutdown = await client.start_ioctl(ptm.SHUTDOWN)
+        served.engine.release()
+        assert (await client.receive())[:2] == (shutdown, 0)
+        with trio.move_on_after(PATIENCE_SECONDS / 2):
+            await served.ended.wait()
+        assert served.ended.is_set()
+
+    serve(pair, scenario, trio.testing.MockClock(rate=20))
+
+
+def test_running_command_is_ended_and_awaited(pair: tuple[socket.socket, CuseChannel]) -> None:
+    async def scenario(served: Served) -> None:
+        await served.client.open()
+        served.engine.hold()
+        await served.client.write(LONG)
+        await trio.to_thread.run_sync(served.engine.entered.wait, PATIENCE_SECONDS)
+
+    served = serve(pair, scenario)
+    assert "cancel" in served.engine.calls or served.engine.commands == [LONG]
+
+
+def test_endless_lock_attempts_do_not_keep_it_alive(
+    pair: tuple[socket.socket, CuseChannel],
+) -> None:
+    """A client that asks for 2^32 tries, 497 days, must not make the process immortal."""
+    still_trying_after_the_end = False
+
+    async def scenario(served: Served) -> None:
+        nonlocal still_trying_after_the_end
+        client = served.client
+        await client.open()
+        await client.ioctl(ptm.STOP)
+        served.store.faults["lock"] = StateLocked("x", "taken")
+        await client.start_ioctl(ptm.LOCK_STORAGE, ptm.u32(0xFFFFFFFF))
+        really = served.store.lock
+        after_end = 0
+
+        def lock() -> None:
+            nonlocal after_end, still_trying_after_the_end
+            after_end += served.scope.cancel_called
+            if after_end > 20:
+                still_trying_after_the_end = True
+                served.store.faults.clear()
+            really()
+
+        served.store.lock = lock  # type: ignore[method-assign]
+        while served.store.locks < 5:
+            await trio.sleep(0)
+
+    serve(pair, scenario)
+    assert not still_trying_after_the_end
+
+
+# -- the channel --------------------------------------------------------------------------
+
+
+def test_create_device(pair: tuple[socket.socket, CuseChannel]) -> None:
+    end, channel = pair
+    end.send(FakeKernel.message(4096, 2, struct.pack("=IIII", 7, 38, 0, 1)))
+    trio.run(channel.create_device, "vtpm7", 0, 0)
+    assert end.recv(8192).endswith(b"DEVNAME=vtpm7\0")
+    channel.close()
+
+
+def test_refused_device(pair: tuple[socket.socket, CuseChannel]) -> None:
+    end, channel = pair
+    end.send(FakeKernel.message(4096, 2, struct.pack("=IIII", 7, 38, 0, 1)))
+    end.shutdown(socket.SHUT_RDWR)  # the channel is dead, as after a name that is taken
+    with pytest.raises((FrontendError, BrokenPipeError)):
+        trio.run(channel.create_device, "vtpm7", 0, 0)
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("/dev/no-such-cuse", "modprobe cuse"), ("/dev/null/x", "cannot open")],
+)
+def test_no_channel(monkeypatch: pytest.MonkeyPatch, path: str, words: str) -> None:
+    monkeypatch.setattr(cuse, "CUSE_PATH", path)
+    with pytest.raises(FrontendError) as caught:
+        CuseChannel()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

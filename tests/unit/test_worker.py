@@ -1,0 +1,121 @@
+"""The worker: jobs in their order, results in the trio thread, an end that waits."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import trio
+
+from tests.support.engine import PATIENCE_SECONDS
+from vtpm_cuse.device.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+def with_worker(scenario: Callable[[Worker], Awaitable[None]]) -> None:
+    async def main() -> None:
+        worker = Worker()
+        try:
+            with trio.fail_after(PATIENCE_SECONDS):
+                await scenario(worker)
+        finally:
+            worker.close()
+
+    trio.run(main)
+
+
+def test_jobs_run_elsewhere_and_end_here() -> None:
+    async def scenario(worker: Worker) -> None:
+        here = threading.get_ident()
+        threads: list[int] = []
+        over = trio.Event()
+
+        def job() -> bytes:
+            threads.append(threading.get_ident())
+            return b"result"
+
+        def done(result: bytes) -> None:
+            assert result == b"result"
+            threads.append(threading.get_ident())
+            over.set()
+
+        worker.submit(job, done)
+        await over.wait()
+        assert threads[0] != here
+        assert threads[1] == here
+
+    with_worker(scenario)
+
+
+def test_jobs_keep_their_order_and_their_thread() -> None:
+    async def scenario(worker: Worker) -> None:
+        results: list[bytes] = []
+        threads: set[int] = set()
+        over = trio.Event()
+
+        def done(result: bytes) -> None:
+            results.append(result)
+            if len(results) == 50:
+                over.set()
+
+        def job(number: int) -> bytes:
+            threads.add(threading.get_ident())
+            return b"%d" % number
+
+        for number in range(50):
+            worker.submit(lambda number=number: job(number), done)  # type: ignore[misc]
+        await over.wait()
+        assert results == [b"%d" % number for number in range(50)]
+        assert len(threads) == 1
+
+    with_worker(scenario)
+
+
+def test_trio_goes_on_while_a_job_runs() -> None:
+    async def scenario(worker: Worker) -> None:
+        gate = threading.Event()
+        over = trio.Event()
+
+        def job() -> bytes:
+            assert gate.wait(PATIENCE_SECONDS)
+            return b""
+
+        worker.submit(job, lambda _: over.set())
+        for _ in range(10):
+            await trio.lowlevel.checkpoint()
+        assert not over.is_set()
+        gate.set()
+        await over.wait()
+
+    with_worker(scenario)
+
+
+def test_close_waits_for_the_job() -> None:
+    ended = []
+
+    async def scenario(worker: Worker) -> None:
+        entered = threading.Event()
+        gate = threading.Event()
+
+        def job() -> bytes:
+            entered.set()
+            assert gate.wait(PATIENCE_SECONDS)
+            ended.append(True)
+            return b""
+
+        worker.submit(job, lambda _: None)
+        assert entered.wait(PATIENCE_SECONDS)
+        threading.Timer(0, gate.set).start()
+
+    with_worker(scenario)
+    assert ended == [True]
+
+
+def test_thread_is_gone_afterwards() -> None:
+    async def scenario(_: Worker) -> None:
+        assert "tpm-worker" in {thread.name for thread in threading.enumerate()}
+
+    with_worker(scenario)
+    assert "tpm-worker" not in {thread.name for thread in threading.enumerate()}
