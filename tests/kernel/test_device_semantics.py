@@ -598,7 +598,7 @@ def test_thousands_of_commands_leave_nothing_behind(server: Server) -> None:
         assert code_of(exchange(fd, nv_define(NV_INDEX, 16))) == 0
     use(20)
     descriptors, resident, threads = footprint(server.pid)
-    use(500)
+    use(100)
     assert footprint(server.pid)[0] == descriptors
     assert footprint(server.pid)[2] == threads
     assert footprint(server.pid)[1] - resident <= 300

@@ -73,7 +73,9 @@ def create_primary_rsa(*, bits: int = 2048, unique: bytes = b"") -> bytes:
     """TPM2_CreatePrimary of an RSA signing key below the owner; takes from 0.1 s to seconds."""
     sensitive = bytes.fromhex("000400000000")
     public = struct.pack(">HHIH", 0x0001, _SHA256, 0x00040072, 0)
-    public += struct.pack(">HHHI", 0x0010, 0x0010, bits, 0) + struct.pack(">H", len(unique)) + unique
+    public += (
+        struct.pack(">HHHI", 0x0010, 0x0010, bits, 0) + struct.pack(">H", len(unique)) + unique
+    )
     body = struct.pack(">I", _RH_OWNER) + _PASSWORD_SESSION + sensitive
     body += struct.pack(">H", len(public)) + public + struct.pack(">HI", 0, 0)
     return tpm2(0x131, body, sessions=True)

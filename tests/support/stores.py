@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from vtpm_cuse.errors import StorageError
+from typing import TYPE_CHECKING
+
 from vtpm_cuse.storage.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from vtpm_cuse.errors import StorageError
 
 
 class FailingStore(MemoryStore):

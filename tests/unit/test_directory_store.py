@@ -59,7 +59,7 @@ def test_open_store(tmp_path: Path) -> None:
     assert mode_of(tmp_path / "tpm-00.permall") == 0o600
 
 
-@pytest.mark.parametrize("uri", ["", "dir", "dir:/x", "dir://", "ftp://x", "/tmp/x"])
+@pytest.mark.parametrize("uri", ["", "dir", "dir:/x", "dir://", "ftp://x", "/x"])
 def test_other_uris_are_refused(uri: str) -> None:
     with pytest.raises(UsageError):
         open_store(uri, tpm2=True)

@@ -6,7 +6,19 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from vtpm_cuse.errors import WireError
-from vtpm_cuse.wire.layout import BIG, HOST, ByteOrder, I32, U8, U16, U32, U64, Tail, WireStruct, wire
+from vtpm_cuse.wire.layout import (
+    BIG,
+    HOST,
+    I32,
+    U8,
+    U16,
+    U32,
+    U64,
+    ByteOrder,
+    Tail,
+    WireStruct,
+    wire,
+)
 
 
 @wire()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests.support.kernel import Machine
 from vtpm_cuse.device.vtpm import VtpmOptions
 from vtpm_cuse.errors import EngineError, PtmError, StateMissing, StorageError
-from vtpm_cuse.wire.layout import WireStruct
 from vtpm_cuse.wire.ptm import (
     PtmBufferSizeRequest,
     PtmBufferSizeResponse,
@@ -23,6 +24,9 @@ from vtpm_cuse.wire.ptm import (
     PtmLockStorageRequest,
     PtmResultResponse,
 )
+
+if TYPE_CHECKING:
+    from vtpm_cuse.wire.layout import WireStruct
 
 NOTHING = PtmEmpty()
 OK, BAD_ORDINAL = 0, 0xA

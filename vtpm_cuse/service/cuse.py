@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import FrontendError, UsageError, VtpmError
-from vtpm_cuse.service import logs
 from vtpm_cuse.service.daemon import run_in_background
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ def run(config: CuseConfig) -> int:
     Raises:
         VtpmError: What was wrong, before anything was made.
     """
-    logs.configure(config.log)
     _prepare_state(config)
     if os.path.lexists(f"/dev/{config.name}"):
         raise UsageError(f"Error: A device '/dev/{config.name}' already exists.", _START_FAILED)

@@ -5,6 +5,7 @@ The fork comes before threads, event loop, libtpms and locks exist.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ def _status_of(child: int) -> int:
     """The child's exit status, or this process' death by the child's signal."""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL never had a handler
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status

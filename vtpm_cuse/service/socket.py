@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError, VtpmError
-from vtpm_cuse.service import logs
 from vtpm_cuse.service.daemon import run_in_background
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ def run(config: SocketConfig) -> int:
     Raises:
         VtpmError: What was wrong.
     """
-    logs.configure(config.log)
     if config.daemon:
         return run_in_background(lambda ready: _serve(config, ready), lambda: None)
     return _serve(config, lambda: None)

@@ -111,11 +111,11 @@ class SealedStore:
             return b""
         flags = BlobFlag(header.flags)
         try:
-            inner = self._open_outer(name, body, flags, header.version)
             key = None
             wanted = request_flags & PtmStateFlag.PTM_STATE_FLAG_ENCRYPTED
             if flags & BlobFlag.ENCRYPTED or wanted:
                 key = _need(self._key, "state", name)
+            inner = self._open_outer(name, body, flags, header.version)
             return self._open_inner(inner, flags, key, header.version)
         except PtmError as exc:
             raise PtmError(exc.result, f"{name}: {exc.reason}") from exc
