@@ -58,12 +58,11 @@ def test_swtpm_with_unknown_interface(run: Run) -> None:
     assert err.startswith("Unsupported TPM interface type 'foo'.\n")
 
 
-@pytest.mark.parametrize("name", ["socket", "chardev"])
-def test_swtpm_says_what_is_not_built(run: Run, name: str) -> None:
-    assert run(swtpm.main, name, "--tpm2") == (
+def test_swtpm_says_what_is_not_built(run: Run) -> None:
+    assert run(swtpm.main, "chardev", "--tpm2") == (
         1,
         "",
-        f"swtpm: The interface '{name}' is not built yet; there is 'swtpm cuse'\n",
+        "swtpm: The interface 'chardev' is not built yet; there are 'socket' and 'cuse'\n",
     )
 
 

@@ -93,6 +93,7 @@ class Vtpm:
         self._last_command = b""
         self._incoming = self._lock_pending = self.options.incoming
         self._lock_retries = 0
+        self._hurried = False
         self.state_lost = False
 
     # -- life cycle -----------------------------------------------------------------------
@@ -200,6 +201,11 @@ class Vtpm:
         """Asks a running command to end early; returns the result code. From any thread."""
         return self.engine.cancel()
 
+    def hurry(self) -> None:
+        """The process wants to end: whatever runs or blocks is to end early. From any thread."""
+        self._hurried = True
+        self.cancel()
+
     def _refusal(self, tpm12: TpmRc, tpm2: TpmRc) -> bytes:
         return response(tpm2 if self.tpm2 else tpm12, tpm2=self.tpm2)
 
@@ -244,7 +250,7 @@ class Vtpm:
                     self.store.blobs.lock()
                     break
                 except StateLocked:
-                    if retries == 0:
+                    if retries == 0 or self._hurried:
                         raise
                 retries -= 1
                 time.sleep(_LOCK_RETRY_SECONDS)

@@ -103,13 +103,14 @@ class CuseServer:
         self._ptm = ptm
         self._file = TpmDeviceFile(vtpm, ptm, worker.submit, self._wake)
         self._session = CuseSession(self._file)
+        self._scope = trio.CancelScope()
 
     async def serve(self) -> None:
         """Until PTM_SHUTDOWN, or the kernel takes the device away."""
-        with trio.CancelScope() as scope:
-            await self._serve(scope)
+        with self._scope:
+            await self._serve()
 
-    async def _serve(self, scope: trio.CancelScope) -> None:
+    async def _serve(self) -> None:
         fd, buffers = self._channel.fd, self._channel.buffers
         served, linger_until = 0, 0.0
         while not (self._ptm.shutdown_requested and not self._file.is_open):
@@ -129,8 +130,6 @@ class CuseServer:
                     continue
                 raise
             self._answer(buffers[0][:size])
-            if self._ptm.shutdown_requested and scope.deadline == float("inf"):
-                scope.deadline = trio.current_time() + _RELEASE_GRACE_SECONDS
             served += 1
             if served % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
@@ -155,6 +154,8 @@ class CuseServer:
             self._send(reply)
         if self._file.pending is not None:
             self._file.run_pending()
+        if self._ptm.shutdown_requested:
+            self._give_grace()
 
     def _wake(self) -> None:
         try:
@@ -162,6 +163,12 @@ class CuseServer:
                 self._send(message)
         except Exception:  # called from trio's own machinery, which must not see it
             log.exception("A waiting request could not be answered")
+        if self._ptm.shutdown_requested:
+            self._give_grace()
+
+    def _give_grace(self) -> None:
+        if self._scope.deadline == float("inf"):
+            self._scope.deadline = trio.current_time() + _RELEASE_GRACE_SECONDS
 
     def _send(self, message: bytes) -> None:
         try:
@@ -175,5 +182,5 @@ class CuseServer:
         """Ends a running command early and waits for it; it is never abandoned."""
         with trio.CancelScope(shield=True):
             while self._file.busy:
-                self._vtpm.cancel()
+                self._vtpm.hurry()
                 await trio.sleep(_CANCEL_AGAIN_SECONDS)

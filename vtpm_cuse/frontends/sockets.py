@@ -188,7 +188,7 @@ class SocketServer:
         if not vtpm.is_long(request.command):
             return vtpm.process(request.command)
         async with self._turn:
-            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.cancel)
+            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.hurry)
         if vtpm.state_lost:
             self._end()
             await trio.lowlevel.checkpoint()
@@ -242,7 +242,7 @@ class SocketServer:
             return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
         if request.command is PtmCommand.PTM_LOCK_STORAGE:
             async with self._turn:  # it may block for its retries
-                return await self._worker.run(lambda: self._answer(request), lambda: None)
+                return await self._worker.run(lambda: self._answer(request), self._vtpm.hurry)
         if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:
             async with self._turn:
                 return self._answer(request)

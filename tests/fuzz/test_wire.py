@@ -1,0 +1,114 @@
+"""Any bytes are a value or a typed error, and values come back in both byte orders."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vtpm_cuse.errors import PtmError, StateDamaged, WireError
+from vtpm_cuse.storage.memory import MemoryStore
+from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.wire import blob, fuse, ptm, tpm
+from vtpm_cuse.wire.layout import BIG, HOST, WireStruct
+
+STRUCTURES: list[type[WireStruct]] = [
+    value
+    for module in (blob, fuse, ptm, tpm)
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, WireStruct) and value is not WireStruct
+]
+_BITS = {"B": 8, "H": 16, "I": 32, "Q": 64}
+
+
+def values_of(kind: type[WireStruct]) -> st.SearchStrategy[WireStruct]:
+    strategies: dict[str, Any] = {}
+    for field in fields(kind):
+        code = field.type.__metadata__[0]  # type: ignore[union-attr]
+        if not code:
+            strategies[field.name] = st.binary(max_size=kind.TAIL)
+        elif code == "i":
+            strategies[field.name] = st.integers(-(1 << 31), (1 << 31) - 1)
+        else:
+            strategies[field.name] = st.integers(0, (1 << _BITS[code]) - 1)
+    return st.builds(kind, **strategies)
+
+
+@pytest.mark.parametrize("kind", STRUCTURES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("order", [BIG, HOST])
+def test_any_bytes(kind: type[WireStruct], order: Any) -> None:  # noqa: ANN401
+    @given(st.binary(max_size=kind.SIZE + 20))
+    def check(data: bytes) -> None:
+        if len(data) < kind.SIZE:
+            with pytest.raises(WireError) as caught:
+                kind.unpack_untrusted(data, order)
+            assert (caught.value.need, caught.value.got) == (kind.SIZE, len(data))
+            return
+        value = kind.unpack_untrusted(data, order)
+        again = value.pack(order)
+        assert kind.unpack_untrusted(again, order) == value
+
+    check()
+
+
+@pytest.mark.parametrize("kind", STRUCTURES, ids=lambda kind: kind.__name__)
+def test_round_trip(kind: type[WireStruct]) -> None:
+    @given(values_of(kind))
+    def check(value: WireStruct) -> None:
+        for order in (BIG, HOST):
+            data = value.pack(order)
+            assert kind.unpack_untrusted(data, order) == value
+            assert kind.unpack_untrusted(memoryview(bytearray(data)), order) == value
+
+    check()
+
+
+@given(st.binary(max_size=200))
+def test_any_blob(data: bytes) -> None:
+    with contextlib.suppress(PtmError):
+        header, body = blob.split_header_untrusted(data)
+        assert header.total_size == len(data) == len(body) + 10
+
+
+@given(st.binary(max_size=200), st.sampled_from(list(blob.BlobTag)))
+def test_any_stream(data: bytes, tag: blob.BlobTag) -> None:
+    value = blob.find_tlv_untrusted(data, tag)
+    assert value is None or value in data
+
+
+@given(st.binary(max_size=300))
+def test_any_state_file(data: bytes) -> None:
+    store = MemoryStore()
+    store.blobs["permall"] = data
+    with contextlib.suppress(StateDamaged):
+        assert SealedStore(store).load("permall") in data
+
+
+@given(st.binary(max_size=60), st.integers(0, 0xFFFF), st.integers(0, 3))
+def test_any_migration_blob(body: bytes, header_flags: int, flags: int) -> None:
+    data = bytes.fromhex("0201000a") + header_flags.to_bytes(2, "big")
+    data += (10 + len(body)).to_bytes(4, "big") + body
+    with contextlib.suppress(PtmError):
+        payload = SealedStore(MemoryStore()).from_migration_untrusted("permall", data, flags)
+        assert payload in data
+
+
+@given(st.binary(max_size=5000))
+def test_payload_round_trip(payload: bytes) -> None:
+    store = SealedStore(MemoryStore())
+    store.store("permall", payload)
+    assert store.load("permall") == payload
+    _, migration = store.to_migration(payload, decrypted=False)
+    if payload:
+        assert store.from_migration_untrusted("permall", migration, 0) == payload
+
+
+@given(st.binary(max_size=30))
+def test_command_code_and_response_code(data: bytes) -> None:
+    assert tpm.command_code(data) == data[6:10]
+    with contextlib.suppress(WireError):
+        assert tpm.response_code(data) == int.from_bytes(data[6:10], "big")

@@ -1,0 +1,75 @@
+"""What the design promises about imports, checked in fresh interpreters."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"trio", "cffi", "_cffi_backend", "asyncio", "socket", "subprocess", "cryptography"}
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level names of what is loaded after *statement*."""
+    code = f"import sys; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import vtpm_cuse", HEAVY | {"vtpm_cuse.errors"}),
+        ("import vtpm_cuse.wire.ptm, vtpm_cuse.wire.fuse, vtpm_cuse.wire.blob", HEAVY),
+        ("import vtpm_cuse.proto.cuse, vtpm_cuse.faults", HEAVY),
+        ("import vtpm_cuse.storage.directory, vtpm_cuse.storage.sealed", HEAVY),
+        ("import vtpm_cuse.device.vtpm, vtpm_cuse.device.opens", HEAVY),
+        ("import vtpm_cuse.service.config", HEAVY),
+        ("import vtpm_cuse.client.ioctl", {"trio", "cffi", "_cffi_backend", "asyncio"}),
+        ("import vtpm_cuse.cli.swtpm_ioctl", {"trio", "cffi", "_cffi_backend", "asyncio"}),
+        ("import vtpm_cuse.engine.libtpms", {"trio", "asyncio", "pycparser"}),
+    ],
+)
+def test_imports_stay_light(statement: str, absent: set[str]) -> None:
+    assert not modules_after(statement) & absent
+
+
+def test_import_opens_and_starts_nothing() -> None:
+    """A warm parent may fork at any time: no descriptor, thread or library comes with an import."""
+    code = (
+        "import os, sys, threading\n"
+        "def held(): return {os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')"
+        " if os.path.exists(f'/proc/self/fd/{n}')}\n"
+        "before = held()\n"
+        "import vtpm_cuse.service.compose, vtpm_cuse.frontends.cuse, vtpm_cuse.service.cuse\n"
+        "print(sorted(held() - before), threading.active_count())\n"
+        "print('libtpms' in open('/proc/self/maps').read())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.stdout.split("\n")[:2] == ["[] 1", "False"]
+
+
+def tracked_files() -> list[Path]:
+    run = subprocess.run(
+        ["git", "ls-files", "-z"], check=False, capture_output=True, text=True, cwd=ROOT
+    )
+    if run.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in run.stdout.split("\0") if name]
+
+
+def test_no_paths_of_one_machine() -> None:
+    pattern = re.compile(rb"/(work/(main|shared)|home/[a-z]+|Users)/")
+    for path in tracked_files():
+        if path.is_file() and path != Path(__file__).resolve():
+            found = pattern.search(path.read_bytes())
+            if found is not None:
+                pytest.fail(f"{path}: {found.group()!r}")
