@@ -51,24 +51,22 @@ _STATUS: Final = re.compile(rb"<status (\d+)>\n")
 
 @dataclass(frozen=True)
 class Kernel:
-    """The kernel and what comes into its memory."""
+    """A kernel and what comes into its memory."""
 
     image: Path
-    base: Path
-
-    def initramfs(self, path: Path) -> Path:
-        """Writes the initramfs; the kernel unpacks two archives in a row as one."""
-        path.write_bytes(self.base.read_bytes() + _archive("init", INIT.encode()))
-        return path
+    initramfs: Path
 
 
-def find_kernel() -> Kernel | None:
-    """The newest kernel in the lab's cache."""
+def find_kernel(folder: Path) -> Kernel | None:
+    """The newest kernel in the lab's cache; the initramfs is made in *folder*."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtpm-cuse"
-    folders = sorted(cache.glob("linux-*"), key=lambda path: path.stat().st_mtime)
-    if not folders:
+    found = sorted(cache.glob("linux-*"), key=lambda path: path.stat().st_mtime)
+    if not found:
         return None
-    return Kernel(folders[-1] / "vmlinuz", folders[-1] / "base.cpio")
+    # The kernel unpacks two archives in a row as one. The lab's has busybox in it.
+    initramfs = folder / "initramfs"
+    initramfs.write_bytes((found[-1] / "base.cpio").read_bytes() + _archive("init", INIT.encode()))
+    return Kernel(found[-1] / "vmlinuz", initramfs)
 
 
 def _archive(name: str, content: bytes) -> bytes:
@@ -112,7 +110,9 @@ class Shell:
         answer = self.run(f"tpm {device} {' '.join(command.hex() for command in commands)}")
         return [bytes.fromhex(line) for line in answer.splitlines()]
 
-    def _read_until(self, pattern: re.Pattern[bytes], seconds: float) -> tuple[bytes, re.Match[bytes]]:
+    def _read_until(
+        self, pattern: re.Pattern[bytes], seconds: float
+    ) -> tuple[bytes, re.Match[bytes]]:
         seen = b""
         deadline = time.monotonic() + seconds
         while (found := pattern.search(seen)) is None:

@@ -2,40 +2,219 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import select
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from tests.qemu.guest import Shell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+    from tests.qemu.guest import Kernel
 
 QEMU: Final = shutil.which("qemu-system-x86_64")
+OURS: Final = str(Path(sys.executable).with_name("swtpm"))
 PEER: Final = shutil.which("swtpm", path="/usr/bin")
-OURS: Final = (sys.executable, "-c", "from vtpm_cuse.cli.swtpm import main; main()")
-TREE: Final = Path(__file__).parents[2]
 PATIENCE_SECONDS: Final = 30.0
-BOOT_SECONDS: Final = 120.0
+
+# What is started here ends with the tests, whatever happens to them.
+_BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 class MachineError(Exception):
     """QEMU or an emulator ended, refused a request, or does not answer."""
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
+def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Looks for something that announces itself in no other way."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise MachineError(f"{what}: not in {seconds} s")
+            raise MachineError(f"{what}: not in {PATIENCE_SECONDS} s")
         time.sleep(0.005)
+
+
+class Emulator:
+    """A TPM emulator, started as libvirt does; its files are in a folder of its own.
+
+    Attributes:
+        control: The path of its control socket.
+        state: Its state directory.
+        log: Its log file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        program: str = OURS,
+        tpm2: bool = True,
+        state: Path | None = None,
+    ) -> None:
+        folder.mkdir()
+        self.control, self.log = folder / "control", folder / "log"
+        self.state = state or folder / "state"
+        self.state.mkdir(exist_ok=True)
+        command = [program, "socket", "--ctrl", f"type=unixio,path={self.control},mode=0600"]
+        command += ["--tpmstate", f"dir={self.state},mode=0600", "--log", f"file={self.log}"]
+        command += [*(["--tpm2"] if tpm2 else []), "--terminate", *options]
+        self.process = subprocess.Popen([*_BOUND, *command], stdin=subprocess.DEVNULL)
+        wait_until(self._listens_or_ended, "the control socket")
+        if self.process.poll() is not None:
+            raise MachineError(f"{command}: {self.log.read_text()}")
+
+    def _listens_or_ended(self) -> bool:
+        return self.control.exists() or self.process.poll() is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self) -> int:
+        """Its exit status."""
+        return self.process.wait(PATIENCE_SECONDS)
+
+
+class Machine:
+    """QEMU with one TPM.
+
+    Attributes:
+        shell: The shell in the guest.
+    """
+
+    def __init__(
+        self, kernel: Kernel, folder: Path, model: str, emulator: Emulator, *options: str
+    ) -> None:
+        assert QEMU is not None
+        self._folder = folder
+        folder.mkdir()
+        qmp, their_qmp = socket.socketpair()
+        serial, their_serial = socket.socketpair()
+        command = [QEMU, "-accel", "tcg", "-machine", "q35", "-m", "256"]
+        # The kernel takes a processor of AMD for one whose TPM gives no random bytes.
+        command += ["-cpu", "qemu64,vendor=GenuineIntel"]
+        command += ["-nodefaults", "-no-user-config", "-display", "none"]
+        command += ["-kernel", str(kernel.image)]
+        command += ["-initrd", str(kernel.initramfs)]
+        command += ["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr quiet"]
+        command += ["-serial", f"file:{folder / 'console'}"]
+        command += ["-chardev", f"socket,id=shell,fd={their_serial.fileno()}"]
+        command += ["-serial", "chardev:shell"]
+        command += ["-chardev", f"socket,id=qmp,fd={their_qmp.fileno()}"]
+        command += ["-mon", "chardev=qmp,mode=control"]
+        command += ["-chardev", f"socket,id=tpmctrl,path={emulator.control}"]
+        command += ["-tpmdev", "emulator,id=tpm,chardev=tpmctrl"]
+        command += ["-device", f"{model},tpmdev=tpm", *options]
+        with (folder / "qemu.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*_BOUND, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[their_qmp.fileno(), their_serial.fileno()],
+            )
+        their_qmp.close()
+        their_serial.close()
+        self._serial, self._qmp = serial, qmp
+        self.shell = Shell(serial)
+        self._received = b""
+        self._events: list[dict[str, Any]] = []
+        try:
+            self._message("QMP")
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._qmp.close()
+        self._serial.close()
+
+    @property
+    def log(self) -> str:
+        """What QEMU had to complain of."""
+        return (self._folder / "qemu.log").read_text()
+
+    # -- QMP ------------------------------------------------------------------------------
+
+    def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401 - JSON
+        """What a QMP command returns. Raises MachineError."""
+        message = {"execute": command, "arguments": arguments}
+        self._qmp.sendall(json.dumps(message).encode() + b"\n")
+        answer = self._message("return", "error")
+        if "error" in answer:
+            raise MachineError(f"{command}: {answer['error']['desc']}")
+        return answer["return"]
+
+    def event(self, name: str, **data: object) -> None:
+        """Waits for an event with at least these data, from among those not yet waited for."""
+        while True:
+            event = self._events.pop(0) if self._events else self._message("event")
+            if event["event"] == name and data.items() <= event.get("data", {}).items():
+                return
+
+    def _message(self, *kinds: str) -> dict[str, Any]:
+        """The next message that is of one of the kinds; events on the way are kept."""
+        while True:
+            message = self._next_message()
+            if any(kind in message for kind in kinds):
+                return message
+            self._events.append(message)
+
+    def _next_message(self) -> dict[str, Any]:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while b"\n" not in self._received:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._qmp], [], [], left)[0]:
+                raise MachineError(f"no word from QEMU in {PATIENCE_SECONDS} s: {self.log}")
+            data = self._qmp.recv(65536)
+            if not data:
+                raise MachineError(f"QEMU ended: {self.log}")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    # -- what a user does -----------------------------------------------------------------
+
+    def quit(self) -> None:
+        """Ends QEMU in order."""
+        self.execute("quit")
+        assert self.process.wait(PATIENCE_SECONDS) == 0, self.log
+
+    def human(self, line: str) -> str:
+        """What a line prints that is typed into QEMU's monitor."""
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
+
+    def start_migration(self, uri: str) -> None:
+        """Starts to send the machine somewhere."""
+        capabilities = [{"capability": "events", "state": True}]
+        self.execute("migrate-set-capabilities", capabilities=capabilities)
+        self.execute("migrate", uri=uri)
+
+    def migrated(self) -> None:
+        """Waits until all was sent. Raises MachineError when it was not."""
+        while (status := self.migration_status()) not in {"completed", "failed"}:
+            del status
+            self.event("MIGRATION")
+        if status == "failed":
+            raise MachineError(f"the migration failed: {self.log}")
+
+    def migration_status(self) -> str:
+        """How far it is."""
+        return str(self.execute("query-migrate").get("status", "none"))

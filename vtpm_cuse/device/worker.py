@@ -5,6 +5,7 @@ It exists from the start because a sandbox may forbid new threads later.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,8 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+
+log = logging.getLogger(__name__)
 
 _HURRY_SECONDS: Final = 0.01
 
@@ -31,11 +34,16 @@ class Worker:
     def submit(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
         """Runs *job* in the thread, then *done* with its result in the trio thread.
 
-        *job* must not raise: what runs here turns its faults into bytes.
+        What runs here turns its faults into bytes; a job that raises all the same has the
+        result b"", and the thread lives on.
         """
 
         def run() -> None:
-            result = job()
+            try:
+                result = job()
+            except Exception:
+                log.exception("A job failed")
+                result = b""
             self._token.run_sync_soon(done, result)
 
         self._jobs.put(run)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine._libtpms import ffi
+from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import (
     EngineError,
     EngineUnavailable,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtpm_cuse.engine._libtpms import CData, Libtpms
-    from vtpm_cuse.engine.base import Nvram, StateType
+    from vtpm_cuse.engine.base import Nvram
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class LibtpmsEngine:
         self._nvram = nvram
         self._running = False
         self._fault: BaseException | None = None
+        self._volatile_fault: BaseException | None = None
         self._lib = _open_library()
         self._libc = ffi.dlopen(None)
         # OWNER: libtpms allocates and grows the response buffer, we reuse it for every command.
@@ -114,7 +116,7 @@ class LibtpmsEngine:
         self._choose_version()
         try:
             rc = self._lib.TPMLIB_MainInit()
-            if rc == 0 and isinstance(self._fault, (StateDamaged, StateKeyRejected)):
+            if rc == 0 and self._fault is not None and self._fault is self._volatile_fault:
                 # libtpms' own choice for a TPM 2 with an unusable volatile state: a cold start.
                 log.warning("Ignoring a stored state: %s", self._fault)
                 self._fault = None
@@ -250,8 +252,9 @@ class LibtpmsEngine:
 
     def _on_load(self, data: CData, length: CData, _number: int, name: CData) -> int:
         data[0], length[0] = ffi.NULL, 0
+        blob_name = ffi.string(name).decode()
         try:
-            blob = self._nvram.load(ffi.string(name).decode())
+            blob = self._nvram.load(blob_name)
             # OWNER: libtpms, which frees it with free().
             memory = self._libc.malloc(max(1, len(blob)))
             if not memory:
@@ -259,6 +262,10 @@ class LibtpmsEngine:
             ffi.memmove(memory, blob, len(blob))
         except StateMissing:
             return _TPM_RETRY  # the only answer after which libtpms makes a new TPM
+        except (StateDamaged, StateKeyRejected) as exc:
+            if blob_name == StateType.VOLATILE.blob_name:
+                self._volatile_fault = exc
+            return self._failed(exc)
         except BaseException as exc:
             return self._failed(exc)
         data[0], length[0] = ffi.cast("unsigned char *", memory), len(blob)

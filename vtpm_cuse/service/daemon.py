@@ -37,15 +37,15 @@ def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
         return serve(lambda: _detach(write_end))
     os.close(write_end)
     try:
-        if os.read(read_end, 1) != _READY:
-            return _status_of(child)
-        confirm()
+        ready = os.read(read_end, 1) == _READY
+        if ready:
+            confirm()
     except BaseException:
         os.kill(child, signal.SIGTERM)
         raise
     finally:
         os.close(read_end)
-    return 0
+    return 0 if ready else _status_of(child)
 
 
 def _detach(write_end: int) -> None:

@@ -17,7 +17,7 @@ class StateStore(Protocol):
         """Replaces the blob: afterwards, or after a crash, the old or the new one is there whole.
 
         Raises:
-            StorageError: The old blob is still there.
+            StorageError: The old blob is still there, or at worst the new one, whole.
         """
 
     def delete(self, name: str, *, must_exist: bool = False) -> None:

@@ -1,0 +1,270 @@
+"""Speed and memory of `swtpm socket` beside Debian's: prints a Markdown table and JSON.
+
+.venv/bin/python bench/sockets.py
+
+Both servers get the same commands over the same kind of socket from the same C client
+(stream_client.c), in turns, so that a change in the machine's load meets both. Client and server
+are pinned, once to one CPU and once to two: left to the scheduler, runs jump between those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OURS: Final = str(Path(sys.executable).parent / "swtpm")
+COMMANDS: Final = {
+    "GetRandom": "80010000000c0000017b0010",
+    "PCR_Read": "8001000000140000017e00000001000b03010000",
+    "PCR_Extend": (
+        "80020000004100000182000000100000000940000009000001000000000001000b" + "11" * 32
+    ),
+}
+PLACEMENTS: Final = ("one CPU", "two CPUs")
+WARM_UP: Final = 200
+TARGETS: Final = {"one CPU": 1.3, "two CPUs": 0.35}
+TARGET_COMMAND: Final = "GetRandom"
+FIRST_ANSWER_MS: Final = 100
+
+
+@dataclass
+class Server:
+    """One of the two programs, and what was measured of it.
+
+    Attributes:
+        times: Placement and command to round trips in microseconds.
+        cpu: Placement and command to the server's CPU time in microseconds a command.
+        starts: Milliseconds from exec to the first answer.
+        memory: KiB, by the kernel's names.
+    """
+
+    name: str
+    program: str
+    path: Path
+    process: subprocess.Popen[bytes] | None = None
+    times: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    cpu: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    starts: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def start(self) -> float:
+        """Starts the program; returns the milliseconds to its first answer."""
+        self.path.unlink(missing_ok=True)
+        begun = time.perf_counter()
+        self.process = subprocess.Popen(
+            [
+                *(self.program, "socket", "--tpm2", "--tpmstate", f"dir={self.path.parent}"),
+                *("--server", f"type=unixio,path={self.path}", "--flags", "startup-clear"),
+                *("--log", "file=-"),
+            ]
+        )
+        with contextlib.closing(self._connected()) as connection:
+            connection.sendall(bytes.fromhex(COMMANDS["GetRandom"]))
+            if not connection.recv(4096):
+                sys.exit(f"bench: {self.program} did not answer")
+            return (time.perf_counter() - begun) * 1000
+
+    def _connected(self) -> socket.socket:
+        """A new connection, as soon as there can be one."""
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(self.path))
+            except OSError:
+                connection.close()
+                if self.process is None or self.process.poll() is not None:
+                    sys.exit(f"bench: {self.program} ended at once")
+                time.sleep(0.0005)
+            else:
+                return connection
+
+    def stop(self) -> None:
+        """Ends the program in order."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+            self.process = None
+
+    @property
+    def pid(self) -> int:
+        """The running program's."""
+        if self.process is None:
+            raise ValueError(f"{self.name} does not run")
+        return self.process.pid
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all its threads so far."""
+        total = 0
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            total += int(Path(f"/proc/{self.pid}/task/{task}/schedstat").read_text().split()[0])
+        return total / 1e9
+
+    def pin(self, cpu: int) -> None:
+        """Pins every thread."""
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            os.sched_setaffinity(int(task), {cpu})
+
+    def measure(self, client: Path, placement: str, command: str, cpu: int, count: int) -> None:
+        """One series of round trips from a client on *cpu*."""
+        before = self.cpu_seconds()
+        run = subprocess.run(
+            [
+                *("taskset", "-c", str(cpu), str(client), str(self.path)),
+                *(str(WARM_UP), str(count), COMMANDS[command]),
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        used = (self.cpu_seconds() - before) * 1e6 / (WARM_UP + count)
+        key = (placement, command)
+        self.cpu.setdefault(key, []).append(used)
+        self.times.setdefault(key, []).extend(int(line) / 1000 for line in run.stdout.split())
+
+    def take_memory(self) -> None:
+        """Resident and proportional memory after the work."""
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        found = dict(line.split(":", 1) for line in rollup.splitlines()[1:])
+        self.memory = {key: int(found[key].split()[0]) for key in ("Rss", "Pss", "Private_Dirty")}
+
+
+def build_client(folder: Path) -> Path:
+    """Compiles the C client."""
+    client = folder / "stream_client"
+    source = Path(__file__).parent / "stream_client.c"
+    subprocess.run(["cc", "-O2", "-o", str(client), str(source)], check=True)
+    return client
+
+
+@contextlib.contextmanager
+def servers(peer: str) -> Iterator[list[Server]]:
+    """Both, not started yet."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name, program in (("vtpm-cuse", OURS), ("C suite", peer)):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            server = Server(name, program, Path(folder) / "socket")
+            stack.callback(server.stop)
+            found.append(server)
+        yield found
+
+
+def percentile(times: list[float], part: float) -> float:
+    """A value that *part* of the times do not exceed."""
+    return sorted(times)[min(len(times) - 1, int(len(times) * part))]
+
+
+Row = dict[str, str | float]
+
+
+def rows(ours: Server, peer: Server) -> Iterator[Row]:
+    """What the table shows, one quantity a row."""
+
+    def row(what: str, unit: str, mine: float, theirs: float) -> Row:
+        ratio = mine / theirs if theirs else float("inf")
+        return {
+            "what": what,
+            "unit": unit,
+            "ours": round(mine, 2),
+            "peer": round(theirs, 2),
+            "ratio": round(ratio, 2),
+        }
+
+    for placement in PLACEMENTS:
+        for command in COMMANDS:
+            key = (placement, command)
+            for name, part in (("p50", 0.5), ("p99", 0.99)):
+                yield row(
+                    f"{command}, {placement}, {name}",
+                    "µs",
+                    percentile(ours.times[key], part),
+                    percentile(peer.times[key], part),
+                )
+            yield row(
+                f"{command}, {placement}, server CPU",
+                "µs",
+                statistics.median(ours.cpu[key]),
+                statistics.median(peer.cpu[key]),
+            )
+    yield row(
+        "exec to first answer, median",
+        "ms",
+        statistics.median(ours.starts),
+        statistics.median(peer.starts),
+    )
+    for name in ours.memory:
+        yield row(f"memory, {name}", "MiB", ours.memory[name] / 1024, peer.memory[name] / 1024)
+
+
+def missed(found: list[Row]) -> list[str]:
+    """The targets that were not met."""
+    by_name = {str(row["what"]): row for row in found}
+    out = []
+    for placement, limit in TARGETS.items():
+        what = f"{TARGET_COMMAND}, {placement}, p50"
+        if float(by_name[what]["ratio"]) > limit:
+            out.append(f"{what}: ratio {by_name[what]['ratio']}, at most {limit}")
+    first = by_name["exec to first answer, median"]["ours"]
+    if float(first) > FIRST_ANSWER_MS:
+        out.append(f"first answer after {first} ms, at most {FIRST_ANSWER_MS}")
+    return out
+
+
+def main() -> None:
+    """Measures and prints; with --check, ends with 1 when a target was missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--peer", default="/usr/bin/swtpm", help="the C suite's program")
+    parser.add_argument("--count", type=int, default=2000, help="round trips a series (2000)")
+    parser.add_argument("--rounds", type=int, default=5, help="series of each kind (5)")
+    parser.add_argument("--starts", type=int, default=9, help="starts of each program (9)")
+    parser.add_argument("--check", action="store_true", help="fail when a target is missed")
+    options = parser.parse_args()
+    for program in ("cc", "taskset", options.peer):
+        if not shutil.which(program):
+            sys.exit(f"bench: {program} is missing; apt-get install gcc libc6-dev swtpm")
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < len(PLACEMENTS):
+        sys.exit("bench: needs two CPUs")
+    with tempfile.TemporaryDirectory() as name, servers(options.peer) as (ours, peer):
+        client = build_client(Path(name))
+        for _ in range(options.starts):
+            for server in (ours, peer):
+                server.stop()
+                server.starts.append(server.start())
+        for _ in range(options.rounds):
+            for placement, cpu in zip(PLACEMENTS, cpus, strict=False):
+                for command in COMMANDS:
+                    for server in (ours, peer):
+                        server.pin(cpus[0])
+                        server.measure(client, placement, command, cpu, options.count)
+        for server in (ours, peer):
+            server.take_memory()
+        found = list(rows(ours, peer))
+    print("| what | unit | vtpm-cuse | C suite | ratio |\n|---|---|---|---|---|")
+    for row in found:
+        print("| {what} | {unit} | {ours} | {peer} | {ratio} |".format_map(row))
+    failures = missed(found)
+    print("\n" + json.dumps({"rows": found, "missed": failures}))
+    for failure in failures:
+        print(f"missed: {failure}", file=sys.stderr)
+    if failures and options.check:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
