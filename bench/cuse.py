@@ -9,6 +9,7 @@ figure in this kind of lab is 224 to 252 microseconds on one CPU.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -120,6 +121,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     if not shutil.which("cc"):
         sys.exit("bench: no C compiler; apt-get install gcc libc6-dev")
     main()

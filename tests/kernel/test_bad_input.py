@@ -54,6 +54,7 @@ from tests.support.commands import (
     nv_write,
     pcr_extend,
     pcr_read,
+    tpm2,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ def fd(server: Server) -> Iterator[int]:
         assert nv_data(ask(fd, nv_read(NV_INDEX, len(CONTENTS)))) == CONTENTS
     assert server.pid == pid
     assert "Traceback" not in server.said, server.said[-3000:]
+
+
+def nv_undefine(index: int) -> bytes:
+    owner = bytes.fromhex("00000009400000090000000000")
+    return tpm2(0x122, struct.pack(">II", 0x40000001, index) + owner, sessions=True)
 
 
 def ask(fd: int, command: bytes) -> bytes:
@@ -323,6 +329,20 @@ def test_blob_by_read(fd: int) -> None:
     assert len(rest) == total - 3072
     assert os.read(fd, 1000) == b""
     assert code_of(ask(fd, get_random(8))) == 0
+
+
+def test_offset_zero_takes_a_new_snapshot(fd: int) -> None:
+    """Within one open; the parts behind it belong together."""
+    request = u32(1, PERMANENT, 0)
+    first = ptm(fd, PTM_GET_STATEBLOB, request)
+    assert ptm(fd, PTM_GET_STATEBLOB, request) == first
+    os.read(fd, 8192)
+    assert code_of(ask(fd, nv_define(NV_INDEX + 1, 8))) == 0
+    try:
+        assert ptm(fd, PTM_GET_STATEBLOB, request) != first
+        os.read(fd, 8192)
+    finally:
+        assert code_of(ask(fd, nv_undefine(NV_INDEX + 1))) == 0
 
 
 def test_read_while_a_blob_is_written(fd: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.qemu.fleet import KINDS, Booted, Fleet, Kind
 from tests.qemu.guest import find_kernel
-from tests.qemu.machine import PEER, QEMU
+from tests.qemu.machine import QEMU
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +38,3 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 def booted(fleet: Fleet, kind: Kind) -> Booted:
     """A booted machine of each kind, shared by all tests."""
     return fleet.booted(kind)
-
-
-@pytest.fixture
-def peer() -> str:
-    """Debian's swtpm."""
-    if PEER is None:
-        pytest.skip("needs Debian's swtpm")
-    return PEER

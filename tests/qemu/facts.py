@@ -79,13 +79,19 @@ def look(shell: Shell, handle: bytes, *, tpm2: bool) -> Facts:
 
 
 def check(shell: Shell, facts: Facts, *, tpm2: bool) -> None:
-    """The TPM holds what it held, and key or session can be used."""
+    """The TPM holds what it held, and key or session can be used; then it is gone."""
     assert look(shell, facts.handle, tpm2=tpm2) == facts
     if tpm2:
         digest = struct.pack(">H", 32) + bytes(range(32))
         scheme_and_ticket = bytes.fromhex("0018 000b 8024 40000007 0000")
         body = facts.handle + _PASSWORD_SESSION + digest + scheme_and_ticket
         (answer,) = shell.tpm(commands.tpm2(0x15D, body, sessions=True))
-    else:
-        (answer,) = shell.tpm(commands.tpm12(0x96, facts.handle))  # TerminateHandle: it ends
-    assert code_of(answer) == 0, answer.hex()
+        assert code_of(answer) == 0, answer.hex()
+    forget(shell, facts, tpm2=tpm2)
+
+
+def forget(shell: Shell, facts: Facts, *, tpm2: bool) -> None:
+    """Removes the key, or the session, from the TPM."""
+    flush = commands.tpm2(0x165, facts.handle) if tpm2 else commands.tpm12(0x96, facts.handle)
+    answers = shell.tpm(flush, flush)
+    assert [code_of(answer) == 0 for answer in answers] == [True, False]

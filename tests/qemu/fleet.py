@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from tests.qemu.facts import Facts, prepare, read_pcrs
-from tests.qemu.machine import OURS, Emulator, Machine
+from tests.qemu.machine import OURS, Emulator, Machine, Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.qemu.guest import Kernel
 
 BOOT_SECONDS: Final = 120.0
+SNAPSHOT: Final = "snapshot"
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,28 @@ class Fleet:
         kind: Kind,
         folder: Path,
         *emulator_options: str,
-        program: str = OURS,
+        program: Program = OURS,
         state: Path | None = None,
         incoming: str | None = None,
-        qemu_options: tuple[str, ...] = (),
+        disk: Path | None = None,
     ) -> Iterator[tuple[Machine, Emulator]]:
-        """A machine of its own below *folder*, waiting for its state from *incoming*."""
+        """A machine of its own below *folder*, with its state from *incoming*, or from a file.
+
+        With *disk* it is in the state of the snapshot there.
+        """
         folder.mkdir()
-        incoming = incoming or f"exec:cat <{self.saved(kind).stream}"
+        if disk is not None:
+            options = [
+                "-blockdev",
+                f"driver=qcow2,node-name=disk,file.driver=file,file.filename={disk}",
+            ]
+            options += ["-loadvm", SNAPSHOT]
+        else:
+            options = ["-incoming", incoming or f"exec:cat <{self.saved(kind).stream}"]
         with (
             Emulator(
                 folder / "tpm", *emulator_options, program=program, tpm2=kind.tpm2, state=state
             ) as emulator,
-            Machine(
-                self.kernel,
-                folder / "vm",
-                kind.model,
-                emulator,
-                *("-incoming", incoming),
-                *qemu_options,
-            ) as machine,
+            Machine(self.kernel, folder / "vm", kind.model, emulator, *options) as machine,
         ):
             yield machine, emulator

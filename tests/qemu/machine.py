@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -20,12 +22,50 @@ if TYPE_CHECKING:
     from tests.qemu.guest import Kernel
 
 QEMU: Final = shutil.which("qemu-system-x86_64")
-OURS: Final = str(Path(sys.executable).with_name("swtpm"))
-PEER: Final = shutil.which("swtpm", path="/usr/bin")
 PATIENCE_SECONDS: Final = 30.0
 
 # What is started here ends with the tests, whatever happens to them.
 _BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A TPM emulator.
+
+    Attributes:
+        command: What starts it.
+        unstable: It lives in the folder of Debian unstable, and sees what it is given to see.
+    """
+
+    name: str
+    command: str | None
+    unstable: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be started here."""
+        return self.command is not None
+
+    def argv(self, folder: Path) -> list[str]:
+        """The start of its command line, for use of files in *folder*."""
+        assert self.command is not None
+        if not self.unstable:
+            return [self.command]
+        return [str(_UNSTABLE), "--inside", "--share", str(folder), "--", self.command]
+
+
+_UNSTABLE: Final = Path(__file__).parents[2] / "kernel-helpers/unstable"
+_CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_FOLDER: Final = _CACHE / "vtpm-cuse/unstable"
+
+OURS: Final = Program("ours", str(Path(sys.executable).with_name("swtpm")))
+PEER: Final = Program("peer", shutil.which("swtpm", path="/usr/bin"))
+NEW_PEER: Final = Program(
+    "new_peer", shutil.which("swtpm", path=str(_FOLDER / "usr/bin")) and "swtpm", unstable=True
+)
 
 
 class MachineError(Exception):
@@ -54,18 +94,26 @@ class Emulator:
         self,
         folder: Path,
         *options: str,
-        program: str = OURS,
+        program: Program = OURS,
         tpm2: bool = True,
         state: Path | None = None,
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
         folder.mkdir()
         self.control, self.log = folder / "control", folder / "log"
         self.state = state or folder / "state"
         self.state.mkdir(exist_ok=True)
-        command = [program, "socket", "--ctrl", f"type=unixio,path={self.control},mode=0600"]
+        command = [
+            *program.argv(folder.parents[1]),
+            "socket",
+            "--ctrl",
+            f"type=unixio,path={self.control},mode=0600",
+        ]
         command += ["--tpmstate", f"dir={self.state},mode=0600", "--log", f"file={self.log}"]
         command += [*(["--tpm2"] if tpm2 else []), "--terminate", *options]
-        self.process = subprocess.Popen([*_BOUND, *command], stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [*_BOUND, *command], stdin=subprocess.DEVNULL, pass_fds=pass_fds
+        )
         wait_until(self._listens_or_ended, "the control socket")
         if self.process.poll() is not None:
             raise MachineError(f"{command}: {self.log.read_text()}")
@@ -197,9 +245,14 @@ class Machine:
         self.execute("quit")
         assert self.process.wait(PATIENCE_SECONDS) == 0, self.log
 
-    def human(self, line: str) -> str:
-        """What a line prints that is typed into QEMU's monitor."""
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
+    def job(self, command: str, **arguments: object) -> None:
+        """Starts a job and waits for its end. Raises MachineError."""
+        self.execute(command, **{"job-id": "job", **arguments})
+        self.event("JOB_STATUS_CHANGE", id="job", status="concluded")
+        (job,) = self.execute("query-jobs")
+        self.execute("job-dismiss", id="job")
+        if "error" in job:
+            raise MachineError(f"{command}: {job['error']}")
 
     def start_migration(self, uri: str) -> None:
         """Starts to send the machine somewhere."""
@@ -214,6 +267,12 @@ class Machine:
             self.event("MIGRATION")
         if status == "failed":
             raise MachineError(f"the migration failed: {self.log}")
+        # Nothing tells of this last step, without which the machine may not be started again.
+        wait_until(lambda: self.run_state() != "finish-migrate", "the end of the migration")
+
+    def run_state(self) -> str:
+        """Whether the machine runs, and if not, why."""
+        return str(self.execute("query-status")["status"])
 
     def migration_status(self) -> str:
         """How far it is."""

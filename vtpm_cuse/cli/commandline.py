@@ -75,6 +75,10 @@ class CommandLine:
         except suboptions.SubOptionError as exc:
             raise self.error(f"Error parsing {option.noun} options: {exc}") from None
 
+    def last_of(self, *names: str) -> str | None:
+        """Which of these options was given last, None if none was."""
+        return next((name for name in reversed(self._given) if name in names), None)
+
     def number(self, name: str, highest: int) -> int:
         """The number from 0 to *highest* that an option gives, 0 without it. Raises UsageError."""
         text = self._given.get(name, "0")
@@ -92,6 +96,7 @@ class CommandLine:
         if not option.available:
             raise self.error(f"Error: option --{option.name} is not available yet")
         if not (option.first_counts and option.name in self._given):
+            self._given.pop(option.name, None)  # the order is that of the last ones
             self._given[option.name] = value
 
     def _complain(self, complaint: Complaint) -> None:

@@ -55,21 +55,14 @@ def socket_config(line: CommandLine) -> SocketConfig:
     """All of ``swtpm socket``. Raises UsageError."""
     control = line.subs("ctrl")
     migration = line.subs("migration")
-    port, data_fd = _port_option(line), _data_fd(line)
-    server = line.subs("server")
-    data = None
-    if server is not None:
-        data = _server_address(line, server, port)
-    elif port is not None:
-        data = SocketAddress("tcp", port=port)
+    data, disconnect = _data_channel(line)
     return SocketConfig(
         vtpm=replace(
             vtpm_config(line), incoming=migration is not None and migration.flag("incoming")
         ),
         data=data,
-        data_fd=data_fd,
         control=None if control is None else _control_address(line, control),
-        disconnect=server.flag("disconnect") if server is not None else port is not None,
+        disconnect=disconnect,
         terminate=line.has("terminate"),
         control_terminate=control is not None and control.flag("terminate"),
         daemon=line.has("daemon"),
@@ -150,14 +143,26 @@ def _device_name(line: CommandLine) -> str:
     return name
 
 
-def _port_option(line: CommandLine) -> int | None:
-    return line.number("port", _PORT_MAX) if line.has("port") else None
+def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
+    """Where TPM commands come from, and whether each response ends its connection.
+
+    ``--port`` is a short form of ``--server``: the last of the two counts, and then ``--fd``.
+    """
+    port = line.number("port", _PORT_MAX) if line.has("port") else None
+    fd = _data_fd(line) if line.has("fd") else None
+    server = line.subs("server")
+    last = line.last_of("server", "port")
+    if last == "server" and server is not None:
+        return _server_address(line, server, port), server.flag("disconnect")
+    if last == "port":
+        return SocketAddress("tcp", port=port), True
+    return (None if fd is None else SocketAddress("tcp", fd=fd)), False
 
 
-def _data_fd(line: CommandLine) -> int | None:
-    if not line.has("fd"):
-        return None
-    fd = line.number("fd", 0x7FFFFFFF)
+def _data_fd(line: CommandLine) -> int:
+    fd = number(line.value("fd") or "", 0, 0x7FFFFFFF, base=10)
+    if fd is None:
+        raise line.error("Cannot parse socket file descriptor.")
     if fd < _FIRST_FD:
         raise line.error("Error: Cannot accept file descriptors with values 0, 1, or 2")
     return fd
@@ -171,7 +176,7 @@ def _server_address(line: CommandLine, given: SubValues, port: int | None) -> So
             raise line.error("No valid port number provided for TCP socket.")
         return replace(address, port=port)
     if address.kind == "unixio" and address.path is None and address.fd is None:
-        raise line.error("Missing path and fd options for UnixIO socket")
+        raise line.error("Missing path and file descriptor option for UnixIO socket")
     return address
 
 

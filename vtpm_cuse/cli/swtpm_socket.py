@@ -10,11 +10,14 @@ from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.options import Interface
 from vtpm_cuse.cli.program import run_program
+from vtpm_cuse.errors import PtmError
 from vtpm_cuse.service import logs
 from vtpm_cuse.service.config import LogConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vtpm_cuse.service.config import VtpmConfig
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,27 @@ def _run(words: Sequence[str], program: str) -> int:
             from vtpm_cuse.service import socket
 
             return socket.run(config)
-        text = prints.info(flags, tpm2=config.vtpm.tpm2)
+        try:
+            text = _info(flags, config.vtpm)
+        except PtmError:  # said by the vTPM itself
+            return 1
     print(text, end="")
     return 0
+
+
+def _info(flags: int, config: VtpmConfig) -> str:
+    """``--print-info``. With a state location of the TPM there, which is made if there is none.
+
+    Raises:
+        VtpmError: There is no such TPM to be had.
+    """
+    if config.state is None:
+        return prints.info(flags, tpm2=config.tpm2)
+    from vtpm_cuse.service.compose import make_vtpm
+
+    vtpm = make_vtpm(config)
+    try:
+        vtpm.start()
+        return vtpm.engine.info(flags) + "\n"
+    finally:
+        vtpm.close()

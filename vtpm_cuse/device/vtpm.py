@@ -109,6 +109,9 @@ class Vtpm:
         Raises:
             PtmError: With the result that PTM_INIT answers; the TPM is stopped.
         """
+        if self.running:
+            with contextlib.suppress(PtmError):
+                self.need_lock()  # the orderly shutdown before a reset writes
         self.stop()
         try:
             self._start(delete_volatile)
@@ -211,10 +214,10 @@ class Vtpm:
 
     def _set_locality_command(self, command: bytes) -> bytes:
         """The kernel proxy driver's vendor command; recognised by its code alone."""
-        if not self.options.allow_set_locality:
-            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         if len(command) <= TPM_HEADER_SIZE:
             return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
+        if not self.options.allow_set_locality:
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         try:
             self.set_locality(command[TPM_HEADER_SIZE])
         except PtmError:
@@ -233,6 +236,7 @@ class Vtpm:
         """Clears the tpmEstablished bit in *locality* (3 or 4 may); returns the result code."""
         if locality > 4:
             return PtmResult.TPM_BAD_LOCALITY
+        self.need_lock()
         before = self.engine.locality
         self.engine.locality = locality
         try:
@@ -266,6 +270,14 @@ class Vtpm:
             self.state_lost = True
         return not self.state_lost
 
+    def need_lock(self) -> None:
+        """Before anything but a command that writes state. Raises PtmError."""
+        if self._lock_pending:
+            try:
+                self.lock_storage(0)
+            except StorageError as exc:
+                raise PtmError(PtmResult.TPM_FAIL, str(exc)) from exc
+
     def release_storage(self) -> None:
         """Lets the destination of a migration lock the state; the next command takes it back."""
         if self.store is not None:
@@ -280,6 +292,7 @@ class Vtpm:
 
     def store_volatile(self) -> None:
         """Writes the volatile state beside the permanent one. Raises VtpmError."""
+        self.need_lock()
         payload = self.engine.volatile_state()
         self.need_store().store(StateType.VOLATILE.blob_name, payload)
 

@@ -8,13 +8,10 @@ keeps everything else off the TPM that must not run beside it.
 from __future__ import annotations
 
 import array
-import contextlib
-import errno
 import logging
 import os
 import socket
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -29,6 +26,7 @@ from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 if TYPE_CHECKING:
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
+    from vtpm_cuse.frontends.channels import Channels
 
 log = logging.getLogger(__name__)
 
@@ -41,45 +39,8 @@ _DATA_REST_SECONDS: Final = 1.0
 """How long the rest of a command may take; then the TPM answers to what is there."""
 
 _CONTROL_REST_SECONDS: Final = 0.5
+_ACCEPT_AGAIN_SECONDS: Final = 0.1
 _MAX_FDS: Final = 16
-
-
-@dataclass
-class Channels:
-    """The sockets a server takes over, all non-blocking, and when it ends by itself.
-
-    Attributes:
-        data_listener: Accepts data connections, one at a time.
-        data_stream: A connected data socket; its end is the server's.
-        control_listener: Accepts control connections.
-        control_stream: A connected control socket.
-        disconnect: Close a data connection after each response.
-        terminate: End when there is no data connection after there was one.
-        control_terminate: End when the control connection is closed.
-    """
-
-    data_listener: socket.socket | None = None
-    data_stream: socket.socket | None = None
-    control_listener: socket.socket | None = None
-    control_stream: socket.socket | None = None
-    disconnect: bool = False
-    terminate: bool = False
-    control_terminate: bool = False
-    unlink: list[str] = field(default_factory=list)
-
-    def close(self) -> None:
-        """Closes them; the paths of bound Unix sockets go too."""
-        for sock in (
-            self.data_listener,
-            self.data_stream,
-            self.control_listener,
-            self.control_stream,
-        ):
-            if sock is not None:
-                sock.close()
-        for path in self.unlink:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
 
 
 class SocketServer:
@@ -99,8 +60,9 @@ class SocketServer:
         self._ptm = ptm
         self._worker = worker
         self._turn = trio.Lock()
+        self._served = 0
         self._control_clients = 0
-        self._data_fd_set = False
+        self._passed: socket.socket | None = None
 
     def start(self) -> None:
         """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the channels say so."""
@@ -132,10 +94,11 @@ class SocketServer:
         self._end()
 
     async def _serve_passed_data(self, connection: socket.socket) -> None:
-        try:
-            await self._serve_data(connection)
-        finally:
-            self._data_fd_set = False
+        await self._serve_data(connection)
+        if self._passed is connection:
+            self._passed = None
+        if self._channels.terminate:
+            self._end()
 
     async def _serve_data(self, connection: socket.socket) -> None:
         try:
@@ -143,43 +106,34 @@ class SocketServer:
                 await self._converse(connection)
         except OSError as exc:
             log.info("Data client: %s", exc.strerror)
+        except Exception:  # a bug of ours costs its client the connection, nobody else anything
+            log.exception("A data client could not be served")
         log.debug("Data client disconnected")
 
     async def _converse(self, connection: socket.socket) -> None:
         stream = CommandStream(prefix=self._vtpm.tpm2)
-        served, linger_until = 0, 0.0
+        linger_until = 0.0
         while True:
-            try:
-                data = connection.recv(_READ_SIZE)
-            except BlockingIOError:
-                if time.perf_counter() < linger_until:
-                    os.sched_yield()
-                elif not await _readable(
-                    connection, _DATA_REST_SECONDS if stream.partial else None
-                ):
-                    await self._answer_all(connection, stream, flush=True)
-                continue
+            data = await _receive(connection, stream, linger_until)
             if data:
                 stream.feed(data)
-            served += await self._answer_all(connection, stream, flush=not data)
-            if not data or (served and self._channels.disconnect):
+            served = False
+            while (request := stream.next_request(flush=not data)) is not None:
+                response = await self._process(request)
+                await _send_all(connection, framed(response, request))
+                served = True
+            if data == b"" or (served and self._channels.disconnect):
                 return
-            if served % _CHECKPOINT_EVERY == 0:
-                await trio.lowlevel.checkpoint()
             linger_until = time.perf_counter() + _LINGER_SECONDS
-
-    async def _answer_all(
-        self, connection: socket.socket, stream: CommandStream, *, flush: bool
-    ) -> int:
-        answered = 0
-        while (request := stream.next_request(flush=flush)) is not None:
-            response = await self._process(request)
-            await _send_all(connection, framed(response, request))
-            answered += 1
-        return answered
 
     async def _process(self, request: Request) -> bytes:
         vtpm = self._vtpm
+        self._served += 1
+        if self._served % _CHECKPOINT_EVERY == 0:
+            await trio.lowlevel.checkpoint()
+        if log.isEnabledFor(logging.DEBUG):
+            # PEER: and the bytes, among them secrets.
+            log.debug("SWTPM_IO_Read: length %d", len(request.command))
         if self._turn.locked():
             async with self._turn:
                 pass
@@ -208,6 +162,8 @@ class SocketServer:
                 await self._obey(connection)
         except OSError as exc:
             log.info("Control client: %s", exc.strerror)
+        except Exception:  # as for data
+            log.exception("A control client could not be served")
         finally:
             self._control_clients -= 1
             if self._channels.control_terminate and not self._control_clients:
@@ -216,13 +172,12 @@ class SocketServer:
     async def _obey(self, connection: socket.socket) -> None:
         stream = ControlStream()
         deadline = float("inf")
-        while True:
+        while not stream.broken:
+            data, fds = b"", list[int]()
             with trio.move_on_at(deadline) as scope:
                 data, fds = await _receive_with_fds(connection)
-            if scope.cancelled_caught or not data:
-                return
             stream.feed(data)
-            request = stream.next_request()
+            request = stream.next_request(flush=not data)
             try:
                 if request is not None:
                     await _send_all(connection, await self._answer_control(request, fds))
@@ -231,13 +186,16 @@ class SocketServer:
                     os.close(fd)
             if self._ptm.shutdown_requested:
                 self._end()
+            if not data and (request is None or not scope.cancelled_caught):
                 return
-            if not stream.partial:
+            if not stream.pressing:
                 deadline = float("inf")
             elif deadline == float("inf"):
                 deadline = trio.current_time() + _CONTROL_REST_SECONDS
+            await trio.lowlevel.checkpoint()
 
     async def _answer_control(self, request: ControlRequest, fds: list[int]) -> bytes:
+        log.debug("Ctrl Cmd: 0x%x, length %d", request.number, len(request.body))
         if request.command is PtmCommand.PTM_SET_DATAFD:
             return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
         if request.command is PtmCommand.PTM_LOCK_STORAGE:
@@ -252,7 +210,10 @@ class SocketServer:
         return control.answer(self._vtpm, self._ptm, request)
 
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
-        if self._data_fd_set or self._channels.data_listener or self._channels.data_stream:
+        channels, passed = self._channels, self._passed
+        # The end of the last one may be there without its task knowing it yet.
+        in_use = passed is not None and not _at_end(passed)
+        if in_use or channels.data_listener or channels.data_stream:
             return PtmResult.TPM_IOERROR
         if not fds:
             log.error("no valid data socket in message")
@@ -260,13 +221,23 @@ class SocketServer:
         try:
             connection = socket.socket(fileno=fds[0])
         except OSError as exc:
+            # PEER: takes anything, and the TPM's answers to a pipe go nowhere.
             log.error("The passed descriptor is no socket: %s", exc.strerror)
             return PtmResult.TPM_BAD_PARAMETER
         fds.pop(0)
         connection.setblocking(False)
-        self._data_fd_set = True
+        self._passed = connection
         self._nursery.start_soon(self._serve_passed_data, connection)
         return PtmResult.TPM_SUCCESS
+
+
+def _at_end(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 async def _accept(listener: socket.socket) -> socket.socket:
@@ -276,16 +247,31 @@ async def _accept(listener: socket.socket) -> socket.socket:
         except BlockingIOError:
             await trio.lowlevel.wait_readable(listener)
         except OSError as exc:
-            if exc.errno not in {errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
-                raise
+            # A client that has gone again, or no descriptor free: neither lasts.
             log.warning("Could not accept a connection: %s", exc.strerror)
-            await trio.sleep(0.1)
+            await trio.sleep(_ACCEPT_AGAIN_SECONDS)
         else:
             connection.setblocking(False)
             if connection.family in {socket.AF_INET, socket.AF_INET6}:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await trio.lowlevel.checkpoint()
             return connection
+
+
+async def _receive(
+    connection: socket.socket, stream: CommandStream, linger_until: float
+) -> bytes | None:
+    """Bytes; none at the end of the stream; None when the rest of a command does not come."""
+    while True:
+        try:
+            return connection.recv(_READ_SIZE)
+        except BlockingIOError:
+            if time.perf_counter() < linger_until:
+                os.sched_yield()
+            elif not await _readable(
+                connection, _DATA_REST_SECONDS if stream.awaits_rest else None
+            ):
+                return None
 
 
 async def _readable(connection: socket.socket, seconds: float | None) -> bool:

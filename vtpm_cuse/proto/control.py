@@ -19,13 +19,21 @@ from vtpm_cuse.wire.ptm import (
 )
 
 REQUEST_MAX: Final = 1 << 20
-"""Bytes; a request that announces more is cut off there, and refused for its length."""
+"""Bytes; a request that announces more is refused at once."""
 
 _COMMAND_SIZE: Final = 4
+_FIRST_READ: Final = 4104
+"""Bytes that must come soon. Once they are there, the rest of a long request may take its time."""
+
+_COMMANDS: Final = {command + 1: command for command in PtmCommand}
 _LENGTH_AT: Final = {
     PtmCommand.PTM_HASH_DATA: PtmHashDataRequest.SIZE,
     PtmCommand.PTM_SET_STATEBLOB: PtmSetStateRequest.SIZE,
 }
+_ANSWERED_SHORT: Final = frozenset(
+    {PtmCommand.PTM_SET_BUFFERSIZE, PtmCommand.PTM_GET_INFO, PtmCommand.PTM_LOCK_STORAGE}
+)
+"""PEER: does not wait for the bodies of these; here one that never comes is still answered."""
 
 
 class ControlRequest(NamedTuple):
@@ -37,33 +45,46 @@ class ControlRequest(NamedTuple):
 
 
 class ControlStream:
-    """Requests of one control connection."""
+    """Requests of one control connection.
+
+    Attributes:
+        broken: Nobody can tell where the next request begins: the connection must end.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self.broken = False
 
     @property
-    def partial(self) -> bool:
-        """Whether bytes wait for the rest of their request."""
-        return bool(self._buffer)
+    def pressing(self) -> bool:
+        """Whether bytes wait for the rest of their request, which must come soon."""
+        return 0 < len(self._buffer) < _FIRST_READ
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they arrived."""
         self._buffer += data
 
-    def next_request(self) -> ControlRequest | None:
-        """The request that is complete, or None until more bytes arrive."""
-        if len(self._buffer) < _COMMAND_SIZE:
+    def next_request(self, *, flush: bool = False) -> ControlRequest | None:
+        """The request that is complete, or None until more bytes arrive.
+
+        Args:
+            flush: Nothing more will come. The C suite answers some requests even so.
+        """
+        buffer = self._buffer
+        if len(buffer) < _COMMAND_SIZE:
             return None
-        number = int.from_bytes(self._buffer[:_COMMAND_SIZE], "big")
-        body = bytes(self._buffer[_COMMAND_SIZE:])
-        try:
-            command: PtmCommand | None = PtmCommand(number - 1)
-        except ValueError:
-            command = None
-        if command is not None and len(body) < min(_body_size(command, body), REQUEST_MAX):
-            return None
-        self._buffer.clear()
+        number = int.from_bytes(buffer[:_COMMAND_SIZE], "big")
+        command = _COMMANDS.get(number)
+        if command is not None:
+            size = _COMMAND_SIZE + _body_size(command, buffer)
+            self.broken = size > REQUEST_MAX
+            answered = self.broken or (
+                flush and (command in _ANSWERED_SHORT or len(buffer) >= _FIRST_READ)
+            )
+            if len(buffer) < size and not answered:
+                return None
+        body = bytes(buffer[_COMMAND_SIZE:])
+        buffer.clear()
         return ControlRequest(command, number, body)
 
 
@@ -80,9 +101,9 @@ def exact_body(command: PtmCommand) -> bool:
     return command is PtmCommand.PTM_INIT or (request is PtmEmpty and command not in lenient)
 
 
-def _body_size(command: PtmCommand, body: bytes) -> int:
-    least = least_body_size(command)
+def _body_size(command: PtmCommand, buffer: bytearray) -> int:
     end = _LENGTH_AT.get(command)
-    if end is None or len(body) < end:
-        return least
-    return end + int.from_bytes(body[end - 4 : end], "big")
+    if end is None or len(buffer) < _COMMAND_SIZE + end:
+        return least_body_size(command)
+    end += _COMMAND_SIZE
+    return end - _COMMAND_SIZE + int.from_bytes(buffer[end - 4 : end], "big")

@@ -13,6 +13,11 @@ from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, SendCommandHeader
 
 _SEND_COMMAND: Final = (8).to_bytes(4, "big")
+_BEGINNINGS: Final = (
+    _SEND_COMMAND,
+    *(tag.to_bytes(2, "big") for tag in (0x8001, 0x8002, 0x00C1, 0x00C2, 0x00C3)),
+)
+"""What a command starts with, of either version."""
 
 
 class Request(NamedTuple):
@@ -34,9 +39,10 @@ class CommandStream:
         self._buffer = b""
 
     @property
-    def partial(self) -> bool:
-        """Whether bytes wait for the rest of their command."""
-        return bool(self._buffer)
+    def awaits_rest(self) -> bool:
+        """Whether bytes wait that `next_request` would give away if told to flush."""
+        there = len(self._buffer) - self._start()
+        return there >= TPM_HEADER_SIZE or (there > 0 and self._start() > 0)
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they arrived."""
@@ -47,25 +53,39 @@ class CommandStream:
 
         Args:
             flush: Nothing more will come: what is there counts as the command, unless it
-                is shorter than a header.
+                is shorter than a header and has no prefix.
         """
-        buffer = self._buffer
-        locality, start = None, 0
-        if self._prefix and buffer[:4] == _SEND_COMMAND:
-            if len(buffer) < SendCommandHeader.SIZE:
-                return None
-            locality = SendCommandHeader.unpack_untrusted(buffer, BIG).locality
-            start = SendCommandHeader.SIZE
+        buffer, start = self._buffer, self._start()
         there = len(buffer) - start
-        if there < TPM_HEADER_SIZE:
+        if there >= TPM_HEADER_SIZE:
+            size = int.from_bytes(buffer[start + 2 : start + 6], "big")
+            if size > there and size <= TPM_BUFFER_MAX and not flush:
+                return None
+            if size != there and not self._ends_at(start + size, size):
+                size = there  # no command: let the TPM say so
+        elif flush and start and there > 0:
+            size = there
+        else:
             return None
-        size = int.from_bytes(buffer[start + 2 : start + 6], "big")
-        if not TPM_HEADER_SIZE <= size <= TPM_BUFFER_MAX or (flush and size > there):
-            size = there  # no command: let the TPM say so
-        if there < size:
-            return None
+        locality = None
+        if start:
+            locality = SendCommandHeader.unpack_untrusted(buffer, BIG).locality
         self._buffer = buffer[start + size :]
         return Request(buffer[start : start + size] if start or size < there else buffer, locality)
+
+    def _start(self) -> int:
+        """Where the command itself begins."""
+        prefixed = self._prefix and self._buffer[:4] == _SEND_COMMAND
+        return SendCommandHeader.SIZE if prefixed else 0
+
+    def _ends_at(self, end: int, size: int) -> bool:
+        """Whether what follows is another command: surplus bytes are not cut off."""
+        rest = self._buffer[end:]
+        return (
+            TPM_HEADER_SIZE <= size <= TPM_BUFFER_MAX
+            and bool(rest)
+            and any(rest[: len(begin)] == begin[: len(rest)] for begin in _BEGINNINGS)
+        )
 
 
 def framed(response: bytes, request: Request) -> bytes:

@@ -52,17 +52,27 @@ def make_vtpm(config: VtpmConfig) -> Vtpm:
         reject_locality_4=config.locality.reject_locality_4,
         allow_set_locality=config.locality.allow_set_locality,
         incoming=config.incoming,
-        profile=config.profile.text if config.profile else None,
+        profile=_profile(config, engine),
     )
     return Vtpm(engine, store, options)
 
 
+def _profile(config: VtpmConfig, engine: LibtpmsEngine) -> str | None:
+    if config.profile is None or not config.tpm2:
+        return None
+    from vtpm_cuse.service.profiles import profile_text
+
+    return profile_text(config.profile, engine)
+
+
 def _make_store(config: VtpmConfig) -> SealedStore | None:
+    # Keys come first: a wrong one is an error even where there is nothing to encrypt.
+    key, migration_key = _key(config.key), _key(config.migration_key)
     state = config.state
     if state is None:
         return None
     blobs = open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock)
-    return SealedStore(blobs, _key(config.key), _key(config.migration_key))
+    return SealedStore(blobs, key, migration_key)
 
 
 def _key(source: KeySource | None) -> Key | None:
@@ -81,7 +91,7 @@ def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:
     """
     kind = config.startup.startup
     if kind == "deactivated" and config.tpm2:
-        log.error("Error: TPM 2 does not support startup deactivated.")
+        log.error("TPM 2 does not support startup deactivated.")
         return False
     if config.startup.not_need_init:
         vtpm.start()

@@ -165,8 +165,7 @@ class SocketConfig:
     """A vTPM on sockets.
 
     Attributes:
-        data: Where TPM commands come from (``--server``, ``--port``).
-        data_fd: A connected data stream (``--fd``).
+        data: Where TPM commands come from (``--server``, ``--port``, ``--fd``).
         control: Where control commands come from (``--ctrl``).
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
@@ -176,7 +175,6 @@ class SocketConfig:
 
     vtpm: VtpmConfig
     data: SocketAddress | None = None
-    data_fd: int | None = None
     control: SocketAddress | None = None
     disconnect: bool = False
     terminate: bool = False

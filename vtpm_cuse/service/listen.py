@@ -9,7 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.frontends.sockets import Channels
+from vtpm_cuse.frontends.channels import Channels
 
 if TYPE_CHECKING:
     from vtpm_cuse.service.config import SocketAddress, SocketConfig
@@ -32,7 +32,7 @@ def acquire(config: SocketConfig) -> Channels:
     with contextlib.ExitStack() as undo:
         undo.callback(channels.close)
         _acquire_control(channels, config.control)
-        _acquire_data(channels, config)
+        _acquire_data(channels, config.data)
         undo.pop_all()
     return channels
 
@@ -41,24 +41,23 @@ def _acquire_control(channels: Channels, address: SocketAddress | None) -> None:
     if address is None:
         return
     if address.fd is None and address.clientfd is not None:
-        channels.control_stream = _inherit(address.clientfd)
+        channels.control_stream = _inherit(address.clientfd, listening=False)
     else:
         channels.control_listener = _listener(channels, address)
 
 
-def _acquire_data(channels: Channels, config: SocketConfig) -> None:
-    address = config.data
-    if config.data_fd is not None:
-        channels.data_stream = _inherit(config.data_fd)
-    elif address is not None and address.kind == "tcp" and address.fd is not None:
-        channels.data_stream = _inherit(address.fd)
-    elif address is not None:
+def _acquire_data(channels: Channels, address: SocketAddress | None) -> None:
+    if address is None:
+        return
+    if address.kind == "tcp" and address.fd is not None:
+        channels.data_stream = _inherit(address.fd, listening=False)
+    else:
         channels.data_listener = _listener(channels, address)
 
 
 def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
     if address.fd is not None:
-        return _inherit(address.fd)
+        return _inherit(address.fd, listening=True)
     try:
         if address.path is not None:
             return _listen_unix(channels, address, address.path)
@@ -68,11 +67,16 @@ def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
         raise UsageError(f"Could not listen on {where}: {exc.strerror}") from exc
 
 
-def _inherit(fd: int) -> socket.socket:
+def _inherit(fd: int, *, listening: bool) -> socket.socket:
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise UsageError(f"File descriptor {fd} is not a socket")
         sock = socket.socket(fileno=fd)
+        # PEER: accepts on a connected socket for ever, and fails.
+        if bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) != listening:
+            sock.close()
+            wanted = "a listening" if listening else "a connected"
+            raise UsageError(f"File descriptor {fd} is not {wanted} socket")
     except OSError as exc:
         raise UsageError(f"Cannot use file descriptor {fd}: {exc.strerror}") from exc
     sock.setblocking(False)
@@ -100,11 +104,7 @@ def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socke
 
 
 def _listen_tcp(address: SocketAddress) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.bindaddr else socket.AF_INET
-    target: tuple[str, int] | tuple[str, int, int, int] = (address.bindaddr, address.port or 0)
-    if family == socket.AF_INET6:
-        scope = socket.if_nametoindex(address.ifname) if address.ifname else 0
-        target = (*target[:2], 0, scope)
+    family, target = _tcp_target(address)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,6 +113,29 @@ def _listen_tcp(address: SocketAddress) -> socket.socket:
         sock.close()
         raise
     return _listening(sock)
+
+
+def _tcp_target(
+    address: SocketAddress,
+) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:
+    """Family and address; numeric ones only, because names cost time and mean many."""
+    host, port = address.bindaddr, address.port or 0
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        packed = socket.inet_pton(family, host)
+    except OSError:
+        raise UsageError(f"Could not parse the bind address '{host}'") from None
+    if family == socket.AF_INET:
+        return family, (host, port)
+    link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+    if link_local and not address.ifname:
+        raise UsageError("Missing interface name for link local address")
+    try:
+        scope = socket.if_nametoindex(address.ifname) if address.ifname else 0
+    except OSError:
+        reason = f"Could not convert interface name '{address.ifname}' to index"
+        raise UsageError(f"{reason}: No such device") from None
+    return family, (host, port, 0, scope)
 
 
 def _listening(sock: socket.socket) -> socket.socket:

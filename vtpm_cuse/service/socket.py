@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.errors import UsageError, VtpmError
+from vtpm_cuse.errors import PtmError, VtpmError
 from vtpm_cuse.service.daemon import run_in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtpm_cuse.device.vtpm import Vtpm
-    from vtpm_cuse.frontends.sockets import Channels
+    from vtpm_cuse.frontends.channels import Channels
     from vtpm_cuse.service.config import SocketConfig
 
 log = logging.getLogger(__name__)
+
+_ERROR: Final = 1
 
 
 def run(config: SocketConfig) -> int:
@@ -33,36 +36,35 @@ def run(config: SocketConfig) -> int:
 
 
 def _serve(config: SocketConfig, ready: Callable[[], None]) -> int:
-    from vtpm_cuse.service.listen import acquire
-
     try:
-        channels = acquire(config)
-        try:
-            return _serve_channels(config, channels, ready)
-        finally:
-            channels.close()
-    except UsageError as exc:
-        log.error("%s", exc)
-        return exc.exit_status
+        _serve_config(config, ready)
+    except PtmError:  # said by the vTPM itself
+        return _ERROR
     except VtpmError as exc:
         log.error("%s", exc)
-        return 1
-
-
-def _serve_channels(config: SocketConfig, channels: Channels, ready: Callable[[], None]) -> int:
-    import trio
-
-    from vtpm_cuse.service.compose import make_vtpm, power_on
-    from vtpm_cuse.service.pidfile import pid_file
-
-    vtpm = make_vtpm(config.vtpm)
-    try:
-        with pid_file(config.pid):
-            if power_on(vtpm, config.vtpm):
-                trio.run(_serve_tasks, channels, vtpm, ready)
-    finally:
-        vtpm.close()
+        return _ERROR
     return 0
+
+
+def _serve_config(config: SocketConfig, ready: Callable[[], None]) -> None:
+    from vtpm_cuse.service.listen import acquire
+
+    with contextlib.ExitStack() as stack:
+        # Before anything that takes time: who polls for the sockets need not wait.
+        channels = acquire(config)
+        stack.callback(channels.close)
+
+        import trio
+
+        from vtpm_cuse.service.compose import make_vtpm, power_on
+        from vtpm_cuse.service.pidfile import pid_file
+
+        stack.enter_context(pid_file(config.pid))
+        vtpm = make_vtpm(config.vtpm)
+        # Given up first: without a pid file and sockets, state and lock are a successor's.
+        stack.callback(vtpm.close)
+        if power_on(vtpm, config.vtpm):
+            trio.run(_serve_tasks, channels, vtpm, ready)
 
 
 async def _serve_tasks(channels: Channels, vtpm: Vtpm, ready: Callable[[], None]) -> None:

@@ -1,0 +1,49 @@
+"""The sockets of a vTPM, free of trio: they are bound before anything slow is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+
+
+@dataclass
+class Channels:
+    """The sockets a server takes over, all non-blocking, and when it ends by itself.
+
+    Attributes:
+        data_listener: Accepts data connections, one at a time.
+        data_stream: A connected data socket; its end is the server's.
+        control_listener: Accepts control connections.
+        control_stream: A connected control socket.
+        disconnect: Close a data connection after each response.
+        terminate: End when there is no data connection after there was one.
+        control_terminate: End when the control connection is closed.
+    """
+
+    data_listener: socket.socket | None = None
+    data_stream: socket.socket | None = None
+    control_listener: socket.socket | None = None
+    control_stream: socket.socket | None = None
+    disconnect: bool = False
+    terminate: bool = False
+    control_terminate: bool = False
+    unlink: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Closes them; the paths of bound Unix sockets go too."""
+        for sock in (
+            self.data_listener,
+            self.data_stream,
+            self.control_listener,
+            self.control_stream,
+        ):
+            if sock is not None:
+                sock.close()
+        for path in self.unlink:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
