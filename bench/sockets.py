@@ -152,11 +152,11 @@ def build_client(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def servers(peer: str) -> Iterator[list[Server]]:
+def servers(ours: str, peer: str) -> Iterator[list[Server]]:
     """Both, not started yet."""
     with contextlib.ExitStack() as stack:
         found = []
-        for name, program in (("vtpm-cuse", OURS), ("C suite", peer)):
+        for name, program in (("vtpm-cuse", ours), ("C suite", peer)):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             server = Server(name, program, Path(folder) / "socket")
             stack.callback(server.stop)
@@ -229,6 +229,7 @@ def main() -> None:
     """Measures and prints; with --check, ends with 1 when a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peer", default="/usr/bin/swtpm", help="the C suite's program")
+    parser.add_argument("--ours", default=OURS, help="this package's program")
     parser.add_argument("--count", type=int, default=2000, help="round trips a series (2000)")
     parser.add_argument("--rounds", type=int, default=5, help="series of each kind (5)")
     parser.add_argument("--starts", type=int, default=9, help="starts of each program (9)")
@@ -240,7 +241,7 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < len(PLACEMENTS):
         sys.exit("bench: needs two CPUs")
-    with tempfile.TemporaryDirectory() as name, servers(options.peer) as (ours, peer):
+    with tempfile.TemporaryDirectory() as name, servers(options.ours, options.peer) as (ours, peer):
         client = build_client(Path(name))
         for _ in range(options.starts):
             for server in (ours, peer):

@@ -226,6 +226,7 @@ def test_next_client_is_served_when_the_one_before_goes(server: Server) -> None:
 def test_new_connections_for_every_command(kind: str, tmp_path: Path) -> None:
     """As tpm2-tss does."""
     with Server(tmp_path, *RUNNING, data=kind, control=kind) as server:
+        server.request(s.GET_CAPABILITY, size=8)
         before = server.descriptors()
         for locality in range(200):
             with server.control() as control, server.data() as data:

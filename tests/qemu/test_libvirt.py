@@ -108,7 +108,7 @@ class Libvirt:
 @pytest.fixture(scope="module")
 def libvirt() -> Iterator[Libvirt]:
     if LIBVIRTD is None or VIRSH is None:
-        pytest.skip("needs libvirt-daemon-driver-qemu and libvirt-clients")
+        pytest.skip("needs libvirt-daemon, libvirt-daemon-driver-qemu and libvirt-clients")
     # Paths of Unix sockets must be short.
     with tempfile.TemporaryDirectory(prefix="lv") as folder, ExitStack() as stack:
         if os.geteuid() == 0:

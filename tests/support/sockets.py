@@ -176,9 +176,9 @@ def connect(address: Path | int) -> Client:
     return Client(made)
 
 
-def readable(connection: socket.socket) -> bool:
-    """Whether something, or the end, has come."""
-    return bool(select.select([connection], [], [], 0)[0])
+def readable(connection: socket.socket | int, seconds: float = 0) -> bool:
+    """Whether something, or the end, has come, or comes within *seconds*."""
+    return bool(select.select([connection], [], [], seconds)[0])
 
 
 def free_ports() -> int:

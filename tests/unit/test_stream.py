@@ -126,3 +126,26 @@ def test_answers_of_prefixed_commands_are_framed() -> None:
     response = bytes.fromhex("80010000000a00000101")
     assert framed(response, Request(A, None)) == response
     assert framed(response, Request(A, 0)) == bytes.fromhex("0000000a") + response + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("before", "data", "whole"),
+    [
+        (b"", "80010000000c0000017b0008", True),
+        (b"", "80010000000c0000017b00", False),
+        (b"", "80010000000c0000017b000800", False),
+        (b"", "00000008000000000c80010000000c0000017b0008", False),
+        (b"", "8001000000080000", False),
+        (b"", "", False),
+        (b"\x80", "80010000000c0000017b0008", False),
+    ],
+)
+def test_whole_command(before: bytes, data: str, whole: bool) -> None:
+    """What the socket loop may hand to the TPM without cutting: what cutting gives, too."""
+    stream = CommandStream(prefix=True)
+    stream.feed(before)
+    command = bytes.fromhex(data)
+    assert stream.is_whole(command) is whole
+    if whole:
+        stream.feed(command)
+        assert stream.next_request() == (command, None)

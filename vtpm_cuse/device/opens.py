@@ -110,7 +110,9 @@ class TpmDeviceFile:
                 is being read.
         """
         if self._incoming is not None:
-            self._incoming.append(data)
+            incoming, self._incoming = self._incoming, None  # an error ends the transfer
+            incoming.append(data)
+            self._incoming = incoming
             return
         if self._reading_blob:
             self._outgoing = None

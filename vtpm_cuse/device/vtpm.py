@@ -130,15 +130,21 @@ class Vtpm:
         try:
             self.engine.start()
         except VtpmError as exc:
-            # A TPM 2 gives this one code whatever is wrong with its state, a TPM 1.2 the cause.
-            result = PtmResult.TPM_RC_FAILURE if self.tpm2 else faults.tpm_result(exc)
-            raise PtmError(result, str(exc)) from exc
+            raise PtmError(self._start_result(exc), str(exc)) from exc
         if self._profile is not None and self.tpm2 and not self.engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
         if delete_volatile:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
+
+    def _start_result(self, exc: VtpmError) -> int:
+        """One code for a TPM 2; for a TPM 1.2 the cause, but not of its volatile state."""
+        if self.tpm2:
+            return PtmResult.TPM_RC_FAILURE
+        if isinstance(exc, StorageError) and exc.path == StateType.VOLATILE.blob_name:
+            return PtmResult.TPM_FAIL
+        return faults.tpm_result(exc)
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""

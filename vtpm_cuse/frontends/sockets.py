@@ -22,6 +22,7 @@ from vtpm_cuse.proto.control import ControlRequest, ControlStream
 from vtpm_cuse.proto.stream import CommandStream, Request, framed
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
+from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
 
 if TYPE_CHECKING:
     from vtpm_cuse.device.vtpm import Vtpm
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _READ_SIZE: Final = 16384
+_DATA_READ_SIZE: Final = TPM_BUFFER_MAX + SendCommandHeader.SIZE
 _LINGER_SECONDS: Final = 50e-6
 """How long a data connection looks for the next command before it sleeps."""
 
@@ -111,10 +113,36 @@ class SocketServer:
         log.debug("Data client disconnected")
 
     async def _converse(self, connection: socket.socket) -> None:
-        stream = CommandStream(prefix=self._vtpm.tpm2)
+        vtpm, turn = self._vtpm, self._turn
+        stream = CommandStream(prefix=vtpm.tpm2)
+        quick = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
         linger_until = 0.0
         while True:
-            data = await _receive(connection, stream, linger_until)
+            if linger_until:
+                os.sched_yield()  # a client on this CPU sends its next command now
+            try:
+                data: bytes | None = connection.recv(_DATA_READ_SIZE)
+            except BlockingIOError:
+                data = await _receive(connection, stream, linger_until)
+            if (
+                quick
+                and data
+                and stream.is_whole(data)
+                and not (turn.locked() or vtpm.is_long(data))
+            ):
+                # The general way below, for the usual command: 1.4 of 7 microseconds less.
+                self._served += 1
+                if self._served % _CHECKPOINT_EVERY == 0:
+                    await trio.lowlevel.checkpoint()
+                response = vtpm.process(data)
+                try:
+                    sent = connection.send(response)
+                except BlockingIOError:
+                    sent = 0
+                if sent < len(response):
+                    await _send_all(connection, response[sent:])
+                linger_until = time.perf_counter() + _LINGER_SECONDS
+                continue
             if data:
                 stream.feed(data)
             served = False
@@ -179,11 +207,12 @@ class SocketServer:
             stream.feed(data)
             request = stream.next_request(flush=not data)
             try:
-                if request is not None:
-                    await _send_all(connection, await self._answer_control(request, fds))
+                answer = request and await self._answer_control(request, fds)
             finally:
                 for fd in fds:
                     os.close(fd)
+            if answer:
+                await _send_all(connection, answer)
             if self._ptm.shutdown_requested:
                 self._end()
             if not data and (request is None or not scope.cancelled_caught):
@@ -264,7 +293,7 @@ async def _receive(
     """Bytes; none at the end of the stream; None when the rest of a command does not come."""
     while True:
         try:
-            return connection.recv(_READ_SIZE)
+            return connection.recv(_DATA_READ_SIZE)
         except BlockingIOError:
             if time.perf_counter() < linger_until:
                 os.sched_yield()

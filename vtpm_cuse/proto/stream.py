@@ -44,6 +44,14 @@ class CommandStream:
         there = len(self._buffer) - self._start()
         return there >= TPM_HEADER_SIZE or (there > 0 and self._start() > 0)
 
+    def is_whole(self, data: bytes) -> bool:
+        """Whether these bytes are exactly one command without a prefix, and none wait."""
+        return (
+            not self._buffer
+            and len(data) >= TPM_HEADER_SIZE
+            and int.from_bytes(data[2:6], "big") == len(data)
+        )
+
     def feed(self, data: bytes) -> None:
         """Takes bytes as they arrived."""
         self._buffer = self._buffer + data if self._buffer else data

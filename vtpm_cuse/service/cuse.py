@@ -104,15 +104,16 @@ async def _serve_device(
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.cuse import CuseServer
     from vtpm_cuse.service.pidfile import pid_file
-    from vtpm_cuse.service.signals import cancel_on_signal
+    from vtpm_cuse.service.signals import cancel_at, ending_signals
 
     await channel.create_device(config.name, config.major, config.minor)
     worker = Worker()
     server = CuseServer(channel, vtpm, PtmService(vtpm), worker)
     try:
-        with pid_file(config.pid):
+        # Signals first: who finds the pid file may send one.
+        with ending_signals() as signals, pid_file(config.pid):
             async with trio.open_nursery() as nursery:
-                await nursery.start(cancel_on_signal, nursery.cancel_scope)
+                nursery.start_soon(cancel_at, signals, nursery.cancel_scope)
                 log.info("CUSE TPM successfully initialized.")
                 ready()
                 await server.serve()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
 import trio
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractContextManager
 
-async def cancel_on_signal(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-    """Cancels *scope* at the first of these signals; has reported when they are caught."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        task_status.started()
-        async for _ in signals:
-            scope.cancel()
+
+def ending_signals() -> AbstractContextManager[AsyncIterator[int]]:
+    """While it is entered, these signals are caught instead of ending the process at once."""
+    return trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+async def cancel_at(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    """Cancels *scope* at each of the signals."""
+    async for _ in signals:
+        scope.cancel()

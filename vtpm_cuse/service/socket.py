@@ -57,30 +57,33 @@ def _serve_config(config: SocketConfig, ready: Callable[[], None]) -> None:
         import trio
 
         from vtpm_cuse.service.compose import make_vtpm, power_on
-        from vtpm_cuse.service.pidfile import pid_file
 
-        stack.enter_context(pid_file(config.pid))
         vtpm = make_vtpm(config.vtpm)
-        # Given up first: without a pid file and sockets, state and lock are a successor's.
+        # Given up first: without sockets, state and lock are a successor's.
         stack.callback(vtpm.close)
         if power_on(vtpm, config.vtpm):
-            trio.run(_serve_tasks, channels, vtpm, ready)
+            trio.run(_serve_tasks, config, channels, vtpm, ready)
 
 
-async def _serve_tasks(channels: Channels, vtpm: Vtpm, ready: Callable[[], None]) -> None:
+async def _serve_tasks(
+    config: SocketConfig, channels: Channels, vtpm: Vtpm, ready: Callable[[], None]
+) -> None:
     import trio
 
     from vtpm_cuse.device.ptm import PtmService
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.sockets import SocketServer
-    from vtpm_cuse.service.signals import cancel_on_signal
+    from vtpm_cuse.service.pidfile import pid_file
+    from vtpm_cuse.service.signals import cancel_at, ending_signals
 
     worker = Worker()
     try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(cancel_on_signal, nursery.cancel_scope)
-            SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
-            ready()
-            await trio.sleep_forever()
+        # Signals first: who finds the pid file may send one.
+        with ending_signals() as signals, pid_file(config.pid):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel_at, signals, nursery.cancel_scope)
+                SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
+                ready()
+                await trio.sleep_forever()
     finally:
         worker.close()
