@@ -71,18 +71,15 @@ def test_locality_of_four_bytes() -> None:
 
 def test_what_presses() -> None:
     stream = ControlStream()
-    assert not stream.pressing
-    stream.feed(u32(s.SET_STATEBLOB, 0, 1, 9000) + bytes(4000))
-    assert stream.next_request() is None
-    assert stream.pressing
-    stream.feed(bytes(200))
-    assert stream.next_request() is None
-    assert not stream.pressing, "a long blob may take its time"
-    stream.feed(bytes(4800))
-    request = stream.next_request()
+    head = u32(s.SET_STATEBLOB, 0, 1, 9000)
+    pressing = [stream.pressing]
+    for piece in (head + bytes(4000), bytes(200), bytes(4800)):
+        stream.feed(piece)
+        request = stream.next_request()
+        pressing.append(stream.pressing)
+    assert pressing == [False, True, False, False], "a long blob may take its time"
     assert request is not None
     assert len(request.body) == 12 + 9000
-    assert not stream.pressing
 
 
 @pytest.mark.parametrize("number", [s.SET_BUFFERSIZE, s.GET_INFO, s.LOCK_STORAGE])
@@ -116,10 +113,12 @@ def test_endless_body_is_not_waited_for(number: int) -> None:
 class Service:
     """A vTPM without a TPM behind it."""
 
-    def __init__(self, *, tpm2: bool = True, running: bool = True, **options: bool) -> None:
+    def __init__(self, *, tpm2: bool = True, running: bool = True, reject_4: bool = False) -> None:
         self.engine = FakeEngine(tpm2=tpm2)
         self.blobs = MemoryStore()
-        self.vtpm = Vtpm(self.engine, SealedStore(self.blobs), VtpmOptions(**options))
+        self.vtpm = Vtpm(
+            self.engine, SealedStore(self.blobs), VtpmOptions(reject_locality_4=reject_4)
+        )
         self.ptm = PtmService(self.vtpm)
         if running:
             self.vtpm.start()
@@ -217,7 +216,7 @@ def test_reset_established_gives_the_locality_back_also_after_an_error() -> None
 ])  # fmt: skip
 def test_locality_is_set_running_or_not(locality: int, reject: bool, result: int) -> None:
     for running in (True, False):
-        service = Service(running=running, reject_locality_4=reject)
+        service = Service(running=running, reject_4=reject)
         assert service(s.SET_LOCALITY, bytes([locality])) == u32(result)
 
 
@@ -241,11 +240,11 @@ def test_blob_that_is_not_there() -> None:
 
 def test_savestate_gives_the_lock_away_even_if_there_is_none() -> None:
     service = Service()
-    assert service.blobs.locked
+    locked = [service.blobs.locked]
     service(s.GET_STATEBLOB, u32(1, s.SAVESTATE, 0))
-    assert not service.blobs.locked
+    locked.append(service.blobs.locked)
     service.vtpm.process(bytes.fromhex("80010000000a00000181"))
-    assert service.blobs.locked
+    assert [*locked, service.blobs.locked] == [True, False, True]
 
 
 @pytest.mark.parametrize(

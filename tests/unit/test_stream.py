@@ -93,9 +93,9 @@ def test_rest_that_does_not_come() -> None:
     stream = CommandStream(prefix=True)
     stream.feed(A[:11])
     assert stream.next_request() is None
-    assert stream.awaits_rest
+    awaited = [stream.awaits_rest]
     assert stream.next_request(flush=True) == Request(A[:11], None)
-    assert not stream.awaits_rest
+    assert [*awaited, stream.awaits_rest] == [True, False]
     assert stream.next_request(flush=True) is None
 
 

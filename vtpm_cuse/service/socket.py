@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import gc
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -83,6 +85,10 @@ async def _serve_tasks(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(cancel_at, signals, nursery.cancel_scope)
                 SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
+                gc.freeze()  # what start-up made stays; the command line has turned this off
+                gc.enable()
+                gc.freeze()  # what start-up made stays; the command line has turned this off
+                gc.enable()
                 ready()
                 await trio.sleep_forever()
     finally:
