@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import stat
@@ -422,15 +421,6 @@ def test_empty_volatile_blob_hides_the_file(tmp_path: Path) -> None:
 # -- the lock -------------------------------------------------------------------------------
 
 
-def locked(state: Path) -> bool:
-    with open(state / ".lock", "rb+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        return False
-
-
 def test_two_servers_never_have_one_state(tmp_path: Path) -> None:
     with Server(tmp_path / "a", *RUNNING) as first, first.data() as data:
         data.command(RANDOM)
@@ -452,15 +442,15 @@ def test_lock_goes_with_the_savestate_and_comes_back_with_a_command(
 ) -> None:
     with Server(tmp_path, *RUNNING, *flag) as server, server.data() as data:
         data.command(RANDOM)
-        assert locked(server.state)
+        assert s.is_locked(server.state)
         with server.control() as control:
             control.get_blob(s.SAVESTATE)
-            assert not locked(server.state)
+            assert not s.is_locked(server.state)
             assert tpm.code_of(data.command(RANDOM)) == 0
-            assert locked(server.state)
+            assert s.is_locked(server.state)
             control.get_blob(s.SAVESTATE)
             assert control.result(s.LOCK_STORAGE, u32(0)) == 0
-            assert locked(server.state)
+            assert s.is_locked(server.state)
 
 
 def test_source_dies_silently_when_the_destination_has_the_state(tmp_path: Path) -> None:

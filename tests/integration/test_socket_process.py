@@ -127,8 +127,11 @@ def test_pid_file(how: str, tmp_path: Path) -> None:
             server.request(s.GET_CAPABILITY, size=8)
             assert path.read_text() == str(server.process.pid)
             server.process.terminate()
+            begin = time.monotonic()
+            while path.exists():
+                assert time.monotonic() - begin < s.PATIENCE_SECONDS
+            assert not s.is_locked(server.state), "a successor may start"
             assert server.wait() == 0
-            assert not path.exists()
 
 
 def test_pid_file_that_cannot_be_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import os
 import select
 import socket
@@ -306,3 +307,13 @@ def socket_pair() -> Iterator[tuple[Client, socket.socket]]:
     ours, theirs = socket.socketpair()
     with Client(ours) as client, theirs:
         yield client, theirs
+
+
+def is_locked(state: Path) -> bool:
+    """Whether a server holds the state; asks by trying."""
+    with open(state / ".lock", "rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import gc
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -82,14 +81,15 @@ async def _serve_tasks(
     try:
         # Signals first: who finds the pid file may send one.
         with ending_signals() as signals, pid_file(config.pid):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(cancel_at, signals, nursery.cancel_scope)
-                SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
-                gc.freeze()  # what start-up made stays; the command line has turned this off
-                gc.enable()
-                gc.freeze()  # what start-up made stays; the command line has turned this off
-                gc.enable()
-                ready()
-                await trio.sleep_forever()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cancel_at, signals, nursery.cancel_scope)
+                    SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
+                    gc.freeze()  # what start-up made stays; the command line has turned this off
+                    gc.enable()
+                    ready()
+                    await trio.sleep_forever()
+            finally:
+                vtpm.close()  # who waits until the pid file goes may start a successor
     finally:
         worker.close()
