@@ -42,5 +42,5 @@ def exit_status(exc: BaseException) -> int:
         case errors.UsageError():
             return exc.exit_status
         case KeyboardInterrupt():
-            return 130
+            return 130  # as a shell reports death by SIGINT
     return 1

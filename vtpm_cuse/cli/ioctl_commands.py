@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -120,12 +121,32 @@ def _save(tpm: Control, asked: Asked) -> None:
             raise
         blob = b""
     try:
-        fd = os.open(asked.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(blob)
+        _write_private(asked.file, blob)
     except OSError as exc:
         reason = f"Could not open file '{asked.file}' for writing: {exc.strerror}"
         raise UsageError(reason) from exc
+
+
+def _write_private(path: str, blob: bytes) -> None:
+    """Replaces a file whole, for its owner alone: it may hold a TPM's seeds."""
+    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe, say
+        with open(path, "wb") as file:
+            file.write(blob)
+        return
+    target = os.path.realpath(path)
+    aside = f"{target}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(aside)
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(fd)
+        os.replace(aside, target)
+    except BaseException:
+        os.unlink(aside)
+        raise
 
 
 def _load(tpm: Control, asked: Asked) -> None:

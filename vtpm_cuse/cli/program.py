@@ -7,15 +7,13 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import __version__
-from vtpm_cuse.errors import UsageError, VtpmError
+from vtpm_cuse.errors import VtpmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PEER_VERSION: Final = "0.10.2"
 """The C suite's version whose options and outputs are ours; scripts compare with it."""
-
-_INTERRUPTED: Final = 130  # as a shell reports death by SIGINT
 
 
 def version_text(what: str) -> str:
@@ -30,7 +28,7 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
         sys.stdout.flush()
     except VtpmError as exc:
         report(str(exc))
-        return exc.exit_status if isinstance(exc, UsageError) else 1
+        return _status_of(exc)
     except BrokenPipeError:
         # The reader has seen enough; nothing may be flushed to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,6 +36,12 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
     except OSError as exc:
         report(str(exc))
         return 1
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    except KeyboardInterrupt as exc:
+        return _status_of(exc)
     return status
+
+
+def _status_of(exc: BaseException) -> int:
+    from vtpm_cuse import faults  # with all codes of the wire; only an error needs it
+
+    return faults.exit_status(exc)

@@ -236,14 +236,23 @@ class TpmDeviceFile:
         return PtmResultResponse(PtmResult.TPM_SUCCESS)
 
     def _lock_storage(self, request: PtmLockStorageRequest) -> bytes | Retry:
-        """Tries once here, and the retries as a job."""
-        command = PtmCommand.PTM_LOCK_STORAGE
-        once = self._ptm.handle(command, PtmLockStorageRequest(0)).pack(HOST)
-        if once == _SUCCESS or request.retries == 0 or self.busy:
-            return once
+        """One try here, the retries as a job; never two at once, which would break a POSIX lock."""
         done: list[bytes] = []
-        self._start_job(lambda: self._ptm.handle(command, request).pack(HOST), done.append)
-        return lambda: done[0] if done else None
+        job_started = False
+
+        def attempt() -> bytes | None:
+            nonlocal job_started
+            if not job_started and (not self.busy or self._vtpm.holds_lock):
+                once = self._ptm.handle(command, PtmLockStorageRequest(0)).pack(HOST)
+                if once == _SUCCESS or request.retries == 0:
+                    return once
+                job_started = True
+                self._start_job(lambda: self._ptm.handle(command, request).pack(HOST), done.append)
+            return done[0] if done else None
+
+        command = PtmCommand.PTM_LOCK_STORAGE
+        answer = attempt()
+        return attempt if answer is None else answer
 
     def _start_job(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
         def finish(result: bytes) -> None:

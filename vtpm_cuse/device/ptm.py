@@ -46,7 +46,6 @@ ANSWERED_WHILE_BUSY: Final = frozenset(
         PtmCommand.PTM_GET_CONFIG,
         PtmCommand.PTM_SET_BUFFERSIZE,
         PtmCommand.PTM_GET_INFO,
-        PtmCommand.PTM_LOCK_STORAGE,
     }
 )
 """Requests that do not wait for a running TPM command."""

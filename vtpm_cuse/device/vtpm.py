@@ -19,11 +19,10 @@ from vtpm_cuse.errors import (
     EngineError,
     PtmError,
     StateLocked,
-    StateMissing,
     StorageError,
     VtpmError,
 )
-from vtpm_cuse.wire.ptm import PtmBlobType, PtmConfigFlag, PtmResult, PtmStateFlag
+from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
     TPM_HEADER_SIZE,
@@ -48,6 +47,7 @@ _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
 _SET_LOCALITY: Final = TPM_CC_SET_LOCALITY.to_bytes(4, "big")
 _LOCK_RETRY_SECONDS: Final = 0.01
 _HANDOVER_RETRIES: Final = 300
+_LOCK_RETRIES_MAX: Final = 6000
 _STATE_TYPES: Final = {
     PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
     PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
@@ -135,7 +135,7 @@ class Vtpm:
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
-        if delete_volatile:
+        if delete_volatile and not self._lock_pending:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
 
     def _start_result(self, exc: VtpmError) -> int:
@@ -252,8 +252,26 @@ class Vtpm:
 
     # -- the lock, and its way to another host ---------------------------------------------
 
+    @property
+    def holds_lock(self) -> bool:
+        """Whether the state is surely locked, so that locking it again does nothing."""
+        return self.running and not self._lock_pending
+
+    def may_wait_for_lock(self, command: PtmCommand | None) -> bool:
+        """Whether a PTM request may block for the lock's retries, and so belongs on a worker."""
+        return command is PtmCommand.PTM_LOCK_STORAGE or (
+            self._lock_pending and command in {PtmCommand.PTM_INIT, PtmCommand.PTM_SET_STATEBLOB}
+        )
+
     def lock_storage(self, retries: int) -> None:
-        """Locks the state, trying again every 10 ms. Blocks. Raises StorageError."""
+        """Locks the state, trying again every 10 ms, for a minute at most. Blocks.
+
+        PEER: tries as often as it is told to, which can be for years.
+
+        Raises:
+            StorageError: It could not be locked.
+        """
+        retries = min(retries, _LOCK_RETRIES_MAX)
         if self.store is not None:
             while True:
                 try:
@@ -274,7 +292,9 @@ class Vtpm:
         except StorageError as exc:
             log.error("%s", exc)
             self.state_lost = True
-        return not self.state_lost
+            return False
+        self.state_lost = False
+        return True
 
     def need_lock(self) -> None:
         """Before anything but a command that writes state. Raises PtmError."""
@@ -309,7 +329,7 @@ class Vtpm:
         if state is StateType.VOLATILE:
             payload = self.engine.volatile_state()
             # It is on its way to another TPM: no later start here may resume from a stored one.
-            with contextlib.suppress(StateMissing):
+            if not self._lock_pending:  # else the directory may be another process' by now
                 store.delete(state.blob_name, must_exist=False)
         else:
             payload = store.load(state.blob_name)

@@ -32,7 +32,11 @@ class Channels:
     disconnect: bool = False
     terminate: bool = False
     control_terminate: bool = False
-    unlink: list[str] = field(default_factory=list)
+    _own: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def own(self, path: str) -> None:
+        """The path of a bound socket, to be removed in the end if it is still this one."""
+        self._own[path] = _identity(path)
 
     def close(self) -> None:
         """Closes them; the paths of bound Unix sockets go too."""
@@ -44,6 +48,13 @@ class Channels:
         ):
             if sock is not None:
                 sock.close()
-        for path in self.unlink:
+        for path, identity in self._own.items():
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if _identity(path) == identity:
+                    os.unlink(path)
+        self._own.clear()
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino

@@ -81,8 +81,10 @@ class CuseChannel:
             raise FrontendError(*_why_refused(name, major, minor))
 
     def close(self) -> None:
-        """Removes the device."""
-        os.close(self.fd)
+        """Removes the device; again is harmless."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _why_refused(name: str, major: int, minor: int) -> tuple[str, str]:
@@ -106,7 +108,11 @@ class CuseServer:
         self._scope = trio.CancelScope()
 
     async def serve(self) -> None:
-        """Until PTM_SHUTDOWN, or the kernel takes the device away."""
+        """Until PTM_SHUTDOWN.
+
+        Raises:
+            FrontendError: The kernel took the device away.
+        """
         with self._scope:
             await self._serve()
 
@@ -124,8 +130,7 @@ class CuseServer:
                 continue
             except OSError as exc:
                 if exc.errno == errno.ENODEV:
-                    log.warning("The kernel has taken the device away")
-                    return
+                    raise FrontendError("The kernel has taken the device away") from exc
                 if exc.errno in {errno.ENOENT, errno.EINTR}:  # the request was withdrawn
                     continue
                 raise

@@ -211,10 +211,12 @@ class SocketServer:
             finally:
                 for fd in fds:
                     os.close(fd)
-            if answer:
-                await _send_all(connection, answer)
-            if self._ptm.shutdown_requested:
-                self._end()
+            try:
+                if answer:
+                    await _send_all(connection, answer)
+            finally:  # also for one who has not waited for the answer
+                if self._ptm.shutdown_requested:
+                    self._end()
             if not data and (request is None or not scope.cancelled_caught):
                 return
             if not stream.pressing:
@@ -227,8 +229,8 @@ class SocketServer:
         log.debug("Ctrl Cmd: 0x%x, length %d", request.number, len(request.body))
         if request.command is PtmCommand.PTM_SET_DATAFD:
             return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
-        if request.command is PtmCommand.PTM_LOCK_STORAGE:
-            async with self._turn:  # it may block for its retries
+        if self._vtpm.may_wait_for_lock(request.command):
+            async with self._turn:
                 return await self._worker.run(lambda: self._answer(request), self._vtpm.hurry)
         if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:
             async with self._turn:

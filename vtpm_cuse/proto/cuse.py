@@ -114,18 +114,24 @@ class CuseSession:
 
     def wake(self) -> Iterator[bytes]:
         """After a change of the device: replies to waiting requests, then poll notifications."""
+        bug: Exception | None = None
         for unique, retry in list(self._waiting.items()):
             try:
                 body = retry()
                 reply = None if body is None else _reply(unique, body)
             except VtpmError as exc:
                 reply = error_reply(unique, faults.errno_of(exc))
+            except Exception as exc:  # a bug of ours must not keep the others waiting
+                bug = exc
+                reply = error_reply(unique, errno.EIO)
             if reply is not None:
                 del self._waiting[unique]
                 yield reply
         while self._poll_handles:
             wakeup = FusePollWakeup(self._poll_handles.pop()).pack(HOST)
             yield _OUT.pack(_OUT.size + len(wakeup), FUSE_NOTIFY_POLL, 0) + wakeup
+        if bug is not None:
+            raise bug
 
     # -- requests -------------------------------------------------------------------------
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
-from vtpm_cuse.errors import UsageError
+from vtpm_cuse.errors import PtmError, UsageError
 from vtpm_cuse.service import logs
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
@@ -97,4 +98,6 @@ def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:
         vtpm.start()
         if kind in _STARTUP_KINDS[config.tpm2]:
             vtpm.startup(_STARTUP_KINDS[config.tpm2][kind])
+        if vtpm.state_lost:
+            raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
     return True

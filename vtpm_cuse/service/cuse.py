@@ -89,7 +89,6 @@ def _serve(config: CuseConfig, channel: CuseChannel, ready: Callable[[], None]) 
     except VtpmError:  # said by the vTPM itself
         return _START_FAILED
     finally:
-        # The node goes last: once it is gone, state and lock are free for a successor.
         vtpm.close()
         channel.close()
     return 0
@@ -104,23 +103,25 @@ async def _serve_device(
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.cuse import CuseServer
     from vtpm_cuse.service.pidfile import pid_file
-    from vtpm_cuse.service.signals import cancel_at, ending_signals
+    from vtpm_cuse.service.signals import ending_signals
 
     await channel.create_device(config.name, config.major, config.minor)
-    worker = Worker()
-    server = CuseServer(channel, vtpm, PtmService(vtpm), worker)
-    try:
-        # Signals first: who finds the pid file may send one.
-        with ending_signals() as signals, pid_file(config.pid):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(cancel_at, signals, nursery.cancel_scope)
+    scope = trio.CancelScope()
+    # Signals first: who finds the pid file may send one.
+    with ending_signals(scope.cancel), pid_file(config.pid):
+        worker = Worker()
+        server = CuseServer(channel, vtpm, PtmService(vtpm), worker)
+        try:
+            with scope:
                 log.info("CUSE TPM successfully initialized.")
                 ready()
                 await server.serve()
-                nursery.cancel_scope.cancel()
-    finally:
-        await server.settle()
-        worker.close()
+        finally:
+            await server.settle()
+            worker.close()
+            # The node and the pid file go last: then state and lock are free for a successor.
+            vtpm.close()
+            channel.close()
 
 
 def _confirm_device(name: str) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _BACKLOG = 16
 _PATH_MAX = 107
+_ACCEPTCON = 1 << 16  # __SO_ACCEPTCON, linux/net.h
 
 
 def acquire(config: SocketConfig) -> Channels:
@@ -86,21 +87,50 @@ def _inherit(fd: int, *, listening: bool) -> socket.socket:
 def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socket.socket:
     if len(os.fsencode(path)) > _PATH_MAX:
         raise UsageError(f"Path for UnixIO socket is too long: {path}")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # left over by a process that was killed
+    _remove_leftover(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    umask = os.umask(0)
     try:
+        os.fchmod(sock.fileno(), address.mode)  # of the path to come: nobody can swap it
         sock.bind(path)
-        channels.unlink.append(os.path.abspath(path))
-        os.chmod(path, address.mode)
+        channels.own(path)
         if address.uid is not None or address.gid is not None:
             keep = -1
             uid = keep if address.uid is None else address.uid
-            os.chown(path, uid, keep if address.gid is None else address.gid)
+            gid = keep if address.gid is None else address.gid
+            os.chown(path, uid, gid, follow_symlinks=False)
+        return _listening(sock)
     except BaseException:
         sock.close()
         raise
-    return _listening(sock)
+    finally:
+        os.umask(umask)
+
+
+def _remove_leftover(path: str) -> None:
+    """Removes the socket of a process that was killed. Raises UsageError for anything else.
+
+    PEER: removes whatever is there, also the socket of a process that lives.
+    """
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} is there already and is no socket")
+    except FileNotFoundError:
+        return
+    if _is_served(path):
+        raise UsageError(f"{path} is in use by another process")
+    os.unlink(path)
+
+
+def _is_served(path: str) -> bool:
+    """Whether a socket of this path listens; asking by connecting would disturb its server."""
+    wanted = os.fsencode(path)
+    with open("/proc/net/unix", "rb") as table:
+        for line in table:
+            fields = line.rstrip(b"\n").split(None, 7)
+            if fields[7:] == [wanted] and int(fields[3], 16) & _ACCEPTCON:
+                return True
+    return False
 
 
 def _listen_tcp(address: SocketAddress) -> socket.socket:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_MODE: Final = 0o640
 _LOCK_NAME: Final = ".lock"
+_LOCK_CONFLICT: Final = (errno.EAGAIN, errno.EACCES)
 
 
 class DirectoryStore:
@@ -86,15 +87,20 @@ class DirectoryStore:
         """Takes the record lock on ``.lock``, creating the file if need be."""
         if not self._locking or self._lock_fd >= 0:
             return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with self._errors(_LOCK_NAME):
             fd = os.open(_LOCK_NAME, flags, 0o660, dir_fd=self._directory)
         try:
+            self._checked_size(_LOCK_NAME, os.fstat(fd))
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             os.close(fd)
             reason = f"Could not lock access to lockfile: {exc.strerror}"
-            raise StateLocked(self._full(_LOCK_NAME), reason) from exc
+            kind = StateLocked if exc.errno in _LOCK_CONFLICT else StorageError
+            raise kind(self._full(_LOCK_NAME), reason) from exc
+        except StorageError:
+            os.close(fd)
+            raise
         self._lock_fd = fd
 
     def unlock(self) -> None:
