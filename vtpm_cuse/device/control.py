@@ -7,12 +7,13 @@ the ioctls: bodies of any length, and state blobs in one message.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vtpm_cuse import faults
 from vtpm_cuse.device.ptm import CAPABILITIES, PtmService
 from vtpm_cuse.errors import PtmError, VtpmError
 from vtpm_cuse.proto.control import exact_body, least_body_size
+from vtpm_cuse.wire.blob import INCOMING_BLOB_MAX
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import (
     PTM_SPECS,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.wire.layout import WireStruct
 
 log = logging.getLogger(__name__)
-
-_STATE_BLOB_MAX: Final = 512 << 10
 
 
 def answer(vtpm: Vtpm, ptm: PtmService, request: ControlRequest) -> bytes:
@@ -97,7 +96,7 @@ def _get_blob(vtpm: Vtpm, request: PtmGetStateRequest) -> WireStruct:
 
 
 def _set_blob(vtpm: Vtpm, request: PtmSetStateRequest) -> WireStruct:
-    if request.length > _STATE_BLOB_MAX:
+    if request.length > INCOMING_BLOB_MAX:
         raise PtmError(PtmResult.TPM_FAIL, f"state blob of {request.length} bytes")
     if request.length != len(request.data):
         raise PtmError(PtmResult.TPM_BAD_PARAMETER, f"state blob of {len(request.data)} bytes")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse import faults
 from vtpm_cuse.device.ptm import ANSWERED_WHILE_BUSY, CAPABILITIES, PtmService
 from vtpm_cuse.errors import DeviceError, PtmError, VtpmError
+from vtpm_cuse.wire.blob import INCOMING_BLOB_MAX
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.ptm import (
     PTM_IOCTLS,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BLOB_MAX: Final = 512 << 10
 _SUCCESS: Final = PtmResultResponse(PtmResult.TPM_SUCCESS).pack(HOST)
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
@@ -311,6 +311,6 @@ class _IncomingBlob:
 
     def append(self, data: bytes) -> None:
         """Takes bytes from write(). Raises DeviceError EFBIG: no TPM state is that large."""
-        if len(self.data) + len(data) > _BLOB_MAX:
+        if len(self.data) + len(data) > INCOMING_BLOB_MAX:
             raise DeviceError(errno.EFBIG)
         self.data += data

@@ -63,7 +63,6 @@ def _serve_config(config: SocketConfig, ready: Callable[[], None]) -> None:
         from vtpm_cuse.service.compose import make_vtpm, power_on
 
         vtpm = make_vtpm(config.vtpm)
-        # Given up first: without sockets, state and lock are a successor's.
         stack.callback(vtpm.close)
         if power_on(vtpm, config.vtpm):
             trio.run(_serve_tasks, config, channels, vtpm, ready)

@@ -39,6 +39,10 @@ class BlobTag(IntEnum):
     IV_MIGRATION_DATA = 7
 
 
+INCOMING_BLOB_MAX: Final = 512 << 10
+"""Bytes of a blob that a client may set, as in the C suite's 0.11."""
+
+
 @wire()
 class BlobHeader(WireStruct):
     """The header, 10 bytes; total_size counts header and everything after it."""

@@ -5,7 +5,6 @@ from typing import Final
 
 from vtpm_cuse.wire.layout import I32, U16, U32, U64, Tail, WireStruct, wire
 
-FUSE_MIN_READ_BUFFER: Final = 8192
 FUSE_KERNEL_VERSION: Final = 7
 CUSE_INIT_INFO_MAX: Final = 4096
 

@@ -59,9 +59,6 @@ class TpmOrdinal(IntEnum):
 class TpmCc(IntEnum):
     """TPM 2.0 command codes."""
 
-    TPM_CC_ChangeEPS = 0x124
-    TPM_CC_ChangePPS = 0x125
-    TPM_CC_Clear = 0x126
     TPM_CC_CreatePrimary = 0x131
     TPM_CC_IncrementalSelfTest = 0x142
     TPM_CC_SelfTest = 0x143
