@@ -31,6 +31,15 @@ def test_signals_that_come_together_end_it_in_order(tmp_path: Path, second: int)
         assert not pid_file.exists()
 
 
+def test_signals_after_the_end_has_begun(tmp_path: Path) -> None:
+    """A monitor says SHUTDOWN, and its manager SIGTERM: the status is that of an orderly end."""
+    with Server(tmp_path, *RUNNING) as server:
+        assert server.request(s.SHUTDOWN) == s.u32(0)
+        while server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_shutdown_by_one_who_does_not_wait_for_the_answer(tmp_path: Path) -> None:
     with Server(tmp_path, *RUNNING) as server:
         with server.control() as client:

@@ -16,20 +16,25 @@ _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @contextlib.contextmanager
 def ending_signals(end: Callable[[], None]) -> Iterator[None]:
-    """While it is entered, in a trio task, each of these signals calls *end* and does no more.
+    """While it is entered, in a trio task, the first of these signals calls *end*.
 
-    trio's own receiver would raise a second signal again at its exit, in the middle of an
-    orderly end.
+    All others, and those that come afterwards, are ignored: the process is about to end, with
+    a status of its own. trio's own receiver would raise a second signal again at its exit, in
+    the middle of an orderly end.
     """
     token = trio.lowlevel.current_trio_token()
 
     def on_signal(_number: int, _frame: object) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(end, idempotent=True)
+        _handle(signal.SIG_IGN)
+        token.run_sync_soon(end, idempotent=True)
 
-    before = {number: signal.signal(number, on_signal) for number in _ENDING}
+    _handle(on_signal)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _handle(signal.SIG_IGN)
+
+
+def _handle(handler: Callable[[int, object], None] | signal.Handlers) -> None:
+    for number in _ENDING:
+        signal.signal(number, handler)
