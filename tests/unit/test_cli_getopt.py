@@ -11,20 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtpm_cuse.cli.getopt import Complaint, Getopt, Given, LongOption, Operand
+from vtpm_cuse.cli.getopt import Complaint, Getopt, Given, Operand
 from vtpm_cuse.cli.numbers import leading_number, number
+from vtpm_cuse.cli.table import Option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 OPTIONS = (
-    LongOption("name", takes_value=True, letter="n"),
-    LongOption("tpm2"),
-    LongOption("tpmstate", takes_value=True),
-    LongOption("print-states"),
-    LongOption("print-info", takes_value=True),
-    LongOption("print", letter="p"),
-    LongOption("help", letter="h"),
+    Option("name", "", metavar="X", letter="n"),
+    Option("tpm2", ""),
+    Option("tpmstate", "", metavar="X"),
+    Option("print-states", ""),
+    Option("print-info", "", metavar="X"),
+    Option("print", "", letter="p"),
+    Option("help", "", letter="h"),
 )
 
 Outcome = tuple[list[tuple[str, str | None]], list[str], list[str]]

@@ -10,7 +10,7 @@ import pytest
 from tests.support.processes import in_child
 from vtpm_cuse.cli import prints
 from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.options import Interface
+from vtpm_cuse.cli.swtpm_cuse import PROGRAM
 from vtpm_cuse.engine import libtpms
 
 INFO = {
@@ -22,7 +22,7 @@ INFO = {
 
 
 def text_for(*words: str) -> str:
-    text = prints.asked_text(CommandLine(Interface.CUSE, "swtpm-cuse", words))
+    text = prints.asked_text(CommandLine(PROGRAM, words))
     assert text is not None
     return text
 
@@ -39,7 +39,7 @@ def libtpms_with_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_asked() -> None:
-    assert prints.asked_text(CommandLine(Interface.CUSE, "swtpm-cuse", [])) is None
+    assert prints.asked_text(CommandLine(PROGRAM, [])) is None
 
 
 @pytest.mark.usefixtures("libtpms_with_profiles")

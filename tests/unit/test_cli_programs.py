@@ -49,7 +49,7 @@ def test_swtpm_without_interface(run: Run) -> None:
     status, out, err = run(swtpm.main)
     assert (status, out) == (1, "")
     assert err.startswith("Missing TPM interface type.\n")
-    assert "Usage: swtpm socket|chardev|cuse [options]" in err
+    assert "Usage: swtpm INTERFACE [options]" in err
 
 
 def test_swtpm_with_unknown_interface(run: Run) -> None:

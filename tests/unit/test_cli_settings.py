@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import settings
+from vtpm_cuse.cli import settings, swtpm_cuse, swtpm_socket
 from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.options import OPTIONS, Interface, options_of
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import (
     CuseConfig,
@@ -34,8 +32,8 @@ def _somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/usr")
 
 
-def line_of(*words: str, interface: Interface = Interface.CUSE) -> CommandLine:
-    return CommandLine(interface, "swtpm-cuse", words)
+def line_of(*words: str) -> CommandLine:
+    return CommandLine(swtpm_cuse.PROGRAM, words, "swtpm-cuse")
 
 
 def config_of(*words: str) -> CuseConfig:
@@ -188,30 +186,9 @@ def test_option_without_its_value_is_an_error(capsys: pytest.CaptureFixture[str]
 
 
 def test_other_interfaces_have_one_exit_status() -> None:
-    line = line_of("--log", "fd=x", interface=Interface.SOCKET)
+    line = CommandLine(swtpm_socket.PROGRAM, ["--log", "fd=x"])
     with pytest.raises(UsageError) as info:
         settings.log_config(line)
     assert info.value.exit_status == 1
     with pytest.raises(UsageError):
-        line_of("--bogus", interface=Interface.SOCKET)
-
-
-@pytest.mark.parametrize("interface", Interface)
-def test_help_names_every_option_that_works_and_no_other(interface: Interface) -> None:
-    text = help_text(interface, "swtpm x", "an example\n")
-    assert text.startswith("Usage: swtpm x [options]\n")
-    assert text.endswith("Examples:\n  an example\n")
-    assert all(len(row) < 80 for row in text.splitlines())
-    for option in options_of(interface).values():
-        assert (f"--{option.name}" in text.split()) is option.available
-        assert all(sub.help in " ".join(text.split()) for sub in option.subs)
-
-
-def test_table_has_no_name_twice_and_says_something_about_each() -> None:
-    for interface in Interface:
-        letters = [option.letter for option in options_of(interface).values() if option.letter]
-        assert len(letters) == len(set(letters))
-        names = [option.name for option in OPTIONS if interface in option.interfaces]
-        assert len(names) == len(set(names))
-    assert all(option.help for option in OPTIONS if option.available)
-    assert all(bool(option.noun) == bool(option.subs) for option in OPTIONS)
+        CommandLine(swtpm_socket.PROGRAM, ["--bogus"])

@@ -12,7 +12,7 @@ import pytest
 from tests.support.files import open_descriptors, umask
 from vtpm_cuse.cli import settings
 from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.options import Interface
+from vtpm_cuse.cli.swtpm_socket import PROGRAM
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import SocketAddress, SocketConfig
 from vtpm_cuse.service.listen import acquire
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def config_of(words: str) -> SocketConfig:
-    return settings.socket_config(CommandLine(Interface.SOCKET, "swtpm socket", words.split()))
+    return settings.socket_config(CommandLine(PROGRAM, words.split()))
 
 
 def complaint(words: str) -> str:

@@ -1,22 +1,21 @@
-"""The command line of one interface, checked against the option table."""
+"""The command line of a program, checked against its table."""
 
 from __future__ import annotations
 
 import sys
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vtpm_cuse.cli import suboptions
-from vtpm_cuse.cli.getopt import Complaint, Getopt, LongOption, Operand
+from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
 from vtpm_cuse.cli.numbers import number
-from vtpm_cuse.cli.options import Interface, options_of
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vtpm_cuse.cli.options import Option
     from vtpm_cuse.cli.suboptions import SubValues
+    from vtpm_cuse.cli.table import Option, Program
 
 
 class CuseExit(IntEnum):
@@ -28,50 +27,55 @@ class CuseExit(IntEnum):
     NOT_ROOT = 252
 
 
-_ERROR: Final = 1
-
-
 class CommandLine:
-    """The options given for one interface; sub-options are read when asked for."""
+    """What was given on a command line; sub-options are read when asked for."""
 
-    def __init__(self, interface: Interface, program: str, words: Sequence[str]) -> None:
-        """Reads *words*.
+    def __init__(self, program: Program, words: Sequence[str], name: str = "") -> None:
+        """Reads *words*; *name* is how the program was called, if by another name.
 
         Raises:
             UsageError: An option lacks its value, is ambiguous or not available yet, or a word
-                is no option. An unknown option is complained about on standard error and ignored.
+                is no option. A lenient program complains about an unknown option on standard
+                error and ignores it.
         """
-        self.interface, self._program = interface, program
-        self._table = options_of(interface)
-        self._given: dict[str, str] = {}
-        known = [LongOption(o.name, o.takes_value, o.letter) for o in self._table.values()]
-        operands: list[str] = []
-        for item in Getopt(program.split()[-1], words, known):
+        self.program, self._name = program, name or program.name
+        self._table = {option.name: option for option in program.options}
+        self._given: dict[str, list[str]] = {}
+        self.operands: list[str] = []
+        words_of = Getopt(
+            self._name.split()[-1], words, program.options, long_only=program.long_only
+        )
+        for item in words_of:
             if isinstance(item, Operand):
-                operands.append(item.word)
+                self.operands.append(item.word)
             elif isinstance(item, Complaint):
                 self._complain(item)
             else:
                 self._take(self._table[item.name], item.value or "")
         # Help is given whatever else was said.
-        if operands and not (self.has("help") or self.has("version")):
-            raise UsageError(f"Unknown parameter '{operands[0]}'")
+        if self.operands and not (program.operands or self.has("help") or self.has("version")):
+            raise UsageError(f"Unknown parameter '{self.operands[0]}'")
 
     def has(self, name: str) -> bool:
         """Whether the option was given."""
         return name in self._given
 
     def value(self, name: str) -> str | None:
-        """The value of an option that takes one word."""
-        return self._given.get(name)
+        """The value of an option that takes one word; the one that counts, if it was repeated."""
+        return self._given[name][-1] if name in self._given else None
+
+    def values(self, name: str) -> list[str]:
+        """All values of an option that may be repeated, in their order."""
+        return list(self._given.get(name, ()))
 
     def subs(self, name: str) -> SubValues | None:
         """The sub-options of an option, None if it was not given. Raises UsageError."""
-        if name not in self._given:
+        value = self.value(name)
+        if value is None:
             return None
         option = self._table[name]
         try:
-            return suboptions.parse(self._given[name], option.subs)
+            return suboptions.parse(value, option.subs)
         except suboptions.SubOptionError as exc:
             raise self.error(f"Error parsing {option.noun} options: {exc}") from None
 
@@ -81,27 +85,28 @@ class CommandLine:
 
     def number(self, name: str, highest: int) -> int:
         """The number from 0 to *highest* that an option gives, 0 without it. Raises UsageError."""
-        text = self._given.get(name, "0")
+        text = self._given.get(name, ["0"])[-1]
         found = number(text, 0, highest)
         if found is None:
             reason = f"Error: '{text}' of option --{name} is not a number from 0 to {highest}"
-            raise self.error(reason, CuseExit.BAD_VALUE)
+            raise self.error(reason, self.program.bad_number)
         return found
 
-    def error(self, reason: str, status: CuseExit = CuseExit.BAD_SUBOPTION) -> UsageError:
-        """An error in the value of an option; only CUSE has more exit statuses than one."""
-        return UsageError(reason, status if self.interface is Interface.CUSE else _ERROR)
+    def error(self, reason: str, status: int | None = None) -> UsageError:
+        """An error in the value of an option, with the exit status that the table has for it."""
+        return UsageError(reason, self.program.bad_value if status is None else status)
 
     def _take(self, option: Option, value: str) -> None:
         if not option.available:
             raise self.error(f"Error: option --{option.name} is not available yet")
-        if not (option.first_counts and option.name in self._given):
-            self._given.pop(option.name, None)  # the order is that of the last ones
-            self._given[option.name] = value
+        if option.first_counts and option.name in self._given:
+            return
+        before = self._given.pop(option.name, [])  # the order is that of the last ones
+        self._given[option.name] = [*before, value] if option.repeats else [value]
 
     def _complain(self, complaint: Complaint) -> None:
         # PEER: CUSE goes on after every complaint. We do after an unknown option, which may be one
         # of a later version, but an option that lacks its value would be dropped unnoticed.
         print(complaint.text, file=sys.stderr)
-        if self.interface is not Interface.CUSE or not complaint.unknown:
-            raise UsageError(f"Try '{self._program} --help' for the options")
+        if not (self.program.lenient and complaint.unknown):
+            raise UsageError(f"Try '{self._name} --help' for the options")

@@ -1,6 +1,7 @@
 """The grammar of GNU getopt_long and its sentences, as an iterator without global state.
 
-Long options as ``--name value`` or ``--name=value``, shortened as long as they
+Long options as ``--name value`` or ``--name=value`` (a value that is optional
+may be the next word too, if that is no option), shortened as long as they
 are unambiguous; letters alone or in clusters; operands anywhere; ``--`` ends
 the options. `Getopt` reports what it meets and neither prints nor decides.
 """
@@ -13,13 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-
-class LongOption(NamedTuple):
-    """An option that may be given; *letter* is its short form, if it has one."""
-
-    name: str
-    takes_value: bool = False
-    letter: str = ""
+    from vtpm_cuse.cli.table import Option
 
 
 class Given(NamedTuple):
@@ -57,7 +52,7 @@ class Getopt:
         self,
         program: str,
         words: Sequence[str],
-        options: Sequence[LongOption],
+        options: Sequence[Option],
         *,
         long_only: bool = False,
     ) -> None:
@@ -80,7 +75,7 @@ class Getopt:
                 yield from self._letters(word[1:])
 
     def take_word(self) -> str | None:
-        """Takes the next word as a second value of the present option, if it is no option."""
+        """Takes the next word as a value of the present option, if it is no option."""
         if not self._words or self._words[0].startswith("-"):
             return None
         return self._words.popleft()
@@ -100,11 +95,13 @@ class Getopt:
             if equals:
                 return self._complaint(f"option '{dashes}{option.name}' doesn't allow an argument")
             return Given(option.name, None, word)
-        if not equals:
-            if not self._words:
-                return self._complaint(f"option '{dashes}{option.name}' requires an argument")
-            value = self._words.popleft()
-        return Given(option.name, value, dashes + name)
+        if equals:
+            return Given(option.name, value, dashes + name)
+        if option.optional_value:
+            return Given(option.name, self.take_word(), dashes + name)
+        if not self._words:
+            return self._complaint(f"option '{dashes}{option.name}' requires an argument")
+        return Given(option.name, self._words.popleft(), dashes + name)
 
     def _letters(self, cluster: str) -> Iterator[Given | Complaint]:
         for place, letter in enumerate(cluster, start=1):

@@ -1,43 +1,66 @@
-"""Help screens, 80 columns wide, from the option table."""
+"""Help screens, 80 columns wide, from a program's table."""
 
 from __future__ import annotations
 
 import textwrap
+from itertools import groupby
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.options import options_of
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from vtpm_cuse.cli.options import Interface, Option
+    from vtpm_cuse.cli.table import Example, Option, Program
 
 _WIDTH: Final = 79
-_COLUMN: Final = 32  # of what is said about a sub-option
+_SUB_COLUMN: Final = 30  # of what is said about a sub-option
+_OPTION_COLUMN: Final = 24  # of what is said about an option or operand
 
 
-def help_text(interface: Interface, program: str, examples: str) -> str:
-    """The help screen of one interface: usage, options, then *examples*."""
-    options = (option for option in options_of(interface).values() if option.available)
-    return "\n".join(
-        (
-            f"Usage: {program} [options]\n\nOptions:",
-            *(line for option in options for line in _option_lines(option)),
-            "\nExamples:",
-            textwrap.indent(examples, "  "),
-        )
-    )
+def help_text(program: Program, name: str = "") -> str:
+    """The help screen; *name* is how the program was called, if by another name."""
+    return "\n".join(_lines(program, name or program.name)) + "\n"
+
+
+def _lines(program: Program, name: str) -> Iterator[str]:
+    if program.banner:
+        yield from (program.banner, "")
+    for row, usage in enumerate(program.usage):
+        yield f"{'       ' if row else 'Usage: '}{name} {usage}".rstrip()
+    if not program.banner:
+        yield from ("", *_wrapped(f"{program.summary[:1].upper()}{program.summary[1:]}.", "", ""))
+    terms = [*program.operands, *((sub.name, sub.help) for sub in program.subcommands)]
+    if terms:
+        yield ""
+        for term, text in terms:
+            yield from _columns(f"  {term}", text, _OPTION_COLUMN)
+    for group, options in groupby(program.available, lambda option: option.group):
+        yield from ("", f"{group}:")
+        yield from (line for option in options for line in _option_lines(option))
+    if program.examples:
+        yield from ("", "Examples:", *_example_lines(program.examples))
 
 
 def _option_lines(option: Option) -> Iterator[str]:
-    letter = f"-{option.letter}, " if option.letter else ""
-    value = " KEY[=VALUE],..." if option.subs else f" {option.metavar}"
-    yield f"  {letter}--{option.name}{value}".rstrip()
-    yield from _wrapped(option.help, "      ", "      ")
+    form = f"  {', '.join(option.words)} {option.value_form}".rstrip()
+    yield from _columns(form, option.help, _OPTION_COLUMN)
     for sub in option.subs:
         if sub.available:
             form = f"{sub.name}={sub.metavar}" if sub.metavar else sub.name
-            yield from _wrapped(sub.help, f"        {form}  ".ljust(_COLUMN), " " * _COLUMN)
+            yield from _columns(f"      {form}", sub.help, _SUB_COLUMN)
+
+
+def _example_lines(examples: Iterable[Example]) -> Iterator[str]:
+    for what, commands in examples:
+        if what:
+            yield f"  {what}:"
+        yield from textwrap.indent(commands, "    " if what else "  ").splitlines()
+
+
+def _columns(first: str, text: str, column: int) -> list[str]:
+    margin = " " * column
+    if len(first) + 2 > column:
+        return [first, *_wrapped(text, margin, margin)]
+    return _wrapped(text, first.ljust(column), margin)
 
 
 def _wrapped(text: str, first: str, rest: str) -> list[str]:

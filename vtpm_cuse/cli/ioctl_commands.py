@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from vtpm_cuse.cli.table import Option
 from vtpm_cuse.errors import PtmError, UsageError
 
 if TYPE_CHECKING:
@@ -32,25 +33,21 @@ class Command(NamedTuple):
     """A row of the command table.
 
     Attributes:
-        word: The one spelling that works; the parser lets others through, for the C suite's sake.
+        option: How it is written; the parser lets other spellings through, for the C suite's sake.
         ptm: The request, for messages.
-        help: What it does.
         run: Does it.
-        metavar: What follows the word.
         read: Reads the value as a number, before anything is connected to. Raises UsageError.
     """
 
-    word: str
+    option: Option
     ptm: str
-    help: str
     run: Callable[[Control, Asked], None]
-    metavar: str = ""
     read: Callable[[str], int] = lambda _: 0
 
     @property
-    def name(self) -> str:
-        """The word without its dashes."""
-        return self.word.lstrip("-")
+    def word(self) -> str:
+        """The one spelling that works."""
+        return self.option.words[0]
 
 
 def _count(complaint: str) -> Callable[[str], int]:
@@ -184,88 +181,93 @@ def _buffer(tpm: Control, asked: Asked) -> None:
     print(f"maximum size  : {sizes.maxsize}")
 
 
+def _letter(name: str, text: str, metavar: str = "") -> Option:
+    return Option(name, text, metavar=metavar, single_dash=True, group="Commands")
+
+
+def _word(name: str, text: str, metavar: str = "") -> Option:
+    return Option(name, text, metavar=metavar, group="Commands")
+
+
 COMMANDS: Final = (
-    Command("-c", "PTM_GET_CAPABILITY", "show the capabilities as a bit mask", _capability),
+    Command(_letter("c", "show the capabilities as a bit mask"), "PTM_GET_CAPABILITY", _capability),
     Command(
-        "-i",
+        _letter(
+            "i",
+            "power the TPM on, or reset it; volatile state, if there is any, is resumed and deleted",
+        ),
         "PTM_INIT",
-        "power the TPM on, or reset it; volatile state, if there is any, is resumed and deleted",
         _init,
     ),
-    Command("--stop", "PTM_STOP", "power the TPM off", lambda tpm, _: tpm.stop()),
-    Command("-s", "PTM_SHUTDOWN", "power it off and end the vTPM", lambda tpm, _: tpm.shutdown()),
+    Command(_word("stop", "power the TPM off"), "PTM_STOP", lambda tpm, _: tpm.stop()),
     Command(
-        "-e",
+        _letter("s", "power it off and end the vTPM"), "PTM_SHUTDOWN", lambda tpm, _: tpm.shutdown()
+    ),
+    Command(
+        _letter("e", "show the tpmEstablished bit"),
         "PTM_GET_TPMESTABLISHED",
-        "show the tpmEstablished bit",
         lambda tpm, _: print(f"tpmEstablished is {tpm.established()}"),
     ),
     Command(
-        "-r",
+        _letter("r", "reset the tpmEstablished bit, in this locality (3 or 4)", "LOCALITY"),
         "PTM_RESET_TPMESTABLISHED",
-        "reset the tpmEstablished bit, in this locality (3 or 4)",
         lambda tpm, asked: tpm.reset_established(asked.number),
-        "LOCALITY",
         _locality,
     ),
     Command(
-        "-v",
+        _letter("v", "store the volatile state beside the permanent state"),
         "PTM_STORE_VOLATILE",
-        "store the volatile state beside the permanent state",
         lambda tpm, _: tpm.store_volatile(),
     ),
     Command(
-        "-C",
+        _letter("C", "cancel the TPM command that is running"),
         "PTM_CANCEL_TPM_CMD",
-        "cancel the TPM command that is running",
         lambda tpm, _: tpm.cancel(),
     ),
     Command(
-        "-l",
+        _letter("l", "set the locality of later TPM commands, 0 to 4", "LOCALITY"),
         "PTM_SET_LOCALITY",
-        "set the locality of later TPM commands, 0 to 4",
         lambda tpm, asked: tpm.set_locality(asked.number),
-        "LOCALITY",
         _locality,
     ),
-    Command("-h", "PTM_HASH_DATA", "measure the data; '-' reads standard input", _hash, "DATA"),
     Command(
-        "--save",
+        _letter("h", "measure the data; '-' reads standard input", "DATA"), "PTM_HASH_DATA", _hash
+    ),
+    Command(
+        _word("save", "save the permanent, volatile or savestate blob in a file", "TYPE FILE"),
         "PTM_GET_STATEBLOB",
-        "save the permanent, volatile or savestate blob in a file",
         _save,
-        "TYPE FILE",
     ),
     Command(
-        "--load",
+        _word(
+            "load",
+            "load the permanent, volatile or savestate blob from a file into a TPM that is off",
+            "TYPE FILE",
+        ),
         "PTM_SET_STATEBLOB",
-        "load the permanent, volatile or savestate blob from a file into a TPM that is off",
         _load,
-        "TYPE FILE",
     ),
-    Command("-g", "PTM_GET_CONFIG", "show which keys are in use as a bit mask", _config),
+    Command(_letter("g", "show which keys are in use as a bit mask"), "PTM_GET_CONFIG", _config),
     Command(
-        "-b",
+        _letter("b", "set the buffer size in bytes, 0 to show it; shows the limits too", "SIZE"),
         "PTM_SET_BUFFERSIZE",
-        "set the buffer size in bytes, 0 to show it; shows the limits too",
         _buffer,
-        "SIZE",
         _count("Could not get buffersize from"),
     ),
     Command(
-        "--info",
+        _word(
+            "info",
+            "show facts about the TPM as JSON: 1 specification, 2 attributes, 4 features and so on",
+            "FLAGS",
+        ),
         "PTM_GET_INFO",
-        "show facts about the TPM as JSON: 1 specification, 2 attributes, 4 features and so on",
         lambda tpm, asked: print(tpm.info(asked.number)),
-        "FLAGS",
         _info_flags,
     ),
     Command(
-        "--lock-storage",
+        _word("lock-storage", "lock the state, with so many retries of 10 ms", "RETRIES"),
         "PTM_LOCK_STORAGE",
-        "lock the state, with so many retries of 10 ms",
         lambda tpm, asked: tpm.lock_storage(asked.number),
-        "RETRIES",
         _count("Could not parse lock retries from"),
     ),
 )

@@ -1,73 +1,23 @@
-"""The one option table of the emulator's interfaces.
+"""The one option table of the emulator's interfaces, whose programs take their rows from it.
 
-Parser, help screens, man pages and completions are made from it. To add an
-option is to add a row here and to read it in `cli.settings`; a row with
-``available=False`` names an option of the C suite that is not built yet: it is
-refused with a clear sentence and left out of the help.
+To add an option is to add a row here and to read it in `cli.settings`; a row
+with ``available=False`` names an option of the C suite that is not built yet:
+it is refused with a clear sentence and left out of the help.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.suboptions import Kind, SubOption
+from vtpm_cuse.cli.table import Interface, Kind, Option, SubOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-class Interface(Enum):
-    """How a vTPM is served."""
-
-    SOCKET = "socket"
-    CHARDEV = "chardev"
-    CUSE = "cuse"
-
 
 ALL: Final = frozenset(Interface)
 CUSE: Final = frozenset({Interface.CUSE})
 SOCKET: Final = frozenset({Interface.SOCKET})
 STREAMS: Final = ALL - CUSE
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One row of the table.
-
-    Attributes:
-        name: Long name, without dashes.
-        help: What it does, in a clause or two.
-        letter: Short name.
-        metavar: What stands for the value, when that is one word.
-        noun: For a value made of sub-options, what the C suite's messages call it.
-        subs: The sub-options.
-        interfaces: Where the option exists.
-        first_counts: A repeated option is ignored; normally the last one counts.
-        available: False while it is not built.
-    """
-
-    name: str
-    help: str
-    letter: str = ""
-    metavar: str = ""
-    noun: str = ""
-    subs: tuple[SubOption, ...] = ()
-    interfaces: frozenset[Interface] = ALL
-    first_counts: bool = False
-    available: bool = True
-
-    @property
-    def takes_value(self) -> bool:
-        """Whether a value follows."""
-        return bool(self.metavar or self.subs)
-
-    def offers(self, sub_name: str) -> bool:
-        """Whether it works today, and so does its sub-option, if one is named."""
-        return self.available and (
-            not sub_name or any(sub.name == sub_name and sub.available for sub in self.subs)
-        )
 
 
 def _switches(**helps: str) -> tuple[SubOption, ...]:
@@ -286,6 +236,6 @@ OPTIONS: Final[Sequence[Option]] = (
 )
 
 
-def options_of(interface: Interface) -> dict[str, Option]:
-    """The options of one interface by name, those not available included."""
-    return {option.name: option for option in OPTIONS if interface in option.interfaces}
+def options_of(interface: Interface) -> tuple[Option, ...]:
+    """The options of one interface, those not available included."""
+    return tuple(option for option in OPTIONS if interface in option.interfaces)

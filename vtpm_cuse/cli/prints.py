@@ -9,7 +9,6 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.cli import settings
-from vtpm_cuse.cli.options import Interface, options_of
 from vtpm_cuse.cli.program import PEER_VERSION
 from vtpm_cuse.errors import UsageError
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vtpm_cuse.cli.commandline import CommandLine
+    from vtpm_cuse.cli.table import Program
     from vtpm_cuse.engine.libtpms import LibtpmsEngine
 
 _FEATURES: Final = 0x04
@@ -25,6 +25,7 @@ _COMMANDS: Final = 0x10
 _PROFILES: Final = 0x40
 
 _VERBS: Final = (
+    ("tpm-send-command-header", "fd", ""),  # a stream can be handed over, and headers with it
     ("flags-opt-startup", "flags", "startup-clear"),
     ("flags-opt-disable-auto-shutdown", "flags", "disable-auto-shutdown"),
     ("ctrl-opt-terminate", "ctrl", "terminate"),
@@ -86,7 +87,7 @@ def _states(line: CommandLine) -> str:
 
 def _capabilities(line: CommandLine) -> str:
     engine = _engine(tpm2=line.has("tpm2"))
-    features = ", ".join(f'"{verb}"' for verb in _verbs(line.interface, engine))
+    features = ", ".join(f'"{verb}"' for verb in _verbs(line.program, engine))
     profiles = _profiles(engine) if engine.tpm2 and engine.has_profiles else {}
     return (
         f'{{ "type": "swtpm", "features": [ {features} ], '
@@ -94,14 +95,12 @@ def _capabilities(line: CommandLine) -> str:
     )
 
 
-def _verbs(interface: Interface, engine: LibtpmsEngine) -> Iterator[str]:
+def _verbs(program: Program, engine: LibtpmsEngine) -> Iterator[str]:
     from vtpm_cuse.engine.libtpms import supported_versions
 
     for version in sorted(supported_versions()):
         yield f"tpm-{version}"
-    if interface is not Interface.CUSE:
-        yield "tpm-send-command-header"
-    options = options_of(interface)
+    options = {option.name: option for option in program.options}
     for verb, name, sub_name in _VERBS:
         option = options.get(name)
         if option and option.offers(sub_name):

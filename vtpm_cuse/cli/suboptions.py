@@ -6,49 +6,17 @@ starts with ``{`` runs to the matching ``}`` and so may contain commas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.cli.numbers import leading_number, number
+from vtpm_cuse.cli.table import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from vtpm_cuse.cli.table import SubOption
+
 Value = str | int | bool
-
-
-class Kind(Enum):
-    """Which values a sub-option takes."""
-
-    TEXT = "text"
-    BOOL = "bool"
-    INT = "int"
-    UINT = "uint"
-    MODE = "mode"
-    UID = "uid"
-    GID = "gid"
-
-
-@dataclass(frozen=True, slots=True)
-class SubOption:
-    """One name of an option's value.
-
-    Attributes:
-        name: As the user writes it.
-        help: One clause for the help screen and the man page.
-        kind: How the value is read.
-        metavar: What stands for the value in a synopsis; empty for one that is set by its name.
-        choices: The only texts allowed, if there are such.
-        available: False while it is not built.
-    """
-
-    name: str
-    help: str
-    kind: Kind = Kind.TEXT
-    metavar: str = ""
-    choices: tuple[str, ...] = ()
-    available: bool = True
 
 
 class SubOptionError(ValueError):

@@ -3,61 +3,69 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import Final
 
+from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.program import run_program, version_text
+from vtpm_cuse.cli.table import Example, Option, Program, Subcommand
 
-_HELP = """\
-TPM emulator with choice of interface.
-
-Usage: swtpm socket|chardev|cuse [options]
-       swtpm -v|--version
-       swtpm -h|--help
-
-  socket   TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it
-  chardev  TPM commands from a character device or the kernel's vTPM proxy
-           (not built yet)
-  cuse     a TPM as a character device in /dev
-
-Use the --help option to see the help screen for each interface type.
-Use the --version option to see version information.
-
-Examples:
-  swtpm socket --help
-  sudo swtpm cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0
-"""
+PROGRAM: Final = Program(
+    "swtpm",
+    "TPM emulator with choice of interface",
+    (
+        Option("version", "print the version and end", letter="v"),
+        Option("help", "print this help and end; each interface has its own", letter="h"),
+    ),
+    usage=("INTERFACE [options]", "-v|--version", "-h|--help"),
+    subcommands=(
+        Subcommand(
+            "socket",
+            "TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it",
+            "vtpm_cuse.cli.swtpm_socket",
+        ),
+        Subcommand("cuse", "a TPM as a character device in /dev", "vtpm_cuse.cli.swtpm_cuse"),
+    ),
+    description=(
+        "Runs a virtual TPM 1.2 or TPM 2.0 on libtpms, in user space. The first word chooses "
+        "how the TPM can be reached; every interface has a help screen and a manual page.",
+    ),
+    examples=(
+        Example("", "swtpm socket --help"),
+        Example("", "sudo swtpm cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0"),
+    ),
+    see_also=("swtpm_ioctl(8)",),
+    banner="TPM emulator with choice of interface.",
+)
 
 
 def main() -> int:
     """The program swtpm."""
-    return run_program(_run, _report)
+    return run_program(lambda: _run(sys.argv[1:]), _report)
 
 
-def _run() -> int:
-    match sys.argv[1:]:
-        case []:
-            return _refuse("Missing TPM interface type.")
-        case ["-v" | "--version", *_]:
-            print(version_text(""))
-        case ["-h" | "--help", *_]:
-            print(_HELP, end="")
-        case ["cuse", *rest]:
-            from vtpm_cuse.cli import swtpm_cuse
-
-            return swtpm_cuse.main(rest, "swtpm cuse")
-        case ["socket", *rest]:
-            from vtpm_cuse.cli import swtpm_socket
-
-            return swtpm_socket.main(rest, "swtpm socket")
-        case ["chardev", *_]:
-            _report("The interface 'chardev' is not built yet; there are 'socket' and 'cuse'")
-            return 1
-        case [name, *_]:
-            return _refuse(f"Unsupported TPM interface type '{name}'.")
-    return 0
+def _run(words: list[str]) -> int:
+    if not words:
+        return _refuse("Missing TPM interface type.")
+    first, *rest = words
+    if first in {"-v", "--version"}:
+        print(version_text(""))
+        return 0
+    if first in {"-h", "--help"}:
+        print(help_text(PROGRAM), end="")
+        return 0
+    for name, _, module in PROGRAM.subcommands:
+        if name == first:
+            status: int = import_module(module).main(rest, f"swtpm {name}")
+            return status
+    if first == "chardev":
+        _report("The interface 'chardev' is not built yet; there are 'socket' and 'cuse'")
+        return 1
+    return _refuse(f"Unsupported TPM interface type '{first}'.")
 
 
 def _refuse(reason: str) -> int:
-    print(f"{reason}\n{_HELP}", end="", file=sys.stderr)
+    print(f"{reason}\n{help_text(PROGRAM)}", end="", file=sys.stderr)
     return 1
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli import prints, settings
 from vtpm_cuse.cli.commandline import CommandLine, CuseExit
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.options import Interface
+from vtpm_cuse.cli.options import options_of
 from vtpm_cuse.cli.program import run_program, version_text
+from vtpm_cuse.cli.table import Example, Interface, Program, Term
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service import logs
 from vtpm_cuse.service.config import LogConfig
@@ -24,17 +25,51 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CUSE_DEVICE: Final = "/dev/cuse"
-_EXAMPLES: Final = """\
-Make a TPM 2.0 that is ready at once, and use it:
-  sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0 \\
-      --flags startup-clear
-  sudo tpm2_getrandom -T device:/dev/vtpm0 --hex 8
-Make one and power it on by hand:
-  sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0
-  sudo swtpm_ioctl -i /dev/vtpm0
-End the TPM and remove its device:
-  sudo swtpm_ioctl -s /dev/vtpm0
-"""
+PROGRAM: Final = Program(
+    "swtpm cuse",
+    "a TPM as a character device in /dev",
+    options_of(Interface.CUSE),
+    aliases=("swtpm-cuse", "swtpm_cuse"),
+    description=(
+        "Makes the character device /dev/NAME with the kernel's CUSE driver and serves a TPM "
+        "through it: programs write TPM commands and read responses, and swtpm_ioctl(8) powers "
+        "the TPM on and off. The kernel's own TPM driver is not involved.",
+        "Needs read and write access to /dev/cuse, which root has; the module cuse must be "
+        "loaded. Use --flags startup-clear for a TPM that is ready at once; without it the TPM "
+        "is off until swtpm_ioctl -i powers it on.",
+    ),
+    examples=(
+        Example(
+            "Make a TPM 2.0 that is ready at once, and use it",
+            "sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0 \\\n"
+            "    --flags startup-clear\n"
+            "sudo tpm2_getrandom -T device:/dev/vtpm0 --hex 8",
+        ),
+        Example(
+            "Make one and power it on by hand",
+            "sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0\n"
+            "sudo swtpm_ioctl -i /dev/vtpm0",
+        ),
+        Example("End the TPM and remove its device", "sudo swtpm_ioctl -s /dev/vtpm0"),
+    ),
+    exits=(
+        Term("0", "The TPM was ended in order, or goes on in the background."),
+        Term("252", "No right to use /dev/cuse."),
+        Term("253", "A value of an option does not fit."),
+        Term("254", "No usable name of a device was given."),
+        Term("255", "A number is out of range."),
+        Term("1 and others", "Any other error; standard error or the log has the reason."),
+    ),
+    environment=(Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),),
+    files=(
+        Term("/dev/cuse", "The kernel's CUSE driver."),
+        Term("/dev/NAME", "The TPM."),
+    ),
+    see_also=("swtpm(8)", "swtpm_ioctl(8)", "swtpm_ioctls(3)"),
+    lenient=True,
+    bad_number=CuseExit.BAD_VALUE,
+    bad_value=CuseExit.BAD_SUBOPTION,
+)
 
 
 def main(words: Sequence[str] | None = None, program: str = "swtpm-cuse") -> int:
@@ -44,9 +79,9 @@ def main(words: Sequence[str] | None = None, program: str = "swtpm-cuse") -> int
 
 
 def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(Interface.CUSE, program, words)
+    line = CommandLine(PROGRAM, words, program)
     if line.has("help"):
-        print(help_text(Interface.CUSE, program, _EXAMPLES), end="")
+        print(help_text(PROGRAM, program), end="")
         return 0
     if line.has("version"):
         print(version_text("CUSE interface "))

@@ -9,9 +9,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.getopt import Complaint, Getopt, LongOption, Operand
+from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.ioctl_commands import COMMANDS, Asked, Command
 from vtpm_cuse.cli.program import run_program, version_text
+from vtpm_cuse.cli.table import Example, Option, Program, Term
 from vtpm_cuse.errors import FrontendError, UsageError, WireError
 
 if TYPE_CHECKING:
@@ -19,18 +21,43 @@ if TYPE_CHECKING:
 
 _DEFAULT_PORT: Final = 6546
 
-_TARGETS: Final = (
-    ("tpm-device", "DEVICE", "use this character device"),
-    ("tcp", "[HOST]:[PORT]", "connect to a control channel, by default 127.0.0.1:6546"),
-    ("unix", "PATH", "connect to a control channel on a Unix socket"),
+PROGRAM: Final = Program(
+    "swtpm_ioctl",
+    "control a running TPM emulator",
+    (
+        *(command.option for command in COMMANDS),
+        Option("tpm-device", "use this character device", metavar="DEVICE", group="Device"),
+        Option(
+            "tcp",
+            "connect to a control channel, by default 127.0.0.1:6546",
+            metavar="[HOST]:[PORT]",
+            group="Device",
+        ),
+        Option(
+            "unix", "connect to a control channel on a Unix socket", metavar="PATH", group="Device"
+        ),
+        Option("version", "display the version and exit"),
+        Option("help", "display this help and exit"),
+    ),
+    usage=("COMMAND DEVICE",),
+    operands=(Term("DEVICE", "the character device, or one of the options for it"),),
+    description=(
+        "Sends one control request to a TPM that swtpm_cuse(8) serves as a character device, or "
+        "whose control channel swtpm_socket(8) listens on, and shows the answer.",
+    ),
+    examples=(
+        Example("", "swtpm_ioctl -c /dev/vtpm0"),
+        Example("", "swtpm_ioctl -i /dev/vtpm0"),
+        Example("", "echo data | swtpm_ioctl -h - --unix /run/vtpm0/ctrl.sock"),
+        Example("", "swtpm_ioctl --save permanent vtpm0.permanent --tcp :6546"),
+    ),
+    environment=(
+        Term("SWTPM_IOCTL_BUFFERSIZE", "Bytes of a state blob moved at once through a device."),
+    ),
+    see_also=("swtpm(8)", "swtpm_cuse(8)", "swtpm_socket(8)", "swtpm_ioctls(3)"),
+    banner=version_text("control tool "),
+    long_only=True,
 )
-_EXAMPLES: Final = """\
-Examples:
-  swtpm_ioctl -c /dev/vtpm0
-  swtpm_ioctl -i /dev/vtpm0
-  echo data | swtpm_ioctl -h - --unix /run/vtpm0/ctrl.sock
-  swtpm_ioctl --save permanent vtpm0.permanent --tcp :6546
-"""
 
 
 def main() -> int:
@@ -46,7 +73,7 @@ def _run(words: list[str]) -> int:
     command, asked = line.checked_command()
     with _connect(line.targets) as tpm:
         if line.spelled != command.word:
-            print(_help(), end="")
+            print(help_text(PROGRAM), end="")
             return 1
         try:
             command.run(tpm, asked)
@@ -66,13 +93,7 @@ class _Line:
         self.spelled = ""
         self._command: Command | None = None
         self._asked = Asked()
-        options = [
-            *(LongOption(command.name, bool(command.metavar)) for command in COMMANDS),
-            *(LongOption(name, takes_value=True) for name, _, _ in _TARGETS),
-            LongOption("version"),
-            LongOption("help"),
-        ]
-        self._words = Getopt("swtpm_ioctl", words, options, long_only=True)
+        self._words = Getopt(PROGRAM.name, words, PROGRAM.options, long_only=True)
         for item in self._words:
             match item:
                 case Complaint(text):
@@ -96,21 +117,21 @@ class _Line:
         if name == "version":
             self.answer = version_text("control tool ") + "\n"
         elif name == "help":
-            self.answer = _help()
+            self.answer = help_text(PROGRAM)
         elif name == "tcp":
             _split_tcp(value)
             self.targets[name] = value
         elif name in {"tpm-device", "unix"}:
             self.targets[name] = value
         else:
-            self._take_command(next(c for c in COMMANDS if c.name == name), value, spelled)
+            self._take_command(next(c for c in COMMANDS if c.option.name == name), value, spelled)
 
     def _take_command(self, command: Command, value: str, spelled: str) -> None:
         if self._command is not None:
             raise UsageError("Only one command may be given.")
-        file = self._words.take_word() if " " in command.metavar else ""
+        file = self._words.take_word() if " " in command.option.metavar else ""
         if file is None:
-            raise UsageError(f"Missing filename argument for --{command.name} option")
+            raise UsageError(f"Missing filename argument for --{command.option.name} option")
         self._command, self.spelled = command, spelled
         self._asked = Asked(value, command.read(value), file)
 
@@ -163,24 +184,6 @@ def _split_tcp(target: str) -> tuple[str, int]:
     if not 0 <= found[0] < 1 << 16:
         raise UsageError(f"Port '{port}' outside valid range.")
     return host.strip("[]") or "127.0.0.1", found[0]
-
-
-def _help() -> str:
-    rows = [
-        *((f"--{name} {metavar}", text) for name, metavar, text in _TARGETS),
-        *((f"{command.word} {command.metavar}", command.help) for command in COMMANDS),
-        ("--version", "display the version and exit"),
-        ("--help", "display this help and exit"),
-    ]
-    import textwrap
-
-    table = "\n".join(
-        textwrap.fill(f"{form:<22}: {text}", 79, subsequent_indent=" " * 24) for form, text in rows
-    )
-    return (
-        f"{version_text('control tool ')}\n\nUsage: swtpm_ioctl COMMAND DEVICE\n\n"
-        f"The following commands are supported:\n{table}\n\n{_EXAMPLES}"
-    )
 
 
 def _complain(text: str) -> None:

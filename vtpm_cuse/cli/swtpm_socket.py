@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli import prints, settings
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.options import Interface
+from vtpm_cuse.cli.options import options_of
 from vtpm_cuse.cli.program import run_program
+from vtpm_cuse.cli.table import Example, Interface, Program, Term
 from vtpm_cuse.errors import PtmError
 from vtpm_cuse.service import logs
 from vtpm_cuse.service.config import LogConfig
@@ -21,16 +22,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_EXAMPLES: Final = """\
-A TPM 2.0 for tpm2-tools:
-  swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --flags startup-clear \\
-      --server type=tcp,port=2321 --ctrl type=tcp,port=2322
-  tpm2_getrandom -T swtpm:port=2321 --hex 8
-A TPM 2.0 for QEMU:
-  swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --ctrl type=unixio,path=$HOME/tpm.sock
-  qemu-system-x86_64 -chardev socket,id=c,path=$HOME/tpm.sock \\
-      -tpmdev emulator,id=t,chardev=c -device tpm-crb,tpmdev=t ...
-"""
+PROGRAM: Final = Program(
+    "swtpm socket",
+    "a TPM over TCP or Unix sockets",
+    options_of(Interface.SOCKET),
+    description=(
+        "Serves a TPM to one client at a time: its commands come over the data channel "
+        "(--server), and the control channel (--ctrl) powers the TPM on and off and moves its "
+        "state, as swtpm_ioctl(8) and QEMU do. QEMU needs the control channel alone; it hands "
+        "over the data channel by itself.",
+    ),
+    examples=(
+        Example(
+            "A TPM 2.0 for tpm2-tools",
+            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --flags startup-clear \\\n"
+            "    --server type=tcp,port=2321 --ctrl type=tcp,port=2322\n"
+            "tpm2_getrandom -T swtpm:port=2321 --hex 8",
+        ),
+        Example(
+            "A TPM 2.0 for QEMU",
+            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm \\\n"
+            "    --ctrl type=unixio,path=$HOME/tpm.sock\n"
+            "qemu-system-x86_64 -chardev socket,id=c,path=$HOME/tpm.sock \\\n"
+            "    -tpmdev emulator,id=t,chardev=c -device tpm-crb,tpmdev=t ...",
+        ),
+    ),
+    environment=(
+        Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),
+        Term("TPM_PORT", "TCP port of the data channel, if --server names none."),
+    ),
+    see_also=("swtpm(8)", "swtpm_ioctl(8)", "swtpm_ioctls(3)"),
+)
 
 
 def main(words: Sequence[str], program: str) -> int:
@@ -40,9 +62,9 @@ def main(words: Sequence[str], program: str) -> int:
 
 
 def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(Interface.SOCKET, program, words)
+    line = CommandLine(PROGRAM, words, program)
     if line.has("help"):
-        print(help_text(Interface.SOCKET, program, _EXAMPLES), end="")
+        print(help_text(PROGRAM, program), end="")
         return 0
     flags = line.number("print-info", 0xFFFF_FFFF)
     logs.configure(settings.log_config(line))

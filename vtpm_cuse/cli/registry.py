@@ -1,0 +1,31 @@
+"""All programs of the suite: where man pages and completions find their tables.
+
+A program is named here by its module, which is imported only when it is asked
+for; the module has the table as ``PROGRAM``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from vtpm_cuse.cli.table import Program
+
+MODULES: Final = (
+    "vtpm_cuse.cli.swtpm",
+    "vtpm_cuse.cli.swtpm_socket",
+    "vtpm_cuse.cli.swtpm_cuse",
+    "vtpm_cuse.cli.swtpm_ioctl",
+)
+
+
+def program_of(module: str) -> Program:
+    """The table of one module."""
+    program: Program = import_module(module).PROGRAM
+    return program
+
+
+def programs() -> tuple[Program, ...]:
+    """Every table, in the order of `MODULES`."""
+    return tuple(map(program_of, MODULES))
