@@ -90,6 +90,7 @@ class Vtpm:
         self.tpm2 = engine.tpm2
         self._profile = self.options.profile
         self._long = long_commands(tpm2=self.tpm2)
+        self._unusual = self._long | {_SET_LOCALITY}
         self._last_command = b""
         self._incoming = self._lock_pending = self.options.incoming
         self._lock_retries = 0
@@ -194,10 +195,23 @@ class Vtpm:
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         if len(command) < TPM_HEADER_SIZE:
             return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
-        code = command[6:10]
-        self._last_command = code
-        if code == _SET_LOCALITY:
+        if command_code(command) == _SET_LOCALITY:
+            self._last_command = _SET_LOCALITY
             return self._set_locality_command(command)
+        return self._execute(command, command_code(command))
+
+    def process_short(self, command: bytes) -> bytes | None:
+        """As `process` for a whole command; None, with nothing done, for an unusual one.
+
+        The way of nearly every command, and short for that.
+        """
+        code = command[6:10]
+        if code in self._unusual or self._lock_pending or not self.engine.running:
+            return None
+        return self._execute(command, code)
+
+    def _execute(self, command: bytes, code: bytes) -> bytes:
+        self._last_command = code
         try:
             return self.engine.process(command)
         except (StorageError, EngineError) as exc:

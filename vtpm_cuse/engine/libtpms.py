@@ -45,24 +45,28 @@ def _open_library() -> Libtpms:
     return library
 
 
+_buffer = ffi.buffer
+
+
 class LibtpmsEngine:
     """The TPM of this process (implements `engine.base.Engine`)."""
 
     def __init__(self, *, tpm2: bool, nvram: Nvram) -> None:
         self.tpm2 = tpm2
-        self.locality = 0
+        self.running = False
+        self._locality = 0
         self._nvram = nvram
-        self._running = False
         self._fault: BaseException | None = None
         self._volatile_fault: BaseException | None = None
         self._lib = _open_library()
         self._libc = ffi.dlopen(None)
+        self._process = self._lib.TPMLIB_Process
         # OWNER: libtpms allocates and grows the response buffer, we reuse it for every command.
         self._response = ffi.new("unsigned char **")
         self._response_size = ffi.new("uint32_t *")
         self._response_room = ffi.new("uint32_t *")
-        self._callbacks = self._make_callbacks()
-        self._lib.TPMLIB_RegisterCallbacks(self._callbacks[0])
+        self._callbacks, self._ask_locality, *self._kept = self._make_callbacks()
+        self._register_callbacks()
         self._choose_version()
 
     # -- what libtpms can do --------------------------------------------------------------
@@ -105,11 +109,6 @@ class LibtpmsEngine:
 
     # -- life cycle -----------------------------------------------------------------------
 
-    @property
-    def running(self) -> bool:
-        """Between `start` and `stop`."""
-        return self._running
-
     def start(self) -> None:
         """Powers the TPM on. Raises StorageError, EngineError."""
         self.stop()
@@ -125,12 +124,12 @@ class LibtpmsEngine:
             # After a failed start the version stays chosen until Terminate.
             self._lib.TPMLIB_Terminate()
             raise
-        self._running = True
+        self.running = True
 
     def stop(self) -> None:
         """Powers it off, without a TPM2_Shutdown. Harmless when stopped."""
-        if self._running:
-            self._running = False
+        if self.running:
+            self.running = False
             self._lib.TPMLIB_Terminate()
 
     def close(self) -> None:
@@ -152,18 +151,27 @@ class LibtpmsEngine:
 
     # -- commands -------------------------------------------------------------------------
 
+    @property
+    def locality(self) -> int:
+        """Locality of all later commands; not to be set beside a running one."""
+        return self._locality
+
+    @locality.setter
+    def locality(self, locality: int) -> None:
+        self._locality = locality
+        self._register_callbacks()
+
     def process(self, command: bytes) -> bytes:
         """One command, one response. Raises EngineError; StorageError when a callback failed."""
-        if not self._running:  # TPM 1.2 would crash, TPM 2 answer nothing
+        if not self.running:  # TPM 1.2 would crash, TPM 2 answer nothing
             raise EngineError("TPMLIB_Process", _TPM_FAIL)
         # TPM 1.2 decrypts in place, so it gets a copy of its own.
         data = command if self.tpm2 else ffi.from_buffer(bytearray(command))
-        rc = self._lib.TPMLIB_Process(
-            self._response, self._response_size, self._response_room, data, len(command)
-        )
+        size = self._response_size
+        rc = self._process(self._response, size, self._response_room, data, len(command))
         if rc or self._fault is not None:
             self._check("TPMLIB_Process", rc)
-        return ffi.buffer(self._response[0], self._response_size[0])[:]
+        return _buffer(self._response[0], size[0])[:]
 
     def cancel(self) -> int:
         """Asks a running command to end early; from any thread; returns the result code."""
@@ -232,18 +240,24 @@ class LibtpmsEngine:
 
     # -- callbacks ------------------------------------------------------------------------
 
+    def _register_callbacks(self) -> None:
+        # A TPM 2 that has nobody to ask is in locality 0, which saves 0.3 of 5 us a command.
+        ask = self._locality or not self.tpm2
+        self._callbacks.tpm_io_getlocality = self._ask_locality if ask else ffi.NULL
+        self._lib.TPMLIB_RegisterCallbacks(self._callbacks)
+
     def _make_callbacks(self) -> list[CData]:
-        """The callback table first, then what must live as long as the engine does."""
+        """The table, the question for the locality, and what must live as long as the engine."""
         table = ffi.new("struct libtpms_callbacks *")
         table.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
         kept: list[CData] = [table]
         for name, function in (
+            ("tpm_io_getlocality", self._on_locality),
             ("tpm_nvram_init", lambda: 0),
             ("tpm_nvram_loaddata", self._on_load),
             ("tpm_nvram_storedata", self._on_store),
             ("tpm_nvram_deletename", self._on_delete),
             ("tpm_io_init", lambda: 0),
-            ("tpm_io_getlocality", self._on_locality),
         ):
             pointer = ffi.callback(ffi.typeof(getattr(table, name)), function, error=_TPM_FAIL)
             setattr(table, name, pointer)
@@ -286,7 +300,7 @@ class LibtpmsEngine:
         return 0
 
     def _on_locality(self, locality: CData, _number: int) -> int:
-        locality[0] = self.locality
+        locality[0] = self._locality
         return 0
 
     def _failed(self, exc: BaseException) -> int:
@@ -312,7 +326,7 @@ class LibtpmsEngine:
         return rc
 
     def _need_running(self, function: str) -> None:
-        if not self._running:
+        if not self.running:
             raise EngineError(function, _TPM_FAIL)
 
     def _take(self, name: str, function: Callable[..., int], *arguments: int) -> bytes:
@@ -326,7 +340,7 @@ class LibtpmsEngine:
             self._libc.free(buffer[0])  # OWNER: ours since the return; NULL is fine
 
     def _choose_version(self) -> None:
-        if self._running:
+        if self.running:
             return
         rc = self._lib.TPMLIB_ChooseTPMVersion(1 if self.tpm2 else 0)
         if rc:

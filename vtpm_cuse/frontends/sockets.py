@@ -8,6 +8,7 @@ keeps everything else off the TPM that must not run beside it.
 from __future__ import annotations
 
 import array
+import contextlib
 import logging
 import os
 import socket
@@ -114,34 +115,34 @@ class SocketServer:
 
     async def _converse(self, connection: socket.socket) -> None:
         vtpm, turn = self._vtpm, self._turn
+        receive, send, process = connection.recv, connection.send, vtpm.process_short
         stream = CommandStream(prefix=vtpm.tpm2)
         quick = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
-        linger_until = 0.0
+        served, quick_ones = False, 0
         while True:
-            if linger_until:
-                os.sched_yield()  # a client on this CPU sends its next command now
             try:
-                data: bytes | None = connection.recv(_DATA_READ_SIZE)
+                data: bytes | None = receive(_DATA_READ_SIZE)
             except BlockingIOError:
-                data = await _receive(connection, stream, linger_until)
+                data = await _receive(connection, stream, linger=served)
             if (
                 quick
                 and data
                 and stream.is_whole(data)
-                and not (turn.locked() or vtpm.is_long(data))
+                and not turn.locked()
+                and (response := process(data)) is not None
             ):
-                # The general way below, for the usual command: 1.4 of 7 microseconds less.
-                self._served += 1
-                if self._served % _CHECKPOINT_EVERY == 0:
-                    await trio.lowlevel.checkpoint()
-                response = vtpm.process(data)
+                # The general way below, for the usual command: a third of its time less.
                 try:
-                    sent = connection.send(response)
+                    sent = send(response)
                 except BlockingIOError:
                     sent = 0
                 if sent < len(response):
                     await _send_all(connection, response[sent:])
-                linger_until = time.perf_counter() + _LINGER_SECONDS
+                served = True
+                quick_ones += 1
+                if quick_ones == _CHECKPOINT_EVERY:
+                    quick_ones = 0
+                    await trio.lowlevel.checkpoint()
                 continue
             if data:
                 stream.feed(data)
@@ -152,7 +153,6 @@ class SocketServer:
                 served = True
             if data == b"" or (served and self._channels.disconnect):
                 return
-            linger_until = time.perf_counter() + _LINGER_SECONDS
 
     async def _process(self, request: Request) -> bytes:
         vtpm = self._vtpm
@@ -290,19 +290,20 @@ async def _accept(listener: socket.socket) -> socket.socket:
 
 
 async def _receive(
-    connection: socket.socket, stream: CommandStream, linger_until: float
+    connection: socket.socket, stream: CommandStream, *, linger: bool
 ) -> bytes | None:
-    """Bytes; none at the end of the stream; None when the rest of a command does not come."""
+    """Bytes; none at the end of the stream; None when the rest of a command does not come.
+
+    With *linger*, looks for them a while before it sleeps.
+    """
+    until = time.perf_counter() + _LINGER_SECONDS if linger else 0.0
     while True:
-        try:
+        if time.perf_counter() < until:
+            os.sched_yield()
+        elif not await _readable(connection, _DATA_REST_SECONDS if stream.awaits_rest else None):
+            return None
+        with contextlib.suppress(BlockingIOError):
             return connection.recv(_DATA_READ_SIZE)
-        except BlockingIOError:
-            if time.perf_counter() < linger_until:
-                os.sched_yield()
-            elif not await _readable(
-                connection, _DATA_REST_SECONDS if stream.awaits_rest else None
-            ):
-                return None
 
 
 async def _readable(connection: socket.socket, seconds: float | None) -> bool:

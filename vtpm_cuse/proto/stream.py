@@ -46,11 +46,8 @@ class CommandStream:
 
     def is_whole(self, data: bytes) -> bool:
         """Whether these bytes are exactly one command without a prefix, and none wait."""
-        return (
-            not self._buffer
-            and len(data) >= TPM_HEADER_SIZE
-            and int.from_bytes(data[2:6], "big") == len(data)
-        )
+        size = len(data)
+        return data[2:6] == size.to_bytes(4) and size >= TPM_HEADER_SIZE and not self._buffer
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they arrived."""
