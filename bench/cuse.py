@@ -1,4 +1,4 @@
-"""Speed and memory of the CUSE device: run in the kernel lab, prints a table and JSON.
+"""Speed and memory of the CUSE device: run in the kernel lab.
 
 ./setup lab -- .venv/bin/python bench/cuse.py
 
@@ -10,7 +10,6 @@ figure in this kind of lab is 224 to 252 microseconds on one CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -20,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Final
+
+from bench.report import Report, add_arguments, finish
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PROGRAMS: Final = Path(sys.executable).parent
@@ -87,10 +88,10 @@ def pin(pid: int, cpus: set[int]) -> None:
         os.sched_setaffinity(int(task), cpus)
 
 
-def main() -> None:
-    """Measures and prints."""
+def measured() -> Report:
+    """Starts a server and measures it."""
+    report = Report("cuse", "CUSE device, in the kernel lab")
     everything = os.sched_getaffinity(0)
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         client = build_client(folder)
@@ -99,31 +100,21 @@ def main() -> None:
             pin(pid, {0} if cpu else everything)
             for command, data in COMMANDS.items():
                 times = round_trips(client, data, cpu)
-                rows.append(
-                    {
-                        "placement": placement,
-                        "command": command,
-                        "p50_us": round(statistics.median(times), 1),
-                        "p99_us": round(times[int(len(times) * 0.99)], 1),
-                        "per_second": round(len(times) / sum(times) * 1e6),
-                    }
-                )
-        memory = memory_kib(pid)
+                report.add(f"{command}, {placement}, p50", "µs", statistics.median(times))
+                report.add(f"{command}, {placement}, p99", "µs", times[int(len(times) * 0.99)])
+        report.add("start to first answer", "ms", first * 1000)
+        for kind, kib in memory_kib(pid).items():
+            report.add(f"memory, {kind}", "MiB", kib / 1024)
         subprocess.run([str(PROGRAMS / "swtpm_ioctl"), "-s", DEVICE], check=True)
-    print(f"{'':10}{'command':12}{'p50 us':>10}{'p99 us':>10}{'per s':>8}")
-    for row in rows:
-        print(
-            f"{row['placement']:10}{row['command']:12}{row['p50_us']:>10}{row['p99_us']:>10}"
-            f"{row['per_second']:>8}"
-        )
-    print(f"start to first answer: {first * 1000:.0f} ms; memory: {memory} KiB")
-    print(json.dumps({"rows": rows, "first_answer_s": round(first, 3), "memory_kib": memory}))
+    return report
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args()
     if not shutil.which("cc"):
         sys.exit("bench: no C compiler; apt-get install gcc libc6-dev")
-    main()
+    finish(measured(), arguments)

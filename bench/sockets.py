@@ -1,4 +1,4 @@
-"""Speed and memory of `swtpm socket` beside Debian's: prints a Markdown table and JSON.
+"""Speed and memory of `swtpm socket` beside Debian's.
 
 .venv/bin/python bench/sockets.py
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -23,6 +22,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from bench.report import Report, add_arguments, finish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,71 +170,44 @@ def percentile(times: list[float], part: float) -> float:
     return sorted(times)[min(len(times) - 1, int(len(times) * part))]
 
 
-Row = dict[str, str | float]
-
-
-def rows(ours: Server, peer: Server) -> Iterator[Row]:
-    """What the table shows, one quantity a row."""
-
-    def row(what: str, unit: str, mine: float, theirs: float) -> Row:
-        ratio = mine / theirs if theirs else float("inf")
-        return {
-            "what": what,
-            "unit": unit,
-            "ours": round(mine, 2),
-            "peer": round(theirs, 2),
-            "ratio": round(ratio, 2),
-        }
-
+def report_of(ours: Server, peer: Server) -> Report:
+    """What was measured, with the limits of what is promised."""
+    report = Report("sockets", "Unix socket, `swtpm socket`")
     for placement in PLACEMENTS:
         for command in COMMANDS:
             key = (placement, command)
             for name, part in (("p50", 0.5), ("p99", 0.99)):
-                yield row(
+                promised = command == TARGET_COMMAND and name == "p50"
+                report.add(
                     f"{command}, {placement}, {name}",
                     "µs",
                     percentile(ours.times[key], part),
                     percentile(peer.times[key], part),
+                    TARGETS[placement] if promised else None,
                 )
-            yield row(
+            report.add(
                 f"{command}, {placement}, server CPU",
                 "µs",
                 statistics.median(ours.cpu[key]),
                 statistics.median(peer.cpu[key]),
             )
-    yield row(
-        "exec to first answer, median",
-        "ms",
-        statistics.median(ours.starts),
-        statistics.median(peer.starts),
-    )
+    first, peer_first = statistics.median(ours.starts), statistics.median(peer.starts)
+    limit = FIRST_ANSWER_MS / peer_first
+    report.add("exec to first answer, median", "ms", first, peer_first, limit)
     for name in ours.memory:
-        yield row(f"memory, {name}", "MiB", ours.memory[name] / 1024, peer.memory[name] / 1024)
-
-
-def missed(found: list[Row]) -> list[str]:
-    """The targets that were not met."""
-    by_name = {str(row["what"]): row for row in found}
-    out = []
-    for placement, limit in TARGETS.items():
-        what = f"{TARGET_COMMAND}, {placement}, p50"
-        if float(by_name[what]["ratio"]) > limit:
-            out.append(f"{what}: ratio {by_name[what]['ratio']}, at most {limit}")
-    first = by_name["exec to first answer, median"]["ours"]
-    if float(first) > FIRST_ANSWER_MS:
-        out.append(f"first answer after {first} ms, at most {FIRST_ANSWER_MS}")
-    return out
+        report.add(f"memory, {name}", "MiB", ours.memory[name] / 1024, peer.memory[name] / 1024)
+    return report
 
 
 def main() -> None:
-    """Measures and prints; with --check, ends with 1 when a target was missed."""
+    """Measures and prints; with --check, ends with 1 when a limit was missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peer", default="/usr/bin/swtpm", help="the C suite's program")
     parser.add_argument("--ours", default=OURS, help="this package's program")
     parser.add_argument("--count", type=int, default=2000, help="round trips a series (2000)")
     parser.add_argument("--rounds", type=int, default=5, help="series of each kind (5)")
     parser.add_argument("--starts", type=int, default=9, help="starts of each program (9)")
-    parser.add_argument("--check", action="store_true", help="fail when a target is missed")
+    add_arguments(parser)
     options = parser.parse_args()
     for program in ("cc", "taskset", options.peer):
         if not shutil.which(program):
@@ -255,16 +229,8 @@ def main() -> None:
                         server.measure(client, placement, command, cpu, options.count)
         for server in (ours, peer):
             server.take_memory()
-        found = list(rows(ours, peer))
-    print("| what | unit | vtpm-cuse | C suite | ratio |\n|---|---|---|---|---|")
-    for row in found:
-        print("| {what} | {unit} | {ours} | {peer} | {ratio} |".format_map(row))
-    failures = missed(found)
-    print("\n" + json.dumps({"rows": found, "missed": failures}))
-    for failure in failures:
-        print(f"missed: {failure}", file=sys.stderr)
-    if failures and options.check:
-        sys.exit(1)
+        report = report_of(ours, peer)
+    finish(report, options)
 
 
 if __name__ == "__main__":
