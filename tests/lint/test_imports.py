@@ -37,6 +37,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
         *{"errors", "faults", "wire", "proto", "storage", "engine", "device"},
         *{"frontends", "client", "service", "manufacture"},
     },
+    "manual": {"cli", "wire"},
 }
 
 # For the device layer, engines and stores are protocols; what is concrete is chosen above it.

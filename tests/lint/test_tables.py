@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -69,6 +71,12 @@ def test_table_has_no_name_twice_and_says_something_about_each(program: Program)
     assert program.examples
     assert program.summary
     assert program.summary[-1] != "."
+
+
+def test_manual_and_completions_are_up_to_date() -> None:
+    check = [sys.executable, "-m", "vtpm_cuse.manual", "--check", ROOT]
+    done = subprocess.run(check, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"run .venv/bin/python -m vtpm_cuse.manual\n{done.stdout}"
 
 
 TOOL = Program(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HASH_CHUNK: Final = 4096
 _HIGHEST_LOCALITY: Final = 4
+_BLOB_TYPES: Final = ("permanent", "volatile", "savestate")
 _TPM_RETRY: Final = 0x800  # there is no such state blob
 
 
@@ -185,8 +186,8 @@ def _letter(name: str, text: str, metavar: str = "") -> Option:
     return Option(name, text, metavar=metavar, single_dash=True, group="Commands")
 
 
-def _word(name: str, text: str, metavar: str = "") -> Option:
-    return Option(name, text, metavar=metavar, group="Commands")
+def _word(name: str, text: str, metavar: str = "", choices: tuple[str, ...] = ()) -> Option:
+    return Option(name, text, metavar=metavar, choices=choices, group="Commands")
 
 
 COMMANDS: Final = (
@@ -234,7 +235,12 @@ COMMANDS: Final = (
         _letter("h", "measure the data; '-' reads standard input", "DATA"), "PTM_HASH_DATA", _hash
     ),
     Command(
-        _word("save", "save the permanent, volatile or savestate blob in a file", "TYPE FILE"),
+        _word(
+            "save",
+            "save the permanent, volatile or savestate blob in a file",
+            "TYPE FILE",
+            _BLOB_TYPES,
+        ),
         "PTM_GET_STATEBLOB",
         _save,
     ),
@@ -243,6 +249,7 @@ COMMANDS: Final = (
             "load",
             "load the permanent, volatile or savestate blob from a file into a TPM that is off",
             "TYPE FILE",
+            _BLOB_TYPES,
         ),
         "PTM_SET_STATEBLOB",
         _load,
