@@ -74,7 +74,7 @@ def test_table_has_no_name_twice_and_says_something_about_each(program: Program)
 
 
 def test_manual_and_completions_are_up_to_date() -> None:
-    check = [sys.executable, "-m", "vtpm_cuse.manual", "--check", ROOT]
+    check = [sys.executable, "-m", "vtpm_cuse.manual", "--check", str(ROOT)]
     done = subprocess.run(check, check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"run .venv/bin/python -m vtpm_cuse.manual\n{done.stdout}"
 
