@@ -228,6 +228,8 @@ def _key_source(line: CommandLine, option: str) -> KeySource | None:
     return KeySource(
         file=_path(given, "file"),
         fd=_descriptor(given.integer("fd")),
+        credential=given.text("credential"),
+        keyring=given.text("keyring"),
         pwdfile=_path(given, "pwdfile"),
         pwdfd=_descriptor(given.integer("pwdfd")),
         mode=one_of("mode", CIPHER_KEY_SIZES, "aes-128-cbc", "Unknown encryption mode '{}'."),

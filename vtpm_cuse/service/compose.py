@@ -79,9 +79,13 @@ def _make_store(config: VtpmConfig) -> SealedStore | None:
 def _key(source: KeySource | None) -> Key | None:
     if source is None:
         return None
+    from vtpm_cuse.service import secrecy
     from vtpm_cuse.storage.keys import read_key
 
-    return read_key(source)
+    secrecy.hide_process()  # before the key is in memory
+    key = read_key(source)
+    secrecy.keep_from_swap(key.secret)
+    return key
 
 
 def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:

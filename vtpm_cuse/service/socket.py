@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import PtmError, VtpmError
 from vtpm_cuse.service.daemon import run_in_background
+from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,8 @@ def _serve_config(config: SocketConfig, ready: Callable[[], None]) -> None:
         stack.callback(vtpm.close)
         if power_on(vtpm, config.vtpm):
             trio.run(_serve_tasks, config, channels, vtpm, ready)
+        if vtpm.state_lost:  # PEER: ends with status 0
+            raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
 
 
 async def _serve_tasks(

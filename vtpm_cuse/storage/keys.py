@@ -34,17 +34,25 @@ _PASSPHRASE_MAX: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class KeySource:
-    """One ``--key`` or ``--migration-key``; the first of file, fd, pwdfile, pwdfd counts.
+    """One ``--key`` or ``--migration-key``; the first of the sources counts, in this order.
 
     Attributes:
+        file: Path of a file with the key.
+        fd: Descriptor to read the key from.
+        credential: Name of a file with the key in systemd's ``$CREDENTIALS_DIRECTORY``.
+        keyring: Description of a "user" key in a keyring of the kernel that this process searches.
+        pwdfile: Path of a file with a passphrase.
+        pwdfd: Descriptor to read a passphrase from.
         mode: One of `CIPHER_KEY_SIZES`.
-        format: One of `KEY_FORMATS`, for file and fd.
-        kdf: One of `KDFS`, for pwdfile and pwdfd.
+        format: One of `KEY_FORMATS`, for all but passphrases.
+        kdf: One of `KDFS`, for passphrases.
         remove: Remove the files after reading.
     """
 
     file: str | None = None
     fd: int | None = None
+    credential: str | None = None
+    keyring: str | None = None
     pwdfile: str | None = None
     pwdfd: int | None = None
     mode: str = "aes-128-cbc"
@@ -131,20 +139,49 @@ def read_key(source: KeySource) -> Key:
         UsageError: There is no source, it cannot be read, or it holds no key.
     """
     size = CIPHER_KEY_SIZES[source.mode]
-    if source.file is not None or source.fd is not None:
-        data = _read(source.file, source.fd, _KEY_FILE_MAX, "key")
+    data = _key_data(source)
+    if data is not None:
         key = _hex_key(data, size) if source.format == "hex" else _binary_key(data, size)
     elif source.pwdfile is not None or source.pwdfd is not None:
         passphrase = _read(source.pwdfile, source.pwdfd, _PASSPHRASE_MAX, "passphrase")
         key = _derive(source.kdf, passphrase, size)
     else:
-        raise UsageError("Either file=, fd=, pwdfile=, or pwdfd= is required for key option")
+        raise UsageError(
+            "Either file=, fd=, pwdfile=, or pwdfd= is required for key option",
+            hint="credential= and keyring= are as good",
+        )
     if source.remove:
         for path in (source.file, source.pwdfile):
             if path is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
     return Key(key)
+
+
+def _key_data(source: KeySource) -> bytes | None:
+    """The key as it is kept; None where the source is a passphrase, or nothing."""
+    if source.file is not None or source.fd is not None:
+        return _read(source.file, source.fd, _KEY_FILE_MAX, "key")
+    if source.credential is not None:
+        return _read(_credential_path(source.credential), None, _KEY_FILE_MAX, "key")
+    if source.keyring is not None:
+        from vtpm_cuse.storage.keyring import read_user_key
+
+        return read_user_key(source.keyring, _KEY_FILE_MAX)
+    return None
+
+
+def _credential_path(name: str) -> str:
+    if "/" in name or name in {"", ".", ".."}:
+        raise UsageError(f"'{name}' cannot be the name of a credential")
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        raise UsageError(
+            f"There is no credential '{name}': CREDENTIALS_DIRECTORY is not set",
+            hint=f"let systemd start the program, with LoadCredential={name}:/path/of/the/key "
+            f"or LoadCredentialEncrypted={name}",
+        )
+    return os.path.join(folder, name)
 
 
 def _read(path: str | None, fd: int | None, limit: int, what: str) -> bytes:
