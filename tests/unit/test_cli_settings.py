@@ -15,6 +15,7 @@ from vtpm_cuse.service.config import (
     LocalityConfig,
     LogConfig,
     PidConfig,
+    ProcessConfig,
     ProfileConfig,
     StartupConfig,
     StartupKind,
@@ -47,7 +48,9 @@ def error_of(*words: str) -> tuple[str, int]:
 
 
 def test_defaults() -> None:
-    assert config_of() == CuseConfig(name="vtpm0", vtpm=VtpmConfig())
+    assert config_of() == CuseConfig(
+        name="vtpm0", vtpm=VtpmConfig(), process=ProcessConfig(background=True)
+    )
 
 
 def test_everything() -> None:
@@ -62,9 +65,11 @@ def test_everything() -> None:
         name="vtpm0",
         major=16,
         minor=3,
-        foreground=True,
-        log=LogConfig(path="/usr/log", level=4, prefix="", truncate=True),
-        pid=PidConfig(path="/usr/pid"),
+        process=ProcessConfig(
+            background=False,
+            log=LogConfig(path="/usr/log", level=4, prefix="", truncate=True),
+            pid=PidConfig(path="/usr/pid"),
+        ),
         vtpm=VtpmConfig(
             tpm2=True,
             state=StateConfig("dir:///usr/state", mode=0o600, lock=False),
@@ -77,7 +82,7 @@ def test_everything() -> None:
 
 def test_first_name_and_last_of_any_other_option_count() -> None:
     config = config_of("-n", "other", "-M", "1", "-M", "2", "--log", "level=3", "--log", "fd=2")
-    assert (config.name, config.major, config.log.level) == ("vtpm0", 2, 1)
+    assert (config.name, config.major, config.process.log.level) == ("vtpm0", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -117,15 +122,15 @@ def test_startup(flags: str, not_need_init: bool, startup: StartupKind | None) -
 
 
 def test_log_without_level_or_prefix() -> None:
-    assert config_of().log == LogConfig(prefix="swtpm: ")
-    assert config_of("--log", "level=0").log == LogConfig(prefix="", level=1)
-    assert config_of("--log", "file=-").log.path == "-"
-    assert config_of("--log", "fd=-1,prefix=a b").log == LogConfig(prefix="a b")
+    assert config_of().process.log == LogConfig(prefix="swtpm: ")
+    assert config_of("--log", "level=0").process.log == LogConfig(prefix="", level=1)
+    assert config_of("--log", "file=-").process.log.path == "-"
+    assert config_of("--log", "fd=-1,prefix=a b").process.log == LogConfig(prefix="a b")
 
 
 def test_pid_by_descriptor(tmp_path: Path) -> None:
     with (tmp_path / "pid").open("wb") as file:
-        assert config_of("--pid", f"fd={file.fileno()}").pid == PidConfig(fd=file.fileno())
+        assert config_of("--pid", f"fd={file.fileno()}").process.pid == PidConfig(fd=file.fileno())
 
 
 def test_profile_from_file_and_descriptor(tmp_path: Path) -> None:

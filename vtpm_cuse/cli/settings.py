@@ -16,6 +16,7 @@ from vtpm_cuse.service.config import (
     LocalityConfig,
     LogConfig,
     PidConfig,
+    ProcessConfig,
     ProfileConfig,
     SocketAddress,
     SocketConfig,
@@ -44,9 +45,7 @@ def cuse_config(line: CommandLine) -> CuseConfig:
         major=line.number("maj", 0xFFFF),
         minor=line.number("min", 0xFFFF),
         name=_device_name(line),
-        foreground=line.has("foreground"),
-        log=log_config(line),
-        pid=pid_config(line),
+        process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm_config(line),
     )
 
@@ -65,10 +64,13 @@ def socket_config(line: CommandLine) -> SocketConfig:
         disconnect=disconnect,
         terminate=line.has("terminate"),
         control_terminate=control is not None and control.flag("terminate"),
-        daemon=line.has("daemon"),
-        log=log_config(line),
-        pid=pid_config(line),
+        process=process_config(line, background=line.has("daemon")),
     )
+
+
+def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
+    """The options about the process. Raises UsageError."""
+    return ProcessConfig(background=background, log=log_config(line), pid=pid_config(line))
 
 
 def vtpm_config(line: CommandLine) -> VtpmConfig:

@@ -41,6 +41,21 @@ class PidConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessConfig:
+    """The process that serves a vTPM, whatever interface it is served on.
+
+    Attributes:
+        background: Go to the background; the caller's process ends once clients are served.
+        log: Where messages go.
+        pid: Where the process id is written, if anywhere.
+    """
+
+    background: bool = False
+    log: LogConfig = field(default_factory=LogConfig)
+    pid: PidConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StateConfig:
     """Where the TPM's state is.
 
@@ -119,16 +134,13 @@ class CuseConfig:
         name: The device is ``/dev/NAME``.
         major: Device number; 0 lets the kernel choose.
         minor: Device number.
-        foreground: Stay with the caller instead of going to the background.
     """
 
     name: str
     vtpm: VtpmConfig
     major: int = 0
     minor: int = 0
-    foreground: bool = False
-    log: LogConfig = field(default_factory=LogConfig)
-    pid: PidConfig | None = None
+    process: ProcessConfig = field(default_factory=ProcessConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +182,6 @@ class SocketConfig:
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
-        daemon: Go to the background.
     """
 
     vtpm: VtpmConfig
@@ -179,6 +190,4 @@ class SocketConfig:
     disconnect: bool = False
     terminate: bool = False
     control_terminate: bool = False
-    daemon: bool = False
-    log: LogConfig = field(default_factory=LogConfig)
-    pid: PidConfig | None = None
+    process: ProcessConfig = field(default_factory=ProcessConfig)

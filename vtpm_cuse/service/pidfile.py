@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def pid_file(config: PidConfig | None) -> Iterator[None]:
+def pid_file(config: PidConfig | None, exit_status: int) -> Iterator[None]:
     """Writes the file, and removes it at the end.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: It cannot be written; with this *exit_status*.
     """
     if config is None:
         yield
@@ -29,7 +29,7 @@ def pid_file(config: PidConfig | None) -> Iterator[None]:
         path = _write_fd(target) if isinstance(target, int) else _write(str(target))
     except OSError as exc:
         reason = f"Could not write pid file {target}: {exc.strerror}"
-        raise UsageError(reason, exit_status=243) from exc
+        raise UsageError(reason, exit_status) from exc
     try:
         yield
     finally:
