@@ -100,6 +100,17 @@ class StateKeyRejected(StorageError):
         self.result = result
 
 
+class CertificateError(VtpmError):
+    """No certificate can be made; ``place`` is the file, option or key at fault."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(place, reason)
+        self.place, self.reason = place, reason
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
 class FrontendError(VtpmError):
     """A device node or channel cannot be had; ``hint`` says what to do."""
 

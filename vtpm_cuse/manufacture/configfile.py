@@ -1,0 +1,92 @@
+"""Configuration files of the companion tools: where they are, and their grammar.
+
+One setting in a line, ``name = value``, from the line's start; the value ends at
+``#`` and may refer to the environment, ``${HOME}``. The first of several counts;
+what is no setting is no error, as in the C suite.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SYSTEM_FOLDER: Final = "/etc"
+
+_SETTING: Final = re.compile(r"([A-Za-z0-9_]+)[ \t]*=[ \t]*([^#]*)")
+_FOR_ENVIRONMENT: Final = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(.*)")
+_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_SIZE_MAX: Final = 1 << 20
+
+
+def user_folder(environ: Mapping[str, str]) -> str:
+    """``$XDG_CONFIG_HOME``, or the folder that stands for it."""
+    given = environ.get("XDG_CONFIG_HOME", "")
+    if os.path.isabs(given):  # the specification wants a relative one ignored
+        return given
+    return os.path.join(environ.get("HOME") or _home(), ".config")
+
+
+def find(name: str, environ: Mapping[str, str]) -> str | None:
+    """The user's file of that name, else the system's; None if neither can be read."""
+    for folder in (user_folder(environ), SYSTEM_FOLDER):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path) and os.access(path, os.R_OK):
+            return path
+    return None
+
+
+def parse(text: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings by their names; those of ``env:`` lines under "env:NAME"."""
+    settings: dict[str, str] = {}
+    for line in text.splitlines():
+        if found := _SETTING.match(line):
+            settings.setdefault(found[1], _resolved(found[2].rstrip(), environ))
+        elif found := _FOR_ENVIRONMENT.match(line):
+            settings.setdefault(f"env:{found[1]}", found[2])
+    return settings
+
+
+def read_text(path: str) -> str:
+    """A small text file.
+
+    Raises:
+        OSError: It cannot be read.
+        UsageError: It is too large, or not text.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_SIZE_MAX + 1)
+    if len(data) > _SIZE_MAX:
+        raise UsageError(f"{path} is larger than any configuration file")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text in UTF-8") from None
+    if "\0" in text:
+        raise UsageError(f"{path} is not text: there is a zero byte in it")
+    return text
+
+
+def user_name() -> str:
+    """Who runs this, for messages."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _resolved(value: str, environ: Mapping[str, str]) -> str:
+    return _REFERENCE.sub(lambda match: environ.get(match[1], ""), value)
+
+
+def _home() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return "/"

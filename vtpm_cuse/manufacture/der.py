@@ -1,0 +1,106 @@
+"""DER, as much of it as a certificate needs. Source: ITU-T X.690.
+
+Certificates are put together here and not by a library's builder: the C suite
+has extensions that no typed builder makes (the directory name of a TPM 1.2
+platform), an order of its own, SHA-1 signatures, and keys in PKCS#11 tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+NULL: Final = b"\x05\x00"
+
+_PRINTABLE: Final = re.compile(r"[A-Za-z0-9 '()+,\-./:=?]*")
+
+
+def tlv(tag: int, *parts: bytes) -> bytes:
+    """Tag, length and the *parts* one after the other."""
+    body = b"".join(parts)
+    if len(body) < 0x80:
+        return bytes([tag, len(body)]) + body
+    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(size)]) + size + body
+
+
+def sequence(*parts: bytes) -> bytes:
+    """SEQUENCE."""
+    return tlv(0x30, *parts)
+
+
+def set_of(*parts: bytes) -> bytes:
+    """SET OF, in the order that DER wants."""
+    return tlv(0x31, *sorted(parts))
+
+
+def context(number: int, *parts: bytes) -> bytes:
+    """Context tag, constructed."""
+    return tlv(0xA0 | number, *parts)
+
+
+def boolean(value: bool) -> bytes:
+    """BOOLEAN."""
+    return tlv(0x01, b"\xff" if value else b"\x00")
+
+
+def integer(value: int) -> bytes:
+    """INTEGER. Raises ValueError for a negative one: nothing in a certificate is."""
+    if value < 0:
+        raise ValueError(f"{value} is negative")
+    return tlv(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def bit_string(octets: bytes, unused_bits: int = 0) -> bytes:
+    """BIT STRING."""
+    return tlv(0x03, bytes([unused_bits]), octets)
+
+
+def named_bits(*numbers: int) -> bytes:
+    """BIT STRING with these bits set, without zero bits at its end."""
+    last = max(numbers)
+    value = sum(0x80 >> number % 8 << 8 * (last // 8 - number // 8) for number in numbers)
+    return bit_string(value.to_bytes(last // 8 + 1, "big"), 7 - last % 8)
+
+
+def octet_string(octets: bytes) -> bytes:
+    """OCTET STRING."""
+    return tlv(0x04, octets)
+
+
+def oid(dotted: str) -> bytes:
+    """OBJECT IDENTIFIER, of "2.23.133.8.1" for example."""
+    first, second, *rest = (int(number) for number in dotted.split("."))
+    return tlv(0x06, *(_base128(number) for number in (first * 40 + second, *rest)))
+
+
+def _base128(number: int) -> bytes:
+    septets = [number & 0x7F]
+    while number := number >> 7:
+        septets.append(number & 0x7F | 0x80)
+    return bytes(reversed(septets))
+
+
+def utf8_string(text: str) -> bytes:
+    """UTF8String."""
+    return tlv(0x0C, text.encode())
+
+
+def directory_string(text: str) -> bytes:
+    """PrintableString where its alphabet allows, else UTF8String."""
+    return tlv(0x13, text.encode()) if _PRINTABLE.fullmatch(text) else utf8_string(text)
+
+
+def ia5_string(text: str) -> bytes:
+    """IA5String. Raises ValueError for what is not ASCII."""
+    return tlv(0x16, text.encode("ascii"))
+
+
+def time(moment: datetime) -> bytes:
+    """UTCTime up to 2049 and GeneralizedTime from 2050, as RFC 5280 wants. *moment* is UTC."""
+    if 1950 <= moment.year < 2050:
+        return tlv(0x17, moment.strftime("%y%m%d%H%M%SZ").encode())
+    return tlv(0x18, f"{moment.year:04}{moment:%m%d%H%M%SZ}".encode())

@@ -1,0 +1,108 @@
+"""Issuers from what the user names: a certificate file, and a key file or pkcs11: URI."""
+
+from __future__ import annotations
+
+import base64
+import os
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+
+from vtpm_cuse.errors import CertificateError
+from vtpm_cuse.manufacture.certificates import Issuer
+from vtpm_cuse.manufacture.keys import PrivateKey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vtpm_cuse.manufacture.certificates import Signer
+
+_SIZE_MAX: Final = 1 << 20
+
+
+def open_issuer(
+    certificate_path: str,
+    key: str,
+    password: str | None = None,
+    pin: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Issuer:
+    """The issuer whose certificate is in a PEM file; a signature proves that the key is its.
+
+    Args:
+        certificate_path: The first certificate in the file counts.
+        key: Path of a PEM file, or a pkcs11: URI.
+        password: Of the key file.
+        pin: Of the token.
+        environment: Variables that the token's library needs.
+
+    Raises:
+        CertificateError: One of them cannot be read, or they do not belong together.
+    """
+    pem = _read(certificate_path, f"Could not read certificate from file {certificate_path} ")
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except (ValueError, x509.DuplicateExtension) as exc:
+        raise CertificateError(
+            f"Could not import issuer certificate {certificate_path}", str(exc)
+        ) from exc
+    except x509.ExtensionNotFound as exc:
+        raise CertificateError(
+            f"The issuer certificate {certificate_path}", "it has no subject key identifier"
+        ) from exc
+    signer = _signer(key, password, pin, environment or {})
+    _prove(certificate, signer, certificate_path, key)
+    return Issuer(certificate.subject.public_bytes(), key_id.digest, signer)
+
+
+def pem_certificate(certificate: bytes) -> bytes:
+    """PEM of a certificate in DER."""
+    text = base64.encodebytes(certificate).replace(b"\n", b"")
+    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
+    return b"\n".join([b"-----BEGIN CERTIFICATE-----", *lines, b"-----END CERTIFICATE-----", b""])
+
+
+def _signer(
+    key: str, password: str | None, pin: str | None, environment: Mapping[str, str]
+) -> Signer:
+    if key.startswith("tpmkey:"):
+        raise CertificateError(f"Could not import tpmkey {key}", "use a pkcs11: URI for it")
+    if key.startswith("pkcs11:"):
+        raise CertificateError(
+            f"Could not import pkcs11 key {key}", "keys in tokens are not built yet"
+        )
+    pem = _read(key, f"Could not read signing key from file {key}")
+    try:
+        return PrivateKey.from_pem(pem, password)
+    except ValueError as exc:
+        raise CertificateError(f"Could not import signing key {key}", str(exc)) from exc
+
+
+def _prove(certificate: x509.Certificate, signer: Signer, path: str, key: str) -> None:
+    data = os.urandom(32)
+    signature = signer.sign(data, "sha256")
+    public = certificate.public_key()
+    try:
+        if isinstance(public, rsa.RSAPublicKey):
+            public.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+        elif isinstance(public, ec.EllipticCurvePublicKey):
+            public.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+        else:
+            raise CertificateError(path, "its key is neither RSA nor on an elliptic curve")
+    except InvalidSignature:
+        raise CertificateError(
+            f"{key} and {path}", "the key is not that of the certificate"
+        ) from None
+
+
+def _read(path: str, place: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_SIZE_MAX)
+    except OSError as exc:
+        raise CertificateError(place, f"Error while reading file. {exc.strerror}") from exc
+    return data
