@@ -1,6 +1,7 @@
 # Made by "python -m vtpm_cuse.manual": change the tables, not this file.
 complete -c swtpm -f -n __fish_use_subcommand -a socket -d 'TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it'
 complete -c swtpm -f -n __fish_use_subcommand -a cuse -d 'a TPM as a character device in /dev'
+complete -c swtpm -f -n __fish_use_subcommand -a doctor -d 'what this machine offers, and what to type next'
 complete -c swtpm -n __fish_use_subcommand -s v -l version -f -d 'print the version and end'
 complete -c swtpm -n __fish_use_subcommand -s h -l help -f -d 'print this help and end; each interface has its own'
 complete -c swtpm -f -n '__fish_seen_subcommand_from socket'
@@ -45,3 +46,6 @@ complete -c swtpm -n '__fish_seen_subcommand_from cuse' -l print-profiles -f -d 
 complete -c swtpm -n '__fish_seen_subcommand_from cuse' -l print-info -x -d 'print facts about the TPM, as JSON, and end; NUMBER adds up 1 specification, 2 attributes, 4 features, 8 algorithms, 0x10 commands, 0x20 active profile, 0x40 profiles, 0x80 runtime attributes'
 complete -c swtpm -n '__fish_seen_subcommand_from cuse' -s h -l help -f -d 'print this help and end'
 complete -c swtpm -n '__fish_seen_subcommand_from cuse' -s v -l version -f -d 'print the version and end'
+complete -c swtpm -f -n '__fish_seen_subcommand_from doctor'
+complete -c swtpm -n '__fish_seen_subcommand_from doctor' -l json -f -d 'print the findings as JSON, for scripts'
+complete -c swtpm -n '__fish_seen_subcommand_from doctor' -s h -l help -f -d 'print this help and end'

@@ -16,6 +16,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.swtpm",
     "vtpm_cuse.cli.swtpm_socket",
     "vtpm_cuse.cli.swtpm_cuse",
+    "vtpm_cuse.cli.swtpm_doctor",
     "vtpm_cuse.cli.swtpm_ioctl",
 )
 

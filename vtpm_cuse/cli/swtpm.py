@@ -25,6 +25,11 @@ PROGRAM: Final = Program(
             "vtpm_cuse.cli.swtpm_socket",
         ),
         Subcommand("cuse", "a TPM as a character device in /dev", "vtpm_cuse.cli.swtpm_cuse"),
+        Subcommand(
+            "doctor",
+            "what this machine offers, and what to type next",
+            "vtpm_cuse.cli.swtpm_doctor",
+        ),
     ),
     description=(
         "Runs a virtual TPM 1.2 or TPM 2.0 on libtpms, in user space. The first word chooses "

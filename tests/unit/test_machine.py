@@ -1,0 +1,136 @@
+"""swtpm doctor on machines that are made up."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vtpm_cuse.cli import swtpm_doctor
+from vtpm_cuse.engine import libtpms
+from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.service import machine
+from vtpm_cuse.service.machine import Diagnosis, Finding, Machine, State, diagnose
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ALL_CAPABILITIES = "CapEff:\t000001ffffffffff\n"
+NO_CAPABILITIES = "CapEff:\t0000000000000000\n"
+
+
+class MadeUp(Machine):
+    """A machine with the files given by the test, and nothing else."""
+
+    def __init__(self, root: Path, denied: tuple[str, ...] = ()) -> None:
+        super().__init__(root, str(root / "bin"))
+        self.release = "6.1.0"
+        self._denied = denied
+
+    def usable(self, path: str) -> bool:
+        return path not in self._denied and super().usable(path)
+
+    def put(self, path: str, text: str = "") -> None:
+        self.file(path).parent.mkdir(parents=True, exist_ok=True)
+        self.file(path).write_text(text)
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> MadeUp:
+    found = MadeUp(tmp_path)
+    found.put("/proc/self/status", ALL_CAPABILITIES)
+    return found
+
+
+def finding(diagnosis: Diagnosis, name: str) -> Finding:
+    return next(finding for finding in diagnosis.findings if finding.name == name)
+
+
+def works(diagnosis: Diagnosis) -> set[str]:
+    return {offer.interface for offer in diagnosis.offers if offer.works}
+
+
+def test_a_machine_with_nothing_still_has_sockets(made_up: MadeUp) -> None:
+    diagnosis = diagnose(made_up)
+    assert works(diagnosis) == {"socket"}
+    assert diagnosis.healthy
+    assert "swtpm socket" in diagnosis.next
+    assert finding(diagnosis, "/dev/cuse").state is State.MISSING
+    assert "no module cuse" in finding(diagnosis, "/dev/cuse").detail
+    assert finding(diagnosis, "seccomp").state is State.MISSING
+    assert finding(diagnosis, "TPM devices").detail == "none"
+
+
+def test_a_module_that_could_be_loaded_is_the_next_step(made_up: MadeUp) -> None:
+    names = "kernel/fs/fuse/cuse.ko.xz: kernel/fs/fuse/fuse.ko\nkernel/x/tpm_vtpm_proxy.ko:\n"
+    made_up.put("/lib/modules/6.1.0/modules.dep", names)
+    diagnosis = diagnose(made_up)
+    assert diagnosis.next == "sudo modprobe cuse"
+    assert finding(diagnosis, "/dev/vtpmx").state is State.LOADABLE
+    assert finding(diagnosis, "/dev/vtpmx").command == "sudo modprobe tpm_vtpm_proxy"
+    assert finding(diagnosis, "/dev/fuse").state is State.MISSING
+    assert works(diagnosis) == {"socket"}
+
+
+def test_with_every_device_everything_works(made_up: MadeUp) -> None:
+    for name in ("cuse", "vtpmx", "fuse", "vtpm0", "tpm1", "tpmrm1", "tpmfoo"):
+        made_up.put(f"/dev/{name}")
+    made_up.put("/proc/sys/kernel/seccomp/actions_avail", "kill_process errno log allow")
+    diagnosis = diagnose(made_up)
+    assert {"cuse", "vtpm-proxy", "socket"} <= works(diagnosis)
+    assert diagnosis.next.startswith("swtpm-cuse -n vtpm0")
+    assert finding(diagnosis, "seccomp").state is State.OK
+    assert finding(diagnosis, "TPM devices").detail == "/dev/tpm1, /dev/tpmrm1, /dev/vtpm0"
+
+
+def test_a_device_for_others_is_the_next_step_with_sudo(tmp_path: Path) -> None:
+    made_up = MadeUp(tmp_path, denied=("/dev/cuse", "/dev/vtpmx"))
+    made_up.put("/dev/cuse")
+    diagnosis = diagnose(made_up)
+    assert finding(diagnosis, "/dev/cuse").state is State.DENIED
+    assert diagnosis.next.startswith("sudo swtpm-cuse -n vtpm0")
+    assert works(diagnosis) == {"socket"}
+
+
+def test_the_proxy_needs_a_capability(made_up: MadeUp) -> None:
+    made_up.put("/dev/vtpmx")
+    assert "vtpm-proxy" in works(diagnose(made_up))
+    made_up.put("/proc/self/status", NO_CAPABILITIES)
+    assert "vtpm-proxy" not in works(diagnose(made_up))
+
+
+def test_without_libtpms_nothing_works(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise EngineUnavailable("cannot load libtpms.so.0")
+
+    monkeypatch.setattr(libtpms, "_open_library", missing)
+    made_up.put("/dev/cuse")
+    diagnosis = diagnose(made_up)
+    assert (works(diagnosis), diagnosis.healthy) == (set(), False)
+    assert diagnosis.next == "sudo apt-get install libtpms0"
+
+
+def test_programs_are_looked_for(made_up: MadeUp) -> None:
+    assert finding(diagnose(made_up), "fusermount3").command == "sudo apt-get install fuse3"
+    made_up.put("/bin/fusermount3")
+    made_up.file("/bin/fusermount3").chmod(0o755)
+    assert finding(diagnose(made_up), "fusermount3").state is State.OK
+
+
+def test_both_forms_say_the_same(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "Machine", lambda: made_up)
+    assert swtpm_doctor.main(["--json"], "swtpm doctor") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert swtpm_doctor.main([], "swtpm doctor") == 0
+    text = capsys.readouterr().out
+    for name, values in found["findings"].items():
+        assert set(values) == {"state", "detail", "command"}
+        assert f"{name} " in text
+        assert values["detail"] in text
+    assert text.endswith(f"Next:\n  {found['next']}\n")
+    assert found["interfaces"]["socket"]["works"] is True
+    assert swtpm_doctor.main(["extra"], "swtpm doctor") == 1
+    assert "Unknown parameter 'extra'" in capsys.readouterr().err

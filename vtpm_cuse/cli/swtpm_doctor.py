@@ -1,0 +1,97 @@
+"""``swtpm doctor``: what this machine offers to virtual TPMs, and the next command to type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.cli.commandline import CommandLine
+from vtpm_cuse.cli.help import help_text
+from vtpm_cuse.cli.program import run_program
+from vtpm_cuse.cli.table import Example, Option, Program, Term
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vtpm_cuse.service.machine import Diagnosis
+
+PROGRAM: Final = Program(
+    "swtpm doctor",
+    "what this machine offers to virtual TPMs",
+    (
+        Option("json", "print the findings as JSON, for scripts"),
+        Option("help", "print this help and end", letter="h"),
+    ),
+    description=(
+        "Looks at kernel modules, device nodes and permissions, libtpms, FUSE, sandboxing and "
+        "the kernel lab, changes nothing, and ends with the next command to type.",
+        "Each finding has a state: ok; loadable, for a kernel module that root can load; denied, "
+        "for what is there but not for this user; missing.",
+    ),
+    examples=(
+        Example("", "swtpm doctor"),
+        Example("", "swtpm doctor --json | jq -r .next"),
+    ),
+    exits=(
+        Term("0", "A TPM can be served in at least one way."),
+        Term("1", "It cannot; the next command says what to do first."),
+    ),
+    files=(
+        Term("/dev/cuse", "The kernel's CUSE driver."),
+        Term("/dev/vtpmx", "The kernel's vTPM proxy."),
+    ),
+    see_also=("swtpm(8)", "swtpm_cuse(8)", "swtpm_socket(8)"),
+)
+
+_MARKS: Final = {"ok": "+", "loadable": "o", "denied": "!", "missing": "-"}
+
+
+def main(words: Sequence[str], program: str) -> int:
+    """Runs ``swtpm doctor`` with the words behind it."""
+    return run_program(lambda: _run(words, program), _report)
+
+
+def _run(words: Sequence[str], program: str) -> int:
+    line = CommandLine(PROGRAM, words, program)
+    if line.has("help"):
+        print(help_text(PROGRAM, program), end="")
+        return 0
+    from vtpm_cuse.service.machine import Machine, diagnose
+
+    diagnosis = diagnose(Machine())
+    print(_as_json(diagnosis) if line.has("json") else _as_text(diagnosis))
+    return 0 if diagnosis.healthy else 1
+
+
+def _as_json(diagnosis: Diagnosis) -> str:
+    return json.dumps(
+        {
+            "findings": {
+                name: {"state": str(state), "detail": detail, "command": command}
+                for name, state, detail, command in diagnosis.findings
+            },
+            "interfaces": {
+                interface: {"works": works, "command": command}
+                for interface, works, _, command in diagnosis.offers
+            },
+            "next": diagnosis.next,
+        },
+        indent=2,
+    )
+
+
+def _as_text(diagnosis: Diagnosis) -> str:
+    lines = []
+    for name, state, detail, command in diagnosis.findings:
+        lines.append(f"{_MARKS[state]} {name:<20} {detail}")
+        if command:
+            lines.append(f"  {'':<20} -> {command}")
+    lines += ["", "A TPM can be served as"]
+    for interface, works, what, _ in diagnosis.offers:
+        lines.append(f"{'+' if works else '-'} {interface:<20} {what}")
+    return "\n".join([*lines, "", "Next:", f"  {diagnosis.next}"])
+
+
+def _report(reason: str) -> None:
+    print(f"swtpm doctor: {reason}", file=sys.stderr)

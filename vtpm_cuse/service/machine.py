@@ -1,0 +1,280 @@
+"""What a machine offers to virtual TPMs: one look, nothing changed and no module loaded.
+
+Each finding has a state that scripts can test and, where something can be done about it, the
+command that does it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class State(StrEnum):
+    """How it stands with one thing."""
+
+    OK = "ok"
+    LOADABLE = "loadable"  # a kernel module that root can load
+    DENIED = "denied"  # there, but not for this user
+    MISSING = "missing"
+
+
+class Finding(NamedTuple):
+    """One thing looked at: what was found, and the command that would better it (or nothing)."""
+
+    name: str
+    state: State
+    detail: str
+    command: str = ""
+
+
+class Offer(NamedTuple):
+    """A way to serve a TPM, whether it works here and now, and the command for it."""
+
+    interface: str
+    works: bool
+    what: str
+    command: str
+
+
+class Diagnosis(NamedTuple):
+    """All findings, the ways to serve a TPM, the best first, and what to type next."""
+
+    findings: tuple[Finding, ...]
+    offers: tuple[Offer, ...]
+    next: str
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a TPM can be served in some way."""
+        return any(offer.works for offer in self.offers)
+
+
+class Machine:
+    """The machine as this process sees it.
+
+    Args:
+        root: Where its file tree is.
+        path: Where programs are looked for, as in PATH.
+    """
+
+    def __init__(self, root: Path = Path("/"), path: str | None = None) -> None:
+        self.root = root
+        self._path = path
+        self.release = os.uname().release
+
+    def file(self, path: str) -> Path:
+        """A file, by its absolute path."""
+        return self.root / path.lstrip("/")
+
+    def text(self, path: str) -> str:
+        """What a file of the kernel's says, empty if it cannot be read."""
+        try:
+            return self.file(path).read_text(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def usable(self, path: str) -> bool:
+        """Whether this process may read and write it."""
+        return os.access(self.file(path), os.R_OK | os.W_OK)
+
+    def program(self, name: str) -> bool:
+        """Whether there is such a program."""
+        return shutil.which(name, path=self._path) is not None
+
+    def module_there(self, name: str) -> bool:
+        """Whether the kernel's modules have it."""
+        wanted = name.replace("_", "-")
+        listed = self.text(f"/lib/modules/{self.release}/modules.dep").splitlines()
+        names = (line.partition(":")[0].rpartition("/")[2].partition(".")[0] for line in listed)
+        return any(found.replace("_", "-") == wanted for found in names)
+
+
+_DEVICES: Final = (
+    ("/dev/cuse", "cuse", "swtpm-cuse makes devices on it"),
+    ("/dev/vtpmx", "tpm_vtpm_proxy", "the kernel makes TPM devices on it"),
+    ("/dev/fuse", "fuse", "a TPM can be a file on it"),
+)
+
+
+def diagnose(machine: Machine) -> Diagnosis:
+    """Looks at everything."""
+    findings = tuple(_findings(machine))
+    state = {finding.name: finding.state for finding in findings}
+    library = state["libtpms"] is State.OK
+    offers = (
+        Offer(
+            "cuse",
+            library and state["/dev/cuse"] is State.OK,
+            "a character device /dev/NAME",
+            "swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0 --flags startup-clear",
+        ),
+        Offer(
+            "vtpm-proxy",
+            library and state["/dev/vtpmx"] is State.OK and state["CAP_SYS_ADMIN"] is State.OK,
+            "a TPM device of the kernel's, /dev/tpmN",
+            "swtpm chardev --vtpm-proxy --tpm2 --tpmstate dir=/var/lib/vtpm0",
+        ),
+        Offer(
+            "socket",
+            library,
+            "TPM commands over sockets, for QEMU and tpm2-tss",
+            "mkdir -p -m 700 ~/tpm && swtpm socket --tpm2 --tpmstate dir=$HOME/tpm "
+            "--flags startup-clear --server type=tcp,port=2321 --ctrl type=tcp,port=2322",
+        ),
+    )
+    return Diagnosis(findings, offers, _next(findings, offers))
+
+
+def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
+    """What brings a device nearer, else the best that works."""
+    by_name = {finding.name: finding for finding in findings}
+    library, device = by_name["libtpms"], by_name["/dev/cuse"]
+    if library.state is not State.OK:
+        return library.command
+    if device.state is State.LOADABLE:
+        return device.command
+    if device.state is State.DENIED:
+        return f"sudo {offers[0].command}"
+    return next(offer.command for offer in offers if offer.works)
+
+
+def _findings(machine: Machine) -> Iterator[Finding]:
+    yield Finding("kernel", State.OK, machine.release)
+    yield _library()
+    for path, module, purpose in _DEVICES:
+        yield _device(machine, path, module, purpose)
+    yield _capability(machine)
+    yield _program(machine, "fusermount3", "fuse3", "lets users mount a TPM as a file")
+    yield from _sandbox(machine)
+    yield _present(
+        machine, "systemd", "/run/systemd/system", "runs units such as swtpm-cuse@vtpm0.service"
+    )
+    yield _present(
+        machine,
+        "deployed",
+        "/usr/local/lib/vtpm-cuse/manifest",
+        "programs, units and udev rules are in the system",
+        "sudo ./setup deploy",
+    )
+    yield _program(machine, "tpm2_getrandom", "tpm2-tools", "uses a TPM 2.0")
+    yield _program(machine, "qemu-system-x86_64", "qemu-system-x86", "runs VMs and the kernel lab")
+    yield _lab(machine)
+    yield _devices_there(machine)
+
+
+def _library() -> Finding:
+    from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
+    from vtpm_cuse.storage.memory import MemoryStore
+
+    try:
+        engine = LibtpmsEngine(tpm2=True, nvram=MemoryStore())
+        versions = " and ".join(sorted(supported_versions()))
+    except EngineUnavailable as exc:
+        return Finding("libtpms", State.MISSING, str(exc), "sudo apt-get install libtpms0")
+    profiles = "with profiles" if engine.has_profiles else "no profiles (they need 0.10)"
+    number = ".".join(map(str, engine.version))
+    return Finding("libtpms", State.OK, f"{number}, TPM {versions}, {profiles}")
+
+
+def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:
+    node = machine.file(path)
+    if not node.exists():
+        if machine.module_there(module):
+            return Finding(
+                path,
+                State.LOADABLE,
+                f"module {module} is not loaded; {purpose}",
+                f"sudo modprobe {module}",
+            )
+        return Finding(path, State.MISSING, f"this kernel has no module {module}; {purpose}")
+    found = node.stat()
+    who = f"{stat.filemode(found.st_mode)} uid {found.st_uid} gid {found.st_gid}"
+    if not machine.usable(path):
+        return Finding(path, State.DENIED, f"{who}: not for you; {purpose}")
+    return Finding(path, State.OK, f"{who}; {purpose}")
+
+
+_CAP_SYS_ADMIN: Final = 21
+
+
+def _capability(machine: Machine) -> Finding:
+    lines = machine.text("/proc/self/status").splitlines()
+    masks = [line.split()[1] for line in lines if line.startswith("CapEff:")]
+    mask = int(masks[0], 16) if masks else 0
+    state = State.OK if mask >> _CAP_SYS_ADMIN & 1 else State.DENIED
+    return Finding("CAP_SYS_ADMIN", state, "the kernel asks for it when it makes a TPM device")
+
+
+def _sandbox(machine: Machine) -> Iterator[Finding]:
+    actions = machine.text("/proc/sys/kernel/seccomp/actions_avail")
+    wanted = {"kill_process", "log", "errno"} <= set(actions.split())
+    detail = "filters system calls" if wanted else "this kernel cannot filter system calls"
+    yield Finding("seccomp", State.OK if wanted else State.MISSING, detail)
+    version = _landlock_version()
+    if version > 0:
+        yield Finding("landlock", State.OK, f"version {version}; keeps the TPM off other files")
+    else:
+        yield Finding("landlock", State.MISSING, "this kernel does not restrict access to files")
+
+
+_LANDLOCK_CREATE_RULESET: Final = 444
+_LANDLOCK_VERSION: Final = 1
+
+
+def _landlock_version() -> int:
+    """The kernel's Landlock version, -1 without; asked by a call that changes nothing."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    return int(libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION))
+
+
+def _present(machine: Machine, name: str, path: str, purpose: str, command: str = "") -> Finding:
+    if machine.file(path).exists():
+        return Finding(name, State.OK, purpose)
+    return Finding(name, State.MISSING, f"no {path}", command)
+
+
+def _program(machine: Machine, name: str, package: str, purpose: str) -> Finding:
+    if machine.program(name):
+        return Finding(name, State.OK, purpose)
+    return Finding(name, State.MISSING, purpose, f"sudo apt-get install {package}")
+
+
+def _lab(machine: Machine) -> Finding:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = machine.file(f"{cache}/vtpm-cuse")
+    kernels = sorted(path.name for path in folder.glob("linux-*")) if folder.is_dir() else []
+    if kernels and machine.program("qemu-system-x86_64"):
+        return Finding("lab", State.OK, f"{kernels[-1]}; a kernel with /dev/cuse in QEMU")
+    detail = "a kernel with /dev/cuse in QEMU, for machines without one"
+    return Finding("lab", State.MISSING, detail, "./setup lab --prepare")
+
+
+_KINDS: Final[tuple[tuple[str, Callable[[str], bool]], ...]] = (
+    ("vtpm", lambda rest: rest != "x"),
+    ("tpm", str.isdigit),
+    ("tpmrm", str.isdigit),
+)
+
+
+def _devices_there(machine: Machine) -> Finding:
+    folder = machine.file("/dev")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [
+        name
+        for name in names
+        if any(name.startswith(kind) and fits(name[len(kind) :]) for kind, fits in _KINDS)
+    ]
+    detail = ", ".join(f"/dev/{name}" for name in found) or "none"
+    return Finding("TPM devices", State.OK if found else State.MISSING, detail)
