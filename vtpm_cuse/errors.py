@@ -33,6 +33,17 @@ class PtmError(VtpmError):
         return self.reason or f"request failed with result 0x{self.result:x}"
 
 
+class TpmError(VtpmError):
+    """The TPM refused ``command`` with the response code ``code``."""
+
+    def __init__(self, command: str, code: int) -> None:
+        super().__init__(command, code)
+        self.command, self.code = command, code
+
+    def __str__(self) -> str:
+        return f"{self.command} failed: 0x{self.code:x}"
+
+
 class DeviceError(VtpmError):
     """A system call on the device file fails with ``errno``."""
 

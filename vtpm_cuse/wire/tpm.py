@@ -38,7 +38,9 @@ class TpmTag(IntEnum):
     """Tags of commands and responses, TPM 1.2 and 2.0."""
 
     TPM_TAG_RQU_COMMAND = 0x00C1
+    TPM_TAG_RQU_AUTH1_COMMAND = 0x00C2
     TPM_TAG_RSP_COMMAND = 0x00C4
+    TPM_TAG_RSP_AUTH1_COMMAND = 0x00C5
     TPM_ST_NO_SESSIONS = 0x8001
     TPM_ST_SESSIONS = 0x8002
 
@@ -46,25 +48,40 @@ class TpmTag(IntEnum):
 class TpmOrdinal(IntEnum):
     """TPM 1.2 ordinals."""
 
+    TPM_ORD_OIAP = 0x0A
     TPM_ORD_TakeOwnership = 0x0D
     TPM_ORD_CreateWrapKey = 0x1F
     TPM_ORD_SelfTestFull = 0x50
     TPM_ORD_ContinueSelfTest = 0x53
+    TPM_ORD_GetCapability = 0x65
+    TPM_ORD_PhysicalEnable = 0x6F
+    TPM_ORD_PhysicalSetDeactivated = 0x72
     TPM_ORD_CreateEndorsementKeyPair = 0x78
     TPM_ORD_MakeIdentity = 0x79
     TPM_ORD_CreateRevocableEK = 0x7F
     TPM_ORD_Startup = 0x99
+    TPM_ORD_NV_DefineSpace = 0xCC
+    TPM_ORD_NV_WriteValue = 0xCD
+    TSC_ORD_PhysicalPresence = 0x4000000A
 
 
 class TpmCc(IntEnum):
     """TPM 2.0 command codes."""
 
+    TPM_CC_EvictControl = 0x120
+    TPM_CC_HierarchyChangeAuth = 0x129
+    TPM_CC_NV_DefineSpace = 0x12A
+    TPM_CC_PCR_Allocate = 0x12B
     TPM_CC_CreatePrimary = 0x131
+    TPM_CC_NV_Write = 0x137
+    TPM_CC_NV_WriteLock = 0x138
     TPM_CC_IncrementalSelfTest = 0x142
     TPM_CC_SelfTest = 0x143
     TPM_CC_Startup = 0x144
     TPM_CC_Shutdown = 0x145
     TPM_CC_Create = 0x153
+    TPM_CC_FlushContext = 0x165
+    TPM_CC_GetCapability = 0x17A
     TPM_CC_CreateLoaded = 0x191
 
 

@@ -1,0 +1,159 @@
+"""What a set-up is asked to make, and whom it works with.
+
+Plain data and protocols: the sequences for TPM 2.0 and TPM 1.2 need no more.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+INFO_SPECIFICATION: Final = 0x01
+INFO_ATTRIBUTES: Final = 0x02
+INFO_ACTIVE_PROFILE: Final = 0x20
+
+CertificateKind = Literal["ek", "platform"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Who owns a TPM 1.2: SHA-1 digests of the two passwords, 20 bytes each; never shown."""
+
+    owner_auth: bytes = field(repr=False)
+    srk_auth: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SetupPlan:
+    """What to make of a TPM.
+
+    Attributes:
+        tpm2: A TPM 2.0, else a TPM 1.2.
+        create_ek: Make the endorsement keys: RSA and ECC, or one RSA for a TPM 1.2.
+        allow_signing: The endorsement keys may sign; templates of such keys are stored.
+        decryption: They may decrypt all the same.
+        spk: Type of the storage primary key, None for none.
+        ek_certificate: Certify the endorsement keys.
+        platform_certificate: Make a platform certificate.
+        lock_nvram: Lock what was written to NV.
+        rsa_bits: Size of RSA keys.
+        pcr_banks: Banks to activate; None leaves all as they are.
+        ownership: Take ownership of a TPM 1.2.
+        reconfigure: The TPM is there already: do nothing but activate PCR banks.
+    """
+
+    tpm2: bool
+    create_ek: bool = False
+    allow_signing: bool = False
+    decryption: bool = False
+    spk: Literal["rsa", "ecc"] | None = None
+    ek_certificate: bool = False
+    platform_certificate: bool = False
+    lock_nvram: bool = False
+    rsa_bits: int = 2048
+    pcr_banks: tuple[str, ...] | None = ()
+    ownership: Ownership | None = None
+    reconfigure: bool = False
+
+    @property
+    def needs_certificates(self) -> bool:
+        """Whether a certifier will be asked for anything."""
+        if not self.tpm2:  # where a platform certificate comes with that of the EK only
+            return self.ek_certificate
+        return self.create_ek and (self.ek_certificate or self.platform_certificate)
+
+
+@dataclass(frozen=True, slots=True)
+class RsaKey:
+    """Public half of an RSA endorsement key, of exponent 65537; modulus big-endian."""
+
+    modulus: bytes
+
+    @property
+    def text(self) -> str:
+        """As a certificate tool is given it."""
+        return self.modulus.hex()
+
+
+@dataclass(frozen=True, slots=True)
+class EccKey:
+    """Public half of an ECC endorsement key: a point, big-endian, and its curve's name."""
+
+    x: bytes
+    y: bytes
+    curve: str
+
+    @property
+    def text(self) -> str:
+        """As a certificate tool is given it."""
+        return f"x={self.x.hex()},y={self.y.hex()},id={self.curve}"
+
+
+EndorsementKey = RsaKey | EccKey
+
+
+@dataclass(frozen=True, slots=True)
+class TpmFacts:
+    """What the certificates say about the TPM's make, as the TPM says it."""
+
+    family: str
+    level: int
+    revision: int
+    manufacturer: str
+    model: str
+    version: str
+
+    @classmethod
+    def from_json(cls, text: str) -> TpmFacts:
+        """From the text of TPMLIB_GetInfo. Raises UsageError when something is missing."""
+        try:
+            info: dict[str, Mapping[str, str | int]] = json.loads(text)
+            specification, attributes = info["TPMSpecification"], info["TPMAttributes"]
+            return cls(
+                family=str(specification["family"]),
+                level=int(specification["level"]),
+                revision=int(specification["revision"]),
+                manufacturer=str(attributes["manufacturer"]),
+                model=str(attributes["model"]),
+                version=str(attributes["version"]),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise UsageError("Could not get the TPM spec and attribute parameters.") from exc
+
+
+class Tpm(Protocol):
+    """A TPM that is on and started, in this process or another."""
+
+    def process(self, command: bytes) -> bytes:
+        """One command, one response. Raises OSError, VtpmError."""
+
+    def info(self, flags: int) -> str:
+        """JSON text (TPMLIB_GetInfo). Raises OSError, VtpmError."""
+
+
+class Certifier(Protocol):
+    """Makes certificates."""
+
+    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+        """The certificate, as it goes into NV. Raises VtpmError."""
+
+
+class Reporter(Protocol):
+    """Hears how the work goes on."""
+
+    def line(self, text: str) -> None:
+        """Something was done: a line of the log."""
+
+    def step(self, text: str) -> None:
+        """Something that may take a while begins."""
+
+
+def find_facts(tpm: Tpm) -> TpmFacts:
+    """Asks the TPM. Raises UsageError when it does not say."""
+    return TpmFacts.from_json(tpm.info(INFO_SPECIFICATION | INFO_ATTRIBUTES))
