@@ -31,7 +31,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "manufacture": {"errors", "faults", "wire", "proto", "device"},
     "service": {
         *{"errors", "faults", "wire", "proto", "storage", "engine", "device"},
-        *{"frontends", "client"},
+        *{"frontends", "client", "manufacture"},
     },
     "cli": {
         *{"errors", "faults", "wire", "proto", "storage", "engine", "device"},

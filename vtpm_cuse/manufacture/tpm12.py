@@ -114,23 +114,23 @@ class Tpm12Setup:
         self._report.line("Successfully took ownership of the TPM.")
 
     def _certify(self, key: RsaKey, certifier: Certifier) -> None:
+        """All certificates are there before any is stored."""
         facts = find_facts(self._tpm)
-        self._report.step("Creating the certificate of the endorsement key")
+        self._report.step("Creating certificates")
         certificate = certifier.certify("ek", key, facts)
+        platform = (
+            certifier.certify("platform", key, facts) if self._plan.platform_certificate else b""
+        )
         self._store(_EK_CERTIFICATE_INDEX, certificate)
-        self.certificates[_FILE_NAME] = certificate[tpm12.CertificateHeader.size_of() :]
+        self.certificates[_FILE_NAME] = tpm12.bare_certificate(certificate)
         self._report.line("Successfully created NVRAM area for EK certificate.")
-        if self._plan.platform_certificate:
-            self._report.step("Creating the platform certificate")
-            certificate = certifier.certify("platform", key, facts)
-            self._store(_PLATFORM_CERTIFICATE_INDEX, certificate)
+        if platform:
+            self._store(_PLATFORM_CERTIFICATE_INDEX, platform)
             self._report.line("Successfully created NVRAM area for Platform certificate.")
 
     def _store(self, index: int, data: bytes) -> None:
         self._define(index, _CERTIFICATE_ATTRIBUTES, len(data))
-        self._execute(
-            TpmOrdinal.TPM_ORD_NV_WriteValue, tpm12.NvWriteParameters(index, 0, data)
-        )
+        self._execute(TpmOrdinal.TPM_ORD_NV_WriteValue, tpm12.NvWriteParameters(index, 0, data))
 
     def _define(self, index: int, attributes: int, size: int) -> None:
         parameters = tpm12.NvDefineParameters(

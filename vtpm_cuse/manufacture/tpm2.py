@@ -42,6 +42,7 @@ _ALL_PCRS: Final = b"\xff\xff\xff"
 _SPK_HANDLE: Final = 0x81000001
 _PLATFORM_CERTIFICATE_INDEX: Final = 0x01C08000
 _NV_CHUNK: Final = 1024
+_ACTIVE_PROFILE: Final = '{"ActiveProfile":'
 _CURVE: Final = "secp384r1"
 
 _NV_ATTRIBUTES: Final = (
@@ -54,9 +55,7 @@ _NV_ATTRIBUTES: Final = (
     | tpm2.TpmaNv.PLATFORMCREATE
 )
 _FIXED: Final = (
-    tpm2.TpmaObject.FIXED_TPM
-    | tpm2.TpmaObject.FIXED_PARENT
-    | tpm2.TpmaObject.SENSITIVE_DATA_ORIGIN
+    tpm2.TpmaObject.FIXED_TPM | tpm2.TpmaObject.FIXED_PARENT | tpm2.TpmaObject.SENSITIVE_DATA_ORIGIN
 )
 _STORAGE: Final = (
     _FIXED
@@ -186,9 +185,9 @@ class Tpm2Setup:
     def run(self) -> None:
         """All that the plan asks for. Raises VtpmError, OSError."""
         plan = self._plan
-        if profile := self._tpm.info(INFO_ACTIVE_PROFILE).removeprefix('{"ActiveProfile":'):
-            if profile != "{}":  # libtpms 0.9 has none
-                self._report.line(f"Active profile: {profile.removesuffix('}')}")
+        profile = self._tpm.info(INFO_ACTIVE_PROFILE).strip()
+        if profile.startswith(_ACTIVE_PROFILE):  # libtpms 0.9 has none
+            self._report.line(f"Active profile: {profile[len(_ACTIVE_PROFILE) : -1]}")
         if not plan.reconfigure:
             if plan.spk is not None:
                 self._create_spk()
@@ -220,9 +219,7 @@ class Tpm2Setup:
         if plan.allow_signing:
             what = f"{place.name} EK template"
             self._store(place.template_index, template.pack())
-            report.line(
-                f"Successfully created NVRAM area 0x{place.template_index:x} for {what}."
-            )
+            report.line(f"Successfully created NVRAM area 0x{place.template_index:x} for {what}.")
         key = _endorsement_key(public)
         if plan.ek_certificate and self._certifier is not None:
             report.step(f"Creating the certificate of the {place.name} endorsement key")

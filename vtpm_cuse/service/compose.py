@@ -17,6 +17,7 @@ from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
     from vtpm_cuse.service.config import VtpmConfig
+    from vtpm_cuse.storage.base import StateStore
     from vtpm_cuse.storage.keys import Key, KeySource
 
 log = logging.getLogger(__name__)
@@ -31,16 +32,20 @@ _STARTUP_KINDS = {
 }
 
 
-def make_vtpm(config: VtpmConfig) -> Vtpm:
+def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
     """A stopped vTPM; of its state nothing is read, written or locked yet.
 
     Without a state location it can be made, but not started.
+
+    Args:
+        config: What it is to be.
+        blobs: Where its state is, instead of the configured location.
 
     Raises:
         EngineUnavailable: libtpms is missing or cannot be what is asked for.
         UsageError: The configuration cannot hold.
     """
-    store = _make_store(config)
+    store = _make_store(config, blobs)
     engine = LibtpmsEngine(tpm2=config.tpm2, nvram=store or SealedStore(MemoryStore()))
     if debug := logs.engine_debug():
         engine.set_debug(debug.fd, debug.level, debug.prefix)
@@ -66,13 +71,14 @@ def _profile(config: VtpmConfig, engine: LibtpmsEngine) -> str | None:
     return profile_text(config.profile, engine)
 
 
-def _make_store(config: VtpmConfig) -> SealedStore | None:
+def _make_store(config: VtpmConfig, blobs: StateStore | None) -> SealedStore | None:
     # Keys come first: a wrong one is an error even where there is nothing to encrypt.
     key, migration_key = _key(config.key), _key(config.migration_key)
     state = config.state
-    if state is None:
-        return None
-    blobs = open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock)
+    if blobs is None:
+        if state is None:
+            return None
+        blobs = open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock)
     return SealedStore(blobs, key, migration_key)
 
 

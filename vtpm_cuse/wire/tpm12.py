@@ -7,7 +7,7 @@ from typing import Final
 
 from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer
-from vtpm_cuse.wire.marshal import Digest20, Reader, Sized32, TpmStruct, marshalled
+from vtpm_cuse.wire.marshal import Digest20, Reader, Sized16, Sized32, TpmStruct, marshalled
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmOrdinal, TpmRc, TpmTag
 
 TPM_ALG_RSA: Final = 1
@@ -179,6 +179,29 @@ class PermanentFlags(TpmStruct):
     disable: U8
     ownership: U8
     deactivated: U8
+
+
+TPM_TAG_PCCLIENT_STORED_CERT: Final = 0x1001
+TPM_TAG_PCCLIENT_FULL_CERT: Final = 0x1002
+
+
+@marshalled
+class StoredCertificate(TpmStruct):
+    """A certificate as it lies in NV (TCG PC Client Specific Implementation, 7.4.5)."""
+
+    tag: U16
+    certType: U8
+    cert: Sized16
+
+
+def bare_certificate(stored: bytes) -> bytes:
+    """The X.509 certificate in a `StoredCertificate`; other bytes stay as they are."""
+    try:
+        found = StoredCertificate.unpack_untrusted(stored)
+    except WireError:
+        return stored
+    full = TPM_TAG_PCCLIENT_FULL_CERT.to_bytes(2, "big")
+    return found.cert.removeprefix(full) if found.tag == TPM_TAG_PCCLIENT_STORED_CERT else stored
 
 
 def command(

@@ -1,0 +1,147 @@
+"""Set-ups of TPMs for tests: a private configuration, the programs, and what a TPM then has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tests.support import sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Word = str | Path
+
+PEER: Final = "/usr/bin/swtpm_setup"
+OURS: Final = str(Path(sys.executable).parent / "swtpm_setup")
+PATIENCE_SECONDS: Final = 60
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A directory with a configuration and a CA of its own; no file of the system is used."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "conf" / "swtpm_setup.conf"
+
+    @property
+    def ca(self) -> Path:
+        return self.path / "ca"
+
+    def new_state(self, name: str) -> Path:
+        directory = self.path / name
+        directory.mkdir()
+        return directory
+
+    def run(
+        self, program: str, *words: Word, pass_fds: tuple[int, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Calls a program with the workshop's configuration."""
+        return subprocess.run(
+            [program, *words],
+            check=False,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=PATIENCE_SECONDS,
+            env=self.environment,
+            pass_fds=pass_fds,
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """TMPDIR lets tests see what is left behind."""
+        (self.path / "tmp").mkdir(exist_ok=True)
+        return {
+            **os.environ,
+            "XDG_CONFIG_HOME": str(self.path / "conf"),
+            "HOME": str(self.path),
+            "TMPDIR": str(self.path / "tmp"),
+            "TZ": "UTC",
+        }
+
+
+def make_workshop(path: Path, tool: str = "swtpm_localca") -> Workshop:
+    conf, ca = path / "conf", path / "ca"
+    conf.mkdir()
+    ca.mkdir()
+    (conf / "swtpm_setup.conf").write_text(
+        f"create_certs_tool = {tool}\n"
+        f"create_certs_tool_config = {conf}/swtpm-localca.conf\n"
+        f"create_certs_tool_options = {conf}/swtpm-localca.options\n"
+        "active_pcr_banks = sha256\n"
+    )
+    (conf / "swtpm-localca.conf").write_text(
+        f"statedir = {ca}\n"
+        f"signingkey = {ca}/signkey.pem\n"
+        f"issuercert = {ca}/issuercert.pem\n"
+        f"certserial = {ca}/certserial\n"
+    )
+    (conf / "swtpm-localca.options").write_text(
+        "--platform-manufacturer Fedora\n--platform-version 2.1\n--platform-model QEMU\n"
+    )
+    return Workshop(path)
+
+
+@contextlib.contextmanager
+def served(
+    state: Path, *options: Word, tpm2: bool = True, program: Sequence[str] = sockets.OURS
+) -> Iterator[str]:
+    """Serves a TPM until the end; gives the name of its TCTI, for tpm2-tools."""
+    folder = Path(tempfile.mkdtemp(prefix="served.", dir=state.parent))
+    path = folder / "tpm"
+    words = [
+        *(*sockets.RUNNING, "--server", f"type=unixio,path={path}"),
+        *("--ctrl", f"type=unixio,path={path}.ctrl", *options),
+    ]
+    with sockets.Server(
+        folder, *words, tpm2=tpm2, data=None, control=None, state=state, program=program
+    ) as server:
+        control = folder / "tpm.ctrl"
+        _wait_for(control, server)
+        yield f"swtpm:path={path}"
+        with sockets.connect(control) as client:
+            assert client.result(sockets.SHUTDOWN) == 0
+        assert server.wait() == 0
+
+
+def _wait_for(path: Path, server: sockets.Server) -> None:
+    for _ in range(PATIENCE_SECONDS * 100):
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.connect(str(path))
+            return
+        assert server.process.poll() is None, server.log_text()
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not answer")
+
+
+def tool(tcti: str, *words: Word) -> bytes:
+    """Runs one of the tpm2-tools and gives what it printed."""
+    run = subprocess.run(
+        [words[0], "-T", tcti, *words[1:]],
+        check=False,
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    return run.stdout
+
+
+def succeed(*words: Word, text: str = "") -> str:
+    """Runs a program that has to succeed; gives what it printed."""
+    run = subprocess.run(
+        words, check=False, capture_output=True, input=text, text=True, timeout=PATIENCE_SECONDS
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

@@ -1,0 +1,88 @@
+"""What ``swtpm_setup`` says while it works: a log for scripts, one line for people."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+_MODE: Final = 0o640
+_CLEAR_LINE: Final = "\r\x1b[K"
+
+
+class SetupReport:
+    """Implements `manufacture.plan.Reporter`.
+
+    Lines go to the log file if there is one, else to standard output as the C suite's do. A
+    terminal is shown one line instead, which says what is being done.
+
+    Args:
+        logfile: Path of the log file.
+        quiet: Errors are all that is said; the log file is written as ever.
+
+    Raises:
+        UsageError: The log file cannot be written.
+    """
+
+    def __init__(self, logfile: str | None = None, *, quiet: bool = False) -> None:
+        self._fd = -1 if logfile is None else _open(logfile)
+        terminal = sys.stderr.isatty()
+        self._progress: TextIO | None = sys.stderr if terminal and not quiet else None
+        self._plain = self._fd < 0 and not quiet and not (terminal and sys.stdout.isatty())
+        self._shown = False
+
+    def line(self, text: str) -> None:
+        """Something was done."""
+        if self._fd >= 0:
+            self._log(text)
+        elif self._plain:
+            self._clear()
+            print(text, flush=True)
+
+    def step(self, text: str) -> None:
+        """Something that may take a while begins."""
+        if self._progress is not None:
+            self._progress.write(f"{_CLEAR_LINE}{text} ...")
+            self._progress.flush()
+            self._shown = True
+
+    def error(self, text: str) -> None:
+        """Something failed: people are told wherever the log is."""
+        self._clear()
+        if self._fd >= 0:
+            self._log(text)
+        print(text, file=sys.stderr, flush=True)
+
+    def done(self, text: str) -> None:
+        """The last word, for people who have seen no other."""
+        self._clear()
+        if self._progress is not None and not self._plain:
+            print(text, file=self._progress, flush=True)
+
+    def _clear(self) -> None:
+        if self._shown and self._progress is not None:
+            self._progress.write(_CLEAR_LINE)
+            self._progress.flush()
+            self._shown = False
+
+    def _log(self, text: str) -> None:
+        os.write(self._fd, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def _open(path: str) -> int:
+    try:
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            raise UsageError("Logfile must not be a symlink.")
+    except OSError:
+        pass  # what is wrong, if anything, is found out below
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, _MODE)
+    except OSError as exc:
+        raise UsageError(f"Cannot write to logfile {path}.", hint=exc.strerror or "") from exc

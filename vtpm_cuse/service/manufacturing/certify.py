@@ -1,0 +1,119 @@
+"""Who makes the certificates: the local CA in this process, or a program of the user's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from vtpm_cuse.manufacture.plan import CertificateKind, EndorsementKey, Reporter, TpmFacts
+    from vtpm_cuse.service.manufacturing.config import CertificateConfig, SetupConfig
+
+_USUAL_PLACES: Final = ("", "/usr/bin", "/usr/local/bin", "/usr/share/swtpm")
+_OUR_TOOL: Final = ("swtpm_localca", "swtpm-localca")
+_CERTIFICATE_MAX: Final = 1 << 16
+
+
+class SetupCertifier(Protocol):
+    """Makes certificates (`manufacture.plan.Certifier`), and is closed at the end."""
+
+    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+        """The certificate, as it goes into NV. Raises VtpmError."""
+
+    def cancel(self) -> None:
+        """Ends what runs. From any thread."""
+
+    def close(self) -> None:
+        """Gives everything up."""
+
+
+class ToolCertifier:
+    """Calls a program that leaves ``ek.cert`` or ``platform.cert`` in a directory."""
+
+    def __init__(
+        self, tool: str, config: CertificateConfig, report: Reporter, *, tpm2: bool
+    ) -> None:
+        self._tool, self._config, self._report, self._tpm2 = tool, config, report, tpm2
+        self._directory = tempfile.mkdtemp(prefix="swtpm_setup.certs.")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+        """The certificate that the program made. Raises UsageError."""
+        words = [*self._words(kind, key, facts)]
+        self._report.line(f"  Invoking {' '.join(words)}")
+        name = os.path.basename(self._tool)
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - from the user's configuration
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        except OSError as exc:
+            raise UsageError(f"An error occurred running {self._tool}: {exc.strerror}") from exc
+        said, complaint = self._process.communicate()
+        if self._process.returncode:
+            text = complaint.decode(errors="replace").strip()
+            raise UsageError(f"{self._tool} exit with status {self._process.returncode}: {text}")
+        for line in said.decode(errors="replace").splitlines():
+            self._report.line(f"{name}: {line}")
+        path = Path(self._directory, f"{kind}.cert")
+        try:
+            with path.open("rb") as file:
+                certificate = file.read(_CERTIFICATE_MAX)
+            path.unlink()
+        except OSError as exc:
+            raise UsageError(f"{self._tool} made no certificate: {exc}") from exc
+        return certificate
+
+    def _words(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> list[str]:
+        config = self._config
+        words = [self._tool, "--type", kind, "--ek", key.text, "--dir", self._directory]
+        for option, value in (("--logfile", config.logfile), ("--vmid", config.vmid)):
+            if value is not None:
+                words += [option, value]
+        words += ["--tpm-spec-family", facts.family]
+        words += ["--tpm-spec-level", str(facts.level)]
+        words += ["--tpm-spec-revision", str(facts.revision)]
+        words += ["--tpm-manufacturer", facts.manufacturer]
+        words += ["--tpm-model", facts.model]
+        words += ["--tpm-version", facts.version]
+        if self._tpm2:
+            words.append("--tpm2")
+        for option, value in (("--configfile", config.configfile), ("--optsfile", config.optsfile)):
+            if value is not None:
+                words += [option, value]
+        return words
+
+    def cancel(self) -> None:
+        """See `SetupCertifier`."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        """See `SetupCertifier`."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def make_certifier(config: SetupConfig, report: Reporter) -> SetupCertifier:
+    """Whoever the configuration names. Raises VtpmError when it cannot work."""
+    wanted = config.certificates
+    if wanted is None or wanted.tool is None:
+        raise UsageError(
+            "No program for certificates is configured",
+            hint="create_certs_tool in the configuration file names it",
+        )
+    tool = shutil.which(wanted.tool)
+    if tool is None:
+        raise UsageError(f"Could not find {wanted.tool} in PATH.")
+    return ToolCertifier(tool, wanted, report, tpm2=config.plan.tpm2)
+
+
+def is_local_ca(tool: str) -> bool:
+    """Whether *tool* is the local CA, which this process has itself, in one of its usual places."""
+    beside = os.path.dirname(os.path.abspath(sys.argv[0]))
+    return os.path.basename(tool) in _OUR_TOOL and os.path.dirname(tool) in {*_USUAL_PLACES, beside}

@@ -1,0 +1,101 @@
+"""One set-up from its beginning to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
+from vtpm_cuse.manufacture.tpm12 import Tpm12Setup
+from vtpm_cuse.service.manufacturing.certify import make_certifier
+from vtpm_cuse.service.manufacturing.config import Existing
+from vtpm_cuse.service.manufacturing.tpms import ChildTpm, EngineTpm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtpm_cuse.manufacture.plan import Reporter
+    from vtpm_cuse.service.manufacturing.certify import SetupCertifier
+    from vtpm_cuse.service.manufacturing.config import SetupConfig
+    from vtpm_cuse.service.manufacturing.state import Target
+    from vtpm_cuse.service.manufacturing.tpms import SetupTpm
+
+_FILE_MODE = 0o640
+
+
+def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
+    """Makes a TPM, or changes the one that is there, and writes it to *target* at the end.
+
+    Raises:
+        VtpmError: It could not be done; what is stored is as it was.
+        KeyboardInterrupt: So did the user end it.
+    """
+    reconfigure = config.existing is Existing.RECONFIGURE
+    before = target.blobs() if reconfigure else {}
+    with contextlib.ExitStack() as closing:
+        certifier: SetupCertifier | None = None
+        if config.plan.needs_certificates:
+            certifier = make_certifier(config, report)
+            closing.callback(certifier.close)
+        # Made here: keys and profiles are looked at before anything is done.
+        tpm: EngineTpm | ChildTpm = (ChildTpm if config.command else EngineTpm)(config, before)
+        closing.callback(tpm.close)
+        kind = Tpm2Setup if config.plan.tpm2 else Tpm12Setup
+        setup = kind(tpm, config.plan, certifier, report)
+
+        def work() -> None:
+            tpm.start()
+            setup.run()
+
+        _interruptible(work, tpm, certifier)
+        made = tpm.finish()
+        if reconfigure:
+            target.update(before, made)
+        else:
+            target.replace(made)
+    if config.certificate_directory is not None:
+        _write_files(config.certificate_directory, setup.certificates)
+
+
+def _interruptible(
+    work: Callable[[], None], tpm: SetupTpm, certifier: SetupCertifier | None
+) -> None:
+    """Calls *work* in a thread: a signal is seen at once here, and ends what libtpms is at."""
+    failed: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as exc:
+            failed.append(exc)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        tpm.cancel()
+        if certifier is not None:
+            certifier.cancel()
+        thread.join()
+        raise
+    if failed:
+        raise failed[0]
+
+
+def _write_files(directory: str, files: dict[str, bytes]) -> None:
+    """Copies for whoever wants to verify the TPM. Raises UsageError; the TPM is there already."""
+    for name, data in files.items():
+        path = os.path.join(directory, name)
+        try:
+            fd, aside = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+            with open(fd, "wb") as file:
+                file.write(data)
+                os.fchmod(fd, _FILE_MODE)
+            os.replace(aside, path)
+        except OSError as exc:
+            raise UsageError(f"Error writing to {path}: {exc.strerror}") from exc

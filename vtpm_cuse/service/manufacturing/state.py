@@ -1,0 +1,111 @@
+"""The place that a TPM is set up for: looked at first, written once at the end.
+
+Until `Target.replace` nothing of an earlier TPM is touched. It writes the new
+permanent state with the store's own atomic replacement, after what belongs to
+the earlier TPM alone is gone: a crash in between leaves the earlier TPM as after
+a power cut, never the new one with a stranger's volatile state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.engine.base import StateType
+from vtpm_cuse.errors import StateMissing, UsageError
+from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.base import BLOB_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vtpm_cuse.storage.base import StateStore
+
+_PERMANENT: Final = StateType.PERMANENT.blob_name
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def check_access(uri: str, user: str) -> None:
+    """Whether *user*, who runs this, can put a state there. Raises UsageError."""
+    scheme, _, path = uri.partition("://")
+    if scheme == "file":
+        if os.path.exists(path):
+            if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+                raise UsageError(f"User {user} cannot read/write {path}.")
+            return
+        path = os.path.dirname(path) or "."
+    check_directory(path, user)
+
+
+def check_directory(path: str, user: str) -> None:
+    """Whether *user*, who runs this, can make files there. Raises UsageError."""
+    if not os.path.isdir(path) or not os.access(path, os.X_OK, effective_ids=True):
+        raise UsageError(
+            f"User {user} cannot access directory {path}. Make sure it exists and is a directory."
+        )
+    for right, mode in (("read", os.R_OK), ("write", os.W_OK)):
+        if not os.access(path, mode, effective_ids=True):
+            raise UsageError(f"Need {right} rights on directory {path} for user {user}.")
+
+
+class Target:
+    """Where the state of the TPM goes. Every call raises StorageError."""
+
+    def __init__(self, uri: str, *, tpm2: bool) -> None:
+        self._store: StateStore = open_store(uri, tpm2=tpm2)
+
+    def has_state(self) -> bool:
+        """Whether a TPM is there."""
+        return _PERMANENT in self._store.sizes()
+
+    def lock(self) -> None:
+        """Keeps every other process off the state. Raises StateLocked."""
+        self._store.lock()
+
+    def blobs(self) -> dict[str, bytes]:
+        """All that is there."""
+        found = {}
+        for name in BLOB_NAMES:
+            with contextlib.suppress(StateMissing):
+                found[name] = self._store.load(name)
+        return found
+
+    def replace(self, made: dict[str, bytes]) -> None:
+        """Puts another TPM in the place of the one that is there, if one is."""
+        with _signals_wait():
+            for name in self._store.sizes():
+                if name not in made and name != _PERMANENT:
+                    self._store.delete(name)
+            self._store.store(_PERMANENT, made[_PERMANENT])
+            self._store_others(made)
+
+    def update(self, before: dict[str, bytes], after: dict[str, bytes]) -> None:
+        """Writes what was changed of the TPM that is there."""
+        changed = {name: blob for name, blob in after.items() if before.get(name) != blob}
+        with _signals_wait():
+            if _PERMANENT in changed:
+                self._store.store(_PERMANENT, changed[_PERMANENT])
+            self._store_others(changed)
+            for name in before.keys() - after.keys():
+                self._store.delete(name)
+
+    def _store_others(self, blobs: dict[str, bytes]) -> None:
+        for name, blob in blobs.items():
+            if name != _PERMANENT:
+                self._store.store(name, blob)
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        self._store.close()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Who wants to end this has to wait for the few milliseconds that it takes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
