@@ -5,59 +5,55 @@ from __future__ import annotations
 import os
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manufacture import configfile
+from vtpm_cuse.manufacture.casettings import (
+    CONFIG_NAME,
+    OPTIONS_NAME,
+    STATE_FOLDER,
+    machine_maker,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from typing import Self
 
-SYSTEM_DIRECTORY: Final = "/etc"
 DISTRO_PROFILES: Final = "/usr/share/swtpm/profiles"
 _SETUP_FILE: Final = "swtpm_setup.conf"
-_CA_FILE: Final = "swtpm-localca.conf"
-_CA_OPTIONS: Final = "swtpm-localca.options"
 _DEFAULT_PROFILE: Final = '{"Name":"default-v1"}'
 _WORDS: Final = frozenset({"overwrite", "root", "skip-if-exist"})
 
 
-def user_directory() -> str:
-    """Where a user's own configuration is; empty if that is nowhere."""
-    base = os.environ.get("XDG_CONFIG_HOME")
-    if base:
-        return base
-    home = os.environ.get("HOME")
-    return os.path.join(home, ".config") if home else ""
-
-
-def default_config_file() -> str:
-    """The user's own configuration file if there is a readable one, else the system's."""
-    directory = user_directory()
-    own = os.path.join(directory, _SETUP_FILE)
-    if directory and os.access(own, os.R_OK, effective_ids=True):
-        return own
-    return os.path.join(SYSTEM_DIRECTORY, _SETUP_FILE)
-
-
 class ConfigFile:
-    """A configuration file: ``name = value`` lines, of which the first with a name counts."""
+    """What ``swtpm_setup.conf`` says."""
 
-    def __init__(self, path: str, user: str) -> None:
-        """Reads it. Raises UsageError when *user*, who runs this, cannot."""
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._settings = settings
+
+    @classmethod
+    def load(cls, path: str | None, user: str) -> Self:
+        """Reads *path*, else the user's own file, else the system's; without any it is empty.
+
+        Raises:
+            UsageError: The file is there, and *user*, who runs this, cannot read it.
+        """
+        path = path or configfile.find(_SETUP_FILE, os.environ)
+        if path is None:
+            path = os.path.join(configfile.SYSTEM_FOLDER, _SETUP_FILE)
+            if not os.path.lexists(path):
+                return cls({})
         try:
-            self._text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+            return cls(configfile.parse(configfile.read_text(path), os.environ))
         except OSError as exc:
-            hint = "" if os.path.exists(path) else "make one with --create-config-files"
-            raise UsageError(f"User {user} cannot read config file {path}.", hint=hint) from exc
+            raise UsageError(
+                f"User {user} cannot read config file {path}.", hint=exc.strerror or ""
+            ) from exc
 
     def value(self, name: str) -> str | None:
-        """The value with environment variables filled in; None where there is none."""
-        found = re.search(rf"^{re.escape(name)}\s*=\s*([^#\n]*)", self._text, re.MULTILINE)
-        if found is None:
-            return None
-        text = re.sub(r"\$\{([^}]*)\}", lambda name: os.environ.get(name[1], ""), found[1].rstrip())
-        return text or None
+        """The value of a setting; None where there is none, or nothing in it."""
+        return self._settings.get(name) or None
 
 
 def create_config_files(how: str) -> Iterator[str]:
@@ -75,11 +71,9 @@ def create_config_files(how: str) -> Iterator[str]:
     if os.geteuid() == 0 and "root" not in words:
         raise UsageError(
             "Requiring the 'root' flag since the configuration files will shadow those in "
-            f"{SYSTEM_DIRECTORY}."
+            f"{configfile.SYSTEM_FOLDER}."
         )
-    directory = user_directory()
-    if not os.path.isabs(directory):
-        raise UsageError("Neither HOME nor XDG_CONFIG_HOME says where your configuration is")
+    directory = configfile.user_folder(os.environ)
     texts = {os.path.join(directory, name): text for name, text in _texts(directory).items()}
     if "overwrite" not in words:
         for path in texts:
@@ -94,39 +88,35 @@ def create_config_files(how: str) -> Iterator[str]:
 
 
 def _ca_directory(directory: str) -> str:
-    return os.path.join(directory, "var", "lib", "swtpm-localca")
+    return os.path.join(directory, STATE_FOLDER)
 
 
 def _texts(directory: str) -> dict[str, str]:
     ca = _ca_directory(directory)
-    system = os.uname()
+    machine = machine_maker()
     return {
         _SETUP_FILE: (
             f"create_certs_tool = {_localca()}\n"
-            f"create_certs_tool_config = {os.path.join(directory, _CA_FILE)}\n"
-            f"create_certs_tool_options = {os.path.join(directory, _CA_OPTIONS)}\n"
+            f"create_certs_tool_config = {os.path.join(directory, CONFIG_NAME)}\n"
+            f"create_certs_tool_options = {os.path.join(directory, OPTIONS_NAME)}\n"
             "# Comma-separated list (no spaces) of PCR banks to activate by default\n"
             "active_pcr_banks = sha256\n"
             f"profile = {_DEFAULT_PROFILE}\n"
             "# profile_file =\n"
             f"local_profiles_dir = {os.path.join(directory, 'etc/swtpm/profiles')}/\n"
         ),
-        _CA_FILE: (
+        CONFIG_NAME: (
             f"statedir = {ca}\n"
             f"signingkey = {ca}/signkey.pem\n"
             f"issuercert = {ca}/issuercert.pem\n"
             f"certserial = {ca}/certserial\n"
         ),
-        _CA_OPTIONS: (
-            f"--platform-manufacturer {_word(system.sysname)}\n"
-            f"--platform-version {_word(system.version)}\n"
-            f"--platform-model {_word(system.sysname)}\n"
+        OPTIONS_NAME: (
+            f"--platform-manufacturer {machine.manufacturer}\n"
+            f"--platform-version {machine.version}\n"
+            f"--platform-model {machine.model}\n"
         ),
     }
-
-
-def _word(text: str) -> str:
-    return text.replace(" ", "_")
 
 
 def _localca() -> str:

@@ -105,7 +105,9 @@ class TpmMakers:
     def _features(self) -> frozenset[str]:
         from vtpm_cuse.service.manufacturing.tpms import ask_json
 
-        return frozenset(ask_json((*self.command, "--tpm2", "--print-capabilities")).get("features", ()))
+        return frozenset(
+            ask_json((*self.command, "--tpm2", "--print-capabilities")).get("features", ())
+        )
 
     @cached_property
     def _engine(self) -> LibtpmsEngine:

@@ -48,7 +48,8 @@ PROGRAM: Final = Program(
         ),
         Example(
             "Another PCR bank for a TPM that is there",
-            "swtpm_setup --tpm2 --tpm-state /var/lib/vtpm0 --reconfigure --pcr-banks sha384",
+            "swtpm_setup --tpm2 --tpm-state /var/lib/vtpm0 --reconfigure \\\n"
+            "    --pcr-banks sha384",
         ),
         Example(
             "For a user without root, once; then as above",
@@ -152,8 +153,7 @@ def _profiles_text(line: CommandLine, makers: TpmMakers) -> str:
 
 
 def _config_file(line: CommandLine) -> setup_files.ConfigFile:
-    path = line.value("config") or setup_files.default_config_file()
-    return setup_files.ConfigFile(path, _names()[0])
+    return setup_files.ConfigFile.load(line.value("config"), _names()[0])
 
 
 def _prepare(line: CommandLine, makers: TpmMakers, report: SetupReport) -> int:

@@ -135,6 +135,18 @@ class LocalCa:
                 f"Need write rights on statedir {settings.state_dir}", hint=f"see {settings.origin}"
             )
 
+    def prepare(self) -> None:
+        """Makes what is missing of the CA and opens it: what takes long is done before `issue`.
+
+        Raises:
+            UsageError: It cannot be made.
+            CertificateError: Its key or certificate is no good, or a file cannot be written.
+        """
+        with self._locked():
+            self._complete()
+        if self._issuer is None:
+            self._open()
+
     def request(self, order: Order) -> CertificateRequest:
         """What will be in the certificate. Raises UsageError for what cannot be in one."""
         profile = self._profile

@@ -7,12 +7,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manufacture.plan import RsaKey
 
 if TYPE_CHECKING:
+    from vtpm_cuse.manufacture.keys import PublicKey
+    from vtpm_cuse.manufacture.localca import LocalCa
     from vtpm_cuse.manufacture.plan import CertificateKind, EndorsementKey, Reporter, TpmFacts
     from vtpm_cuse.service.manufacturing.config import CertificateConfig, SetupConfig
 
@@ -32,6 +36,70 @@ class SetupCertifier(Protocol):
 
     def close(self) -> None:
         """Gives everything up."""
+
+
+class LocalCertifier:
+    """The local CA. It is opened, or made, in a thread, while the TPM makes its first key."""
+
+    def __init__(self, config: CertificateConfig, report: Reporter, *, tpm2: bool) -> None:
+        self._config, self._report, self._tpm2 = config, report, tpm2
+        self._ca: LocalCa | None = None
+        self._failure: BaseException | None = None
+        self._opening = threading.Thread(target=self._open)
+        self._opening.start()
+
+    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+        """A certificate of the CA. Raises VtpmError."""
+        self._opening.join()
+        if self._ca is None:
+            raise self._failure or UsageError("There is no local CA")
+        from vtpm_cuse.manufacture import certificates, localca
+
+        order = localca.Order(
+            certificates.CertificateKind(kind),
+            _public_key(key),
+            certificates.Maker(facts.manufacturer, facts.model, facts.version),
+            certificates.TpmSpecification(facts.family, facts.level, facts.revision),
+            vmid=self._config.vmid or "",
+            is_tpm2=self._tpm2,
+        )
+        certificate = self._ca.issue(order)
+        what = "EK" if kind == "ek" else kind
+        self._say(f"Successfully created {what} certificate locally.")
+        return certificate
+
+    def cancel(self) -> None:
+        """Nothing to end: a CA that is being made is of use the next time."""
+
+    def close(self) -> None:
+        """See `SetupCertifier`."""
+        self._opening.join()
+
+    def _open(self) -> None:
+        try:
+            from vtpm_cuse.manufacture.localca import LocalCa
+
+            ca = LocalCa.from_files(self._config.configfile, self._config.optsfile, self._say)
+            ca.prepare()
+            self._ca = ca
+        except BaseException as exc:
+            self._failure = exc
+
+    def _say(self, text: str) -> None:
+        self._report.line(f"{_OUR_TOOL[0]}: {text}")
+
+
+def _public_key(key: EndorsementKey) -> PublicKey:
+    """As a certificate has it. Raises UsageError for what can be no key."""
+    from vtpm_cuse.manufacture.keys import PublicKey
+
+    try:
+        if isinstance(key, RsaKey):
+            return PublicKey.from_rsa(int.from_bytes(key.modulus, "big"))
+        x, y = int.from_bytes(key.x, "big"), int.from_bytes(key.y, "big")
+        return PublicKey.from_point(key.curve, x, y)
+    except ValueError as exc:
+        raise UsageError(f"The endorsement key of the TPM is none: {exc}") from exc
 
 
 class ToolCertifier:
@@ -102,11 +170,8 @@ class ToolCertifier:
 def make_certifier(config: SetupConfig, report: Reporter) -> SetupCertifier:
     """Whoever the configuration names. Raises VtpmError when it cannot work."""
     wanted = config.certificates
-    if wanted is None or wanted.tool is None:
-        raise UsageError(
-            "No program for certificates is configured",
-            hint="create_certs_tool in the configuration file names it",
-        )
+    if wanted.tool is None or is_local_ca(wanted.tool):
+        return LocalCertifier(wanted, report, tpm2=config.plan.tpm2)
     tool = shutil.which(wanted.tool)
     if tool is None:
         raise UsageError(f"Could not find {wanted.tool} in PATH.")

@@ -61,7 +61,7 @@ class SetupConfig:
     existing: Existing = Existing.REFUSE
     key: KeySource | None = None
     profile: ProfileConfig | None = None
-    certificates: CertificateConfig | None = None
+    certificates: CertificateConfig = CertificateConfig()
     certificate_directory: str | None = None
     command: tuple[str, ...] = ()
     logfile: str | None = None
