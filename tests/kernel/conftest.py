@@ -56,7 +56,7 @@ def _servers(folder: Path) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="session")
-def zygote(cuse: None) -> Iterator[Zygote]:
+def zygote() -> Iterator[Zygote]:
     """Starts servers without the price of a new interpreter."""
     starter = Zygote()
     yield starter

@@ -317,7 +317,8 @@ class Zygote:
 import json, os, sys
 import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.frontends.cuse
 import vtpm_cuse.client.ioctl, vtpm_cuse.service.pidfile, vtpm_cuse.device.worker
-from vtpm_cuse.cli.swtpm_cuse import main
+import vtpm_cuse.service.chardev, vtpm_cuse.frontends.sockets, vtpm_cuse.cli.swtpm_chardev
+from vtpm_cuse.cli import swtpm, swtpm_cuse
 print("ready", flush=True)
 for line in sys.stdin:
     argv = json.loads(line)
@@ -328,7 +329,7 @@ for line in sys.stdin:
         os.dup2(null, 1)
         sys.argv = argv
         try:
-            status = main()
+            status = (swtpm if argv[0].endswith("/swtpm") else swtpm_cuse).main()
         except SystemExit as exc:
             status = exc.code
         os._exit(status or 0)
@@ -344,8 +345,11 @@ for line in sys.stdin:
         )
         assert self._answer() == "ready"
 
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+
     def start(self, argv: Sequence[str]) -> int:
-        """Runs swtpm-cuse; returns its exit status."""
+        """Runs swtpm-cuse or swtpm; returns its exit status."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(list(argv)).encode() + b"\n")
         self._process.stdin.flush()

@@ -58,14 +58,6 @@ def test_swtpm_with_unknown_interface(run: Run) -> None:
     assert err.startswith("Unsupported TPM interface type 'foo'.\n")
 
 
-def test_swtpm_says_what_is_not_built(run: Run) -> None:
-    assert run(swtpm.main, "chardev", "--tpm2") == (
-        1,
-        "",
-        "swtpm: The interface 'chardev' is not built yet; there are 'socket' and 'cuse'\n",
-    )
-
-
 @pytest.mark.parametrize(
     ("main", "words", "start"),
     [

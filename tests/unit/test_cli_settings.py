@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import settings, swtpm_cuse, swtpm_socket
+from vtpm_cuse.cli import settings, swtpm_chardev, swtpm_cuse, swtpm_socket
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import (
@@ -197,3 +197,29 @@ def test_other_interfaces_have_one_exit_status() -> None:
     assert info.value.exit_status == 1
     with pytest.raises(UsageError):
         CommandLine(swtpm_socket.PROGRAM, ["--bogus"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "startup"),
+    [
+        ("", StartupConfig(not_need_init=True, startup="clear")),
+        ("not-need-init", StartupConfig(not_need_init=True, startup="clear")),
+        ("startup-none", StartupConfig(not_need_init=True, startup="none")),
+        ("startup-state", StartupConfig(not_need_init=True, startup="state")),
+    ],
+)
+def test_device_of_the_kernels_is_started_for_it(flags: str, startup: StartupConfig) -> None:
+    words = ["--vtpm-proxy", *(["--flags", flags] if flags else [])]
+    words += ["--locality", "reject-locality-4"]
+    config = settings.chardev_config(CommandLine(swtpm_chardev.PROGRAM, words))
+    assert (config.proxy, config.path, config.fd) == (True, None, None)
+    assert config.vtpm.startup == startup
+    assert config.vtpm.locality == LocalityConfig(True, True)
+
+
+def test_other_device_waits_to_be_told() -> None:
+    words = ("-c", "dev/x", "-f", "3", "-d")
+    config = settings.chardev_config(CommandLine(swtpm_chardev.PROGRAM, words))
+    assert (config.proxy, config.path, config.fd) == (False, "/usr/dev/x", None)
+    assert config.vtpm == VtpmConfig()
+    assert config.process.background

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import commands as tpm
-from vtpm_cuse.proto.stream import CommandStream, Request, framed
+from vtpm_cuse.proto.stream import CommandStream, MessageStream, Request, framed
 
 A, B = tpm.get_random(8), tpm.pcr_read(7)
 PREFIX = bytes.fromhex("00000008 03 0000000c")
@@ -149,3 +149,17 @@ def test_whole_command(before: bytes, data: str, whole: bool) -> None:
     if whole:
         stream.feed(command)
         assert stream.next_request() == (command, None)
+
+
+@pytest.mark.parametrize("message", [A, A + B, A[:4], A[:10], PREFIXED, b"\0" * 10])
+def test_message_is_one_command_whatever_it_is(message: bytes) -> None:
+    """As from a device: what begins here must not wait for, or be mixed with, what comes next."""
+    stream = MessageStream()
+    assert not stream.is_whole(message) or len(message) >= 10
+    for _ in range(2):
+        stream.feed(message)
+        assert not stream.is_whole(A)
+        assert stream.next_request() == Request(message, None)
+        assert stream.next_request(flush=True) is None
+        assert stream.is_whole(A)
+        assert not stream.awaits_rest

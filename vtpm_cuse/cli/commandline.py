@@ -83,6 +83,10 @@ class CommandLine:
         """Which of these options was given last, None if none was."""
         return next((name for name in reversed(self._given) if name in names), None)
 
+    def first_of(self, *names: str) -> str | None:
+        """Which of these options, of each of which the first counts, was given first."""
+        return next((name for name in self._given if name in names), None)
+
     def number(self, name: str, highest: int) -> int:
         """The number from 0 to *highest* that an option gives, 0 without it. Raises UsageError."""
         text = self._given.get(name, ["0"])[-1]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 ALL: Final = frozenset(Interface)
 CUSE: Final = frozenset({Interface.CUSE})
 SOCKET: Final = frozenset({Interface.SOCKET})
-STREAMS: Final = ALL - CUSE
+CHARDEV: Final = frozenset({Interface.CHARDEV})
+STREAMS: Final = SOCKET | CHARDEV
 
 
 def _switches(**helps: str) -> tuple[SubOption, ...]:
@@ -76,6 +77,30 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=CUSE,
     ),
     Option(
+        "vtpm-proxy",
+        "ask the kernel for a TPM device: /dev/tpmN, and for a TPM 2.0 /dev/tpmrmN too",
+        interfaces=CHARDEV,
+        more="Its path is the first line of the output. The TPM is powered on and started at "
+        "once, and the kernel may choose the locality, as it does when it sets a TPM up.",
+    ),
+    Option(
+        "chardev",
+        "take the TPM commands from this device",
+        letter="c",
+        metavar="DEVICE",
+        interfaces=CHARDEV,
+        first_counts=True,
+    ),
+    Option(
+        "fd",
+        "take the TPM commands from this open descriptor: a device, a socket, or what the "
+        "ioctl VTPM_PROXY_IOC_NEW_DEV gave",
+        letter="f",
+        metavar="FD",
+        interfaces=CHARDEV,
+        first_counts=True,
+    ),
+    Option(
         "server",
         "where clients connect to send TPM commands",
         noun="server",
@@ -110,7 +135,7 @@ OPTIONS: Final[Sequence[Option]] = (
             SubOption("clientfd", "open connected socket, unixio only", Kind.INT, "FD"),
             SubOption("terminate", "end when the control client goes away", Kind.BOOL),
         ),
-        interfaces=SOCKET,
+        interfaces=STREAMS,
     ),
     Option(
         "terminate",
@@ -122,7 +147,7 @@ OPTIONS: Final[Sequence[Option]] = (
         "daemon",
         "go to the background; the program returns when clients can connect",
         letter="d",
-        interfaces=SOCKET,
+        interfaces=STREAMS,
     ),
     Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2"),
     Option(
@@ -217,10 +242,10 @@ OPTIONS: Final[Sequence[Option]] = (
             incoming="another host still holds the state: lock it when it has arrived",
             release_lock_outgoing="accepted; the lock is always released with the last blob",
         ),
-        interfaces=SOCKET,
+        interfaces=STREAMS,
     ),
     Option("seccomp", "", metavar="ACTION", available=False),
-    Option("migration", "", metavar="WHAT", available=False, interfaces=ALL - SOCKET),
+    Option("migration", "", metavar="WHAT", available=False, interfaces=ALL - STREAMS),
     Option("runas", "", letter="r", metavar="USER", available=False),
     Option("chroot", "", letter="R", metavar="DIR", available=False),
     Option("print-capabilities", "print what this program can do, as JSON, and end"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.cli import settings
 from vtpm_cuse.cli.program import PEER_VERSION
-from vtpm_cuse.errors import UsageError
+from vtpm_cuse.errors import PtmError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.cli.commandline import CommandLine
     from vtpm_cuse.cli.table import Program
     from vtpm_cuse.engine.libtpms import LibtpmsEngine
+    from vtpm_cuse.service.config import VtpmConfig
 
 _FEATURES: Final = 0x04
 _ALGORITHMS: Final = 0x08
@@ -64,6 +65,28 @@ def asked_text(line: CommandLine) -> str | None:
 def info(flags: int, *, tpm2: bool) -> str:
     """``--print-info``, of a TPM that is off. Raises EngineUnavailable."""
     return _engine(tpm2=tpm2).info(flags) + "\n"
+
+
+def info_of_state(flags: int, config: VtpmConfig) -> str | None:
+    """``--print-info``. With a state location of the TPM there, which is made if there is none.
+
+    None after an error that was said already.
+
+    Raises:
+        VtpmError: There is no such TPM to be had.
+    """
+    if config.state is None:
+        return info(flags, tpm2=config.tpm2)
+    from vtpm_cuse.service.compose import make_vtpm
+
+    vtpm = make_vtpm(config)
+    try:
+        vtpm.start()
+        return vtpm.engine.info(flags) + "\n"
+    except PtmError:  # said by the vTPM itself
+        return None
+    finally:
+        vtpm.close()
 
 
 def _engine(*, tpm2: bool) -> LibtpmsEngine:

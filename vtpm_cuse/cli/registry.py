@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MODULES: Final = (
     "vtpm_cuse.cli.swtpm",
     "vtpm_cuse.cli.swtpm_socket",
+    "vtpm_cuse.cli.swtpm_chardev",
     "vtpm_cuse.cli.swtpm_cuse",
     "vtpm_cuse.cli.swtpm_doctor",
     "vtpm_cuse.cli.swtpm_ioctl",

@@ -12,6 +12,7 @@ from vtpm_cuse.cli.commandline import CuseExit
 from vtpm_cuse.cli.numbers import number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import (
+    ChardevConfig,
     CuseConfig,
     LocalityConfig,
     LogConfig,
@@ -52,20 +53,49 @@ def cuse_config(line: CommandLine) -> CuseConfig:
 
 def socket_config(line: CommandLine) -> SocketConfig:
     """All of ``swtpm socket``. Raises UsageError."""
-    control = line.subs("ctrl")
-    migration = line.subs("migration")
     data, disconnect = _data_channel(line)
+    control, control_terminate = _control_channel(line)
     return SocketConfig(
-        vtpm=replace(
-            vtpm_config(line), incoming=migration is not None and migration.flag("incoming")
-        ),
+        vtpm=_vtpm_with_migration(line),
         data=data,
-        control=None if control is None else _control_address(line, control),
+        control=control,
         disconnect=disconnect,
         terminate=line.has("terminate"),
-        control_terminate=control is not None and control.flag("terminate"),
+        control_terminate=control_terminate,
         process=process_config(line, background=line.has("daemon")),
     )
+
+
+def chardev_config(line: CommandLine) -> ChardevConfig:
+    """All of ``swtpm chardev``. Raises UsageError."""
+    proxy, path, fd = line.has("vtpm-proxy"), None, None
+    given = line.first_of("chardev", "fd")
+    if given == "chardev":
+        path = os.path.abspath(line.value("chardev") or "")
+    elif given == "fd":
+        fd = _data_fd(line, "Cannot parse character device file descriptor.")
+    if proxy and given:
+        raise line.error("Cannot use vTPM proxy with a provided device.")
+    if not (proxy or given):
+        raise line.error("Error: Missing character device or file descriptor")
+    control, control_terminate = _control_channel(line)
+    vtpm = _vtpm_with_migration(line)
+    return ChardevConfig(
+        vtpm=_ready_for_the_kernel(vtpm) if proxy else vtpm,
+        proxy=proxy,
+        path=path,
+        fd=fd,
+        control=control,
+        control_terminate=control_terminate,
+        process=process_config(line, background=line.has("daemon")),
+    )
+
+
+def _ready_for_the_kernel(vtpm: VtpmConfig) -> VtpmConfig:
+    """The kernel's driver uses the TPM as soon as there is a device, and sets its locality."""
+    startup = replace(vtpm.startup, not_need_init=True, startup=vtpm.startup.startup or "clear")
+    locality = replace(vtpm.locality, allow_set_locality=True)
+    return replace(vtpm, startup=startup, locality=locality)
 
 
 def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
@@ -151,7 +181,7 @@ def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
     ``--port`` is a short form of ``--server``: the last of the two counts, and then ``--fd``.
     """
     port = line.number("port", _PORT_MAX) if line.has("port") else None
-    fd = _data_fd(line) if line.has("fd") else None
+    fd = _data_fd(line, "Cannot parse socket file descriptor.") if line.has("fd") else None
     server = line.subs("server")
     last = line.last_of("server", "port")
     if last == "server" and server is not None:
@@ -161,10 +191,10 @@ def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
     return (None if fd is None else SocketAddress("tcp", fd=fd)), False
 
 
-def _data_fd(line: CommandLine) -> int:
+def _data_fd(line: CommandLine, unreadable: str) -> int:
     fd = number(line.value("fd") or "", 0, 0x7FFFFFFF, base=10)
     if fd is None:
-        raise line.error("Cannot parse socket file descriptor.")
+        raise line.error(unreadable)
     if fd < _FIRST_FD:
         raise line.error("Error: Cannot accept file descriptors with values 0, 1, or 2")
     return fd
@@ -180,6 +210,14 @@ def _server_address(line: CommandLine, given: SubValues, port: int | None) -> So
     if address.kind == "unixio" and address.path is None and address.fd is None:
         raise line.error("Missing path and file descriptor option for UnixIO socket")
     return address
+
+
+def _control_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
+    """Where control commands come from, and whether the end of that is the end of all."""
+    given = line.subs("ctrl")
+    if given is None:
+        return None, False
+    return _control_address(line, given), given.flag("terminate")
 
 
 def _control_address(line: CommandLine, given: SubValues) -> SocketAddress:
@@ -213,6 +251,12 @@ def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
         fd=_descriptor(given.integer("fd")),
         clientfd=_descriptor(given.integer("clientfd")) if unix else None,
     )
+
+
+def _vtpm_with_migration(line: CommandLine) -> VtpmConfig:
+    migration = line.subs("migration")
+    incoming = migration is not None and migration.flag("incoming")
+    return replace(vtpm_config(line), incoming=incoming)
 
 
 def _key_source(line: CommandLine, option: str) -> KeySource | None:

@@ -24,6 +24,11 @@ PROGRAM: Final = Program(
             "TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it",
             "vtpm_cuse.cli.swtpm_socket",
         ),
+        Subcommand(
+            "chardev",
+            "TPM commands from a character device, or a TPM device of the kernel's",
+            "vtpm_cuse.cli.swtpm_chardev",
+        ),
         Subcommand("cuse", "a TPM as a character device in /dev", "vtpm_cuse.cli.swtpm_cuse"),
         Subcommand(
             "doctor",
@@ -63,9 +68,6 @@ def _run(words: list[str]) -> int:
         if name == first:
             status: int = import_module(module).main(rest, f"swtpm {name}")
             return status
-    if first == "chardev":
-        _report("The interface 'chardev' is not built yet; there are 'socket' and 'cuse'")
-        return 1
     return _refuse(f"Unsupported TPM interface type '{first}'.")
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli import prints, settings
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.help import help_text
+from vtpm_cuse.cli import settings
+from vtpm_cuse.cli.emulator import run_emulator
 from vtpm_cuse.cli.options import options_of
-from vtpm_cuse.cli.program import run_program
 from vtpm_cuse.cli.table import Example, Interface, Program, Term
-from vtpm_cuse.errors import PtmError
-from vtpm_cuse.service import logs
-from vtpm_cuse.service.config import LogConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vtpm_cuse.service.config import VtpmConfig
-
-log = logging.getLogger(__name__)
+    from vtpm_cuse.cli.commandline import CommandLine
 
 PROGRAM: Final = Program(
     "swtpm socket",
@@ -57,45 +49,10 @@ PROGRAM: Final = Program(
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``swtpm socket`` with the words behind it."""
-    logs.configure(LogConfig())  # until --log has been read
-    return run_program(lambda: _run(words, program), log.error)
+    return run_emulator(PROGRAM, words, program, _serve)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
-    flags = line.number("print-info", 0xFFFF_FFFF)
-    logs.configure(settings.log_config(line))
-    text = prints.asked_text(line)
-    if text is None:
-        config = settings.socket_config(line)
-        if not flags:
-            from vtpm_cuse.service import socket
+def _serve(line: CommandLine) -> int:
+    from vtpm_cuse.service import socket
 
-            return socket.run(config)
-        try:
-            text = _info(flags, config.vtpm)
-        except PtmError:  # said by the vTPM itself
-            return 1
-    print(text, end="")
-    return 0
-
-
-def _info(flags: int, config: VtpmConfig) -> str:
-    """``--print-info``. With a state location of the TPM there, which is made if there is none.
-
-    Raises:
-        VtpmError: There is no such TPM to be had.
-    """
-    if config.state is None:
-        return prints.info(flags, tpm2=config.tpm2)
-    from vtpm_cuse.service.compose import make_vtpm
-
-    vtpm = make_vtpm(config)
-    try:
-        vtpm.start()
-        return vtpm.engine.info(flags) + "\n"
-    finally:
-        vtpm.close()
+    return socket.run(settings.socket_config(line))

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import socket
 
+    from vtpm_cuse.frontends.chardev import CharDevice
+
 
 @dataclass
 class Channels:
-    """The sockets a server takes over, all non-blocking, and when it ends by itself.
+    """The sockets and the device a server takes over, all non-blocking, and when it ends by itself.
 
     Attributes:
         data_listener: Accepts data connections, one at a time.
-        data_stream: A connected data socket; its end is the server's.
+        data_stream: A connected data socket, or a device; its end is the server's.
         control_listener: Accepts control connections.
         control_stream: A connected control socket.
         disconnect: Close a data connection after each response.
@@ -26,7 +28,7 @@ class Channels:
     """
 
     data_listener: socket.socket | None = None
-    data_stream: socket.socket | None = None
+    data_stream: socket.socket | CharDevice | None = None
     control_listener: socket.socket | None = None
     control_stream: socket.socket | None = None
     disconnect: bool = False

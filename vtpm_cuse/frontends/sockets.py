@@ -19,8 +19,9 @@ import trio
 
 from vtpm_cuse.device import control
 from vtpm_cuse.device.ptm import ANSWERED_WHILE_BUSY, PtmService
+from vtpm_cuse.frontends.chardev import CharDevice
 from vtpm_cuse.proto.control import ControlRequest, ControlStream
-from vtpm_cuse.proto.stream import CommandStream, Request, framed
+from vtpm_cuse.proto.stream import CommandStream, MessageStream, Request, framed
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
@@ -86,37 +87,41 @@ class SocketServer:
 
     async def _accept_data(self, listener: socket.socket) -> None:
         while True:
-            connection = await _accept(listener)
-            await self._serve_data(connection)
+            with await _accept(listener) as connection:
+                await self._serve_data(connection)
+            log.debug("Data client disconnected")
             if self._channels.terminate:
                 self._end()
                 return
 
-    async def _serve_only_data(self, connection: socket.socket) -> None:
+    async def _serve_only_data(self, connection: socket.socket | CharDevice) -> None:
+        """The end of this one is the server's; it is closed last, with the channels."""
         await self._serve_data(connection)
+        log.info("Data client disconnected")
         self._end()
 
     async def _serve_passed_data(self, connection: socket.socket) -> None:
-        await self._serve_data(connection)
+        with connection:
+            await self._serve_data(connection)
+        log.debug("Data client disconnected")
         if self._passed is connection:
             self._passed = None
         if self._channels.terminate:
             self._end()
 
-    async def _serve_data(self, connection: socket.socket) -> None:
+    async def _serve_data(self, connection: socket.socket | CharDevice) -> None:
         try:
-            with connection:
-                await self._converse(connection)
+            await self._converse(connection)
         except OSError as exc:
             log.info("Data client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A data client could not be served")
-        log.debug("Data client disconnected")
 
-    async def _converse(self, connection: socket.socket) -> None:
+    async def _converse(self, connection: socket.socket | CharDevice) -> None:
         vtpm, turn = self._vtpm, self._turn
         receive, send, process = connection.recv, connection.send, vtpm.process_short
-        stream = CommandStream(prefix=vtpm.tpm2)
+        whole = isinstance(connection, CharDevice) and connection.messages
+        stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2)
         quick = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
         served, quick_ones = False, 0
         while True:
@@ -290,7 +295,7 @@ async def _accept(listener: socket.socket) -> socket.socket:
 
 
 async def _receive(
-    connection: socket.socket, stream: CommandStream, *, linger: bool
+    connection: socket.socket | CharDevice, stream: CommandStream, *, linger: bool
 ) -> bytes | None:
     """Bytes; none at the end of the stream; None when the rest of a command does not come.
 
@@ -306,7 +311,7 @@ async def _receive(
             return connection.recv(_DATA_READ_SIZE)
 
 
-async def _readable(connection: socket.socket, seconds: float | None) -> bool:
+async def _readable(connection: socket.socket | CharDevice, seconds: float | None) -> bool:
     """Waits for bytes or the end; False when *seconds* passed first."""
     if seconds is None:
         await trio.lowlevel.wait_readable(connection)
@@ -316,7 +321,7 @@ async def _readable(connection: socket.socket, seconds: float | None) -> bool:
     return not scope.cancelled_caught
 
 
-async def _send_all(connection: socket.socket, data: bytes) -> None:
+async def _send_all(connection: socket.socket | CharDevice, data: bytes) -> None:
     view = memoryview(data)
     while True:
         try:

@@ -93,6 +93,27 @@ class CommandStream:
         )
 
 
+class MessageStream(CommandStream):
+    """For a device that delivers whole commands: what one read gives is one, whatever it is."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix=False)
+
+    @property
+    def awaits_rest(self) -> bool:
+        """Never: a message comes whole."""
+        return False
+
+    def is_whole(self, data: bytes) -> bool:
+        """Any message is that can be a command at all, if none waits."""
+        return len(data) >= TPM_HEADER_SIZE and not self._buffer
+
+    def next_request(self, *, flush: bool = False) -> Request | None:
+        """The message that was fed, if there is one."""
+        command, self._buffer = self._buffer, b""
+        return Request(command, None) if command else None
+
+
 def framed(response: bytes, request: Request) -> bytes:
     """The response as it goes out: a prefixed command's has its length before, a zero behind."""
     if request.locality is None:

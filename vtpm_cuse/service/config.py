@@ -191,3 +191,24 @@ class SocketConfig:
     terminate: bool = False
     control_terminate: bool = False
     process: ProcessConfig = field(default_factory=ProcessConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ChardevConfig:
+    """A vTPM that takes its commands from a character device.
+
+    Attributes:
+        proxy: Ask the kernel for a device, /dev/tpmN.
+        path: Else the device to open.
+        fd: Else an open descriptor; or a socket.
+        control: Where control commands come from (``--ctrl``).
+        control_terminate: End when the control connection is closed.
+    """
+
+    vtpm: VtpmConfig
+    proxy: bool = False
+    path: str | None = None
+    fd: int | None = None
+    control: SocketAddress | None = None
+    control_terminate: bool = False
+    process: ProcessConfig = field(default_factory=ProcessConfig)

@@ -32,17 +32,18 @@ def acquire(config: SocketConfig) -> Channels:
     )
     with contextlib.ExitStack() as undo:
         undo.callback(channels.close)
-        _acquire_control(channels, config.control)
+        acquire_control(channels, config.control)
         _acquire_data(channels, config.data)
         undo.pop_all()
     return channels
 
 
-def _acquire_control(channels: Channels, address: SocketAddress | None) -> None:
+def acquire_control(channels: Channels, address: SocketAddress | None) -> None:
+    """Binds, or takes over, the control channel, if there is one. Raises UsageError."""
     if address is None:
         return
     if address.fd is None and address.clientfd is not None:
-        channels.control_stream = _inherit(address.clientfd, listening=False)
+        channels.control_stream = inherit(address.clientfd, listening=False)
     else:
         channels.control_listener = _listener(channels, address)
 
@@ -51,14 +52,14 @@ def _acquire_data(channels: Channels, address: SocketAddress | None) -> None:
     if address is None:
         return
     if address.kind == "tcp" and address.fd is not None:
-        channels.data_stream = _inherit(address.fd, listening=False)
+        channels.data_stream = inherit(address.fd, listening=False)
     else:
         channels.data_listener = _listener(channels, address)
 
 
 def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
     if address.fd is not None:
-        return _inherit(address.fd, listening=True)
+        return inherit(address.fd, listening=True)
     try:
         if address.path is not None:
             return _listen_unix(channels, address, address.path)
@@ -68,7 +69,8 @@ def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
         raise UsageError(f"Could not listen on {where}: {exc.strerror}") from exc
 
 
-def _inherit(fd: int, *, listening: bool) -> socket.socket:
+def inherit(fd: int, *, listening: bool) -> socket.socket:
+    """The socket of a descriptor, non-blocking. Raises UsageError if it is none of this kind."""
     try:
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise UsageError(f"File descriptor {fd} is not a socket")

@@ -37,14 +37,19 @@ class _Sockets(life.Interface):
         self._undo.callback(self._channels.close)
 
     async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
-        import trio
-
-        from vtpm_cuse.device.ptm import PtmService
-        from vtpm_cuse.frontends.sockets import SocketServer
-
-        async with trio.open_nursery() as nursery:
-            SocketServer(nursery, self._channels, vtpm, PtmService(vtpm), worker).start()
-            await trio.sleep_forever()
+        await serve_channels(self._channels, vtpm, worker)
 
     def close(self) -> None:
         self._undo.close()
+
+
+async def serve_channels(channels: Channels, vtpm: Vtpm, worker: Worker) -> None:
+    """Serves data and control channel until one of them ends the service."""
+    import trio
+
+    from vtpm_cuse.device.ptm import PtmService
+    from vtpm_cuse.frontends.sockets import SocketServer
+
+    async with trio.open_nursery() as nursery:
+        SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
+        await trio.sleep_forever()

@@ -1,0 +1,45 @@
+"""What the programs of the socket and device interfaces have in common."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.cli import prints, settings
+from vtpm_cuse.cli.commandline import CommandLine
+from vtpm_cuse.cli.help import help_text
+from vtpm_cuse.cli.program import run_program
+from vtpm_cuse.service import logs
+from vtpm_cuse.service.config import LogConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vtpm_cuse.cli.table import Program
+
+log = logging.getLogger(__name__)
+
+
+def run_emulator(
+    table: Program, words: Sequence[str], name: str, serve: Callable[[CommandLine], int]
+) -> int:
+    """Prints what *words* ask for, or calls *serve* with them; returns the exit status."""
+    logs.configure(LogConfig())  # until --log has been read
+    return run_program(lambda: _run(CommandLine(table, words, name), name, serve), log.error)
+
+
+def _run(line: CommandLine, name: str, serve: Callable[[CommandLine], int]) -> int:
+    if line.has("help"):
+        print(help_text(line.program, name), end="")
+        return 0
+    flags = line.number("print-info", 0xFFFF_FFFF)
+    logs.configure(settings.log_config(line))
+    text = prints.asked_text(line)
+    if text is None and not flags:
+        return serve(line)
+    if text is None:
+        text = prints.info_of_state(flags, settings.vtpm_config(line))
+    if text is None:
+        return 1
+    print(text, end="")
+    return 0

@@ -1,0 +1,83 @@
+"""A vTPM on a character device, or on a TPM device of the kernel's."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.frontends.channels import Channels
+from vtpm_cuse.frontends.chardev import (
+    CharDevice,
+    ProxyDevice,
+    make_proxy_device,
+    open_device,
+    take_device,
+)
+from vtpm_cuse.service import life
+from vtpm_cuse.service.listen import acquire_control, inherit
+from vtpm_cuse.service.socket import serve_channels
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from vtpm_cuse.device.vtpm import Vtpm
+    from vtpm_cuse.device.worker import Worker
+    from vtpm_cuse.service.config import ChardevConfig
+
+
+def run(config: ChardevConfig, announce: Callable[[str], None]) -> int:
+    """Serves a vTPM on a device until that ends; returns the exit status.
+
+    Args:
+        config: What is wanted.
+        announce: Called, before anything else, with the line that names a new device.
+
+    Raises:
+        VtpmError: What was wrong.
+    """
+    return life.run(_Chardev(config, announce), config.process, config.vtpm)
+
+
+class _Chardev(life.Interface):
+    def __init__(self, config: ChardevConfig, announce: Callable[[str], None]) -> None:
+        self._config = config
+        self._announce = announce
+        self._channels = Channels(control_terminate=config.control_terminate)
+
+    def open(self) -> None:
+        self._channels.data_stream = self._open()
+
+    def _open(self) -> CharDevice | socket.socket:
+        config = self._config
+        if config.path is not None:
+            return open_device(config.path)
+        if config.fd is not None:
+            return _take(config.fd)
+        device, made = make_proxy_device(tpm2=config.vtpm.tpm2)
+        numbers = f"(major/minor = {made.major}/{made.minor})"
+        self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
+        return device
+
+    def acquire(self) -> None:
+        acquire_control(self._channels, self._config.control)
+
+    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+        device = self._channels.data_stream
+        await serve_channels(self._channels, vtpm, worker)
+        if isinstance(device, ProxyDevice) and device.gone:
+            # PEER: ends with status 0.
+            raise FrontendError("The kernel has given the TPM device up", "see dmesg")
+
+    def close(self) -> None:
+        self._channels.close()
+
+
+def _take(fd: int) -> CharDevice | socket.socket:
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        is_socket = False  # said below
+    return inherit(fd, listening=False) if is_socket else take_device(fd)
