@@ -133,6 +133,10 @@ class FrontendError(VtpmError):
         return f"{self.reason}; {self.hint}" if self.hint else self.reason
 
 
+class DeviceGone(FrontendError):
+    """The device that was served is no more: unmounted, or taken away by the kernel."""
+
+
 class UsageError(VtpmError):
     """The caller can fix it: one line, no traceback, ``exit_status``."""
 

@@ -1,4 +1,4 @@
-"""The kernel's side of CUSE, in memory: it writes requests and checks replies as fs/fuse does.
+"""The kernel's side of CUSE and FUSE, in memory: it writes requests and checks replies as fs/fuse does.
 
 Sizes and offsets are those of linux/fuse.h, written out: the package's own
 structures are under test.
@@ -16,7 +16,7 @@ from tests.support.stores import FailingStore
 from vtpm_cuse.device.opens import TpmDeviceFile
 from vtpm_cuse.device.ptm import PtmService
 from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
-from vtpm_cuse.proto.cuse import CuseSession
+from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.storage.sealed import SealedStore
 
 if TYPE_CHECKING:
@@ -45,12 +45,13 @@ def ioctl_sizes(number: int) -> tuple[int, int]:
 class FakeKernel:
     """Speaks to a session; `after` is what the frontend does behind each request."""
 
-    def __init__(self, session: CuseSession, after: Callable[[], None] | None = None) -> None:
+    def __init__(self, session: DeviceSession, after: Callable[[], None] | None = None) -> None:
         self._session = session
         self._after = after
         # One buffer for all requests, as in the frontend: nobody may keep a view of it.
         self._buffer = bytearray(1 << 17)
         self._unique = 0
+        self.node = 0
         self._out_sizes: dict[int, int] = {}
         self.replies: dict[int, Reply] = {}
         self.notified: list[int] = []
@@ -62,7 +63,7 @@ class FakeKernel:
         self._unique += 2
         unique = self._unique
         self._out_sizes[unique] = out_size
-        self.send_raw(self.message(opcode, unique, body))
+        self.send_raw(self.message(opcode, unique, body, self.node))
         return unique
 
     def send_raw(self, message: bytes) -> None:
@@ -77,8 +78,8 @@ class FakeKernel:
             self._after()
 
     @staticmethod
-    def message(opcode: int, unique: int, body: bytes) -> bytes:
-        header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, unique, 0, 0, 0, 4711, 0, 0)
+    def message(opcode: int, unique: int, body: bytes, node: int = 0) -> bytes:
+        header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, unique, node, 0, 0, 4711, 0, 0)
         return header + body
 
     def take(self, reply: bytes) -> None:
@@ -100,7 +101,7 @@ class FakeKernel:
         """The reply to a request; None while the client still waits."""
         return self.replies.pop(unique, None)
 
-    def _call(self, opcode: int, body: bytes, *, out_size: int = 1 << 17) -> Reply:
+    def call(self, opcode: int, body: bytes, *, out_size: int = 1 << 17) -> Reply:
         reply = self.result(self.send(opcode, body, out_size=out_size))
         assert reply is not None, "the call waits"
         return reply
@@ -108,13 +109,13 @@ class FakeKernel:
     # -- system calls ---------------------------------------------------------------------
 
     def open(self) -> Reply:
-        return self._call(OPEN, struct.pack("=II", 2, 0), out_size=16)
+        return self.call(OPEN, struct.pack("=II", 2, 0), out_size=16)
 
     def release(self) -> Reply:
-        return self._call(RELEASE, struct.pack("=QIIQ", 0, 2, 0, 0), out_size=0)
+        return self.call(RELEASE, struct.pack("=QIIQ", 0, 2, 0, 0), out_size=0)
 
     def write(self, data: bytes, *, flags: int = 2) -> Reply:
-        reply = self._call(WRITE, _transfer(len(data), flags) + data, out_size=8)
+        reply = self.call(WRITE, _transfer(len(data), flags) + data, out_size=8)
         if not reply.error:
             assert struct.unpack("=II", reply.body) == (len(data), 0)
         return reply
@@ -123,7 +124,7 @@ class FakeKernel:
         return self.send(READ, _transfer(size, flags), out_size=size)
 
     def read(self, size: int = 4096, *, flags: int = 2) -> Reply:
-        return self._call(READ, _transfer(size, flags), out_size=size)
+        return self.call(READ, _transfer(size, flags), out_size=size)
 
     def start_ioctl(self, number: int, argument: bytes = b"") -> int:
         in_size, out_size = ioctl_sizes(number)
@@ -148,7 +149,7 @@ class FakeKernel:
     def poll(self, *, kh: int = 0) -> int:
         """Events; with *kh* the kernel wants a notification."""
         flags = SCHEDULE_NOTIFY if kh else 0
-        reply = self._call(POLL, struct.pack("=QQII", 0, kh, flags, 0xFFFF), out_size=8)
+        reply = self.call(POLL, struct.pack("=QQII", 0, kh, flags, 0xFFFF), out_size=8)
         assert reply.error == 0
         return int(struct.unpack("=II", reply.body)[0])
 
@@ -187,11 +188,15 @@ class Machine:
         self.ptm = PtmService(self.vtpm)
         self.jobs = Jobs()
         self.file = TpmDeviceFile(self.vtpm, self.ptm, self.jobs.submit, self._wake)
-        self.session = CuseSession(self.file)
+        self.session = self.make_session()
         self.kernel = FakeKernel(self.session, self._after)
         if running:
             self.vtpm.start()
             self.engine.calls.clear()
+
+    def make_session(self) -> DeviceSession:
+        """For FUSE to override."""
+        return DeviceSession(self.file)
 
     def _after(self) -> None:
         if self.file.pending is not None:

@@ -240,7 +240,7 @@ def test_errors(unconnected: Tool, words: list[str], said: str) -> None:
 def test_a_file_is_not_taken_for_a_device(unconnected: Tool, tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_bytes(b"precious")
-    said = f"Unable to open device '{path}'. Not a character device\n"
+    said = f"Unable to open device '{path}'. Neither a character device nor a TPM\n"
     assert unconnected("-c", str(path)) == (1, "", said)
     assert path.read_bytes() == b"precious"
 

@@ -146,7 +146,7 @@ def test_answers_and_refusals() -> None:
 def test_opens_only_character_devices(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"precious")
-    with pytest.raises(OSError, match="Not a character device") as info:
+    with pytest.raises(OSError, match="Neither a character device nor a TPM") as info:
         DeviceControl(str(path))
     assert info.value.errno == errno.ENODEV
     with pytest.raises(FileNotFoundError):

@@ -64,7 +64,7 @@ def test_second_open_is_refused() -> None:
 def test_open_reply() -> None:
     reply = Machine().kernel.open()
     _fh, open_flags, padding = struct.unpack("=QII", reply.body)
-    assert open_flags == 1 | 4  # FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE
+    assert open_flags == 1 | 4 | 16  # FOPEN_DIRECT_IO, FOPEN_NONSEEKABLE, FOPEN_STREAM
     assert padding == 0
 
 

@@ -24,6 +24,7 @@ TABLE: list[tuple[BaseException, int, int, int, str]] = [
     (errors.StateDamaged("/x", "cut", 3), 3, errno.EIO, 1, "/x: cut"),
     (errors.StateKeyRejected("/x", "no key", 0xD), 0xD, errno.EIO, 1, "/x: no key"),
     (errors.CertificateError("/x", "no key"), 9, errno.EIO, 1, "/x: no key"),
+    (errors.DeviceGone("unmounted"), 9, errno.EIO, 1, "unmounted"),
     (errors.FrontendError("no device"), 9, errno.EIO, 1, "no device"),
     (errors.FrontendError("no device", "modprobe"), 9, errno.EIO, 1, "no device; modprobe"),
     (errors.UsageError("bad option", 255), 9, errno.EIO, 255, "bad option"),

@@ -56,6 +56,10 @@ class CommandLine:
         if self.operands and not (program.operands or self.has("help") or self.has("version")):
             raise UsageError(f"Unknown parameter '{self.operands[0]}'")
 
+    def knows(self, name: str) -> bool:
+        """Whether the program has such an option."""
+        return name in self._table
+
     def has(self, name: str) -> bool:
         """Whether the option was given."""
         return name in self._given

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ALL: Final = frozenset(Interface)
 CUSE: Final = frozenset({Interface.CUSE})
+FUSE: Final = frozenset({Interface.FUSE})
 SOCKET: Final = frozenset({Interface.SOCKET})
 CHARDEV: Final = frozenset({Interface.CHARDEV})
 STREAMS: Final = SOCKET | CHARDEV
@@ -52,6 +53,27 @@ _KEY: Final = (
     SubOption("remove", "remove the key or passphrase file after it was read", Kind.BOOL),
 )
 
+_TPMSTATE: Final = (
+    SubOption("dir", "directory of the state files", metavar="DIR"),
+    SubOption("backend-uri", "the same as dir://DIR", metavar="URI"),
+    SubOption(
+        "mode",
+        "permissions of the state files in octal, by default 0640",
+        Kind.MODE,
+        metavar="0...",
+    ),
+    SubOption("lock", "false lets other processes use the same state", Kind.BOOL, "BOOL"),
+)
+
+_FLAGS: Final = _switches(
+    not_need_init="power the TPM on at once, without waiting for an INIT",
+    startup_clear="power it on and send Startup(CLEAR)",
+    startup_state="power it on and send Startup(STATE)",
+    startup_deactivated="power it on and send Startup(DEACTIVATED), TPM 1.2 only",
+    startup_none="send no Startup",
+    disable_auto_shutdown="send no TPM2_Shutdown when a client omitted it",
+)
+
 OPTIONS: Final[Sequence[Option]] = (
     Option(
         "name",
@@ -61,6 +83,25 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=CUSE,
         # PEER: so does its loop, for this option alone.
         first_counts=True,
+    ),
+    Option(
+        "name",
+        "name of the file that is the TPM",
+        letter="n",
+        metavar="NAME",
+        interfaces=FUSE,
+    ),
+    Option(
+        "mount",
+        "empty directory to mount on, made if it is missing; by default $XDG_RUNTIME_DIR/vtpm",
+        metavar="DIR",
+        interfaces=FUSE,
+    ),
+    Option(
+        "allow-other",
+        "let all users use the TPM; for an ordinary user /etc/fuse.conf must permit it with "
+        "user_allow_other",
+        interfaces=FUSE,
     ),
     Option(
         "maj",
@@ -74,7 +115,7 @@ OPTIONS: Final[Sequence[Option]] = (
         "foreground",
         "stay in the foreground, as service managers want it; without it the program returns "
         "as soon as the device answers, and the TPM runs on in the background",
-        interfaces=CUSE,
+        interfaces=CUSE | FUSE,
     ),
     Option(
         "vtpm-proxy",
@@ -149,36 +190,39 @@ OPTIONS: Final[Sequence[Option]] = (
         letter="d",
         interfaces=STREAMS,
     ),
-    Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2"),
+    Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2", interfaces=ALL - FUSE),
+    Option("tpm2", "be a TPM 2.0, which it is by default", interfaces=FUSE),
+    Option("tpm12", "be a TPM 1.2", interfaces=FUSE),
     Option(
         "tpmstate",
         "where the state of the TPM is kept; needed unless the environment variable TPM_PATH "
         "names a directory",
         noun="tpmstate",
-        subs=(
-            SubOption("dir", "directory of the state files", metavar="DIR"),
-            SubOption("backend-uri", "the same as dir://DIR", metavar="URI"),
-            SubOption(
-                "mode",
-                "permissions of the state files in octal, by default 0640",
-                Kind.MODE,
-                metavar="0...",
-            ),
-            SubOption("lock", "false lets other processes use the same state", Kind.BOOL, "BOOL"),
-        ),
+        subs=_TPMSTATE,
+        interfaces=ALL - FUSE,
+    ),
+    Option(
+        "tpmstate",
+        "where the state of the TPM is kept; by default in the directory that the environment "
+        "variable TPM_PATH names, else in $XDG_STATE_HOME/vtpm-cuse/NAME "
+        "(~/.local/state/vtpm-cuse/NAME)",
+        noun="tpmstate",
+        subs=_TPMSTATE,
+        interfaces=FUSE,
     ),
     Option(
         "flags",
         "how the TPM starts and ends",
         noun="flags",
-        subs=_switches(
-            not_need_init="power the TPM on at once, without waiting for an INIT",
-            startup_clear="power it on and send Startup(CLEAR)",
-            startup_state="power it on and send Startup(STATE)",
-            startup_deactivated="power it on and send Startup(DEACTIVATED), TPM 1.2 only",
-            startup_none="send no Startup",
-            disable_auto_shutdown="send no TPM2_Shutdown when a client omitted it",
-        ),
+        subs=_FLAGS,
+        interfaces=ALL - FUSE,
+    ),
+    Option(
+        "flags",
+        "how the TPM starts and ends; it is always powered on, by default with startup-clear",
+        noun="flags",
+        subs=_FLAGS,
+        interfaces=FUSE,
     ),
     Option(
         "locality",
@@ -259,7 +303,7 @@ OPTIONS: Final[Sequence[Option]] = (
         metavar="NUMBER",
     ),
     Option("help", "print this help and end", letter="h"),
-    Option("version", "print the version and end", letter="v", interfaces=CUSE),
+    Option("version", "print the version and end", letter="v", interfaces=CUSE | FUSE),
 )
 
 

@@ -57,7 +57,7 @@ def asked_text(line: CommandLine) -> str | None:
     if line.has("print-states"):
         return _states(line)
     if line.has("print-profiles"):
-        engine = _engine(tpm2=line.has("tpm2"))
+        engine = _engine(tpm2=settings.is_tpm2(line))
         return engine.info(_PROFILES) if engine.tpm2 and engine.has_profiles else "{}"
     return None
 
@@ -103,13 +103,13 @@ def _states(line: CommandLine) -> str:
     state = settings.state_config(line)
     if state is None:
         raise UsageError("Error: --tpmstate option is required for --print-states")
-    sizes = open_store(state.uri, tpm2=line.has("tpm2"), lock=False).sizes()
+    sizes = open_store(state.uri, tpm2=settings.is_tpm2(line), lock=False).sizes()
     found = ", ".join(f'{{"name": "{name}", "size": {size}}}' for name, size in sizes.items())
     return f'{{ "type": "swtpm", "states": [{f" {found} " if found else ""}] }}'
 
 
 def _capabilities(line: CommandLine) -> str:
-    engine = _engine(tpm2=line.has("tpm2"))
+    engine = _engine(tpm2=settings.is_tpm2(line))
     features = ", ".join(f'"{verb}"' for verb in _verbs(line.program, engine))
     profiles = _profiles(engine) if engine.tpm2 and engine.has_profiles else {}
     return (

@@ -18,6 +18,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.swtpm_chardev",
     "vtpm_cuse.cli.swtpm_cuse",
     "vtpm_cuse.cli.swtpm_doctor",
+    "vtpm_cuse.cli.swtpm_fuse",
     "vtpm_cuse.cli.swtpm_ioctl",
     "vtpm_cuse.cli.swtpm_setup",
 )

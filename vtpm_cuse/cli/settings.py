@@ -14,6 +14,7 @@ from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import (
     ChardevConfig,
     CuseConfig,
+    FuseConfig,
     LocalityConfig,
     LogConfig,
     PidConfig,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _PORT_MAX: Final = 0xFFFF
 _FIRST_FD: Final = 3
+_NAME_MAX: Final = 255
 _SOCKET_MODE: Final = 0o770
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
 
@@ -48,6 +50,26 @@ def cuse_config(line: CommandLine) -> CuseConfig:
         name=_device_name(line),
         process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm_config(line),
+    )
+
+
+def fuse_config(line: CommandLine) -> FuseConfig:
+    """All of ``swtpm fuse``, whose defaults make a TPM that is ready to use. Raises UsageError."""
+    name = _file_name(line)
+    mount = line.value("mount")
+    if mount is None:
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        if not runtime:
+            raise UsageError("Error: XDG_RUNTIME_DIR is not set", hint="give --mount DIR")
+        mount = f"{runtime}/vtpm"
+    vtpm = vtpm_config(line)
+    kind = vtpm.startup.startup or "clear"
+    return FuseConfig(
+        name=name,
+        mount=os.path.abspath(mount),
+        allow_other=line.has("allow-other"),
+        process=process_config(line, background=not line.has("foreground")),
+        vtpm=replace(vtpm, startup=replace(vtpm.startup, not_need_init=True, startup=kind)),
     )
 
 
@@ -106,7 +128,7 @@ def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
 def vtpm_config(line: CommandLine) -> VtpmConfig:
     """The options about the TPM itself. Raises UsageError."""
     return VtpmConfig(
-        tpm2=line.has("tpm2"),
+        tpm2=is_tpm2(line),
         state=state_config(line),
         startup=_startup_config(line),
         locality=_locality_config(line),
@@ -114,6 +136,13 @@ def vtpm_config(line: CommandLine) -> VtpmConfig:
         key=_key_source(line, "key"),
         migration_key=_key_source(line, "migration-key"),
     )
+
+
+def is_tpm2(line: CommandLine) -> bool:
+    """Whether a TPM 2.0 is meant: where ``--tpm12`` exists it is the default. Raises UsageError."""
+    if line.has("tpm2") and line.has("tpm12"):
+        raise line.error("Error: --tpm2 and --tpm12 exclude each other")
+    return line.has("tpm2") or (line.knows("tpm12") and not line.has("tpm12"))
 
 
 def log_config(line: CommandLine) -> LogConfig:
@@ -147,10 +176,13 @@ def pid_config(line: CommandLine) -> PidConfig | None:
 
 
 def state_config(line: CommandLine) -> StateConfig | None:
-    """``--tpmstate``, else TPM_PATH, else nothing. Raises UsageError."""
+    """``--tpmstate``, else TPM_PATH, else the user's own folder or nothing. Raises UsageError."""
     given = line.subs("tpmstate")
     if given is None:
         path = os.environ.get("TPM_PATH")
+        if not path and line.knows("mount"):
+            home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+            path = f"{home}/vtpm-cuse/{_file_name(line)}"
         return StateConfig(_absolute(f"dir://{path}")) if path else None
     directory, uri = given.text("dir"), given.text("backend-uri")
     if directory is not None:
@@ -172,6 +204,19 @@ def _device_name(line: CommandLine) -> str:
     parts = name.split("/")
     if not name.isascii() or not name.isprintable() or " " in name or {"", ".", ".."} & {*parts}:
         raise UsageError(f"Error: '{name}' cannot be the name of a device", CuseExit.NO_NAME)
+    return name
+
+
+def _file_name(line: CommandLine) -> str:
+    """The name of the TPM in a FUSE mount; other names there are taken."""
+    from vtpm_cuse.device.attributes import is_attribute
+
+    name = line.value("name")
+    if name is None:
+        raise UsageError("Error: device name missing", hint="give -n NAME")
+    fits = name.isascii() and name.isprintable() and " " not in name and "/" not in name
+    if not fits or name in {"", ".", ".."} or len(name) > _NAME_MAX or is_attribute(name):
+        raise UsageError(f"Error: '{name}' cannot be the name of the TPM's file")
     return name
 
 

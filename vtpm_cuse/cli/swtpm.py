@@ -35,6 +35,9 @@ PROGRAM: Final = Program(
             "what this machine offers, and what to type next",
             "vtpm_cuse.cli.swtpm_doctor",
         ),
+        Subcommand(
+            "fuse", "a TPM as a file in a FUSE mount, without root", "vtpm_cuse.cli.swtpm_fuse"
+        ),
     ),
     description=(
         "Runs a virtual TPM 1.2 or TPM 2.0 on libtpms, in user space. The first word chooses "
@@ -43,6 +46,7 @@ PROGRAM: Final = Program(
     examples=(
         Example("", "swtpm socket --help"),
         Example("", "sudo swtpm cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0"),
+        Example("", "swtpm fuse -n vtpm0"),
     ),
     see_also=("swtpm_ioctl(8)",),
     banner="TPM emulator with choice of interface.",

@@ -31,6 +31,7 @@ class Interface(Enum):
     SOCKET = "socket"
     CHARDEV = "chardev"
     CUSE = "cuse"
+    FUSE = "fuse"
 
 
 class SubOption(NamedTuple):

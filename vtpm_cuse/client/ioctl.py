@@ -9,6 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.client.base import Control
+from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.ptm import (
     PTM_SPECS,
@@ -31,7 +32,7 @@ class DeviceControl(Control):
     """Opens *path*; while it is open, nobody else can use the device.
 
     Args:
-        path: The character device.
+        path: The character device, or the TPM's file in a FUSE mount.
         buffer_size: State blobs travel by read() and write() of so many bytes; 0 for ioctls alone.
 
     Raises:
@@ -42,9 +43,17 @@ class DeviceControl(Control):
         self._buffer_size = buffer_size
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         # PEER: writes its command over the start of anything else that was named by mistake.
-        if not stat.S_ISCHR(os.fstat(self._fd).st_mode):
+        if not stat.S_ISCHR(os.fstat(self._fd).st_mode) and not self._answers():
             self.close()
-            raise OSError(errno.ENODEV, "Not a character device", path)
+            raise OSError(errno.ENODEV, "Neither a character device nor a TPM", path)
+
+    def _answers(self) -> bool:
+        """Whether a file that is no device is a TPM all the same, as in a FUSE mount."""
+        try:
+            self.request(PtmCommand.PTM_GET_CAPABILITY)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Closes the device."""
@@ -95,6 +104,18 @@ class DeviceControl(Control):
     def _send_piece(self, kind: PtmBlobType, piece: bytes) -> None:
         body = PtmSetStateRequest(0, kind, len(piece), piece)
         self.request(PtmCommand.PTM_SET_STATEBLOB, body)
+
+
+def confirm_device(path: str, absent_hint: str) -> None:
+    """Raises FrontendError unless the TPM at *path* answers, or somebody uses it already."""
+    try:
+        with DeviceControl(path) as device:
+            device.request(PtmCommand.PTM_GET_CAPABILITY)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            return
+        hint = absent_hint if exc.errno == errno.ENOENT else "see the log"
+        raise FrontendError(f"{path} does not answer: {exc.strerror}", hint) from exc
 
 
 def _pieces(blob: bytes) -> Iterator[bytes]:

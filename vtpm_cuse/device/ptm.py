@@ -94,9 +94,9 @@ class PtmService:
             PtmCommand.PTM_SHUTDOWN: self._shutdown,
             PtmCommand.PTM_GET_TPMESTABLISHED: self._established,
             PtmCommand.PTM_SET_LOCALITY: self._set_locality,
-            PtmCommand.PTM_HASH_START: self._hash_start,
+            PtmCommand.PTM_HASH_START: lambda _: vtpm.hash_start(),
             PtmCommand.PTM_HASH_DATA: self._hash_data,
-            PtmCommand.PTM_HASH_END: lambda _: vtpm.engine.hash_end(),
+            PtmCommand.PTM_HASH_END: lambda _: vtpm.hash_end(),
             PtmCommand.PTM_CANCEL_TPM_CMD: lambda _: vtpm.cancel(),
             PtmCommand.PTM_STORE_VOLATILE: lambda _: vtpm.store_volatile(),
             PtmCommand.PTM_RESET_TPMESTABLISHED: self._reset_established,
@@ -143,10 +143,6 @@ class PtmService:
 
     def _reset_established(self, request: PtmLocalityRequest) -> int:
         return self.vtpm.reset_established(request.locality)
-
-    def _hash_start(self, _request: WireStruct) -> int:
-        self.vtpm.need_lock()  # it sets the tpmEstablished bit, which a TPM 1.2 stores
-        return self.vtpm.engine.hash_start()
 
     def _hash_data(self, request: PtmHashDataRequest) -> int:
         if request.length > len(request.data):

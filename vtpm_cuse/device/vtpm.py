@@ -8,6 +8,7 @@ only `Vtpm.cancel` and what reads plain attributes may be called beside it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import (
+    DeviceError,
     EngineError,
     PtmError,
     StateLocked,
@@ -27,6 +29,7 @@ from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
     TPM_HEADER_SIZE,
     TpmCc,
+    TpmOrdinal,
     TpmRc,
     TpmSu,
     command_code,
@@ -45,6 +48,10 @@ log = logging.getLogger(__name__)
 
 _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
 _SET_LOCALITY: Final = TPM_CC_SET_LOCALITY.to_bytes(4, "big")
+_SHA1_THREAD: Final = {
+    code.to_bytes(4, "big")
+    for code in (TpmOrdinal.TPM_ORD_SHA1Start, TpmOrdinal.TPM_ORD_SHA1Update)
+}
 _LOCK_RETRY_SECONDS: Final = 0.01
 _HANDOVER_RETRIES: Final = 300
 _LOCK_RETRIES_MAX: Final = 6000
@@ -95,6 +102,7 @@ class Vtpm:
         self._incoming = self._lock_pending = self.options.incoming
         self._lock_retries = 0
         self._hurried = False
+        self._hashing = False
         self.state_lost = False
 
     # -- life cycle -----------------------------------------------------------------------
@@ -114,6 +122,7 @@ class Vtpm:
             with contextlib.suppress(PtmError):
                 self.need_lock()  # the orderly shutdown before a reset writes
         self.stop()
+        self._hashing = False
         try:
             self._start(delete_volatile)
         except VtpmError as exc:
@@ -220,6 +229,26 @@ class Vtpm:
             log.exception("The TPM could not finish a command")
         return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
 
+    def query(self, command: bytes) -> bytes:
+        """The response to a command of ours that only asks, in locality 0: no client notices it.
+
+        Raises:
+            DeviceError: EBUSY while the state is handed out, and where the TPM would lose what
+                a client does in several commands.
+            VtpmError: The TPM is off, or fails.
+        """
+        if not self.running:
+            raise PtmError(PtmResult.TPM_BAD_ORDINAL, "the TPM is off")
+        thread = not self.tpm2 and self._last_command in _SHA1_THREAD
+        # Any command may update a clock in the state, which may be another process' by now.
+        if thread or self._hashing or self._lock_pending:
+            raise DeviceError(errno.EBUSY)
+        before, self.engine.locality = self.engine.locality, 0
+        try:
+            return self.engine.process(command)
+        finally:
+            self.engine.locality = before
+
     def cancel(self) -> int:
         """Asks a running command to end early; returns the result code. From any thread."""
         return self.engine.cancel()
@@ -251,6 +280,17 @@ class Vtpm:
         if locality > 4 or (locality == 4 and self.options.reject_locality_4):
             raise PtmError(PtmResult.TPM_BAD_LOCALITY)
         self.engine.locality = locality
+
+    def hash_start(self) -> int:
+        """Begins a measurement by the platform (TPM_IO_Hash_Start); returns the result code."""
+        self.need_lock()  # it sets the tpmEstablished bit, which a TPM 1.2 stores
+        self._hashing = True
+        return self.engine.hash_start()
+
+    def hash_end(self) -> int:
+        """Ends it, which extends the PCR; returns the result code."""
+        self._hashing = False
+        return self.engine.hash_end()
 
     def reset_established(self, locality: int) -> int:
         """Clears the tpmEstablished bit in *locality* (3 or 4 may); returns the result code."""

@@ -1,192 +1,21 @@
-"""The CUSE side of a character device: kernel requests in, replies and notifications out.
-
-Sans-IO, in restricted ioctl mode. A request that cannot be answered yet waits
-here until `wake`; INTERRUPT takes it away again, so no client ever hangs in a
-state that cannot be killed. Source: linux/fuse.h.
-"""
+"""How a CUSE device comes to be: the answer to CUSE_INIT. Source: linux/fuse.h."""
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
-from typing import TYPE_CHECKING, Final, Protocol
 
-from vtpm_cuse import faults
-from vtpm_cuse.errors import FrontendError, VtpmError, WireError
+from vtpm_cuse.errors import FrontendError, WireError
+from vtpm_cuse.proto.device import MAX_TRANSFER, reply_to
 from vtpm_cuse.wire.fuse import (
     FUSE_KERNEL_VERSION,
-    FUSE_NOTIFY_POLL,
-    FUSE_POLL_SCHEDULE_NOTIFY,
     CuseInitIn,
     CuseInitOut,
     FuseInHeader,
-    FuseInterruptIn,
-    FuseIoctlIn,
-    FuseIoctlOut,
     FuseOpcode,
-    FuseOpenFlag,
-    FuseOpenOut,
-    FuseOutHeader,
-    FusePollIn,
-    FusePollOut,
-    FusePollWakeup,
-    FuseReadWriteIn,
-    FuseWriteOut,
 )
 from vtpm_cuse.wire.layout import HOST
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    Retry = Callable[[], bytes | None]
-
-MAX_TRANSFER: Final = 1 << 16
-"""Bytes of one READ or WRITE request; a longer system call arrives in pieces."""
-
-READ_BUFFER_SIZE: Final = 1 << 17
-"""Bytes that every read of the channel must offer: more than a WRITE with its headers."""
-
-_IN, _OUT = FuseInHeader.compiled(HOST), FuseOutHeader.compiled(HOST)
-_TRANSFER, _WRITTEN = FuseReadWriteIn.compiled(HOST), FuseWriteOut.compiled(HOST)
-_DATA_AT: Final = FuseInHeader.SIZE + FuseReadWriteIn.SIZE
-_WRITE_REPLY_SIZE: Final = FuseOutHeader.SIZE + FuseWriteOut.SIZE
-_IOCTL_DONE: Final = FuseIoctlOut(result=0, flags=0, in_iovs=0, out_iovs=0).pack(HOST)
-
-
-class DeviceFile(Protocol):
-    """What the session asks of the device. All raise DeviceError with the errno to give back."""
-
-    def open(self) -> None:
-        """As open(2)."""
-
-    def release(self) -> None:
-        """The last descriptor of an open is closed."""
-
-    def write(self, data: bytes) -> None:
-        """As write(2), taken whole."""
-
-    def read(self, size: int, *, nonblocking: bool) -> bytes | Retry:
-        """As read(2): data, empty at the end, or what to try again after a change."""
-
-    def ioctl(self, number: int, argument: bytes) -> bytes | Retry:
-        """As ioctl(2): the argument to give back, or what to try again after a change."""
-
-    def poll(self) -> int:
-        """Events of poll(2) that hold now."""
-
-
-class CuseSession:
-    """One device on one channel."""
-
-    def __init__(self, file: DeviceFile) -> None:
-        self._file = file
-        self._waiting: dict[int, Retry] = {}
-        self._poll_handles: set[int] = set()
-        self._handlers: dict[int, Callable[[memoryview, int], bytes | None]] = {
-            FuseOpcode.FUSE_WRITE: self._write,
-            FuseOpcode.FUSE_READ: self._read,
-            FuseOpcode.FUSE_IOCTL: self._ioctl,
-            FuseOpcode.FUSE_POLL: self._poll,
-            FuseOpcode.FUSE_OPEN: self._open,
-            FuseOpcode.FUSE_RELEASE: self._release,
-            FuseOpcode.FUSE_INTERRUPT: self._interrupt,
-        }
-
-    def receive(self, message: memoryview) -> bytes | None:
-        """One kernel request; returns the reply, or None while there is none to give.
-
-        Raises:
-            WireError: The message is too short for a request.
-        """
-        if len(message) < _IN.size:
-            raise WireError("FuseInHeader", _IN.size, len(message))
-        _, opcode, unique, *_ = _IN.unpack_from(message)
-        handler = self._handlers.get(opcode)
-        if handler is None:
-            return error_reply(unique, errno.ENOSYS)
-        try:
-            return handler(message, unique)
-        except VtpmError as exc:
-            return error_reply(unique, faults.errno_of(exc))
-        except struct.error:  # the request is shorter than its structure
-            return error_reply(unique, errno.EINVAL)
-
-    def wake(self) -> Iterator[bytes]:
-        """After a change of the device: replies to waiting requests, then poll notifications."""
-        bug: Exception | None = None
-        for unique, retry in list(self._waiting.items()):
-            try:
-                body = retry()
-                reply = None if body is None else _reply(unique, body)
-            except VtpmError as exc:
-                reply = error_reply(unique, faults.errno_of(exc))
-            except Exception as exc:  # a bug of ours must not keep the others waiting
-                bug = exc
-                reply = error_reply(unique, errno.EIO)
-            if reply is not None:
-                del self._waiting[unique]
-                yield reply
-        while self._poll_handles:
-            wakeup = FusePollWakeup(self._poll_handles.pop()).pack(HOST)
-            yield _OUT.pack(_OUT.size + len(wakeup), FUSE_NOTIFY_POLL, 0) + wakeup
-        if bug is not None:
-            raise bug
-
-    # -- requests -------------------------------------------------------------------------
-
-    def _write(self, message: memoryview, unique: int) -> bytes:
-        size = _TRANSFER.unpack_from(message, _IN.size)[2]
-        data = bytes(message[_DATA_AT : _DATA_AT + size])
-        self._file.write(data)
-        return _OUT.pack(_WRITE_REPLY_SIZE, 0, unique) + _WRITTEN.pack(len(data), 0)
-
-    def _read(self, message: memoryview, unique: int) -> bytes | None:
-        _, _, size, _, _, flags, _ = _TRANSFER.unpack_from(message, _IN.size)
-        answer = self._file.read(size, nonblocking=bool(flags & os.O_NONBLOCK))
-        if isinstance(answer, bytes):
-            return _reply(unique, answer)
-        self._waiting[unique] = answer
-        return None
-
-    def _ioctl(self, message: memoryview, unique: int) -> bytes | None:
-        request = FuseIoctlIn.unpack_untrusted(message[_IN.size :], HOST)
-        start = _IN.size + FuseIoctlIn.SIZE
-        argument = bytes(message[start : start + request.in_size])
-        answer = self._file.ioctl(request.cmd, argument)
-        if isinstance(answer, bytes):
-            return _reply(unique, _IOCTL_DONE + answer)
-        retry = answer
-
-        def later() -> bytes | None:
-            result = retry()
-            return None if result is None else _IOCTL_DONE + result
-
-        self._waiting[unique] = later
-        return None
-
-    def _poll(self, message: memoryview, unique: int) -> bytes:
-        request = FusePollIn.unpack_untrusted(message[_IN.size :], HOST)
-        if request.flags & FUSE_POLL_SCHEDULE_NOTIFY:
-            self._poll_handles.add(request.kh)
-        return _reply(unique, FusePollOut(self._file.poll()).pack(HOST))
-
-    def _open(self, _message: memoryview, unique: int) -> bytes:
-        flags = FuseOpenFlag.FOPEN_DIRECT_IO | FuseOpenFlag.FOPEN_NONSEEKABLE
-        self._file.open()
-        return _reply(unique, FuseOpenOut(0, flags).pack(HOST))
-
-    def _release(self, _message: memoryview, unique: int) -> bytes:
-        self._file.release()
-        self._poll_handles.clear()
-        return _reply(unique, b"")
-
-    def _interrupt(self, message: memoryview, _unique: int) -> bytes | None:
-        """The interrupted request ends with EINTR; the interruption itself gets no reply."""
-        target = FuseInterruptIn.unpack_untrusted(message[_IN.size :], HOST).unique
-        if self._waiting.pop(target, None) is None:
-            return None
-        return error_reply(target, errno.EINTR)
+_IN = FuseInHeader.compiled(HOST)
 
 
 def init_reply(message: memoryview, name: str, major: int, minor: int) -> bytes:
@@ -214,18 +43,4 @@ def init_reply(message: memoryview, name: str, major: int, minor: int) -> bytes:
         dev_minor=minor,
         info=info,
     )
-    return _reply(unique, answer.pack(HOST))
-
-
-def error_reply(unique: int, number: int) -> bytes:
-    """The request fails with errno *number*."""
-    return _OUT.pack(_OUT.size, -number, unique)
-
-
-def unique_of(message: memoryview) -> int:
-    """Which request a message is."""
-    return int(_IN.unpack_from(message)[2])
-
-
-def _reply(unique: int, body: bytes) -> bytes:
-    return _OUT.pack(_OUT.size + len(body), 0, unique) + body
+    return reply_to(unique, answer.pack(HOST))

@@ -144,6 +144,23 @@ class CuseConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FuseConfig:
+    """A vTPM as a file in a FUSE mount.
+
+    Attributes:
+        name: The file is ``MOUNT/NAME``.
+        mount: Absolute path of the directory to mount on.
+        allow_other: Other users may use it too.
+    """
+
+    name: str
+    mount: str
+    vtpm: VtpmConfig
+    allow_other: bool = False
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+
+
+@dataclass(frozen=True, slots=True)
 class SocketAddress:
     """One end of a channel: a descriptor if there is one, else a path, else a port.
 

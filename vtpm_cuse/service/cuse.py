@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import FrontendError, UsageError
+from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service import life
 
 if TYPE_CHECKING:
@@ -56,17 +55,10 @@ class _CuseDevice(life.Interface):
 
     def _prepare_state(self) -> None:
         """This interface makes a missing directory, and does not start without a location."""
-        state = self._config.vtpm.state
-        if state is None:
+        if self._config.vtpm.state is None:
             reason = "Error: No TPM state directory is defined; TPM_PATH is not set"
             raise UsageError(reason, _START_FAILED, hint="give --tpmstate dir=DIRECTORY")
-        scheme, _, path = state.uri.partition("://")
-        if scheme == "dir":
-            try:
-                os.makedirs(path, 0o775, exist_ok=True)
-            except OSError as exc:
-                reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
-                raise UsageError(reason, _START_FAILED) from exc
+        life.make_state_directory(self._config.vtpm, 0o775, _START_FAILED)
 
     async def appear(self) -> None:
         config = self._config
@@ -75,9 +67,9 @@ class _CuseDevice(life.Interface):
 
     async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
         from vtpm_cuse.device.ptm import PtmService
-        from vtpm_cuse.frontends.cuse import CuseServer
+        from vtpm_cuse.frontends.device import DeviceServer
 
-        server = CuseServer(self._channel, vtpm, PtmService(vtpm), worker)
+        server = DeviceServer(self._channel, vtpm, PtmService(vtpm), worker)
         try:
             await server.serve()
         finally:
@@ -89,15 +81,6 @@ class _CuseDevice(life.Interface):
 
     def confirm(self) -> None:
         """Raises FrontendError unless the device answers."""
-        from vtpm_cuse.client.ioctl import DeviceControl
-        from vtpm_cuse.wire.ptm import PtmCommand
+        from vtpm_cuse.client.ioctl import confirm_device
 
-        path = f"/dev/{self._config.name}"
-        try:
-            with DeviceControl(path) as device:
-                device.request(PtmCommand.PTM_GET_CAPABILITY)
-        except OSError as exc:
-            if exc.errno == errno.EBUSY:  # somebody else already uses it
-                return
-            hint = "is /dev a devtmpfs?" if exc.errno == errno.ENOENT else "see the log"
-            raise FrontendError(f"{path} does not answer: {exc.strerror}", hint) from exc
+        confirm_device(f"/dev/{self._config.name}", "is /dev a devtmpfs?")

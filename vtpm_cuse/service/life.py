@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import PtmError, VtpmError
+from vtpm_cuse.errors import PtmError, UsageError, VtpmError
 from vtpm_cuse.service.daemon import run_in_background
 from vtpm_cuse.wire.ptm import PtmResult
 
@@ -75,6 +76,17 @@ class Interface:
         Raises:
             VtpmError: It does not; the background process is told to end.
         """
+
+
+def make_state_directory(config: VtpmConfig, mode: int, exit_status: int) -> None:
+    """For the interfaces that make a missing one. Raises UsageError with the *exit_status*."""
+    scheme, _, path = config.state.uri.partition("://") if config.state else ("", "", "")
+    if scheme == "dir":
+        try:
+            os.makedirs(path, mode, exist_ok=True)
+        except OSError as exc:
+            reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
+            raise UsageError(reason, exit_status) from exc
 
 
 def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:

@@ -11,18 +11,22 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtpm_cuse.service.config import LogConfig
 
 _LOGGER: Final = logging.getLogger("vtpm_cuse")
 _ENGINE_LEVEL: Final = 5  # from here on libtpms logs too
 _SILENT: Final = logging.CRITICAL + 1
 _STDERR: Final = 2
+_RECENT_LINES: Final = 200
 
 
 class EngineDebug(NamedTuple):
@@ -62,6 +66,18 @@ class _LogHandler(logging.Handler):
             os.close(self.fd)
 
 
+class _RecentHandler(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque(maxlen=_RECENT_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(f"{self.format(record)}\n")
+
+    def text(self) -> bytes:
+        return "".join(self._lines).encode(errors="backslashreplace")
+
+
 def configure(config: LogConfig) -> None:
     """Sends all messages where *config* says, from now on.
 
@@ -76,6 +92,14 @@ def configure(config: LogConfig) -> None:
     _LOGGER.setLevel(logging_level(config.level) if handler else _SILENT)
     if handler:
         _LOGGER.addHandler(handler)
+
+
+def keep_recent() -> Callable[[], bytes]:
+    """From now on the last messages are kept in memory; returns what gives them as one text."""
+    handler = _RecentHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    _LOGGER.addHandler(handler)
+    return handler.text
 
 
 def engine_debug() -> EngineDebug | None:

@@ -50,6 +50,7 @@ class TpmOrdinal(IntEnum):
 
     TPM_ORD_OIAP = 0x0A
     TPM_ORD_TakeOwnership = 0x0D
+    TPM_ORD_PcrRead = 0x15
     TPM_ORD_CreateWrapKey = 0x1F
     TPM_ORD_SelfTestFull = 0x50
     TPM_ORD_ContinueSelfTest = 0x53
@@ -60,6 +61,8 @@ class TpmOrdinal(IntEnum):
     TPM_ORD_MakeIdentity = 0x79
     TPM_ORD_CreateRevocableEK = 0x7F
     TPM_ORD_Startup = 0x99
+    TPM_ORD_SHA1Start = 0xA0
+    TPM_ORD_SHA1Update = 0xA1
     TPM_ORD_NV_DefineSpace = 0xCC
     TPM_ORD_NV_WriteValue = 0xCD
     TSC_ORD_PhysicalPresence = 0x4000000A
@@ -82,6 +85,7 @@ class TpmCc(IntEnum):
     TPM_CC_Create = 0x153
     TPM_CC_FlushContext = 0x165
     TPM_CC_GetCapability = 0x17A
+    TPM_CC_PCR_Read = 0x17E
     TPM_CC_CreateLoaded = 0x191
 
 

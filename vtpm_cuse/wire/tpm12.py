@@ -1,4 +1,4 @@
-"""The TPM 1.2 commands that set a TPM up, and their responses.
+"""The TPM 1.2 commands that set a TPM up or look at it, and their responses.
 
 Sources: TCG TPM 1.2 Main Part 2 (structures) and Part 3 (commands).
 """
@@ -24,7 +24,12 @@ TPM_NV_PER_OWNERWRITE: Final = 0x00000002
 TPM_NV_INDEX_LOCK: Final = 0xFFFFFFFF
 TPM_LOC_ALL: Final = 0x1F
 TPM_CAP_FLAG: Final = 4
+TPM_CAP_PROPERTY: Final = 5
+TPM_CAP_VERSION_VAL: Final = 0x1A
 TPM_CAP_FLAG_PERMANENT: Final = 0x108
+TPM_CAP_PROP_MANUFACTURER: Final = 0x103
+TPM_CAP_PROP_TIS_TIMEOUT: Final = 0x115
+TPM_CAP_PROP_DURATION: Final = 0x120
 
 TPM_PHYSICAL_PRESENCE_LOCK: Final = 0x4
 TPM_PHYSICAL_PRESENCE_PRESENT: Final = 0x8
@@ -169,6 +174,42 @@ class GetCapabilityParameters(TpmStruct):
 
     capArea: U32
     subCap: Sized32
+
+
+@marshalled
+class GetCapabilityResult(TpmStruct):
+    """Response parameters of TPM_GetCapability."""
+
+    resp: Sized32
+
+
+@marshalled
+class VersionInfo(TpmStruct):
+    """TPM_CAP_VERSION_INFO, whose vendor's part is *vendorSpecific*."""
+
+    tag: U16
+    major: U8
+    minor: U8
+    revMajor: U8
+    revMinor: U8
+    specLevel: U16
+    errataRev: U8
+    tpmVendorID: U32
+    vendorSpecific: Sized16
+
+
+@marshalled
+class PcrReadParameters(TpmStruct):
+    """Parameters of TPM_PcrRead."""
+
+    pcrIndex: U32
+
+
+@marshalled
+class PcrReadResult(TpmStruct):
+    """Response parameters of TPM_PcrRead."""
+
+    outDigest: Digest20
 
 
 @marshalled

@@ -1,4 +1,4 @@
-"""The TPM 2.0 commands that set a TPM up, and their responses.
+"""The TPM 2.0 commands that set a TPM up or look at it, and their responses.
 
 Sources: TCG TPM 2.0 Library Part 2 (structures) and Part 3 (commands). Every
 authorisation is an empty password: hierarchies of a new TPM have no other.
@@ -18,6 +18,9 @@ TPM_RH_ENDORSEMENT: Final = 0x4000000B
 TPM_RH_PLATFORM: Final = 0x4000000C
 
 TPM_CAP_PCRS: Final = 5
+TPM_CAP_TPM_PROPERTIES: Final = 6
+TPM_PT_MANUFACTURER: Final = 0x105
+TPM_PT_FIRMWARE_VERSION_1: Final = 0x10B
 
 
 class TpmAlg(IntEnum):
@@ -236,6 +239,46 @@ class PcrCapability(TpmStruct):
     moreData: U8
     capability: U32
     assignedPCR: PcrSelections
+
+
+@marshalled
+class TaggedProperty(TpmStruct):
+    """TPMS_TAGGED_PROPERTY."""
+
+    property: U32
+    value: U32
+
+
+@marshalled
+class PropertyCapability(TpmStruct):
+    """Response parameters of TPM2_GetCapability(TPM_CAP_TPM_PROPERTIES)."""
+
+    moreData: U8
+    capability: U32
+    tpmProperty: Annotated[tuple[TaggedProperty, ...], ListOf(TaggedProperty)]
+
+
+@marshalled
+class PcrReadParameters(TpmStruct):
+    """Parameters of TPM2_PCR_Read."""
+
+    pcrSelectionIn: PcrSelections
+
+
+@marshalled
+class Digest(TpmStruct):
+    """TPM2B_DIGEST."""
+
+    buffer: Sized16
+
+
+@marshalled
+class PcrReadResult(TpmStruct):
+    """Response parameters of TPM2_PCR_Read."""
+
+    pcrUpdateCounter: U32
+    pcrSelectionOut: PcrSelections
+    pcrValues: Annotated[tuple[Digest, ...], ListOf(Digest)]
 
 
 @marshalled

@@ -1,4 +1,4 @@
-"""The CUSE session alone: messages in, replies out, whatever the messages are."""
+"""The session of a device file alone: messages in, replies out, whatever the messages are."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from tests.support.kernel import DESTROY, ENOSYS, FLUSH, FSYNC, FakeKernel, Machine
 from vtpm_cuse.errors import DeviceError, FrontendError, WireError
-from vtpm_cuse.proto.cuse import (
+from vtpm_cuse.proto.cuse import init_reply
+from vtpm_cuse.proto.device import (
     MAX_TRANSFER,
     READ_BUFFER_SIZE,
-    CuseSession,
+    DeviceSession,
     error_reply,
-    init_reply,
     unique_of,
 )
 
@@ -157,7 +157,7 @@ class Gate:
 
 def test_waiting_requests_are_tried_again_at_each_change() -> None:
     gate = Gate()
-    session = CuseSession(gate)
+    session = DeviceSession(gate)
     kernel = FakeKernel(session)
     first, second = kernel.start_read(), kernel.start_ioctl(0x80045002)
     assert list(session.wake()) == []
@@ -173,7 +173,7 @@ def test_waiting_requests_are_tried_again_at_each_change() -> None:
 
 def test_waiting_request_that_fails() -> None:
     gate = Gate()
-    session = CuseSession(gate)
+    session = DeviceSession(gate)
     kernel = FakeKernel(session)
     unique = kernel.start_read()
     gate.error = DeviceError(errno.EIO)
@@ -185,7 +185,7 @@ def test_waiting_request_that_fails() -> None:
 
 def test_interruption_between_two_replies() -> None:
     gate = Gate()
-    session = CuseSession(gate)
+    session = DeviceSession(gate)
     kernel = FakeKernel(session)
     uniques = [kernel.start_read() for _ in range(3)]
     kernel.interrupt(uniques[1])

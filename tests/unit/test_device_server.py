@@ -24,8 +24,9 @@ from vtpm_cuse.device.ptm import PtmService
 from vtpm_cuse.device.vtpm import Vtpm
 from vtpm_cuse.device.worker import Worker
 from vtpm_cuse.errors import FrontendError, StateLocked
-from vtpm_cuse.frontends import cuse
-from vtpm_cuse.frontends.cuse import CuseChannel, CuseServer
+from vtpm_cuse.frontends import cuse, device
+from vtpm_cuse.frontends.cuse import CuseChannel
+from vtpm_cuse.frontends.device import DeviceServer
 from vtpm_cuse.storage.sealed import SealedStore
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def serve(
         served = Served(pair)
         result.append(served)
         worker = Worker()
-        server = CuseServer(served.channel, served.vtpm, served.ptm, worker)
+        server = DeviceServer(served.channel, served.vtpm, served.ptm, worker)
 
         async def run_server() -> None:
             with served.scope:
@@ -363,7 +364,7 @@ def test_shutdown_does_not_wait_for_ever_for_the_release(
             await served.ended.wait()
         assert served.ended.is_set()
 
-    monkeypatch.setattr(cuse, "_RELEASE_GRACE_SECONDS", 0.01)
+    monkeypatch.setattr(device, "_RELEASE_GRACE_SECONDS", 0.01)
     serve(pair, scenario)
 
 

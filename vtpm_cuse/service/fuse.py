@@ -1,0 +1,99 @@
+"""A vTPM as a file in a FUSE mount."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.errors import DeviceGone
+from vtpm_cuse.service import life, logs
+
+if TYPE_CHECKING:
+    from vtpm_cuse.device.opens import TpmDeviceFile
+    from vtpm_cuse.device.vtpm import Vtpm
+    from vtpm_cuse.device.worker import Worker
+    from vtpm_cuse.proto.fuse import FuseSession
+    from vtpm_cuse.service.config import FuseConfig
+
+log = logging.getLogger(__name__)
+
+
+def run(config: FuseConfig) -> int:
+    """Mounts and serves; in the background unless told otherwise.
+
+    Returns the exit status: in the background case, 0 once the TPM answers.
+
+    Raises:
+        VtpmError: What was wrong.
+    """
+    return life.run(_FuseFile(config), config.process, config.vtpm)
+
+
+class _FuseFile(life.Interface):
+    def __init__(self, config: FuseConfig) -> None:
+        from vtpm_cuse.frontends.fuse import FuseMount
+
+        self._config = config
+        self._mount = FuseMount(config.mount, allow_other=config.allow_other)
+        self._recent = logs.keep_recent()
+
+    def open(self) -> None:
+        self._mount.take_folder()
+        life.make_state_directory(self._config.vtpm, 0o700, self.start_failed)
+
+    async def appear(self) -> None:
+        """The mount comes last: before, a client would wait for the TPM's start."""
+        self._mount.mount()
+        await self._mount.answer_init()
+        log.info("The TPM is %s/%s.", self._config.mount, self._config.name)
+
+    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+        from vtpm_cuse.device.ptm import PtmService
+        from vtpm_cuse.frontends.device import DeviceServer
+
+        server = DeviceServer(
+            self._mount,
+            vtpm,
+            PtmService(vtpm),
+            worker,
+            lambda file: self._session(vtpm, file),
+        )
+        try:
+            await server.serve()
+        except DeviceGone:  # the usual way to end a FUSE file system
+            log.info("%s was unmounted.", self._config.mount)
+        finally:
+            await server.settle()
+
+    def _session(self, vtpm: Vtpm, file: TpmDeviceFile) -> FuseSession:
+        from vtpm_cuse import __version__
+        from vtpm_cuse.device.attributes import TpmAttributes
+        from vtpm_cuse.proto.fuse import FuseSession, Ownership
+
+        config, now = self._config, int(time.time())
+        status: dict[str, str | int] = {
+            "name": config.name,
+            "mount": config.mount,
+            "pid": os.getpid(),
+            "version": __version__,
+            "state": config.vtpm.state.uri if config.vtpm.state else "",
+            "since": now,
+        }
+        mode = 0o666 if config.allow_other else 0o600
+        return FuseSession(
+            file,
+            TpmAttributes(vtpm, file, self._recent, status),
+            config.name,
+            Ownership(os.getuid(), os.getgid(), mode, now),
+        )
+
+    def close(self) -> None:
+        self._mount.close()
+
+    def confirm(self) -> None:
+        """Raises FrontendError unless the TPM answers."""
+        from vtpm_cuse.client.ioctl import confirm_device
+
+        confirm_device(f"{self._config.mount}/{self._config.name}", "see the log")
