@@ -93,6 +93,10 @@ class StateLocked(StorageError):
     """Another process holds the state."""
 
 
+class StateNoRoom(StorageError):
+    """What keeps the state is too small for the new one; the old one is still there."""
+
+
 class StateDamaged(StorageError):
     """A blob fails a check; ``result`` is the C suite's code for that check."""
 

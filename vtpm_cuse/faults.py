@@ -19,7 +19,7 @@ def tpm_result(exc: BaseException) -> int:
             return exc.rc
         case errors.WireError():
             return PtmResult.TPM_BAD_PARAMETER
-        case MemoryError():
+        case errors.StateNoRoom() | MemoryError():
             return PtmResult.TPM_SIZE
     return PtmResult.TPM_FAIL
 

@@ -5,7 +5,7 @@ complete -c swtpm_cuse -s M -l maj -x -d 'major number of the device; by default
 complete -c swtpm_cuse -s m -l min -x -d 'minor number of the device'
 complete -c swtpm_cuse -l foreground -f -d 'stay in the foreground, as service managers want it; without it the program returns as soon as the device answers, and the TPM runs on in the background'
 complete -c swtpm_cuse -l tpm2 -f -d 'be a TPM 2.0; otherwise the TPM is a TPM 1.2'
-complete -c swtpm_cuse -l tpmstate -x -a '(__fish_complete_list , "string split \\" \\" -- \\"dir= backend-uri= mode= lock=\\"")' -d 'where the state of the TPM is kept; needed unless the environment variable TPM_PATH names a directory'
+complete -c swtpm_cuse -l tpmstate -x -a '(__fish_complete_list , "string split \\" \\" -- \\"dir= backend-uri= mode= lock= fsync= backup\\"")' -d 'where the state of the TPM is kept; needed unless the environment variable TPM_PATH names a directory'
 complete -c swtpm_cuse -l flags -x -a '(__fish_complete_list , "string split \\" \\" -- \\"not-need-init startup-clear startup-state startup-deactivated startup-none disable-auto-shutdown\\"")' -d 'how the TPM starts and ends'
 complete -c swtpm_cuse -l locality -x -a '(__fish_complete_list , "string split \\" \\" -- \\"reject-locality-4 allow-set-locality\\"")' -d 'which localities clients may use'
 complete -c swtpm_cuse -l profile -x -a '(__fish_complete_list , "string split \\" \\" -- \\"name= profile= file= fd= remove-disabled=\\"")' -d 'profile of a TPM 2.0 that is made anew; needs libtpms 0.10 or newer'

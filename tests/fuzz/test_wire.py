@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from dataclasses import fields
 from typing import Any
 
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from vtpm_cuse.errors import PtmError, StateDamaged, WireError
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
-from vtpm_cuse.wire import blob, fuse, ptm, tpm
+from vtpm_cuse.wire import blob, fuse, linear, ptm, tpm
 from vtpm_cuse.wire.layout import BIG, HOST, WireStruct
 
 STRUCTURES: list[type[WireStruct]] = [
     value
-    for module in (blob, fuse, ptm, tpm)
+    for module in (blob, fuse, linear, ptm, tpm)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, WireStruct) and value is not WireStruct
 ]
@@ -112,3 +113,61 @@ def test_command_code_and_response_code(data: bytes) -> None:
     assert tpm.command_code(data) == data[6:10]
     with contextlib.suppress(WireError):
         assert tpm.response_code(data) == int.from_bytes(data[6:10], "big")
+
+
+U32 = st.one_of(
+    st.integers(0, 9000), st.sampled_from([191, 192, 193, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+)
+
+
+@given(st.lists(st.tuples(U32, U32, U32), max_size=15), st.integers(0, 20_000))
+def test_any_linear_table(slots: list[tuple[int, int, int]], size: int) -> None:
+    """A table is refused, or all of its sections are in the file and apart from each other."""
+    header = linear.pack_header(linear.EMPTY_TABLE)[:12]
+    header += b"".join(struct.pack("<III", *slot) for slot in slots).ljust(180, b"\0")
+    try:
+        table = linear.unpack_header_untrusted(header, size)
+    except PtmError:
+        return
+    covered = [192]
+    for section in sorted(table, key=lambda one: one.offset):
+        if section.used:
+            assert covered[-1] <= section.offset
+            assert section.data_length <= section.section_length
+            covered.append(section.end)
+    assert covered[-1] <= max(size, 192)
+
+
+@given(st.binary(max_size=400), st.integers(0, 1 << 33))
+def test_any_linear_header(data: bytes, size: int) -> None:
+    with contextlib.suppress(PtmError):
+        linear.unpack_header_untrusted(data, size)
+        assert data[:8] == linear.pack_header(linear.EMPTY_TABLE)[:8]
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.integers(0, 2), st.one_of(st.none(), st.integers(0, 9000)), min_size=1),
+        max_size=30,
+    ),
+    st.integers(192, 300_000),
+)
+def test_linear_tables_from_any_changes(changes: list[dict[int, int | None]], limit: int) -> None:
+    """Whatever is written, a new section touches no section of the table before."""
+    table = linear.EMPTY_TABLE
+    for change in changes:
+        new = linear.with_changes(table, change, limit)
+        if new is None:
+            continue
+        assert linear.unpack_header_untrusted(linear.pack_header(new), limit) == new
+        for slot, length in change.items():
+            section = new[slot]
+            assert section.used == (length is not None)
+            if length is not None:
+                assert section.data_length == length
+                assert all(
+                    section.end <= old.offset or old.end <= section.offset
+                    for old in table
+                    if old.used
+                )
+        table = new

@@ -44,6 +44,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
 CONCRETE: Final = {
     "vtpm_cuse.engine.libtpms",
     "vtpm_cuse.storage.directory",
+    "vtpm_cuse.storage.linear",
     "vtpm_cuse.storage.memory",
 }
 CHOOSES_CONCRETE: Final = {"service", "cli", "storage", "engine"}

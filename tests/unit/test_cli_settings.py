@@ -90,8 +90,9 @@ def test_first_name_and_last_of_any_other_option_count() -> None:
     [
         (["dir=/a,backend-uri=dir:///b"], StateConfig("dir:///a")),
         (["backend-uri=dir://b"], StateConfig("dir:///usr/b")),
-        (["backend-uri=file:///b"], StateConfig("file:///b", lock=False)),
-        (["backend-uri=file:///b,lock"], StateConfig("file:///b", lock=True)),
+        (["backend-uri=file:///b"], StateConfig("file:///b")),
+        (["backend-uri=file:///b,lock=false"], StateConfig("file:///b", lock=False)),
+        (["dir=/a,fsync=false,backup"], StateConfig("dir:///a", fsync=False, backup=True)),
         (["backend-uri=odd:b"], StateConfig("odd:b")),
     ],
 )

@@ -21,6 +21,7 @@ TABLE: list[tuple[BaseException, int, int, int, str]] = [
     (errors.StorageError("/x", "full"), 9, errno.EIO, 1, "/x: full"),
     (errors.StateMissing("/x", "gone"), 0x800, errno.EIO, 1, "/x: gone"),
     (errors.StateLocked("/x", "taken"), 9, errno.EIO, 1, "/x: taken"),
+    (errors.StateNoRoom("/x", "small"), 0x17, errno.EIO, 1, "/x: small"),
     (errors.StateDamaged("/x", "cut", 3), 3, errno.EIO, 1, "/x: cut"),
     (errors.StateKeyRejected("/x", "no key", 0xD), 0xD, errno.EIO, 1, "/x: no key"),
     (errors.CertificateError("/x", "no key"), 9, errno.EIO, 1, "/x: no key"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import os
 import types
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -59,27 +58,6 @@ class Steps:
             real()  # the kernel closes it whatever it says
         raise OSError(errno.EIO, "Input/output error")
 
-    def open_file(self, fd: int, mode: str, **kwargs: Any) -> Any:  # noqa: ANN401
-        """A buffered file, but each write goes through `step`."""
-        if "w" not in mode:
-            return builtins.open(fd, mode, **kwargs)
-        raw = builtins.open(fd, mode, buffering=0, **kwargs)  # noqa: SIM115
-        real = raw.write
-        steps = self
-
-        class File:
-            def __enter__(self) -> Self:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                raw.close()
-
-            def write(self, data: bytes) -> int:
-                written: int = steps.step("write", lambda: real(data), (fd, data))
-                return written
-
-        return File()
-
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
@@ -90,7 +68,6 @@ def state(tmp_path: Path) -> Path:
 def with_steps(steps: Steps, call: Callable[[], None]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directory, "os", steps)
-        patch.setattr(directory, "open", steps.open_file, raising=False)
         call()
 
 

@@ -55,7 +55,11 @@ _KEY: Final = (
 
 _TPMSTATE: Final = (
     SubOption("dir", "directory of the state files", metavar="DIR"),
-    SubOption("backend-uri", "the same as dir://DIR", metavar="URI"),
+    SubOption(
+        "backend-uri",
+        "dir://DIR for a directory; file://PATH for one file or a block device",
+        metavar="URI",
+    ),
     SubOption(
         "mode",
         "permissions of the state files in octal, by default 0640",
@@ -63,6 +67,17 @@ _TPMSTATE: Final = (
         metavar="0...",
     ),
     SubOption("lock", "false lets other processes use the same state", Kind.BOOL, "BOOL"),
+    SubOption(
+        "fsync",
+        "false acknowledges a change before it is on the disk: faster, and a power cut may lose it",
+        Kind.BOOL,
+        "BOOL",
+    ),
+    SubOption(
+        "backup",
+        "keep the last good generation of the permanent state as *.bak, in a directory",
+        Kind.BOOL,
+    ),
 )
 
 _FLAGS: Final = _switches(

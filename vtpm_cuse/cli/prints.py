@@ -42,7 +42,7 @@ _VERBS: Final = (
 PEER: lists all of them always. We promise what the program can do today.
 """
 
-_BACKENDS: Final = ("dir",)
+_BACKENDS: Final = ("dir", "file")
 """The schemes that `storage.open_store` knows."""
 
 
@@ -136,6 +136,7 @@ def _verbs(program: Program, engine: LibtpmsEngine) -> Iterator[str]:
         if engine.has_profiles:
             yield from ("cmdarg-profile", "cmdarg-print-profiles", "profile-opt-remove-disabled")
     yield from ("cmdarg-print-info", "tpmstate-opt-lock")
+    yield from ("tpmstate-dir-backend-opt-backup", "tpmstate-dir-backend-opt-fsync")
 
 
 # Any: JSON whose shape is libtpms' to choose.

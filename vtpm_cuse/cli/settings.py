@@ -192,7 +192,9 @@ def state_config(line: CommandLine) -> StateConfig | None:
     return StateConfig(
         uri=_absolute(uri),
         mode=given.integer("mode"),
-        lock=given.flag("lock", default=not uri.startswith("file://")),
+        lock=given.flag("lock", default=True),
+        fsync=given.flag("fsync", default=True),
+        backup=given.flag("backup"),
     )
 
 

@@ -20,6 +20,8 @@ from vtpm_cuse.errors import (
     DeviceError,
     EngineError,
     PtmError,
+    StateDamaged,
+    StateKeyRejected,
     StateLocked,
     StorageError,
     VtpmError,
@@ -140,7 +142,7 @@ class Vtpm:
         try:
             self.engine.start()
         except VtpmError as exc:
-            raise PtmError(self._start_result(exc), str(exc)) from exc
+            raise PtmError(self._start_result(exc), self._explained(exc)) from exc
         if self._profile is not None and self.tpm2 and not self.engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
@@ -152,9 +154,24 @@ class Vtpm:
         """One code for a TPM 2; for a TPM 1.2 the cause, but not of its volatile state."""
         if self.tpm2:
             return PtmResult.TPM_RC_FAILURE
-        if isinstance(exc, StorageError) and exc.path == StateType.VOLATILE.blob_name:
+        volatile = self.need_store().blobs.where(StateType.VOLATILE.blob_name)
+        if isinstance(exc, StorageError) and exc.path == volatile:
             return PtmResult.TPM_FAIL
         return faults.tpm_result(exc)
+
+    def _explained(self, exc: VtpmError) -> str:
+        """Which state is at fault for a failed start, why, and what can be done."""
+        blobs, name = self.need_store().blobs, StateType.PERMANENT.blob_name
+        if isinstance(exc, StateKeyRejected):
+            return f"{exc}; it needs the key that it was written with"
+        if isinstance(exc, StateDamaged):
+            kinds = (kind.blob_name for kind in StateType)
+            name = next((kind for kind in kinds if blobs.where(kind) == exc.path), name)
+            return f"{exc}; {blobs.remedy(name)}"
+        with contextlib.suppress(StorageError):
+            if isinstance(exc, EngineError) and name in blobs.sizes():
+                return f"{exc}: libtpms refuses {blobs.where(name)}; {blobs.remedy(name)}"
+        return str(exc)
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""

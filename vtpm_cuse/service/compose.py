@@ -78,7 +78,14 @@ def _make_store(config: VtpmConfig, blobs: StateStore | None) -> SealedStore | N
     if blobs is None:
         if state is None:
             return None
-        blobs = open_store(state.uri, tpm2=config.tpm2, mode=state.mode, lock=state.lock)
+        blobs = open_store(
+            state.uri,
+            tpm2=config.tpm2,
+            mode=state.mode,
+            lock=state.lock,
+            fsync=state.fsync,
+            backup=state.backup,
+        )
     return SealedStore(blobs, key, migration_key)
 
 

@@ -63,11 +63,15 @@ class StateConfig:
         uri: ``dir://PATH`` or ``file://PATH``.
         mode: Permission bits of the state files; None leaves them to default and umask.
         lock: Whether a second process is kept out.
+        fsync: Whether each change is on the disk before it is acknowledged.
+        backup: Whether the last good generation of the permanent state is kept.
     """
 
     uri: str
     mode: int | None = None
     lock: bool = True
+    fsync: bool = True
+    backup: bool = False
 
 
 @dataclass(frozen=True, slots=True)

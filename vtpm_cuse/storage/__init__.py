@@ -10,17 +10,32 @@ if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
 
 
-def open_store(uri: str, *, tpm2: bool, mode: int | None = None, lock: bool = True) -> StateStore:
+def open_store(
+    uri: str,
+    *,
+    tpm2: bool,
+    mode: int | None = None,
+    lock: bool = True,
+    fsync: bool = True,
+    backup: bool = False,
+) -> StateStore:
     """The store that a backend URI names; nothing is created or read yet.
 
     Raises:
-        UsageError: The scheme is unknown.
+        UsageError: The scheme is unknown, or cannot do what is asked for.
     """
     scheme, separator, path = uri.partition("://")
     if scheme == "dir" and separator and path:
         from vtpm_cuse.storage.directory import DirectoryStore
 
-        return DirectoryStore(path, tpm2=tpm2, mode=mode, lock=lock)
+        return DirectoryStore(path, tpm2=tpm2, mode=mode, lock=lock, fsync=fsync, backup=backup)
+    if scheme == "file" and separator and path:
+        from vtpm_cuse.storage.linear import LinearStore
+
+        if backup:
+            raise UsageError("backup is for states in a directory", hint="leave it out, or use dir")
+        return LinearStore(path, mode=mode, lock=lock, fsync=fsync)
     raise UsageError(
-        f"Unsupported backend '{uri}'", hint="use dir:///path/of/a/directory as backend URI"
+        f"Unsupported backend '{uri}'",
+        hint="use dir:///path/of/a/directory or file:///path/of/a/file as backend URI",
     )

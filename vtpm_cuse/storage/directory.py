@@ -1,7 +1,7 @@
 """State as files in a directory, with the C suite's names, modes and lock.
 
 A blob is replaced by writing aside, flushing, renaming and flushing the
-directory. The lock is a POSIX record lock on ``.lock``: it belongs to the
+directory. With a backup, the permanent state that is replaced stays as ``*.bak``. The lock is a POSIX record lock on ``.lock``: it belongs to the
 process and is lost when any of its descriptors of that file closes, so it is
 taken after daemonising and the file is opened nowhere else.
 """
@@ -15,17 +15,17 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.errors import StateDamaged, StateLocked, StateMissing, StorageError
-from vtpm_cuse.storage.base import BLOB_NAMES
-from vtpm_cuse.wire.blob import BLOB_SIZE_MAX
+from vtpm_cuse.errors import PtmError, StateDamaged, StateLocked, StateMissing, StorageError
+from vtpm_cuse.storage.base import BLOB_NAMES, DEFAULT_MODE, LOCK_CONFLICT, write_all
+from vtpm_cuse.wire.blob import BLOB_SIZE_MAX, split_header_untrusted
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-_DEFAULT_MODE: Final = 0o640
 _LOCK_NAME: Final = ".lock"
-_LOCK_CONFLICT: Final = (errno.EAGAIN, errno.EACCES)
+_BACKUP_SUFFIX: Final = ".bak"
+_PERMANENT: Final = BLOB_NAMES[0]
 
 
 class DirectoryStore:
@@ -36,41 +36,56 @@ class DirectoryStore:
         tpm2: Chooses the file names (``tpm2-00.*`` or ``tpm-00.*``).
         mode: Exact mode of state files; None means 0640 less the umask.
         lock: False makes `lock` do nothing.
+        fsync: False leaves the flushing to the kernel.
+        backup: Keep the last good generation of the permanent state.
     """
 
     def __init__(
-        self, path: str, *, tpm2: bool, mode: int | None = None, lock: bool = True
+        self,
+        path: str,
+        *,
+        tpm2: bool,
+        mode: int | None = None,
+        lock: bool = True,
+        fsync: bool = True,
+        backup: bool = False,
     ) -> None:
         self._path = os.path.abspath(path)
         self._prefix = "tpm2-00" if tpm2 else "tpm-00"
         self._mode = mode
         self._locking = lock
+        self._fsync = fsync
+        self._backup = backup
         self._directory_fd = -1
         self._lock_fd = -1
 
     def load(self, name: str) -> bytes:
         """Returns the blob; a symbolic link or an absurdly large file is damage."""
-        file_name = self._file_name(name)
+        return self._load(self._file_name(name))
+
+    def _load(self, file_name: str) -> bytes:
         with self._errors(file_name, reading=True), self._opened(file_name) as fd:
             size = self._checked_size(file_name, os.fstat(fd))
             if self._mode is not None:
                 os.fchmod(fd, self._mode)
-            with open(fd, "rb", closefd=False) as file:
-                return file.read(size + 1)
+            # One byte more than there should be: the header's length then does not fit.
+            return os.read(fd, size + 1)
 
     def store(self, name: str, blob: bytes) -> None:
         """Replaces the blob, durably."""
         file_name = self._file_name(name)
-        aside = file_name.replace("tpm", "TMP", 1)
+        aside = _aside(file_name)
         with self._errors(file_name):
             try:
                 self._write_aside(aside, blob)
+                if self._backup and name == _PERMANENT:
+                    self._keep_backup()
                 os.replace(aside, file_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(aside, dir_fd=self._directory)
                 raise
-            os.fsync(self._directory)
+            self._flush(self._directory)
 
     def delete(self, name: str, *, must_exist: bool = False) -> None:
         """Removes the blob, durably."""
@@ -78,10 +93,19 @@ class DirectoryStore:
         try:
             with self._errors(file_name, reading=True):
                 os.unlink(file_name, dir_fd=self._directory)
-                os.fsync(self._directory)
+                self._flush(self._directory)
         except StateMissing:
             if must_exist:
                 raise
+
+    def replace_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Makes *blobs* all there is: first goes what only fits the old permanent state."""
+        for name in reversed(BLOB_NAMES):
+            if name != _PERMANENT or name not in blobs:
+                self.delete(name)
+        for name in BLOB_NAMES:
+            if name in blobs:
+                self.store(name, blobs[name])
 
     def lock(self) -> None:
         """Takes the record lock on ``.lock``, creating the file if need be."""
@@ -96,7 +120,7 @@ class DirectoryStore:
         except OSError as exc:
             os.close(fd)
             reason = f"Could not lock access to lockfile: {exc.strerror}"
-            kind = StateLocked if exc.errno in _LOCK_CONFLICT else StorageError
+            kind = StateLocked if exc.errno in LOCK_CONFLICT else StorageError
             raise kind(self._full(_LOCK_NAME), reason) from exc
         except StorageError:
             os.close(fd)
@@ -116,6 +140,21 @@ class DirectoryStore:
             with contextlib.suppress(StateMissing):
                 found[name] = self._size_of(self._file_name(name))
         return found
+
+    def where(self, name: str) -> str:
+        """The blob's file."""
+        return self._full(self._file_name(name))
+
+    def remedy(self, name: str) -> str:
+        """Names the last good generation where there is one."""
+        path, backup = self.where(name), self._file_name(name) + _BACKUP_SUFFIX
+        with contextlib.suppress(StorageError):
+            if name == _PERMANENT and self._is_good(backup):
+                return (
+                    "nothing was changed; the last good generation was kept: to return to it, end "
+                    f"the TPM and move {self._full(backup)} to {path}"
+                )
+        return "nothing was changed: put back a copy that you kept, or move the file away"
 
     def close(self) -> None:
         """Gives up lock and descriptors."""
@@ -152,16 +191,41 @@ class DirectoryStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside, dir_fd=self._directory)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        mode = _DEFAULT_MODE if self._mode is None else self._mode
+        mode = DEFAULT_MODE if self._mode is None else self._mode
         fd = os.open(aside, flags, mode, dir_fd=self._directory)
         try:
             if self._mode is not None:
                 os.fchmod(fd, self._mode)
-            with open(fd, "wb", closefd=False) as file:
-                file.write(blob)
-            os.fsync(fd)
+            write_all(lambda rest, _done: os.write(fd, rest), blob)
+            self._flush(fd)
         finally:
             os.close(fd)
+
+    def _flush(self, fd: int) -> None:
+        if self._fsync:
+            os.fsync(fd)
+
+    def _keep_backup(self) -> None:
+        """A second name for the present file, which the next rename takes its own from."""
+        file_name = self._file_name(_PERMANENT)
+        if not self._is_good(file_name):
+            return
+        backup, aside = file_name + _BACKUP_SUFFIX, _aside(file_name + _BACKUP_SUFFIX)
+        directory = self._directory
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside, dir_fd=directory)
+        os.link(file_name, aside, src_dir_fd=directory, dst_dir_fd=directory)
+        os.replace(aside, backup, src_dir_fd=directory, dst_dir_fd=directory)
+        with contextlib.suppress(FileNotFoundError):  # left when both were one file already
+            os.unlink(aside, dir_fd=directory)
+
+    def _is_good(self, file_name: str) -> bool:
+        """Whether the file is there and its header fits. Raises StorageError."""
+        try:
+            split_header_untrusted(self._load(file_name))
+        except (PtmError, StateMissing, StateDamaged):
+            return False
+        return True
 
     def _size_of(self, file_name: str) -> int:
         with self._errors(file_name, reading=True):
@@ -187,3 +251,8 @@ class DirectoryStore:
             missing = reading and exc.errno == errno.ENOENT
             kind = StateMissing if missing else StorageError
             raise kind(self._full(file_name), exc.strerror or str(exc)) from exc
+
+
+def _aside(file_name: str) -> str:
+    """Where the file is written before it gets its name."""
+    return file_name.replace("tpm", "TMP", 1)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vtpm_cuse.errors import StateMissing
 from vtpm_cuse.storage.base import BLOB_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class MemoryStore:
@@ -29,6 +34,10 @@ class MemoryStore:
         if self.blobs.pop(name, None) is None and must_exist:
             raise StateMissing(name, "no such state in memory")
 
+    def replace_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Makes *blobs* all there is."""
+        self.blobs = dict(blobs)
+
     def lock(self) -> None:
         """Nobody else can reach this memory."""
         self.locked = True
@@ -40,6 +49,14 @@ class MemoryStore:
     def sizes(self) -> dict[str, int]:
         """Bytes of each blob."""
         return {name: len(self.blobs[name]) for name in BLOB_NAMES if name in self.blobs}
+
+    def where(self, name: str) -> str:
+        """Just the name."""
+        return name
+
+    def remedy(self, _name: str) -> str:
+        """There is none."""
+        return "it was in memory only"
 
     def close(self) -> None:
         """Nothing to give up."""

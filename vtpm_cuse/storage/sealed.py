@@ -71,7 +71,7 @@ class SealedStore:
             return self._open_inner(body, BlobFlag(header.flags), self._key, header.version)
         except PtmError as exc:
             kind = StateKeyRejected if exc.result in _KEY_RESULTS else StateDamaged
-            raise kind(name, exc.reason, exc.result) from exc
+            raise kind(self.blobs.where(name), exc.reason, exc.result) from exc
 
     def store(self, name: str, data: bytes) -> None:
         """Keeps the payload, durably. Raises StorageError."""

@@ -30,13 +30,14 @@ Buffer = bytes | bytearray | memoryview
 
 
 class ByteOrder(Enum):
-    """HOST for ioctl arguments and kernel protocols, BIG for TPM and control channel."""
+    """HOST for ioctl arguments and kernel protocols, BIG for the TPM, LITTLE for linear files."""
 
     HOST = "<" if sys.byteorder == "little" else ">"
-    BIG = ">"  # an alias of HOST on a big-endian machine, and rightly so
+    BIG = ">"
+    LITTLE = "<"  # one of the two is an alias of HOST, and rightly so
 
 
-HOST, BIG = ByteOrder.HOST, ByteOrder.BIG
+HOST, BIG, LITTLE = ByteOrder.HOST, ByteOrder.BIG, ByteOrder.LITTLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,288 @@
+"""State in one file or on one block device, in the C suite's linear format.
+
+A blob is replaced by writing the new one where nothing is, flushing, and writing
+the header, which is one sector. Before space is used again that a header has freed,
+that header is known to be on the disk.
+
+The lock is a POSIX record lock on the file itself: it is lost when any of the
+process' descriptors of the file closes, so there is just one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import (
+    PtmError,
+    StateDamaged,
+    StateLocked,
+    StateMissing,
+    StateNoRoom,
+    StorageError,
+)
+from vtpm_cuse.storage.base import BLOB_NAMES, DEFAULT_MODE, LOCK_CONFLICT, write_all
+from vtpm_cuse.wire.linear import (
+    EMPTY_TABLE,
+    LINEAR_END_MAX,
+    LINEAR_HEADER_SIZE,
+    is_emptied,
+    pack_header,
+    unpack_header_untrusted,
+    with_changes,
+)
+from vtpm_cuse.wire.ptm import PtmResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from vtpm_cuse.wire.linear import Table
+
+_BLANK_CHECK: Final = 1 << 20
+"""Bytes at either end that must be zero before a device counts as empty: where file systems,
+partition tables and volume managers keep what they recognise themselves by."""
+
+
+class LinearStore:
+    """Implements `storage.base.StateStore` on one file or block device.
+
+    Args:
+        path: The file, which need not exist yet, or a block device or a link to one.
+        mode: Exact mode of the file; None means 0640 less the umask for a new one.
+        lock: False makes `lock` do nothing.
+        fsync: False leaves the flushing to the kernel.
+    """
+
+    def __init__(
+        self, path: str, *, mode: int | None = None, lock: bool = True, fsync: bool = True
+    ) -> None:
+        self._path = os.path.abspath(path)
+        self._mode = mode
+        self._locking = lock
+        self._fsync = fsync
+        self._fd = -1
+        self._locked = self._settled = False
+
+    def load(self, name: str) -> bytes:
+        """Returns the blob."""
+        with self._errors(reading=True):
+            fd = self._open(create=False)
+            section = self._table(fd)[BLOB_NAMES.index(name)]
+            if not section.used:
+                raise StateMissing(self._path, f"has no {name}")
+            data = os.pread(fd, section.data_length, section.offset)
+        if len(data) != section.data_length:
+            raise self._damaged(f"{len(data)} of {section.data_length} bytes of {name} are there")
+        return data
+
+    def store(self, name: str, blob: bytes) -> None:
+        """Replaces the blob; one that has no room beside the old one is refused."""
+        self._commit({name: blob})
+
+    def delete(self, name: str, *, must_exist: bool = False) -> None:
+        """Removes the blob; the file keeps its size."""
+        try:
+            with self._errors(reading=True):
+                there = self._table(self._open(create=False))[BLOB_NAMES.index(name)].used
+        except StateMissing:
+            there = False
+        if there:
+            self._commit({name: None})
+        elif must_exist:
+            raise StateMissing(self._path, f"has no {name}")
+
+    def replace_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Makes *blobs* all there is, with one write of the header."""
+        self._commit({name: blobs.get(name) for name in BLOB_NAMES})
+
+    def lock(self) -> None:
+        """Takes the record lock on the file, creating an empty one if need be."""
+        if not self._locking or self._locked:
+            return
+        with self._errors():
+            fd = self._open(create=True)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            self.close()
+            reason = f"Could not lock access: {exc.strerror}"
+            kind = StateLocked if exc.errno in LOCK_CONFLICT else StorageError
+            raise kind(self._path, reason) from exc
+        # Another host may have written to a shared device since these pages were read.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._locked = True
+
+    def unlock(self) -> None:
+        """Releases the lock."""
+        if self._locked:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+            self._locked = self._settled = False
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each blob; a file that is missing or empty holds none, and stays so."""
+        try:
+            with self._errors(reading=True):
+                if self._fd >= 0:
+                    table = self._table(self._fd)
+                else:
+                    fd = self._opened(os.O_RDONLY)
+                    try:
+                        table = self._table(fd)
+                    finally:
+                        os.close(fd)
+        except StateMissing:
+            return {}
+        named = zip(BLOB_NAMES, table, strict=False)
+        return {name: section.data_length for name, section in named if section.used}
+
+    def where(self, name: str) -> str:
+        """The file, and which of its blobs."""
+        return f"{self._path} ({name})"
+
+    def remedy(self, _name: str) -> str:
+        """What can be done about damage."""
+        return "nothing was changed: put back a copy that you kept, or use another file"
+
+    def close(self) -> None:
+        """Gives up lock and descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._locked = self._settled = False
+
+    # -- writing --------------------------------------------------------------------------
+
+    def _commit(self, changes: Mapping[str, bytes | None]) -> None:
+        with self._errors():
+            fd = self._open(create=True)
+            old = self._table(fd)
+            self._settle(fd, old)
+            size, fixed = os.lseek(fd, 0, os.SEEK_END), self._is_device(fd)
+            lengths = {
+                BLOB_NAMES.index(name): None if blob is None else len(blob)
+                for name, blob in changes.items()
+            }
+            new = with_changes(old, lengths, size if fixed else LINEAR_END_MAX)
+            if new is None:
+                raise StateNoRoom(
+                    self._path,
+                    f"the {size} bytes of the device have no room for the new state beside the old",
+                )
+            for name, blob in changes.items():
+                section = new[BLOB_NAMES.index(name)]
+                if blob is not None:
+                    if section.end > size and not fixed:
+                        # Really there, so that no later write into it finds the disk full.
+                        os.posix_fallocate(fd, size, section.end - size)
+                        size = section.end
+                    self._write(fd, blob, section.offset)
+            self._flush(fd)
+            self._settled = False
+            self._write(fd, pack_header(new), 0)
+            self._flush(fd)
+            self._settled = True
+
+    def _settle(self, fd: int, table: Table) -> None:
+        """Before the first write: puts the header on the disk, and the file's name.
+
+        One that was read may be in the page cache only, when its writer died or its flush failed;
+        the space that it leaves free may then be in use by the header on the disk. One that was
+        not there yet must be there before any data, which would look like something else's.
+        """
+        if not self._settled:
+            self._write(fd, pack_header(table), 0)
+            self._flush(fd)
+            if not self._is_device(fd):
+                self._flush_directory()
+            self._settled = True
+
+    @staticmethod
+    def _write(fd: int, data: bytes, offset: int) -> None:
+        write_all(lambda rest, done: os.pwrite(fd, rest, offset + done), data)
+
+    def _flush(self, fd: int) -> None:
+        if self._fsync:
+            os.fdatasync(fd)
+
+    def _flush_directory(self) -> None:
+        if not self._fsync:
+            return
+        directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    # -- the file -------------------------------------------------------------------------
+
+    def _open(self, *, create: bool) -> int:
+        if self._fd < 0:
+            fd = self._opened(os.O_RDWR | (os.O_CREAT if create else 0))
+            try:
+                if self._mode is not None and not self._is_device(fd):
+                    os.fchmod(fd, self._mode)
+            except BaseException:
+                os.close(fd)
+                raise
+            self._fd = fd
+        return self._fd
+
+    def _opened(self, flags: int) -> int:
+        flags |= os.O_NONBLOCK | os.O_CLOEXEC
+        mode = DEFAULT_MODE if self._mode is None else self._mode
+        try:
+            fd = os.open(self._path, flags | os.O_NOFOLLOW, mode)
+            devices_only = False
+        except OSError as exc:
+            if exc.errno != errno.ELOOP:
+                raise
+            # /dev is full of links to block devices; a link to anything else is refused.
+            fd = os.open(self._path, flags & ~os.O_CREAT)
+            devices_only = True
+        kind = os.fstat(fd).st_mode
+        if stat.S_ISBLK(kind) or (stat.S_ISREG(kind) and not devices_only):
+            return fd
+        os.close(fd)
+        what = "is a symbolic link" if devices_only else "is neither a file nor a block device"
+        raise self._damaged(what)
+
+    @staticmethod
+    def _is_device(fd: int) -> bool:
+        return stat.S_ISBLK(os.fstat(fd).st_mode)
+
+    def _table(self, fd: int) -> Table:
+        """The checked table; an empty one where nothing was ever written."""
+        header = os.pread(fd, LINEAR_HEADER_SIZE, 0)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if self._is_device(fd) and size < LINEAR_HEADER_SIZE:
+            raise StateNoRoom(self._path, f"the device has {size} bytes only")
+        if is_emptied(header) or self._is_blank(fd, header, size):
+            return EMPTY_TABLE
+        try:
+            return unpack_header_untrusted(header, size)
+        except PtmError as exc:
+            raise self._damaged(exc.reason) from exc
+
+    @staticmethod
+    def _is_blank(fd: int, header: bytes, size: int) -> bool:
+        if header.strip(b"\0"):
+            return False
+        places = 0, max(0, size - _BLANK_CHECK)
+        return not any(os.pread(fd, _BLANK_CHECK, place).strip(b"\0") for place in places)
+
+    def _damaged(self, reason: str) -> StateDamaged:
+        return StateDamaged(self._path, reason, PtmResult.TPM_FAIL)
+
+    @contextlib.contextmanager
+    def _errors(self, *, reading: bool = False) -> Iterator[None]:
+        """Only a file that does not exist means "there is no state"."""
+        try:
+            yield
+        except OSError as exc:
+            missing = reading and exc.errno == errno.ENOENT
+            kind = StateMissing if missing else StorageError
+            raise kind(self._path, exc.strerror or str(exc)) from exc
