@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import pytest
 
+from tests.support.files import open_descriptors
 from tests.support.vectors import STATE
 from vtpm_cuse.storage.base import BLOB_NAMES
 from vtpm_cuse.storage.directory import DirectoryStore
@@ -18,6 +20,7 @@ from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from vtpm_cuse.storage.base import StateStore
@@ -60,6 +63,15 @@ def opened(vector: Vector, folder: Path) -> tuple[str, StateStore]:
     name = path.name[path.name.index("tpm") :]
     shutil.copy(path, folder / name)
     return name.partition(".")[2], DirectoryStore(str(folder), tpm2=name.startswith("tpm2"))
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """Leaves no descriptor of a store for other tests."""
+    before = open_descriptors()
+    yield
+    for entry in open_descriptors() - before:
+        os.close(int(entry.partition(":")[0]))
 
 
 def digest(payload: bytes) -> str:
