@@ -16,9 +16,9 @@ PEER_VERSION: Final = "0.10.2"
 """The C suite's version whose options and outputs are ours; scripts compare with it."""
 
 
-def version_text(what: str) -> str:
+def version_text(what: str, of: str = "TPM emulator") -> str:
     """The line that ``--version`` prints."""
-    return f"TPM emulator {what}version {PEER_VERSION} (vtpm-cuse {__version__})"
+    return f"{of} {what}version {PEER_VERSION} (vtpm-cuse {__version__})"
 
 
 def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
@@ -39,6 +39,11 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
     except KeyboardInterrupt as exc:
         return _status_of(exc)
     return status
+
+
+def complain(text: str) -> None:
+    """Shows a message as it is, where scripts know it."""
+    print(text, file=sys.stderr)
 
 
 def _status_of(exc: BaseException) -> int:

@@ -20,6 +20,8 @@ MODULES: Final = (
     "vtpm_cuse.cli.swtpm_doctor",
     "vtpm_cuse.cli.swtpm_fuse",
     "vtpm_cuse.cli.swtpm_ioctl",
+    "vtpm_cuse.cli.swtpm_cert",
+    "vtpm_cuse.cli.swtpm_localca",
     "vtpm_cuse.cli.swtpm_setup",
 )
 

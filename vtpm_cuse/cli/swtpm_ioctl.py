@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
 from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.ioctl_commands import COMMANDS, Asked, Command
-from vtpm_cuse.cli.program import run_program, version_text
+from vtpm_cuse.cli.program import complain, run_program, version_text
 from vtpm_cuse.cli.table import Example, Option, Program, Term
 from vtpm_cuse.errors import FrontendError, UsageError, WireError
 
@@ -62,7 +62,7 @@ PROGRAM: Final = Program(
 
 def main() -> int:
     """The program swtpm_ioctl."""
-    return run_program(lambda: _run(sys.argv[1:]), _complain)
+    return run_program(lambda: _run(sys.argv[1:]), complain)
 
 
 def _run(words: list[str]) -> int:
@@ -97,7 +97,7 @@ class _Line:
         for item in self._words:
             match item:
                 case Complaint(text):
-                    _complain(text)
+                    complain(text)
                 case Operand(word):
                     self.targets.setdefault("operand", word)
                 case (name, value, spelled):
@@ -184,7 +184,3 @@ def _split_tcp(target: str) -> tuple[str, int]:
     if not 0 <= found[0] < 1 << 16:
         raise UsageError(f"Port '{port}' outside valid range.")
     return host.strip("[]") or "127.0.0.1", found[0]
-
-
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr)

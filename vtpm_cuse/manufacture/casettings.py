@@ -54,8 +54,8 @@ class CaSettings:
     signing_key: str
     issuer_certificate: str
     serial_file: str
-    password: str | None = field(default=None, repr=False)
-    pin: str | None = field(default=None, repr=False)
+    password: bytes | None = field(default=None, repr=False)
+    pin: bytes | None = field(default=None, repr=False)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     origin: str = "the built-in configuration"
 
@@ -94,14 +94,14 @@ class CaSettings:
             if not settings.get(name):
                 raise UsageError(f"Missing '{name}' config value in config file {path}.")
         pin = settings.get(_PKCS11_PIN) or environ.get(_PKCS11_PIN) or _PKCS11_PIN_DEFAULT
-        password = settings.get("signingkey_password") or None
+        password = os.fsencode(settings.get("signingkey_password", "")) or None
         return cls(
             settings["statedir"],
             settings["signingkey"].replace("\\;", ";"),
             settings["issuercert"],
             settings.get("certserial") or os.path.join(settings["statedir"], "certserial"),
             password,
-            password or pin,
+            password or os.fsencode(pin),
             {name[4:]: value for name, value in settings.items() if name.startswith("env:")},
             path,
         )

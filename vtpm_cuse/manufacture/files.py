@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
-from typing import TYPE_CHECKING
+import stat
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+_SMALL: Final = 1 << 20
+
+
+def read_small(path: str) -> bytes:
+    """A file such as a key or certificate. Raises OSError, and ValueError beyond 1 MiB."""
+    with open(path, "rb") as file:
+        data = file.read(_SMALL + 1)
+    if len(data) > _SMALL:
+        raise ValueError(f"it has more than {_SMALL} bytes")
+    return data
 
 
 def replace_file(path: str | Path, data: bytes, mode: int) -> None:
@@ -36,3 +50,23 @@ def replace_file(path: str | Path, data: bytes, mode: int) -> None:
         os.fsync(folder_fd)
     finally:
         os.close(folder_fd)
+
+
+def write_output(path: str, data: bytes, mode: int) -> None:
+    """Replaces a file, or writes into what is no regular file, a pipe say.
+
+    Raises:
+        OSError: It cannot be written, or is a symbolic link.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        replace_file(path, data, mode)
+        return
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.ELOOP, "is a symbolic link", path)
+    if stat.S_ISREG(found.st_mode):
+        replace_file(path, data, mode)
+        return
+    with open(path, "wb") as file:
+        file.write(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from vtpm_cuse.errors import CertificateError
 from vtpm_cuse.manufacture.certificates import Issuer
+from vtpm_cuse.manufacture.files import read_small
 from vtpm_cuse.manufacture.keys import PrivateKey
 
 if TYPE_CHECKING:
@@ -20,14 +21,12 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.manufacture.certificates import Signer
 
-_SIZE_MAX: Final = 1 << 20
-
 
 def open_issuer(
     certificate_path: str,
     key: str,
-    password: str | None = None,
-    pin: str | None = None,
+    password: bytes | None = None,
+    pin: bytes | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Issuer:
     """The issuer whose certificate is in a PEM file; a signature proves that the key is its.
@@ -67,14 +66,15 @@ def pem_certificate(certificate: bytes) -> bytes:
 
 
 def _signer(
-    key: str, password: str | None, pin: str | None, environment: Mapping[str, str]
+    key: str, password: bytes | None, pin: bytes | None, environment: Mapping[str, str]
 ) -> Signer:
     if key.startswith("tpmkey:"):
-        raise CertificateError(f"Could not import tpmkey {key}", "use a pkcs11: URI for it")
+        reason = "GnuTLS's TPM keys are not supported; use a pkcs11: URI"
+        raise CertificateError(f"Could not import tpmkey {key}", reason)
     if key.startswith("pkcs11:"):
-        raise CertificateError(
-            f"Could not import pkcs11 key {key}", "keys in tokens are not built yet"
-        )
+        from vtpm_cuse.manufacture.pkcs11 import TokenKey
+
+        return TokenKey(key, pin, environment)
     pem = _read(key, f"Could not read signing key from file {key}")
     try:
         return PrivateKey.from_pem(pem, password)
@@ -101,8 +101,7 @@ def _prove(certificate: x509.Certificate, signer: Signer, path: str, key: str) -
 
 def _read(path: str, place: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(_SIZE_MAX)
-    except OSError as exc:
-        raise CertificateError(place, f"Error while reading file. {exc.strerror}") from exc
-    return data
+        return read_small(path)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise CertificateError(place, f"Error while reading file. {reason}") from exc

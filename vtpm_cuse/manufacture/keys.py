@@ -100,25 +100,24 @@ class PrivateKey:
         return cls(rsa.generate_private_key(65537, bits))
 
     @classmethod
-    def from_pem(cls, pem: bytes, passphrase: str | None) -> Self:
+    def from_pem(cls, pem: bytes, passphrase: bytes | None) -> Self:
         """Reads a key, encrypted or not; a passphrase that is not needed is ignored.
 
         Raises:
             ValueError: It is no RSA or elliptic curve key, or the passphrase does not fit.
         """
-        secret = passphrase.encode() if passphrase else None
         try:
-            key = _load_pem(pem, secret)
+            key = _load_pem(pem, passphrase or None)
         except UnsupportedAlgorithm as exc:
             raise ValueError(str(exc)) from None
         if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
             raise ValueError("it is neither an RSA nor an elliptic curve key")
         return cls(key)
 
-    def to_pem(self, passphrase: str | None) -> bytes:
+    def to_pem(self, passphrase: bytes | None) -> bytes:
         """PKCS #8, encrypted if there is a passphrase."""
         encryption = (
-            serialization.BestAvailableEncryption(passphrase.encode())
+            serialization.BestAvailableEncryption(passphrase)
             if passphrase
             else serialization.NoEncryption()
         )

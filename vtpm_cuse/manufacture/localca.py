@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ from vtpm_cuse.manufacture.certificates import (
     tcg_header,
     tpm_certificate,
 )
-from vtpm_cuse.manufacture.files import replace_file
+from vtpm_cuse.manufacture.files import read_small, replace_file
 from vtpm_cuse.manufacture.issuers import open_issuer, pem_certificate
 from vtpm_cuse.manufacture.keys import PrivateKey
 from vtpm_cuse.manufacture.names import common_name, escaped
@@ -96,7 +97,7 @@ class LocalCa:
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._settings, self._profile, self._report = settings, profile, report
-        self._root_password = environ.get("SWTPM_ROOTCA_PASSWORD") or None
+        self._root_password = os.fsencode(environ.get("SWTPM_ROOTCA_PASSWORD", "")) or None
         self._issuer: Issuer | None = None
 
     @classmethod
@@ -245,7 +246,7 @@ class LocalCa:
         self,
         key_path: str,
         certificate_path: str,
-        password: str | None,
+        password: bytes | None,
         name: str,
         issuer: Issuer | None,
     ) -> Issuer:
@@ -255,8 +256,8 @@ class LocalCa:
                 new = PrivateKey.generate(_CA_KEY_BITS)
                 replace_file(key_path, new.to_pem(password), _KEY_MODE)
         if not os.path.lexists(certificate_path):
-            with _errors_of(key_path), open(key_path, "rb") as file:
-                key = PrivateKey.from_pem(file.read(), password)
+            with _errors_of(key_path):
+                key = PrivateKey.from_pem(read_small(key_path), password)
             subject = common_name(name)
             signing = issuer or Issuer(subject, key.public.key_id, key)
             serial = secrets.randbits(158) | 1 << 158  # 20 bytes, as RFC 5280 allows at most
@@ -301,12 +302,14 @@ class LocalCa:
 
 
 def _random_serial() -> int:
-    """20 digits."""
-    return 10**19 + secrets.randbelow(9 * 10**19)
+    """Any of 63 bits: the C suite's older versions cannot count further."""
+    return secrets.randbits(62) | 1 << 62
 
 
 def _subject(vmid: str) -> str:
-    return "CN=" + escaped(vmid or "unknown")
+    # What separates the parts of a name becomes "_", as in the C suite; "\\+" is a plus sign.
+    plain = re.sub(r"(?<!\\)\+", "_", vmid.replace(",", "_")).replace("\\+", "+")
+    return "CN=" + escaped(plain or "unknown")
 
 
 def _now() -> datetime:
