@@ -22,6 +22,7 @@ from typing import Final
 
 from bench.report import Report, add_arguments, finish
 
+IN_LAB: Final = True
 ROOT: Final = Path(__file__).resolve().parent.parent
 PROGRAMS: Final = Path(sys.executable).parent
 COMMANDS: Final = {

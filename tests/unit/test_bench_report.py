@@ -1,0 +1,112 @@
+"""The form of benchmark figures, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import all as bench_all
+from bench.report import Report, Row, finish, read
+
+ROOT = Path(__file__).parents[2]
+FACTS = {"processor": "2 x Some CPU", "kernel": "6.1", "python": "3.11", "peer": "swtpm 0.7"}
+
+
+def report() -> Report:
+    found = Report("sockets", "Unix socket", notes=["A note."])
+    found.add("GetRandom, p50", "µs", 5.0, 4.0, limit=1.3)
+    found.add("PCR_Read, p99", "µs", 2.0, 4.0)
+    found.add("first answer", "ms", 12345.0, limit=100)
+    found.add("rate", "1/s", 50.0, 100.0)
+    return found
+
+
+def test_ratio_and_limit() -> None:
+    assert Row("x", "µs", 5.0, 4.0, 1.3).ratio == 1.25
+    assert [row.missed for row in report().rows] == [False, False, True, False]
+    assert Row("x", "µs", 5.0, 4.0, 1.2).missed
+    assert Row("x", "µs", 5.0, 0.0, 1.2).missed  # nothing to compare with is no success
+    assert Row("x", "µs", 5.0).ratio is None
+
+
+def test_json_there_and_back() -> None:
+    found = read(json.dumps(report().as_json()))
+    assert (found.name, found.title, found.rows, found.notes) == (
+        *("sockets", "Unix socket", report().rows, ["A note."]),
+    )
+    machine = report().as_json()["machine"]
+    assert set(machine) == {"processor", "kernel", "python", "peer"}
+    with pytest.raises(KeyError):
+        read("{}")
+
+
+def test_markdown() -> None:
+    text = report().markdown()
+    assert "| GetRandom, p50 | µs | 5 | 4 | 1.25 |" in text
+    assert "| first answer | ms | 12,345 |  |  (limit missed) |" in text
+    assert text.endswith("\nA note.\n")
+
+
+def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
+    def options(**given: bool) -> argparse.Namespace:
+        return argparse.Namespace(**{"json": False, "check": False, **given})
+
+    finish(report(), options(json=True))
+    out, err = capsys.readouterr()
+    assert json.loads(out)["name"] == "sockets"
+    assert err == "bench: first answer: limit 100 missed\n"
+    finish(report(), options())
+    assert capsys.readouterr().out == report().markdown() + "\n"
+    with pytest.raises(SystemExit) as info:
+        finish(report(), options(check=True))
+    assert info.value.code == 1
+
+
+def test_every_benchmark_has_help_and_json() -> None:
+    assert {"cuse", "sockets"} <= set(bench_all.names())
+    for name in bench_all.names():
+        command = [sys.executable, str(ROOT / f"bench/{name}.py"), "--help"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert "--json" in done.stdout
+
+
+def test_those_that_need_it_run_in_the_lab() -> None:
+    assert "kernel-helpers/lab" in bench_all.command_of("cuse")[0]
+    assert bench_all.command_of("sockets")[0] == sys.executable
+
+
+def test_summary_replaces_its_part_of_the_readme() -> None:
+    part = bench_all.summary([report()], FACTS, "2026-01-31")
+    assert "| Unix socket: GetRandom, p50 | µs | 5 | 4 | 1.25 |" in part
+    assert "first answer" in part
+    assert "PCR_Read" not in part
+    assert "2026-01-31: 2 x Some CPU, kernel 6.1, Python 3.11, beside swtpm 0.7." in part
+    old = f"before\n{bench_all.BEGIN}\nold\n{bench_all.END}\nafter\n"
+    new = bench_all.into_readme(old, part)
+    assert new == f"before\n{part}\nafter\n"
+    assert bench_all.into_readme(new, part) == new
+    with pytest.raises(ValueError, match="lacks"):
+        bench_all.into_readme("nothing", part)
+    assert bench_all.BEGIN in (ROOT / "README.md").read_text()
+
+
+def test_written_files(tmp_path: Path) -> None:
+    bench_all.write(tmp_path, [report()], FACTS, "2026-01-31")
+    assert json.loads((tmp_path / "results.json").read_text())["reports"][0]["name"] == "sockets"
+    assert "![ratios](ratios.png)" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_benchmark_that_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_all, "command_of", lambda _: [sys.executable, "-c", "print('x')"])
+    assert bench_all.run("sockets") is None
+    monkeypatch.setattr(bench_all, "command_of", lambda _: [sys.executable, "-c", "exit(3)"])
+    assert bench_all.run("sockets") is None
+    assert "failed after" in capsys.readouterr().err
