@@ -111,11 +111,15 @@ def test_without_libtpms_nothing_works(made_up: MadeUp, monkeypatch: pytest.Monk
     assert diagnosis.next == "sudo apt-get install libtpms0"
 
 
-def test_programs_are_looked_for(made_up: MadeUp) -> None:
+def test_fuse_needs_its_program(made_up: MadeUp) -> None:
+    made_up.put("/dev/fuse")
     assert finding(diagnose(made_up), "fusermount3").command == "sudo apt-get install fuse3"
+    assert "fuse" not in works(diagnose(made_up))
     made_up.put("/bin/fusermount3")
     made_up.file("/bin/fusermount3").chmod(0o755)
     assert finding(diagnose(made_up), "fusermount3").state is State.OK
+    assert "fuse" in works(diagnose(made_up))
+    assert diagnose(made_up).next == "swtpm fuse -n vtpm0"
 
 
 def test_both_forms_say_the_same(

@@ -277,7 +277,9 @@ def _zsh_text(text: str) -> str:
 
 
 def _zsh_blanks(text: str) -> str:
-    return re.sub(r"([ ()|&;<>*?])", r"\\\1", _zsh_text(text))
+    """Text in a list of words, which zsh reads a second time."""
+    quoted = re.sub(r"([][:\\ ()|&;<>*?'])", r"\\\1", text)
+    return quoted.replace("'", "'\\''")
 
 
 # fish

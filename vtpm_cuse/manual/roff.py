@@ -54,7 +54,9 @@ class Roff:
             f'.TH {name.upper()} {section} {date} "{source}" "{source.partition(" ")[0]}"',
         ]
         self.heading("NAME")
-        self._lines.append(f"{escaped(name)} \\- {escaped(summary)}")
+        self._lines += textwrap.wrap(
+            f"{escaped(name)} \\- {escaped(summary)}", _WIDTH, break_on_hyphens=False
+        )
 
     def __str__(self) -> str:
         return "\n".join(self._lines) + "\n"

@@ -125,6 +125,12 @@ def diagnose(machine: Machine) -> Diagnosis:
             "swtpm chardev --vtpm-proxy --tpm2 --tpmstate dir=/var/lib/vtpm0",
         ),
         Offer(
+            "fuse",
+            library and state["/dev/fuse"] is State.OK and state["fusermount3"] is State.OK,
+            "a file in a mount of your own, without root",
+            "swtpm fuse -n vtpm0",
+        ),
+        Offer(
             "socket",
             library,
             "TPM commands over sockets, for QEMU and tpm2-tss",
