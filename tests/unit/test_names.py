@@ -1,0 +1,72 @@
+"""Distinguished names. What GnuTLS makes of each text was seen by running the C suite."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.certificates import elements
+from vtpm_cuse.manufacture.names import common_name, directory_name, escaped
+
+PRINTABLE, UTF8, IA5 = 0x13, 0x0C, 0x16
+
+
+def rows(name: bytes) -> list[tuple[str, int, str]]:
+    """Last three digits of the identifier, string tag, text."""
+    ((_, components),) = elements(name)
+    found = []
+    for _, component in elements(components):
+        ((_, pair),) = elements(component)
+        (_, identifier), (tag, text) = elements(pair)
+        found.append((identifier.hex()[-2:], tag, text.decode()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "C=US,ST=NY,L=NewYork",
+            [("07", PRINTABLE, "NewYork"), ("08", PRINTABLE, "NY"), ("06", PRINTABLE, "US")],
+        ),
+        (r"CN=a\,b,O=x y", [("0a", PRINTABLE, "x y"), ("03", PRINTABLE, "a,b")]),
+        ("OU=ä", [("0b", UTF8, "ä")]),
+        ("EMAIL=a@b,DC=de", [("19", IA5, "de"), ("01", IA5, "a@b")]),
+        ("CN=a;O=b", [("03", UTF8, "a;O=b")]),
+        (" CN = a , O = b ", [("0a", PRINTABLE, "b"), ("03", PRINTABLE, "a")]),
+        ("cn=a", [("03", PRINTABLE, "a")]),
+        ("CN=a=b", [("03", PRINTABLE, "a=b")]),
+        ("CN=_", [("03", UTF8, "_")]),
+        ("C=USA", [("06", PRINTABLE, "USA")]),
+        ("CN=a,", [("03", PRINTABLE, "a")]),
+        (r"CN=a\+b", [("03", PRINTABLE, "a+b")]),
+        ("CN=a\\ ", [("03", PRINTABLE, "a ")]),
+        ("CN=a,CN=b", [("03", PRINTABLE, "b"), ("03", PRINTABLE, "a")]),
+    ],
+)
+def test_names_as_gnutls_makes_them(text: str, wanted: list[tuple[str, int, str]]) -> None:
+    assert rows(directory_name(text)) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "CN", "CN=", "CN= ", "FOO=a", "1.2.3=a", "CN=a+OU=b", 'CN="a"', "EMAIL=ä", "CN=a,O"],
+)
+def test_texts_that_are_no_name(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        directory_name(text)
+
+
+@given(st.text())
+def test_any_text_gives_a_name_or_value_error(text: str) -> None:
+    try:
+        name = directory_name(text)
+    except ValueError:
+        return
+    assert len(list(elements(name))) == 1
+
+
+@given(st.text(min_size=1, max_size=60).filter(lambda text: text.strip() == text))
+def test_an_escaped_value_is_a_name(value: str) -> None:
+    assert directory_name("CN=" + escaped(value)) == common_name(value)
