@@ -23,7 +23,7 @@ def test_device_is_there_for_root(name: str) -> None:
 
 def test_modules_are_loaded() -> None:
     loaded = {line.split()[0] for line in Path("/proc/modules").read_text().splitlines()}
-    assert {"cuse", "tpm_vtpm_proxy", "overlay"} <= loaded
+    assert {"cuse", "tpm_vtpm_proxy", "overlay", "loop"} <= loaded
 
 
 def test_every_folder_of_the_host_is_writable() -> None:
