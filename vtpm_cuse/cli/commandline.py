@@ -25,6 +25,7 @@ class CuseExit(IntEnum):
     NO_NAME = 254
     BAD_SUBOPTION = 253
     NOT_ROOT = 252
+    NO_USER = 251
 
 
 class CommandLine:

@@ -33,6 +33,7 @@ def _run(line: CommandLine, name: str, serve: Callable[[CommandLine], int]) -> i
         print(help_text(line.program, name), end="")
         return 0
     flags = line.number("print-info", 0xFFFF_FFFF)
+    settings.enter_root(line)
     logs.configure(settings.log_config(line))
     text = prints.asked_text(line)
     if text is None and not flags:

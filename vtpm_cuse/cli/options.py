@@ -303,10 +303,33 @@ OPTIONS: Final[Sequence[Option]] = (
         ),
         interfaces=STREAMS,
     ),
-    Option("seccomp", "", metavar="ACTION", available=False),
+    Option(
+        "seccomp",
+        "what becomes of the process if it leaves its sandbox",
+        noun="seccomp",
+        subs=(
+            SubOption(
+                "action",
+                "kill (the default) ends it; log refuses nothing, the kernel's audit log has what "
+                "kill would refuse; none makes no sandbox",
+                metavar="ACTION",
+            ),
+        ),
+    ),
     Option("migration", "", metavar="WHAT", available=False, interfaces=ALL - STREAMS),
-    Option("runas", "", letter="r", metavar="USER", available=False),
-    Option("chroot", "", letter="R", metavar="DIR", available=False),
+    Option(
+        "runas",
+        "run as this user, by name with its groups or by number; what needs the caller's "
+        "privileges, such as a device, the log and the pid file, is opened before",
+        letter="r",
+        metavar="USER",
+    ),
+    Option(
+        "chroot",
+        "take this directory as the root of all paths, also of those in the other options",
+        letter="R",
+        metavar="DIR",
+    ),
     Option("print-capabilities", "print what this program can do, as JSON, and end"),
     Option("print-states", "print which state there is, as JSON, and end"),
     Option("print-profiles", "print the profiles of libtpms, as JSON, and end"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm_cuse.cli import settings
 from vtpm_cuse.cli.program import PEER_VERSION
 from vtpm_cuse.errors import PtmError, UsageError
+from vtpm_cuse.service.config import Exits
+from vtpm_cuse.service.privileges import become
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,12 +48,17 @@ _BACKENDS: Final = ("dir", "file")
 """The schemes that `storage.open_store` knows."""
 
 
+_ASKING: Final = ("print-capabilities", "print-states", "print-profiles")
+
+
 def asked_text(line: CommandLine) -> str | None:
     """What the print options that need no TPM ask for; None if none was given.
 
     Raises:
         VtpmError: There is no libtpms, no state location, or the state cannot be looked at.
     """
+    if any(line.has(option) for option in _ASKING) or line.number("print-info", 0xFFFF_FFFF):
+        become(settings.user(line), Exits())
     if line.has("print-capabilities"):
         return _capabilities(line)
     if line.has("print-states"):

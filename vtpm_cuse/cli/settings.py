@@ -20,11 +20,13 @@ from vtpm_cuse.service.config import (
     PidConfig,
     ProcessConfig,
     ProfileConfig,
+    SeccompAction,
     SocketAddress,
     SocketConfig,
     StartupConfig,
     StartupKind,
     StateConfig,
+    User,
     VtpmConfig,
 )
 
@@ -122,7 +124,47 @@ def _ready_for_the_kernel(vtpm: VtpmConfig) -> VtpmConfig:
 
 def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
     """The options about the process. Raises UsageError."""
-    return ProcessConfig(background=background, log=log_config(line), pid=pid_config(line))
+    return ProcessConfig(
+        background=background,
+        log=log_config(line),
+        pid=pid_config(line),
+        runas=user(line),
+        seccomp=_seccomp_action(line),
+    )
+
+
+def enter_root(line: CommandLine) -> None:
+    """``--chroot``, with everything imported that is out of reach afterwards. Raises UsageError."""
+    path = line.value("chroot")
+    if path is not None:
+        from vtpm_cuse.service.preload import import_all
+        from vtpm_cuse.service.privileges import change_root
+
+        import_all()
+        change_root(path)
+
+
+def user(line: CommandLine) -> User | None:
+    """``--runas``. Raises UsageError."""
+    name = line.value("runas")
+    if name is None:
+        return None
+    from vtpm_cuse.service.privileges import find_user
+
+    try:
+        return find_user(name)
+    except UsageError as exc:
+        raise line.error(str(exc), line.program.no_user) from exc
+
+
+def _seccomp_action(line: CommandLine) -> SeccompAction:
+    given = line.subs("seccomp")
+    action = given.text("action") if given else None
+    actions: tuple[SeccompAction, ...] = ("kill", "log", "none")
+    for known in actions:
+        if action in {known, None}:
+            return known
+    raise line.error(f"Unsupported seccomp log action {action}")
 
 
 def vtpm_config(line: CommandLine) -> VtpmConfig:
@@ -157,6 +199,7 @@ def log_config(line: CommandLine) -> LogConfig:
         level=max(1, given.integer("level") or 1),
         prefix=given.text("prefix") or "",
         truncate=given.flag("truncate"),
+        owner=(runas.uid, runas.gid) if (runas := user(line)) else None,
     )
 
 

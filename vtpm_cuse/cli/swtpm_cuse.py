@@ -54,6 +54,8 @@ PROGRAM: Final = Program(
     ),
     exits=(
         Term("0", "The TPM was ended in order, or goes on in the background."),
+        Term("242 to 246", "No sandbox, not permitted to run as that user, or no pid file."),
+        Term("251", "There is no such user."),
         Term("252", "No right to use /dev/cuse."),
         Term("253", "A value of an option does not fit."),
         Term("254", "No usable name of a device was given."),
@@ -69,6 +71,7 @@ PROGRAM: Final = Program(
     lenient=True,
     bad_number=CuseExit.BAD_VALUE,
     bad_value=CuseExit.BAD_SUBOPTION,
+    no_user=CuseExit.NO_USER,
 )
 
 
@@ -87,6 +90,7 @@ def _run(words: Sequence[str], program: str) -> int:
         print(version_text("CUSE interface "))
         return 0
     flags = line.number("print-info", 0xFFFF_FFFF)
+    settings.enter_root(line)
     logs.configure(settings.log_config(line))
     text = prints.asked_text(line)
     if text is None:

@@ -86,6 +86,7 @@ def _run(words: Sequence[str], program: str) -> int:
         print(version_text("FUSE interface "))
         return 0
     flags = line.number("print-info", 0xFFFF_FFFF)
+    settings.enter_root(line)
     logs.configure(settings.log_config(line))
     text = prints.asked_text(line)
     if text is None and flags:

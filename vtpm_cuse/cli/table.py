@@ -161,6 +161,7 @@ class Program(NamedTuple):
         lenient: An unknown option is complained about and ignored.
         bad_number: Exit status after a number out of range.
         bad_value: Exit status after any other value that does not fit.
+        no_user: Exit status after a user that does not exist.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Program(NamedTuple):
     lenient: bool = False
     bad_number: int = 1
     bad_value: int = 1
+    no_user: int = 1
 
     @property
     def available(self) -> tuple[Option, ...]:

@@ -40,6 +40,11 @@ class Channels:
         """The path of a bound socket, to be removed in the end if it is still this one."""
         self._own[path] = _identity(path)
 
+    @property
+    def paths(self) -> list[str]:
+        """The paths that `close` removes."""
+        return list(self._own)
+
     def close(self) -> None:
         """Closes them; the paths of bound Unix sockets go too."""
         for sock in (

@@ -20,6 +20,7 @@ from typing import Final
 import trio
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.frontends.keeper import Keeper
 from vtpm_cuse.proto.device import READ_BUFFER_SIZE
 from vtpm_cuse.proto.fuse import init_reply
 
@@ -42,7 +43,7 @@ class FuseMount:
     def __init__(self, folder: str, *, allow_other: bool = False) -> None:
         self._folder = os.path.realpath(folder)
         self._allow_other = allow_other
-        self._device: str | None = None
+        self._keeper: Keeper | None = None
         self._lock = -1
         self._made = False
         self.fd = -1
@@ -57,6 +58,8 @@ class FuseMount:
         """
         _check_fuse()
         self._lock = self._locked_folder()
+        # It holds the lock too, so a successor waits for it.
+        self._keeper = Keeper(self._clear_up, {self._lock})
 
     def _locked_folder(self) -> int:
         """Locks the folder below the mount, so that two never mount over each other.
@@ -104,7 +107,8 @@ class FuseMount:
             raise FrontendError(f"{_FUSERMOUNT} gave no descriptor of the mount")
         self.fd = fds[0]
         os.set_blocking(self.fd, False)
-        self._device = _mounted_on(self._folder)
+        if self._keeper is not None:
+            self._keeper.note((_mounted_on(self._folder) or "").encode())
 
     async def answer_init(self) -> None:
         """The first request; once it is answered, clients are served.
@@ -121,15 +125,20 @@ class FuseMount:
         if self.fd >= 0:
             os.close(self.fd)  # first: no client can make fusermount3 wait any more
             self.fd = -1
-        if self._device is not None and _mounted_on(self._folder) == self._device:
-            _fusermount("-u", "-z", "-q", "--", self._folder)
-        self._device = None
         if self._lock >= 0:
-            if self._made:
-                with contextlib.suppress(OSError):
-                    os.rmdir(self._folder)
             os.close(self._lock)
             self._lock = -1
+        if self._keeper is not None:
+            self._keeper.end()
+            self._keeper = None
+
+    def _clear_up(self, device: bytes) -> None:
+        """In the keeper, when nobody serves the mount any more: *device* is the number it had."""
+        if device and (_mounted_on(self._folder) or "").encode() == device:
+            _fusermount("-u", "-z", "-q", "--", self._folder)
+        if self._made:
+            with contextlib.suppress(OSError):
+                os.rmdir(self._folder)
 
 
 def _check_fuse() -> None:

@@ -17,7 +17,7 @@ from vtpm_cuse.frontends.chardev import (
 )
 from vtpm_cuse.service import life
 from vtpm_cuse.service.listen import acquire_control, inherit
-from vtpm_cuse.service.socket import serve_channels
+from vtpm_cuse.service.socket import load_channels, serve_channels
 
 if TYPE_CHECKING:
     import socket
@@ -64,12 +64,18 @@ class _Chardev(life.Interface):
     def acquire(self) -> None:
         acquire_control(self._channels, self._config.control)
 
+    def load(self) -> None:
+        load_channels()
+
     async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
         device = self._channels.data_stream
         await serve_channels(self._channels, vtpm, worker)
         if isinstance(device, ProxyDevice) and device.gone:
             # PEER: ends with status 0.
             raise FrontendError("The kernel has given the TPM device up", "see dmesg")
+
+    def paths_to_remove(self) -> list[str]:
+        return self._channels.paths
 
     def close(self) -> None:
         self._channels.close()

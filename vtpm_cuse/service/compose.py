@@ -98,6 +98,7 @@ def _key(source: KeySource | None) -> Key | None:
     secrecy.hide_process()  # before the key is in memory
     key = read_key(source)
     secrecy.keep_from_swap(key.secret)
+    key.load_cipher()
     return key
 
 

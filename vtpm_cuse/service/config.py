@@ -6,12 +6,33 @@ Plain frozen data, so that a manager or a test can make one without any words.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.keys import KeySource
 
 StartupKind = Literal["none", "clear", "state", "deactivated"]
+SeccompAction = Literal["kill", "log", "none"]
+
+
+class User(NamedTuple):
+    """Whom a process runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+class Exits(NamedTuple):
+    """Exit statuses by which callers of an interface tell failures to start apart."""
+
+    start: int = 1
+    pid: int = 1
+    groups: int = 1
+    gid: int = 1
+    uid: int = 1
+    sandbox: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +44,7 @@ class LogConfig:
         level: Messages up to this level are written; 5 and more turn on libtpms' own.
         prefix: Starts every line.
         truncate: Empties the file first.
+        owner: User and group of a new file; None leaves it the caller's.
     """
 
     path: str | None = None
@@ -30,6 +52,7 @@ class LogConfig:
     level: int = 1
     prefix: str = "swtpm: "
     truncate: bool = False
+    owner: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +71,16 @@ class ProcessConfig:
         background: Go to the background; the caller's process ends once clients are served.
         log: Where messages go.
         pid: Where the process id is written, if anywhere.
+        runas: Whom it runs as once it has what needs the caller's privileges.
+        seccomp: What becomes of a process that leaves its sandbox: "kill" ends it, "log" has the
+            kernel write it down, "none" makes no sandbox.
     """
 
     background: bool = False
     log: LogConfig = field(default_factory=LogConfig)
     pid: PidConfig | None = None
+    runas: User | None = None
+    seccomp: SeccompAction = "kill"
 
 
 @dataclass(frozen=True, slots=True)

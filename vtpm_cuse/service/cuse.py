@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service import life
+from vtpm_cuse.service.config import Exits
 
 if TYPE_CHECKING:
     from vtpm_cuse.device.vtpm import Vtpm
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _START_FAILED = 255
-_PID_FAILED = 243
 
 
 def run(config: CuseConfig) -> int:
@@ -34,8 +34,7 @@ def run(config: CuseConfig) -> int:
 
 
 class _CuseDevice(life.Interface):
-    start_failed = _START_FAILED
-    pid_failed = _PID_FAILED
+    exits = Exits(start=_START_FAILED, pid=243, groups=246, gid=245, uid=244, sandbox=242)
     _channel: CuseChannel
 
     def __init__(self, config: CuseConfig) -> None:
@@ -58,7 +57,15 @@ class _CuseDevice(life.Interface):
         if self._config.vtpm.state is None:
             reason = "Error: No TPM state directory is defined; TPM_PATH is not set"
             raise UsageError(reason, _START_FAILED, hint="give --tpmstate dir=DIRECTORY")
-        life.make_state_directory(self._config.vtpm, 0o775, _START_FAILED)
+        life.make_state_directory(
+            self._config.vtpm, 0o775, self._config.process.runas, _START_FAILED
+        )
+
+    def load(self) -> None:
+        from vtpm_cuse.device import ptm
+        from vtpm_cuse.frontends import device
+
+        _ = ptm, device
 
     async def appear(self) -> None:
         config = self._config

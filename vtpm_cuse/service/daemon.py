@@ -34,7 +34,9 @@ def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
     if child == 0:
         os.close(read_end)
         os.setsid()
-        return serve(lambda: _detach(write_end))
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)  # a sandbox allows neither once it is ready
+        return serve(lambda: _detach(write_end, null))
     os.close(write_end)
     try:
         ready = os.read(read_end, 1) == _READY
@@ -48,10 +50,8 @@ def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
     return 0 if ready else _status_of(child)
 
 
-def _detach(write_end: int) -> None:
-    """Lets go of the caller's directory and terminal, then of the caller."""
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
+def _detach(write_end: int, null: int) -> None:
+    """Lets go of the caller's terminal, then of the caller."""
     for fd in range(3):
         os.dup2(null, fd)
     os.close(null)

@@ -41,7 +41,16 @@ class _FuseFile(life.Interface):
 
     def open(self) -> None:
         self._mount.take_folder()
-        life.make_state_directory(self._config.vtpm, 0o700, self.start_failed)
+        config = self._config
+        life.make_state_directory(config.vtpm, 0o700, config.process.runas, self.exits.start)
+
+    def load(self) -> None:
+        from vtpm_cuse.device import attributes, ptm
+        from vtpm_cuse.frontends import device
+        from vtpm_cuse.proto import fuse
+
+        _ = attributes, ptm, device, fuse
+        time.localtime()  # reads the time zone, which the log of recent messages shows
 
     async def appear(self) -> None:
         """The mount comes last: before, a client would wait for the TPM's start."""

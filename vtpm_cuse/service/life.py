@@ -13,8 +13,11 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import PtmError, UsageError, VtpmError
+from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
+from vtpm_cuse.service import notify
+from vtpm_cuse.service.config import Exits
 from vtpm_cuse.service.daemon import run_in_background
+from vtpm_cuse.service.pidfile import PidFile
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
-    from vtpm_cuse.service.config import ProcessConfig, VtpmConfig
+    from vtpm_cuse.service.config import ProcessConfig, User, VtpmConfig
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +33,7 @@ log = logging.getLogger(__name__)
 class Interface:
     """One way to serve a vTPM; the methods are called once each, in the order they have here."""
 
-    start_failed = 1
-    """Exit status when the TPM cannot be started."""
-
-    pid_failed = 1
-    """Exit status when the pid file cannot be written."""
+    exits = Exits()
 
     def open(self) -> None:
         """Opens what needs the caller's privileges, such as a device.
@@ -49,6 +48,9 @@ class Interface:
         Raises:
             VtpmError: It cannot be had.
         """
+
+    def load(self) -> None:
+        """Imports all that the later steps take: nothing can be imported in the sandbox."""
 
     async def appear(self) -> None:
         """Shows the device, if that takes a TPM which is there and on.
@@ -68,7 +70,15 @@ class Interface:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Gives up everything; may be called at any time, and again."""
+        """Gives up everything; may be called at any time, and again.
+
+        In the end it is called within the sandbox: it can close, remove `paths_to_remove`, and
+        start nothing.
+        """
+
+    def paths_to_remove(self) -> list[str]:
+        """The files that `close` removes."""
+        return []
 
     def confirm(self) -> None:
         """In the process that started a background one, once that is ready: does it answer?
@@ -78,12 +88,16 @@ class Interface:
         """
 
 
-def make_state_directory(config: VtpmConfig, mode: int, exit_status: int) -> None:
+def make_state_directory(
+    config: VtpmConfig, mode: int, owner: User | None, exit_status: int
+) -> None:
     """For the interfaces that make a missing one. Raises UsageError with the *exit_status*."""
     scheme, _, path = config.state.uri.partition("://") if config.state else ("", "", "")
-    if scheme == "dir":
+    if scheme == "dir" and not os.path.isdir(path):
         try:
             os.makedirs(path, mode, exist_ok=True)
+            if owner is not None:
+                os.chown(path, owner.uid, owner.gid)
         except OSError as exc:
             reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
             raise UsageError(reason, exit_status) from exc
@@ -97,68 +111,101 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
     Raises:
         VtpmError: What was wrong.
     """
+    life = _Life(interface, process, vtpm)
     if process.background:
-        return run_in_background(
-            lambda ready: _live(interface, process, vtpm, ready), interface.confirm
-        )
-    return _live(interface, process, vtpm, lambda: None)
+        return run_in_background(life.live, interface.confirm)
+    return life.live(lambda: None)
 
 
-def _live(
-    interface: Interface, process: ProcessConfig, config: VtpmConfig, ready: Callable[[], None]
-) -> int:
-    gc.disable()  # until the service runs: start-up makes no garbage, 8 of 90 ms
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(interface.close)
-            interface.open()
-            # Before anything that takes time: who polls for a socket need not wait.
-            interface.acquire()
+class _Life:
+    def __init__(self, interface: Interface, process: ProcessConfig, config: VtpmConfig) -> None:
+        self._interface = interface
+        self._process = process
+        self._config = config
+        self._pid_file = PidFile(process.pid, interface.exits.pid)
 
-            import trio
-
-            from vtpm_cuse.service.compose import make_vtpm, power_on
-
-            vtpm = make_vtpm(config)
-            stack.callback(vtpm.close)
-            if power_on(vtpm, config):
-                trio.run(_serve, interface, process, vtpm, ready)
-            if vtpm.state_lost:  # PEER: ends with status 0
-                raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
-    except PtmError:  # said by the vTPM itself
-        return interface.start_failed
-    except VtpmError as exc:
-        from vtpm_cuse import faults
-
-        log.error("%s", exc)
-        return faults.exit_status(exc)
-    finally:
-        gc.enable()
-    return 0
-
-
-async def _serve(
-    interface: Interface, process: ProcessConfig, vtpm: Vtpm, ready: Callable[[], None]
-) -> None:
-    import trio
-
-    from vtpm_cuse.device.worker import Worker
-    from vtpm_cuse.service.pidfile import pid_file
-    from vtpm_cuse.service.signals import ending_signals
-
-    await interface.appear()
-    scope = trio.CancelScope()
-    # Signals first: who finds the pid file may send one.
-    with ending_signals(scope.cancel), pid_file(process.pid, interface.pid_failed):
-        worker = Worker()
+    def live(self, ready: Callable[[], None]) -> int:
+        """From acquiring to the end; returns the exit status. *ready* is called in between."""
+        gc.disable()  # until the service runs: start-up makes no garbage, 8 of 90 ms
         try:
-            with scope:
-                gc.freeze()  # what start-up made stays
-                gc.enable()
-                ready()
-                await interface.serve(vtpm, worker)
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._interface.close)
+                self._acquire()
+
+                import trio
+
+                from vtpm_cuse.service.compose import make_vtpm, power_on
+
+                vtpm = make_vtpm(self._config)
+                stack.callback(vtpm.close)
+                self._interface.load()
+                if power_on(vtpm, self._config):
+                    trio.run(self._serve, vtpm, ready)
+                if vtpm.state_lost:  # PEER: ends with status 0
+                    raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
+        except PtmError:  # said by the vTPM itself
+            return self._interface.exits.start
+        except VtpmError as exc:
+            from vtpm_cuse import faults
+
+            log.error("%s", exc)
+            return faults.exit_status(exc)
         finally:
-            worker.close()
-            # The pid file goes last: then the interface, state and lock are free for a successor.
-            vtpm.close()
-            interface.close()
+            gc.enable()
+        return 0
+
+    def _acquire(self) -> None:
+        notify.connect()
+        self._interface.open()
+        if (user := self._process.runas) is not None:
+            from vtpm_cuse.service.privileges import become
+
+            self._pid_file.open((user.uid, user.gid))
+            become(user, self._interface.exits)
+        # Before anything that takes time: who polls for a socket need not wait.
+        self._interface.acquire()
+
+    async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
+        import trio
+
+        from vtpm_cuse.service.signals import ending_signals
+
+        interface = self._interface
+        await interface.appear()
+        scope = trio.CancelScope()
+        # Signals first: who finds the pid file may send one.
+        with ending_signals(scope.cancel), self._pid_file.written():
+            worker = self._enter_sandbox()
+            try:
+                with scope:
+                    gc.freeze()  # what start-up made stays
+                    gc.enable()
+                    notify.ready()
+                    ready()
+                    await interface.serve(vtpm, worker)
+            finally:
+                notify.stopping()
+                worker.close()
+                # The pid file goes last: then interface, state and lock are a successor's to take.
+                vtpm.close()
+                interface.close()
+
+    def _enter_sandbox(self) -> Worker:
+        from vtpm_cuse.device.worker import Worker
+        from vtpm_cuse.service import sandbox, seccomp
+
+        process, interface = self._process, self._interface
+        removed = [*self._pid_file.paths, *interface.paths_to_remove()]
+        try:
+            rules = seccomp.make_filter(process.seccomp)
+            sandbox.restrict(process, sandbox.allowed_paths(self._config.state, removed))
+            worker = Worker()  # restricted as this thread is, and the last that is started
+            try:
+                if rules is not None:
+                    rules.load()
+            except BaseException:
+                worker.close()
+                raise
+        except FrontendError as exc:
+            raise UsageError(str(exc), interface.exits.sandbox) from exc
+        return worker

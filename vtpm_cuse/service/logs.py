@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.service.files import open_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +116,9 @@ def _open(config: LogConfig) -> int:
         return _STDERR if config.fd is None else _writable(config.fd)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(config.path, flags | (os.O_TRUNC if config.truncate else 0), 0o600)
+        return open_for(
+            config.path, flags | (os.O_TRUNC if config.truncate else 0), 0o600, config.owner
+        )
     except OSError as exc:
         raise UsageError(f"Could not open logfile for writing: {exc.strerror}") from exc
 

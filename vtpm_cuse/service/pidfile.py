@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.service.files import open_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,40 +15,64 @@ if TYPE_CHECKING:
     from vtpm_cuse.service.config import PidConfig
 
 
-@contextlib.contextmanager
-def pid_file(config: PidConfig | None, exit_status: int) -> Iterator[None]:
-    """Writes the file, and removes it at the end.
+class PidFile:
+    """The file to come; `open` may need privileges that `written` has no more.
 
-    Raises:
-        UsageError: It cannot be written; with this *exit_status*.
+    Args:
+        config: Where; None for nowhere.
+        exit_status: Of a process that cannot write it.
     """
-    if config is None:
-        yield
-        return
-    target = config.fd if config.path is None else config.path
+
+    def __init__(self, config: PidConfig | None, exit_status: int) -> None:
+        self._exit_status = exit_status
+        self._path = config.path if config else None
+        self._fd = -1 if config is None or config.fd is None else config.fd
+        self.paths = _path_of(self._fd) if self._path is None else [os.path.abspath(self._path)]
+        """What is removed at the end."""
+
+    def open(self, owner: tuple[int, int] | None) -> None:
+        """Makes the file, for *owner*. Raises UsageError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self._path is not None:
+            with self._errors():
+                self._fd = open_for(self._path, flags, 0o644, owner)
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """While entered, the process id is in the file; then it is removed.
+
+        Raises:
+            UsageError: It cannot be written.
+        """
+        if self._fd < 0:
+            self.open(None)
+        if self._fd >= 0:
+            with self._errors():
+                os.ftruncate(self._fd, 0)
+                os.write(self._fd, b"%d" % os.getpid())
+        if self._path is not None:
+            os.close(self._fd)
+        try:
+            yield
+        finally:
+            for path in self.paths:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            target = self._fd if self._path is None else self._path
+            reason = f"Could not write pid file {target}: {exc.strerror}"
+            raise UsageError(reason, self._exit_status) from exc
+
+
+def _path_of(fd: int) -> list[str]:
+    if fd < 0:
+        return []
     try:
-        path = _write_fd(target) if isinstance(target, int) else _write(str(target))
-    except OSError as exc:
-        reason = f"Could not write pid file {target}: {exc.strerror}"
-        raise UsageError(reason, exit_status) from exc
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-def _write(path: str) -> str:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o644)
-    try:
-        os.write(fd, b"%d" % os.getpid())
-    finally:
-        os.close(fd)
-    return os.path.abspath(path)
-
-
-def _write_fd(fd: int) -> str:
-    os.ftruncate(fd, 0)
-    os.write(fd, b"%d" % os.getpid())
-    return os.readlink(f"/proc/self/fd/{fd}")
+        return [os.readlink(f"/proc/self/fd/{fd}")]
+    except OSError:  # no /proc below this root
+        return []

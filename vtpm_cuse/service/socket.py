@@ -36,11 +36,25 @@ class _Sockets(life.Interface):
         self._channels = acquire(self._config)
         self._undo.callback(self._channels.close)
 
+    def load(self) -> None:
+        load_channels()
+
     async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
         await serve_channels(self._channels, vtpm, worker)
 
+    def paths_to_remove(self) -> list[str]:
+        return self._channels.paths
+
     def close(self) -> None:
         self._undo.close()
+
+
+def load_channels() -> None:
+    """Imports what `serve_channels` takes."""
+    from vtpm_cuse.device import ptm
+    from vtpm_cuse.frontends import sockets
+
+    _ = ptm, sockets
 
 
 async def serve_channels(channels: Channels, vtpm: Vtpm, worker: Worker) -> None:

@@ -1,0 +1,76 @@
+"""The capabilities of a process, given up; see capabilities(7)."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+log = logging.getLogger(__name__)
+
+# linux/capability.h, linux/prctl.h
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_CAP_DAC_OVERRIDE: Final = 1
+_CAP_FOWNER: Final = 3
+_PR_CAPBSET_DROP: Final = 24
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+_CAPABILITIES_MAX: Final = 64
+
+
+def drop_capabilities(needed: Iterable[str]) -> None:
+    """Gives up all capabilities but, where the paths *needed* are others', the right to write there.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for number in range(_CAPABILITIES_MAX):  # fails where it was none, or not ours to drop
+        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    permitted = _permitted(libc)
+    keep = permitted & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_FOWNER)
+    _set_capabilities(libc, effective=0, permitted=keep)
+    if keep and (others := [path for path in needed if not _is_ours(path)]):
+        log.info("Other users' files need the right to write to them: %s", ", ".join(others))
+        _set_capabilities(libc, effective=keep, permitted=keep)
+    else:
+        _set_capabilities(libc, effective=0, permitted=0)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether *path*, or what a directory holds, can be written to without capabilities."""
+    try:
+        paths = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else []
+    except OSError:
+        return False
+    wanted = os.R_OK | os.W_OK | (os.X_OK if os.path.isdir(path) else 0)
+    return os.access(path, wanted, effective_ids=True) and all(
+        os.access(inner, os.R_OK | os.W_OK, effective_ids=True, follow_symlinks=False)
+        for inner in paths
+    )
+
+
+def _permitted(libc: ctypes.CDLL) -> int:
+    header, data = _header(), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, data):
+        raise OSError(ctypes.get_errno(), "capget")
+    return data[1] | data[4] << 32
+
+
+def _set_capabilities(libc: ctypes.CDLL, *, effective: int, permitted: int) -> None:
+    low, high = 0xFFFF_FFFF, 32
+    data = (ctypes.c_uint32 * 6)(
+        *(effective & low, permitted & low, 0),
+        *(effective >> high, permitted >> high, 0),
+    )
+    if libc.capset(_header(), data):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _header() -> ctypes.Array[ctypes.c_uint32]:
+    return (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)

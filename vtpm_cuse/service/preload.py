@@ -1,0 +1,35 @@
+"""Imports what a process may still need below another root, where no module can be found."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import vtpm_cuse
+
+_OTHER_PROGRAMS = ("vtpm_cuse.cli", "vtpm_cuse.manufacture")
+_LAZY = (
+    "cryptography.hazmat.primitives.ciphers",
+    "trio",
+    "encodings.idna",
+    "tokenize",
+)
+"""Modules that ours, or Python itself, import when they are first used."""
+
+
+def import_all() -> None:
+    """Imports every module that a service may come to; nothing more can be imported afterwards."""
+    for module in pkgutil.walk_packages(vtpm_cuse.__path__, "vtpm_cuse."):
+        if not module.name.startswith(_OTHER_PROGRAMS) and not module.name.endswith("._build"):
+            importlib.import_module(module.name)
+    for name in _LAZY:
+        importlib.import_module(name)
+    _open_libraries()
+    sys.path.clear()  # what lies below the new root is not ours
+
+
+def _open_libraries() -> None:
+    from vtpm_cuse.engine.libtpms import supported_versions
+
+    supported_versions()

@@ -1,0 +1,75 @@
+"""Which user serves, below which root: --runas and --chroot.
+
+Messages are the C suite's.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.service.config import User
+
+if TYPE_CHECKING:
+    from vtpm_cuse.service.config import Exits
+
+_UID_MAX: Final = 0xFFFF_FFFE  # all ones means "leave it" to the kernel
+
+
+def find_user(text: str) -> User:
+    """The user of a name, with all of its groups, or of a number, whose group has that number too.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if text.lstrip("-").isdecimal() and text.isascii():
+        uid = int(text)
+        if not 0 <= uid <= _UID_MAX:
+            raise UsageError(f"Error: uid {text} outside valid range.")
+        return User(text, uid, uid, (uid,))
+    import pwd
+
+    try:
+        found = pwd.getpwnam(text)
+    except KeyError:
+        raise UsageError(f"Error: User '{text}' does not exist.") from None
+    return User(text, found.pw_uid, found.pw_gid, tuple(os.getgrouplist(text, found.pw_gid)))
+
+
+def become(user: User | None, exits: Exits) -> None:
+    """Is *user* from now on, for good.
+
+    Raises:
+        UsageError: This process may not.
+    """
+    if user is None:
+        return
+    # PEER: keeps the groups of the caller for a user given by number.
+    if set(os.getgroups()) - {os.getegid()} != set(user.groups) - {user.gid}:
+        try:
+            os.setgroups(user.groups)
+        except OSError as exc:
+            reason = f"Error: initgroups({user.name}, {user.gid}) failed."
+            raise UsageError(reason, exits.groups) from exc
+    try:
+        os.setresgid(user.gid, user.gid, user.gid)
+    except OSError as exc:
+        raise UsageError(f"Error: setgid({user.gid}) failed.", exits.gid) from exc
+    try:
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as exc:
+        raise UsageError(f"Error: setuid({user.uid}) failed.", exits.uid) from exc
+
+
+def change_root(path: str) -> None:
+    """All paths are looked up below *path* from now on.
+
+    Raises:
+        UsageError: This process may not, or there is no such directory.
+    """
+    try:
+        os.chroot(path)
+        os.chdir("/")
+    except OSError as exc:
+        raise UsageError(f"chroot failed: {exc.strerror}") from exc
