@@ -269,7 +269,6 @@ def test_daemon_serves_when_the_command_returns(tmp_path: Path) -> None:
         (["-c", "/usr"], "Cannot open /usr: Is a directory"),
         (["-c", "/dev/null", "--ctrl", "type=foo"], "Error parsing ctrl options: "),
         (["-c", "/dev/null", "--ctrl", "type=unixio,path=/none/x"], "Could not listen on /none/x"),
-        (["-c", "/dev/null", "--chroot", "/"], "Error: option --chroot is not available yet"),
     ],
 )
 def test_refusals(tmp_path: Path, words: list[str], said: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
         os.close(read_end)
         os.setsid()
         os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)  # a sandbox allows neither once it is ready
+        null = _nowhere()  # a sandbox allows neither once it is ready
         return serve(lambda: _detach(write_end, null))
     os.close(write_end)
     try:
@@ -48,6 +49,15 @@ def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
     finally:
         os.close(read_end)
     return 0 if ready else _status_of(child)
+
+
+def _nowhere() -> int:
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except FileNotFoundError:  # below another root
+        end, other = socket.socketpair()
+        other.close()
+        return end.detach()
 
 
 def _detach(write_end: int, null: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import pkgutil
 import sys
@@ -30,6 +32,6 @@ def import_all() -> None:
 
 
 def _open_libraries() -> None:
-    from vtpm_cuse.engine.libtpms import supported_versions
-
-    supported_versions()
+    for name in ("libtpms.so.0", "libseccomp.so.2"):
+        with contextlib.suppress(OSError):  # who needs it will say so
+            ctypes.CDLL(name)  # stays loaded, and is then found by its name

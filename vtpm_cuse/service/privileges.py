@@ -45,11 +45,12 @@ def become(user: User | None, exits: Exits) -> None:
     """
     if user is None:
         return
-    # PEER: keeps the groups of the caller for a user given by number.
-    if set(os.getgroups()) - {os.getegid()} != set(user.groups) - {user.gid}:
-        try:
-            os.setgroups(user.groups)
-        except OSError as exc:
+    if (os.getuid(), os.geteuid(), os.getegid()) == (user.uid, user.uid, user.gid) != (0, 0, 0):
+        return  # PEER: fails
+    try:
+        os.setgroups(user.groups)  # PEER: not for a user given by number
+    except OSError as exc:
+        if not user.name.isdecimal():  # else the next step fails, with the message known for it
             reason = f"Error: initgroups({user.name}, {user.gid}) failed."
             raise UsageError(reason, exits.groups) from exc
     try:

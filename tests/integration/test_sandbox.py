@@ -1,0 +1,195 @@
+"""Attacks from inside: a subverted command handler gets nowhere, and nothing else breaks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import sockets as s
+from tests.support.attacks import DEADLY, REFUSED, attack, subverted
+from tests.support.commands import get_random
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+
+
+class Victim(s.Server):
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.secret = folder / "secret"
+        self.secret.write_text("none of its business")
+        super().__init__(folder, *s.RUNNING, *words, program=subverted(str(self.secret)))
+
+    def suffer(self, name: str, *, on_worker: bool = False) -> bytes:
+        """The answer; none when the process ended."""
+        with self.data() as client:
+            client.send(attack(name, on_worker=on_worker))
+            try:
+                return client.socket.recv(100)
+            except ConnectionResetError:
+                return b""
+
+
+@pytest.mark.parametrize("on_worker", [False, True], ids=["inline", "worker"])
+def test_refused(tmp_path: Path, on_worker: bool) -> None:
+    with Victim(tmp_path) as victim:
+        for name, error in REFUSED.items():
+            answer = victim.suffer(name, on_worker=on_worker)
+            assert answer == f"refused: {error}".encode(), name
+        # It lives, writes its state, and ends in order.
+        assert victim.suffer("nothing", on_worker=on_worker) == b"done"
+        assert victim.request(s.STORE_VOLATILE) == s.u32(0)
+        victim.process.send_signal(signal.SIGTERM)
+        assert victim.wait() == 0
+    assert victim.secret.read_text() == "none of its business"
+    assert (victim.state / "tpm2-00.volatilestate").exists()
+
+
+@pytest.mark.parametrize("name", DEADLY)
+def test_deadly(name: str, tmp_path: Path) -> None:
+    with Victim(tmp_path) as victim:
+        assert victim.suffer(name, on_worker=name in DEADLY[::2]) == b""
+        assert victim.wait() == -signal.SIGSYS
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ctrl",
+        "data",
+        "log",
+        "secret",
+        "state",
+    ]
+
+
+@pytest.mark.parametrize("action", ["none", "log"])
+def test_no_sandbox_on_request(action: str, tmp_path: Path) -> None:
+    """Also shows that the attacks are some."""
+    with Victim(tmp_path, "--seccomp", f"action={action}") as victim:
+        for name in ("read", "list", "write", "code", "pair", "program", "thread", "kill"):
+            assert victim.suffer(name) == b"done", name
+        assert victim.suffer("connect-tcp") == b"refused: ECONNREFUSED"
+
+
+def status_of(pid: int) -> list[dict[str, str]]:
+    """What /proc tells about each thread."""
+    texts = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    return [
+        {
+            name: value.strip()
+            for name, _, value in (line.partition(":") for line in text.splitlines())
+        }
+        for text in texts
+    ]
+
+
+def test_every_thread_has_no_rights(tmp_path: Path) -> None:
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        assert server.request(s.GET_CONFIG, size=8)
+        threads = status_of(server.process.pid)
+    assert len(threads) == 2
+    for thread in threads:
+        assert {thread[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+        assert (thread["NoNewPrivs"], thread["Seccomp"]) == ("1", "2")
+
+
+@needs_root
+def test_runs_as_another_user(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, 12345, 12345)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    with s.Server(tmp_path, *s.RUNNING, "--runas", "12345", "--pid", f"file={pid_file}") as server:
+        assert server.request(s.GET_CONFIG, size=8)
+        for thread in status_of(server.process.pid):
+            assert set(thread["Uid"].split()) == set(thread["Gid"].split()) == {"12345"}
+            assert thread["Groups"] in {"", "12345"}
+        assert {pid_file.stat().st_uid, server.log.stat().st_uid} == {12345}
+        assert {path.stat().st_uid for path in state.iterdir()} == {12345}
+        # Not dumpable: what /proc tells about it is root's.
+        assert Path(f"/proc/{server.process.pid}/environ").stat().st_uid == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+@needs_root
+def test_state_of_another_user_can_be_written(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    os.chown(state, 12345, 12345)
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+        effective = {thread["CapEff"] for thread in status_of(server.process.pid)}
+        assert effective == {"000000000000000a"}  # CAP_DAC_OVERRIDE, CAP_FOWNER
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+@needs_root
+def test_another_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "state").mkdir(parents=True)
+    words: list[str | Path] = [
+        "--tpm2",
+        "--chroot",
+        root,
+        "--tpmstate",
+        "dir=/state",
+        "--log",
+        "file=log,level=3",
+    ]
+    words += ["--ctrl", "type=unixio,path=/ctrl", "--server", "type=unixio,path=data"]
+    done = s.run_swtpm(*words, *s.RUNNING, "--daemon", "--pid", "file=/pid")
+    assert (done.returncode, done.stderr) == (0, "")
+    pid = int((root / "pid").read_text())
+    try:
+        assert os.readlink(f"/proc/{pid}/root") == str(root)
+        with s.connect(root / "data") as client:
+            client.send(get_random(32))
+            assert len(client.exactly(44)) == 44
+    finally:
+        with s.connect(root / "ctrl") as client:
+            assert client.control(s.SHUTDOWN) == s.u32(0)
+            client.socket.recv(1)
+    left = {str(path.relative_to(root)) for path in root.rglob("*")}
+    assert left == {"state", "state/.lock", "state/tpm2-00.permall", "log"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--runas", "no-such-user"], "swtpm: Error: User 'no-such-user' does not exist.\n"),
+        (["--runas", "-1"], "swtpm: Error: uid -1 outside valid range.\n"),
+        (["--chroot", "/no/such/folder"], "swtpm: chroot failed: No such file or directory\n"),
+        (["--seccomp", "action=x"], "swtpm: Unsupported seccomp log action x\n"),
+    ],
+)
+def test_errors(words: list[str], reason: str, tmp_path: Path) -> None:
+    done = s.run_swtpm("--tpm2", "--tpmstate", f"dir={tmp_path}", *words)
+    assert (done.returncode, done.stderr) == (1, reason)
+    assert not list(tmp_path.iterdir())
+
+
+_AS_NOBODY = (
+    sys.executable,
+    "-c",
+    "import os, sys; from vtpm_cuse.cli.swtpm import main; from vtpm_cuse.service import preload;"
+    " path = sys.path[:]; preload.import_all(); sys.path[:] = path;"
+    " os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main())",
+)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--runas", "5"], "swtpm: Error: setgid(5) failed.\n"),
+        (["--runas", "root"], "swtpm: Error: initgroups(root, 0) failed.\n"),
+        (["--chroot", "/"], "swtpm: chroot failed: Operation not permitted\n"),
+    ],
+)
+def test_not_permitted(words: list[str], reason: str, tmp_path: Path) -> None:
+    state = ["--tpm2", "--tpmstate", f"dir={tmp_path}"]
+    done = s.run_swtpm(*state, *words, program=_AS_NOBODY)
+    assert (done.returncode, done.stderr) == (1, reason)
