@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,9 @@ def test_another_root(tmp_path: Path) -> None:
         with s.connect(root / "ctrl") as client:
             assert client.control(s.SHUTDOWN) == s.u32(0)
             client.socket.recv(1)
+        deadline = time.monotonic() + s.PATIENCE_SECONDS
+        while (root / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
     left = {str(path.relative_to(root)) for path in root.rglob("*")}
     assert left == {"state", "state/.lock", "state/tpm2-00.permall", "log"}
 

@@ -81,8 +81,8 @@ def socket_config(line: CommandLine) -> SocketConfig:
     control, control_terminate = _control_channel(line)
     return SocketConfig(
         vtpm=_vtpm_with_migration(line),
-        data=data,
-        control=control,
+        data=_passed("data", data),
+        control=_passed("ctrl", control),
         disconnect=disconnect,
         terminate=line.has("terminate"),
         control_terminate=control_terminate,
@@ -109,7 +109,7 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
         proxy=proxy,
         path=path,
         fd=fd,
-        control=control,
+        control=_passed("ctrl", control),
         control_terminate=control_terminate,
         process=process_config(line, background=line.has("daemon")),
     )
@@ -300,6 +300,20 @@ def _server_address(line: CommandLine, given: SubValues, port: int | None) -> So
     if address.kind == "unixio" and address.path is None and address.fd is None:
         raise line.error("Missing path and file descriptor option for UnixIO socket")
     return address
+
+
+def _passed(name: str, given: SocketAddress | None) -> SocketAddress | None:
+    """The channel on the socket of this name that a service manager passed, else *given*."""
+    if "LISTEN_FDS" not in os.environ:
+        return given
+    from vtpm_cuse.service.activation import passed_sockets
+
+    fd = passed_sockets().get(name)
+    if fd is None:
+        return given
+    if given is not None:
+        raise UsageError(f"The {name} channel is both an option and a socket of LISTEN_FDS")
+    return SocketAddress("unixio", fd=fd)
 
 
 def _control_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:

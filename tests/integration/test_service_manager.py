@@ -1,0 +1,128 @@
+"""What service managers are told, and the sockets they pass."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.support import sockets as s
+from tests.support.commands import get_random
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_AS_PASSED: Final = """
+import os, sys
+names, fds = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")]
+for number, fd in enumerate([os.dup(fd) for fd in fds]):
+    os.dup2(fd, 3 + number)
+    os.set_inheritable(3 + number, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=names)
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
+"""Does what systemd does: descriptors from 3 on, and three variables."""
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    """A service manager's end of NOTIFY_SOCKET."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(tmp_path / "notify"))
+    sock.settimeout(s.PATIENCE_SECONDS)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    return sock
+
+
+def test_readiness_and_end(manager: socket.socket, tmp_path: Path) -> None:
+    with manager, s.Server(tmp_path, *s.RUNNING) as server:
+        pid = server.process.pid
+        assert manager.recv(100) == f"READY=1\nMAINPID={pid}".encode()
+        server.process.send_signal(signal.SIGTERM)
+        assert manager.recv(100) == b"STOPPING=1"
+        assert server.wait() == 0
+
+
+def test_readiness_of_the_process_in_the_background(manager: socket.socket, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    state = ["--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}", *s.RUNNING]
+    control = ["--ctrl", f"type=unixio,path={tmp_path / 'ctrl'}"]
+    pid_file = tmp_path / "pid"
+    with manager:
+        done = s.run_swtpm(*state, *control, "--daemon", "--pid", f"file={pid_file}")
+        assert done.returncode == 0, done.stderr
+        pid = int(pid_file.read_text())
+        assert manager.recv(100) == f"READY=1\nMAINPID={pid}".encode()
+        with s.connect(tmp_path / "ctrl") as client:
+            assert client.control(s.SHUTDOWN) == s.u32(0)
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_no_manager_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        assert server.request(s.GET_CONFIG, size=8)
+        assert "Could not reach the service manager" in server.log_text()
+
+
+def passed(
+    tmp_path: Path, names: str, *words: str, stderr: int | None = None
+) -> subprocess.Popen[bytes]:
+    """A server that is given two listening sockets."""
+    (tmp_path / "state").mkdir()
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(s.listener(tmp_path / name)) for name in ("data", "ctrl")]
+        fds = [sock.fileno() for sock in listeners]
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-c", _AS_PASSED, names, ",".join(map(str, fds))),
+                *(*s.OURS[1:], "socket", "--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}"),
+                *(*s.RUNNING, *words),
+            ],
+            stdin=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=fds,
+            env=s.environment(),
+        )
+
+
+def test_passed_sockets(tmp_path: Path) -> None:
+    with passed(tmp_path, "data:ctrl") as process:
+        with s.connect(tmp_path / "data") as client:
+            client.send(get_random(32))
+            assert len(client.exactly(44)) == 44
+        with s.connect(tmp_path / "ctrl") as client:
+            assert client.control(s.SHUTDOWN) == s.u32(0)
+        assert process.wait(s.PATIENCE_SECONDS) == 0
+    assert {"data", "ctrl"} <= set(os.listdir(tmp_path))  # the manager's, not ours to remove
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "reason"),
+    [
+        ("data:other", [], "The socket 'other' of LISTEN_FDS cannot be used; each needs a name"),
+        ("data:data", [], "The socket 'data' of LISTEN_FDS cannot be used"),
+        ("data", [], "The socket '' of LISTEN_FDS cannot be used"),
+        ("data:ctrl", ["--port", "0"], "The data channel is both an option and a socket of"),
+    ],
+)
+def test_passed_sockets_that_do_not_fit(
+    names: str, words: list[str], reason: str, tmp_path: Path
+) -> None:
+    with passed(tmp_path, names, *words, stderr=subprocess.PIPE) as process:
+        _, said = process.communicate(timeout=s.PATIENCE_SECONDS)
+    assert process.returncode == 1
+    assert said.decode().startswith(f"swtpm: {reason}")
+
+
+def test_sockets_passed_to_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LISTEN_PID", "1")
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        assert server.request(s.GET_CONFIG, size=8)
