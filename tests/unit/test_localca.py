@@ -1,0 +1,293 @@
+"""The local CA's folder: made once, completed after an interruption, never replaced."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from tests.support.certificates import Parts, der_of, make_ca, verify
+from vtpm_cuse.errors import CertificateError, UsageError
+from vtpm_cuse.manufacture import files, localca
+from vtpm_cuse.manufacture.casettings import CaProfile, CaSettings
+from vtpm_cuse.manufacture.certificates import CertificateKind, Maker, TpmSpecification
+from vtpm_cuse.manufacture.keys import PrivateKey, PublicKey
+from vtpm_cuse.manufacture.localca import CREATING_CA, LocalCa, Order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PROFILE = CaProfile(Maker("m", "o", "v"))
+ORDER = Order(
+    CertificateKind.EK, PublicKey.from_rsa(1 << 2047 | 1), Maker("a", "b", "c"),
+    TpmSpecification("2.0", 0, 183), "vm",
+)  # fmt: skip
+ROOT_KEY, ROOT = "swtpm-localca-rootca-privkey.pem", "swtpm-localca-rootca-cert.pem"
+FILES = [ROOT_KEY, ROOT, "signkey.pem", "issuercert.pem"]
+
+
+@pytest.fixture(autouse=True)
+def _small_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localca, "_CA_KEY_BITS", 1024 + 512)
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def ca_in(folder: Path, password: bytes | None = None, root: str = "") -> LocalCa:
+    settings = replace(CaSettings.in_folder(str(folder)), password=password)
+    return LocalCa(settings, PROFILE, environ={"SWTPM_ROOTCA_PASSWORD": root} if root else {})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_ca(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "ca"
+    said: list[str] = []
+    settings = CaSettings.in_folder(str(folder))
+    ca = LocalCa(settings, PROFILE, said.append, {})
+    ca.check()
+    assert not folder.parent.exists()  # a check writes nothing
+    verify(ca.issue(ORDER), der_of(folder / "issuercert.pem"))
+    verify(der_of(folder / "issuercert.pem"), der_of(folder / ROOT))
+    verify(der_of(folder / ROOT), der_of(folder / ROOT))
+    assert said == [f"Creating swtpm-localca dir '{folder}'.", CREATING_CA]
+    assert sorted(contents(folder)) == sorted([*FILES, "certserial", ".lock.swtpm-localca"])
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes[ROOT_KEY] == modes["signkey.pem"] == 0o640
+    assert modes[".lock.swtpm-localca"] == 0o775
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o770
+
+
+def test_subjects_and_extensions_of_a_new_ca(tmp_path: Path) -> None:
+    ca_in(tmp_path).prepare()
+    root, own = (x509.load_der_x509_certificate(der_of(tmp_path / n)) for n in (ROOT, FILES[3]))
+    assert root.subject == root.issuer == own.issuer
+    assert root.subject.rfc4514_string() == "CN=swtpm-localca-rootca"
+    assert own.subject.rfc4514_string() == "CN=swtpm-localca"
+    for certificate in (root, own):
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+        assert constraints.critical
+        assert constraints.value == x509.BasicConstraints(ca=True, path_length=None)
+        assert len(Parts.of(certificate.public_bytes(serialization.Encoding.DER)).serial) == 20
+    assert root.serial_number != own.serial_number
+
+
+def test_the_ca_is_made_once(tmp_path: Path) -> None:
+    first, second = Parts.of(ca_in(tmp_path).issue(ORDER)), None
+    before = contents(tmp_path)
+    second = Parts.of(ca_in(tmp_path).issue(ORDER))
+    after = contents(tmp_path)
+    assert int.from_bytes(second.serial, "big") == int.from_bytes(first.serial, "big") + 1
+    assert before.pop("certserial") == b"%d" % int.from_bytes(first.serial, "big")
+    assert after.pop("certserial") == b"%d" % int.from_bytes(second.serial, "big")
+    assert before == after
+
+
+@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interruption_loses_nothing_and_is_made_up_for(
+    step: int, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C before or after each file: what was there stays, and the next run completes it."""
+    real, calls = files.replace_file, [0]
+
+    def interrupted(*args: Any) -> None:  # noqa: ANN401
+        calls[0] += 1
+        if calls[0] == step + 1 and moment == "before":
+            raise KeyboardInterrupt
+        real(*args)
+        if calls[0] == step + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(localca, "replace_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ca_in(tmp_path).issue(ORDER)
+    before = contents(tmp_path)
+    monkeypatch.setattr(localca, "replace_file", real)
+    certificate = ca_in(tmp_path).issue(ORDER)
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before if name != "certserial"} == {
+        name: data for name, data in before.items() if name != "certserial"
+    }
+    assert set(FILES) <= after.keys()
+    verify(certificate, der_of(tmp_path / "issuercert.pem"))
+    verify(der_of(tmp_path / "issuercert.pem"), der_of(tmp_path / ROOT))
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "f"
+    files.replace_file(str(path), b"old", 0o600)
+
+    def fail(*_args: object, **_names: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space"):
+        files.replace_file(str(path), b"new", 0o600)
+    assert contents(tmp_path) == {"f": b"old"}
+
+
+@pytest.mark.parametrize("lost", [(ROOT_KEY, ROOT), ("signkey.pem", "issuercert.pem")])
+def test_a_lost_key_is_an_error_and_no_reason_for_a_new_ca(
+    lost: tuple[str, str], tmp_path: Path
+) -> None:
+    """The C suite makes all of it anew, over keys that are there."""
+    ca_in(tmp_path).prepare()
+    (tmp_path / lost[0]).unlink()
+    if lost[0] == ROOT_KEY:
+        (tmp_path / "issuercert.pem").unlink()
+    before = contents(tmp_path)
+    for work in (ca_in(tmp_path).check, lambda: ca_in(tmp_path).issue(ORDER)):
+        with pytest.raises(UsageError, match=rf"{lost[0]} of the certificate .*{lost[1]} is miss"):
+            work()
+    assert contents(tmp_path) == before
+
+
+def test_a_lost_certificate_is_made_again_for_the_same_key(tmp_path: Path) -> None:
+    ca_in(tmp_path).prepare()
+    before = contents(tmp_path)
+    (tmp_path / "issuercert.pem").unlink()
+    verify(ca_in(tmp_path).issue(ORDER), der_of(tmp_path / "issuercert.pem"))
+    after = contents(tmp_path)
+    assert all(after[name] == before[name] for name in (ROOT_KEY, ROOT, "signkey.pem"))
+
+
+def test_encrypted_keys(tmp_path: Path) -> None:
+    ca_in(tmp_path, b"geheim", "wurzel").issue(ORDER)
+    for name, password in ((ROOT_KEY, b"wurzel"), ("signkey.pem", b"geheim")):
+        pem = (tmp_path / name).read_bytes()
+        assert pem.startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
+        assert serialization.load_pem_private_key(pem, password) is not None
+    before = contents(tmp_path)
+    ca_in(tmp_path, b"geheim").issue(ORDER)  # the root is not needed any more
+    for wrong in (None, b"falsch"):
+        with pytest.raises(CertificateError, match=r"signkey\.pem") as caught:
+            ca_in(tmp_path, wrong).check()
+        assert "falsch" not in str(caught.value)
+    (tmp_path / "issuercert.pem").unlink()
+    with pytest.raises(CertificateError, match=ROOT_KEY):
+        ca_in(tmp_path, b"geheim", "falsch").issue(ORDER)
+    ca_in(tmp_path, b"geheim", "wurzel").issue(ORDER)
+    assert contents(tmp_path)[ROOT] == before[ROOT]
+
+
+def test_a_key_of_another_certificate(tmp_path: Path) -> None:
+    ca_in(tmp_path).prepare()
+    (tmp_path / "signkey.pem").write_bytes(PrivateKey.generate(1536).to_pem(None))
+    with pytest.raises(CertificateError, match="the key is not that of the certificate"):
+        ca_in(tmp_path).check()
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"-----BEGIN CERTIFICATE-----\nAAAA\n", b"\0" * 99])
+@pytest.mark.parametrize("name", ["signkey.pem", "issuercert.pem"])
+def test_damaged_files_are_named_and_left(name: str, junk: bytes, tmp_path: Path) -> None:
+    ca_in(tmp_path).prepare()
+    (tmp_path / name).write_bytes(junk)
+    with pytest.raises(CertificateError, match=name):
+        ca_in(tmp_path).check()
+    with pytest.raises(CertificateError, match=name):
+        ca_in(tmp_path).issue(ORDER)
+    assert (tmp_path / name).read_bytes() == junk
+
+
+def test_an_issuer_without_key_identifier(tmp_path: Path) -> None:
+    ca = make_ca(tmp_path / "x")
+    words = ["openssl", "req", "-x509", "-new", "-key", str(ca.key), "-subj", "/CN=x", "-out"]
+    config = tmp_path / "none.cnf"
+    config.write_text("[req]\ndistinguished_name=d\n[d]\n")
+    subprocess.run(
+        [*words, str(ca.certificate), "-config", str(config)], check=True, capture_output=True
+    )
+    settings = CaSettings(str(tmp_path), str(ca.key), str(ca.certificate), str(tmp_path / "s"))
+    with pytest.raises(CertificateError, match="no subject key identifier"):
+        LocalCa(settings, PROFILE).check()
+
+
+# -- serial numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(b"41", 42), (b"41\n", 42), (b"0", 1), (b"127", 128), (b"9" * 30, 10**30)],
+)
+def test_the_next_serial(text: bytes, wanted: int, tmp_path: Path) -> None:
+    (tmp_path / "certserial").write_bytes(text)
+    made = Parts.of(ca_in(tmp_path).issue(ORDER))
+    assert int.from_bytes(made.serial, "big", signed=True) == wanted
+    assert (tmp_path / "certserial").read_bytes() == b"%d" % wanted
+
+
+@pytest.mark.parametrize(
+    "text", [None, b"", b"x", b"-5", b"1 2", b"9" * 50, b"%d" % ((1 << 160) - 1), "²".encode()]
+)
+def test_a_serial_file_that_says_nothing(text: bytes | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "certserial").write_bytes(text)
+    made = int.from_bytes(Parts.of(ca_in(tmp_path).issue(ORDER)).serial, "big", signed=True)
+    assert 1 << 62 <= made <= 1 << 63
+    assert (tmp_path / "certserial").read_bytes() == b"%d" % made
+
+
+# -- orders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vmid", "subject"),
+    [
+        ("", "unknown"),
+        ("vm,1+2", "vm_1_2"),
+        (r"a\+b", "a+b"),
+        ('a"b', 'a"b'),
+        ("#1", "#1"),
+        ("ü=7", "ü=7"),
+        (r"a\b", r"a\b"),
+    ],
+)
+def test_names_of_vms(vmid: str, subject: str, tmp_path: Path) -> None:
+    order = Order(ORDER.kind, ORDER.key, ORDER.tpm, ORDER.specification, vmid)
+    made = x509.load_der_x509_certificate(ca_in(tmp_path).issue(order))
+    assert [attribute.value for attribute in made.subject] == [subject]
+
+
+def test_a_bad_order_costs_no_serial_number(tmp_path: Path) -> None:
+    ca = LocalCa(CaSettings.in_folder(str(tmp_path)), CaProfile())
+    for order in (
+        Order(CertificateKind.PLATFORM, ORDER.key, ORDER.tpm),
+        Order(CertificateKind.EK, ORDER.key, ORDER.tpm),
+    ):
+        with pytest.raises(UsageError):
+            ca.issue(order)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_platform_of_a_tpm12(tmp_path: Path) -> None:
+    order = Order(CertificateKind.PLATFORM, ORDER.key, ORDER.tpm, is_tpm2=False)
+    made = ca_in(tmp_path).issue(order)
+    assert made[:3] == b"\x10\x01\x00"
+    assert int.from_bytes(made[3:5], "big") == len(made) - 5
+    verify(made[7:], der_of(tmp_path / "issuercert.pem"))
+
+
+def test_a_link_in_place_of_the_lock(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    (tmp_path / ".lock.swtpm-localca").symlink_to(target)
+    with pytest.raises(CertificateError, match="lock"):
+        ca_in(tmp_path).issue(ORDER)
+    assert not target.exists()
