@@ -22,6 +22,7 @@ import pytest
 from tests.kernel.harness import (
     OUR_IOCTL,
     PATIENCE,
+    ROOT,
     Background,
     child,
     errno_from,
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 
 RANDOM = tpm.get_random(8)
 NEW_DEV = 0xC014A100
+SESSION = ROOT / "tests/support/tpm2_session.sh"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,6 +126,11 @@ def test_tool_extends_and_tool_sees(shared: Proxy) -> None:
     run("tpm2_pcrextend", f"11:sha256={'3c' * 32}", env=env)
     expected = hashlib.sha256(bytes(32) + b"\x3c" * 32).hexdigest().upper()
     assert expected in run("tpm2_pcrread", "sha256:11", env=env).stdout
+
+
+def test_session_with_tools(shared: Proxy) -> None:
+    env = {"TPM2TOOLS_TCTI": f"device:{shared.shared}"}
+    assert run(SESSION, env=env).stdout.endswith("session passed\n")
 
 
 def test_several_clients_at_once(shared: Proxy) -> None:

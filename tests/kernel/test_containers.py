@@ -1,0 +1,224 @@
+"""Containers with a TPM, by other people's runtimes, and neighbours without: docs/containers.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from tests.kernel.harness import PATIENCE, ROOT, errno_from, needs, run
+from tests.kernel.proxy import SWTPM, Proxy, next_number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HELPER: Final = str(ROOT / "kernel-helpers/tpm-device")
+SESSION: Final = str(ROOT / "tests/support/tpm2_session.sh")
+TCTI: Final = "TPM2TOOLS_TCTI=device:/dev/tpmrm0"
+CGROUPS: Final = Path("/sys/fs/cgroup")
+WORK: Final = "/srv"
+"""A folder that the image has, and that is writable in the containers."""
+
+RUNTIMES: Final = ("crun", "runc")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _machine() -> None:
+    error = errno_from(lambda: os.close(os.open("/dev/vtpmx", os.O_RDWR)))
+    needs(not error, f"/dev/vtpmx: {os.strerror(error)}; run kernel-helpers/lab -- ...")
+    for program in (*RUNTIMES, "podman", "tpm2_getrandom"):
+        needs(shutil.which(program) is not None, f"{program} is missing")
+    if not (CGROUPS / "cgroup.controllers").exists():
+        run("mount", "-t", "cgroup2", "none", CGROUPS)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A root file system with tpm2-tools: this machine's own, without what is mounted in it."""
+    folder = tmp_path_factory.mktemp("image")
+    run("mount", "--bind", "/", folder)
+    yield folder
+    run("umount", folder)
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    with Proxy(tmp_path_factory.mktemp("proxy")) as server:
+        yield server
+        assert server.end() == 0
+
+
+def grant_for(proxy: Proxy) -> dict[str, Any]:
+    """What the helper says a runtime's configuration is to have."""
+    words = ("--owner", "0:4712", "--mode", "0640", "--for", "oci", proxy.device)
+    found: dict[str, Any] = json.loads(run(HELPER, *words).stdout)["linux"]
+    for path, device in zip((proxy.device, proxy.shared), found["devices"], strict=True):
+        status = os.stat(path)
+        assert (status.st_uid, status.st_gid, status.st_mode) == (0, 4712, stat.S_IFCHR | 0o640)
+        assert (device["uid"], device["gid"], device["fileMode"]) == (0, 4712, 0o640)
+        numbers = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        assert (device["major"], device["minor"]) == numbers
+    return found
+
+
+@pytest.fixture(scope="module")
+def granted(proxy: Proxy) -> dict[str, Any]:
+    return grant_for(proxy)
+
+
+class Bundle:
+    """A container of an OCI runtime: the runtime's own sample configuration, and a command."""
+
+    def __init__(self, folder: Path, runtime: str, image: Path) -> None:
+        self.folder, self.runtime = folder, runtime
+        folder.mkdir()
+        run(runtime, "spec", cwd=folder)
+        self.config = json.loads((folder / "config.json").read_text())
+        self.config["root"] = {"path": str(image), "readonly": True}
+        process = self.config["process"]
+        process["terminal"] = False
+        process["env"] += [TCTI, f"TMPDIR={WORK}"]
+        self.config["mounts"].append({"destination": WORK, "type": "tmpfs", "source": "tmpfs"})
+
+    def give(self, granted: dict[str, Any]) -> Bundle:
+        """Adds the devices, and nothing else."""
+        linux = self.config["linux"]
+        linux.setdefault("devices", []).extend(granted["devices"])
+        linux["resources"]["devices"].extend(granted["resources"]["devices"])
+        return self
+
+    def may(self, *capabilities: str) -> Bundle:
+        for names in self.config["process"]["capabilities"].values():
+            names.extend(capabilities)
+        return self
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        self.config["process"]["args"] = list(command)
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        words = [self.runtime, "run", "--bundle", str(self.folder), self.folder.name]
+        return subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
+
+def test_session_in_a_container(
+    image: Path, proxy: Proxy, granted: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every tool works on /dev/tpmrm0, and what it changes is changed in this TPM."""
+    before = (proxy.sysfs / "pcr-sha256/16").read_text()
+    done = Bundle(tmp_path / "session", "crun", image).give(granted).run(SESSION)
+    assert done.returncode == 0, done
+    assert done.stdout.endswith("session passed\n")
+    assert (proxy.sysfs / "pcr-sha256/16").read_text() != before
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_neighbour_cannot_reach_it(
+    runtime: str, image: Path, proxy: Proxy, granted: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not by its path, and not by a node of its own making; with what is given it could."""
+    status = os.stat(proxy.shared)
+    numbers = f"{os.major(status.st_rdev)} {os.minor(status.st_rdev)}"
+    tool = "tpm2_getrandom --hex 8"
+
+    neighbour = Bundle(tmp_path / f"{runtime}-plain", runtime, image).may("CAP_MKNOD")
+    done = neighbour.run("sh", "-c", f"echo here; {tool}; test -e /dev/tpmrm0")
+    assert (done.returncode, done.stdout) == (1, "here\n"), done
+
+    own_node = f"mknod {WORK}/mine c {numbers} && {tool} -T device:{WORK}/mine"
+    done = neighbour.run("sh", "-c", f"echo here; {own_node}")
+    assert done.returncode != 0
+    assert done.stdout == "here\n"
+    assert "Operation not permitted" in done.stderr
+
+    given = Bundle(tmp_path / f"{runtime}-tpm", runtime, image).give(granted)
+    done = given.run("sh", "-c", tool)
+    assert done.returncode == 0, done
+    assert len(bytes.fromhex(done.stdout)) == 8
+
+    rules = [{**rule, "access": "rwm"} for rule in granted["resources"]["devices"]]
+    ruled = Bundle(tmp_path / f"{runtime}-ruled", runtime, image).may("CAP_MKNOD")
+    ruled.give({"devices": [], "resources": {"devices": rules}})
+    done = ruled.run("sh", "-c", own_node)
+    assert done.returncode == 0, done
+    assert len(bytes.fromhex(done.stdout)) == 8
+
+
+def test_two_containers_with_a_tpm_each(
+    image: Path, proxy: Proxy, granted: dict[str, Any], tmp_path: Path
+) -> None:
+    """Both call theirs /dev/tpmrm0."""
+    extend = "tpm2_pcrextend 13:sha256=" + "77" * 32
+    with Proxy(tmp_path / "other") as other:
+        theirs = grant_for(other)
+        assert {device["path"] for device in theirs["devices"]} == {"/dev/tpm0", "/dev/tpmrm0"}
+        done = Bundle(tmp_path / "other-one", "crun", image).give(theirs).run("sh", "-c", extend)
+        assert done.returncode == 0, done
+        assert (other.sysfs / "pcr-sha256/13").read_text() != (
+            proxy.sysfs / "pcr-sha256/13"
+        ).read_text()
+        assert other.end() == 0
+
+
+def test_podman(image: Path, proxy: Proxy) -> None:
+    options = run(HELPER, "--for", "podman", proxy.device).stdout.split()
+    assert options[-1] == f"--device={proxy.shared}:/dev/tpmrm0:rw"
+    # The lab's root is an overlay already, and it has no systemd.
+    start = ("podman", "--cgroup-manager=cgroupfs", "--storage-driver=vfs", "run", "--rm")
+    plain = ("--network=none", "--rootfs", str(image))
+    tool = ("tpm2_getrandom", "--hex", "8", "-T", "device:/dev/tpmrm0")
+    assert len(bytes.fromhex(run(*start, *options, *plain, *tool).stdout)) == 8
+    done = run(*start, *plain, *tool, status=None)
+    assert done.status != 0
+    assert "/dev/tpmrm0" in done.stderr
+
+
+def test_server_in_the_container(image: Path, tmp_path: Path) -> None:
+    """Given /dev/vtpmx, a container makes its TPM itself; the helper makes the nodes there."""
+    control = os.stat("/dev/vtpmx").st_rdev
+    vtpmx = {"type": "c", "major": os.major(control), "minor": os.minor(control)}
+    granted = {
+        "devices": [{"path": "/dev/vtpmx", **vtpmx, "fileMode": 0o600, "uid": 0, "gid": 0}],
+        "resources": {"devices": [{"allow": True, "type": "c", "access": "rwm"}]},
+    }
+    server = f"{SWTPM} chardev --vtpm-proxy --tpm2 --tpmstate dir={WORK}/state -d"
+    script = (
+        f"mkdir state && {HELPER} --owner 0:4712 --mode 0640 -- {server} --pid file={WORK}/pid "
+        "&& tpm2_getrandom --hex 8 -T device:$(echo /dev/tpmrm*) "
+        "&& stat -c ' %u %g %a' /dev/tpm* && kill $(cat pid)"
+    )
+    bundle = Bundle(tmp_path / "own", "crun", image).give(granted)
+    bundle.may("CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_CHOWN", "CAP_FOWNER")
+    bundle.config["process"]["cwd"] = WORK
+    number = next_number()
+    done = bundle.run("sh", "-c", script)
+    assert done.returncode == 0, done
+    assert done.stdout.endswith(" 0 4712 640\n 0 4712 640\n")
+    assert not Path(f"/sys/class/tpm/tpm{number}").exists()
+
+
+# -- the helper -----------------------------------------------------------------------------
+
+
+def test_helper_sleeps_until_the_device_comes(tmp_path: Path) -> None:
+    """Started first, it hears of a device that is made afterwards."""
+    number = next_number()
+    helper = subprocess.Popen(
+        [HELPER, "--for", "podman", f"/dev/tpm{number}"], stdout=subprocess.PIPE, text=True
+    )
+    with Proxy(tmp_path) as server:
+        assert server.number == number
+        out, _ = helper.communicate(timeout=PATIENCE)
+        assert (helper.returncode, out.count("--device=")) == (0, 2)
+        assert server.end() == 0
