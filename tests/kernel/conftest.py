@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.kernel.harness import Server, Zygote, errno_from, needs
+from tests.kernel.harness import STARTED, Server, Zygote, errno_from, needs, servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -27,32 +27,13 @@ def cuse() -> None:
 @pytest.fixture
 def serve(cuse: None, tmp_path: Path) -> Iterator[Serve]:
     """Makes servers (not started yet) that end with the test."""
-    yield from _servers(tmp_path)
+    yield from servers(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def module_serve(cuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """Makes servers (not started yet) that end with the module."""
-    yield from _servers(tmp_path_factory.mktemp("servers"))
-
-
-def _servers(folder: Path) -> Iterator[Serve]:
-    made: list[Server] = []
-
-    def make(name: str, **settings: Any) -> Server:  # noqa: ANN401  as Server takes them
-        made.append(Server(name, folder, **settings))
-        _ALL.append(made[-1])
-        return made[-1]
-
-    yield make
-    errors = []
-    for server in reversed(made):
-        try:
-            server.end()
-        except Exception as exc:
-            errors.append(exc)
-    if errors:
-        raise errors[0]
+    yield from servers(tmp_path_factory.mktemp("servers"))
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +44,6 @@ def zygote() -> Iterator[Zygote]:
     starter.close()
 
 
-_ALL: list[Server] = []
 _LOG_TAIL = 4000
 
 
@@ -74,6 +54,6 @@ def pytest_runtest_makereport() -> Generator[None, Any, None]:
     report = outcome.get_result()
     if not report.failed:
         return
-    for server in _ALL[-4:]:
+    for server in STARTED[-4:]:
         if server.log.exists():
             report.sections.append((f"log of {server.name}", server.said[-_LOG_TAIL:]))

@@ -22,7 +22,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
 
@@ -245,11 +245,6 @@ def errno_from(call: Callable[[], object]) -> int:
     return 0
 
 
-def waiting_requests(name: str) -> int:
-    """Requests that the kernel has handed to the server, or would like to, unanswered."""
-    return int(Path(f"/sys/class/cuse/{name}/waiting").read_text())
-
-
 @contextmanager
 def child(body: Callable[[], None]) -> Iterator[int]:
     """A forked process that runs *body*; it is killed at the end, if it still runs."""
@@ -388,14 +383,26 @@ class Server:
     more: tuple[str, ...] = ()
     state: Path = field(default=Path())
     _pidfd: int = -1
+    program: ClassVar[tuple[str, ...]] = (SWTPM_CUSE,)
 
     def __post_init__(self) -> None:
         if self.state == Path():
             self.state = self.folder / f"{self.name}.state"
         self.log = self.folder / f"{self.name}.log"
         self.pid_file = self.folder / f"{self.name}.pid"
-        self.device = Path("/dev") / self.name
+        self.device = self.device_path()
         self.permall = self.state / ("tpm2-00.permall" if self.tpm2 else "tpm-00.permall")
+
+    def device_path(self) -> Path:
+        return Path("/dev") / self.name
+
+    def waiting(self) -> int:
+        """Requests that the kernel has handed to the server, or would like to, unanswered."""
+        return int(Path(f"/sys/class/cuse/{self.name}/waiting").read_text())
+
+    def run(self, *argv: str | Path, **settings: Any) -> Done:  # noqa: ANN401  as `run` takes them
+        """Runs a program as the user who may use the device."""
+        return run(*argv, **settings)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -416,7 +423,7 @@ class Server:
     def start(self, zygote: Zygote | None = None) -> Server:
         """Starts it; on return the device answers."""
         if zygote is None:
-            done = run(SWTPM_CUSE, *self.arguments, status=None)
+            done = self.run(*self.program, *self.arguments, status=None)
             assert done.status == 0, (done, _text_of(self.log))
         else:
             status = zygote.start([SWTPM_CUSE, *self.arguments])
@@ -426,7 +433,7 @@ class Server:
 
     def fails(self, status: int, *texts: str) -> Done:
         """Starts it in vain; every text must be in what it said."""
-        done = run(SWTPM_CUSE, *self.arguments, status=None)
+        done = self.run(*self.program, *self.arguments, status=None)
         said = done.stderr + _text_of(self.log)
         assert done.status == status, (done, said)
         for text in texts:
@@ -446,7 +453,7 @@ class Server:
 
     def stop(self) -> None:
         """By ``swtpm_ioctl -s``; then process, node and pid file are gone."""
-        run(OUR_IOCTL, "-s", self.device)
+        self.run(OUR_IOCTL, "-s", self.device)
         self.gone()
 
     def signal(self, number: int) -> None:
@@ -464,10 +471,13 @@ class Server:
         finally:
             os.close(self._pidfd)
             self._pidfd = -1
-        assert not self.device.exists()
-        assert not Path(f"/sys/class/cuse/{self.name}").exists()
+        self.check_gone()
         assert self.pid_file.exists() == pid_file
         assert "Traceback" not in _text_of(self.log), _text_of(self.log)
+
+    def check_gone(self) -> None:
+        assert not self.device.exists()
+        assert not Path(f"/sys/class/cuse/{self.name}").exists()
 
     def end(self) -> None:
         """The fixture's farewell, whatever happened before."""
@@ -490,3 +500,27 @@ class Server:
 
 def no_such_device(path: Path) -> bool:
     return errno_from(lambda: os.close(os.open(path, os.O_RDWR))) == errno.ENOENT
+
+
+STARTED: Final[list[Server]] = []
+"""All servers of this run, also those that have ended."""
+
+
+def servers(folder: Path, kind: type[Server] = Server) -> Iterator[Callable[..., Server]]:
+    """Yields what makes servers (not started yet); they end after it."""
+    made: list[Server] = []
+
+    def make(name: str, **settings: Any) -> Server:  # noqa: ANN401  as Server takes them
+        made.append(kind(name, folder, **settings))
+        STARTED.append(made[-1])
+        return made[-1]
+
+    yield make
+    errors = []
+    for server in reversed(made):
+        try:
+            server.end()
+        except Exception as exc:
+            errors.append(exc)
+    if errors:
+        raise errors[0]
