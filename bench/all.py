@@ -38,7 +38,7 @@ END: Final = "<!-- end of bench -->"
 def names() -> list[str]:
     """Every benchmark: each module here but those that all share."""
     found = (module.name for module in pkgutil.iter_modules(bench.__path__))
-    return sorted(set(found) - {"all", "report"})
+    return sorted(set(found) - {"all", "device", "report"})
 
 
 def command_of(name: str) -> list[str]:
