@@ -84,7 +84,7 @@ def test_folder_removed_by_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_p
     folder = tmp_path / "x"
     folder.mkdir()
     really = fcntl.flock
-    calls = []
+    calls: list[int] = []
 
     def flock(fd: int, how: int) -> None:
         if not calls:
