@@ -33,4 +33,5 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    finish(measured(), parser.parse_args())
+    options = parser.parse_args()
+    finish(measured(), options)

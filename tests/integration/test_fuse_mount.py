@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.device.semantics import LONGER, cancelled, footprint
+from tests.device.semantics import KNOWN_STATE, LONGER, cancelled, footprint
 from tests.kernel.harness import (
     OUR_IOCTL,
     PTM_HASH_END,
@@ -55,7 +56,10 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture
 def server(make: Callable[..., Server]) -> Server:
-    return make("vtpm0").start()
+    server = make("vtpm0")
+    server.state.mkdir()
+    shutil.copy(KNOWN_STATE, server.permall)  # for which it is known what takes long
+    return server.start()
 
 
 @pytest.fixture

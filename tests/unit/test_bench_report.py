@@ -68,7 +68,7 @@ def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_benchmark_has_help_and_json() -> None:
-    assert {"cuse", "sockets"} <= set(bench_all.names())
+    assert {"cuse", "fuse", "sockets"} <= set(bench_all.names())
     for name in bench_all.names():
         command = [sys.executable, str(ROOT / f"bench/{name}.py"), "--help"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -165,6 +165,8 @@ def _remove_stale(folder: str) -> None:
 
 
 def _check_empty(fd: int, folder: str) -> None:
+    if _mounted_on(folder) is not None:  # by another one, just now
+        raise _in_use(folder)
     if os.listdir(fd):
         raise FrontendError(f"{folder} is not empty", "choose another with --mount DIR")
 
