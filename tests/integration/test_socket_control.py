@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
@@ -493,6 +494,25 @@ def test_set_datafd(tmp_path: Path) -> None:
                 assert control.set_data_fd(theirs.fileno()) == 0, "after the last has hung up"
                 theirs.close()
                 assert data.command(CLOCK).hex() == OFF_2
+
+
+def test_descriptors_of_a_request_in_pieces_are_kept_and_closed(tmp_path: Path) -> None:
+    with Server(tmp_path, data=None) as server, server.control() as control:
+        assert control.result(s.SET_DATAFD) == 3
+        before = server.descriptors()
+        for at_once in (1, 2, 3):
+            with s.socket_pair() as (data, theirs):
+                surplus = [theirs.fileno()] * 15
+                assert control.set_data_fd(theirs.fileno(), *surplus, at_once=at_once) == 0
+                theirs.close()
+                assert data.command(CLOCK).hex() == OFF_2
+        with s.socket_pair() as (_, theirs), server.control() as gone:
+            rights = array.array("i", [theirs.fileno()] * 8).tobytes()
+            for byte in s.SET_DATAFD.to_bytes(4)[:3]:
+                gone.socket.sendmsg(
+                    [bytes([byte])], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+                )
+        server.settle(before)
 
 
 @pytest.mark.parametrize("data", ["tcp", "unixio"])

@@ -153,9 +153,11 @@ class Client:
         assert result == 0
         return total, self.exactly(length)
 
-    def set_data_fd(self, *fds: int, number: int = SET_DATAFD) -> int:
+    def set_data_fd(self, *fds: int, number: int = SET_DATAFD, at_once: int = 4) -> int:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())
-        self.socket.sendmsg([u32(number)], [rights])
+        self.socket.sendmsg([u32(number)[:at_once]], [rights])
+        for byte in u32(number)[at_once:]:
+            self.socket.send(bytes([byte]))
         return int.from_bytes(self.exactly(4), "big")
 
 

@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import trio
+import trio.testing
 
 from tests.support.engine import PATIENCE_SECONDS
 from vtpm_cuse.device.worker import Worker
@@ -119,3 +120,29 @@ def test_thread_is_gone_afterwards() -> None:
 
     with_worker(scenario)
     assert "tpm-worker" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_who_insists_is_heard_until_the_job_ends() -> None:
+    async def scenario(worker: Worker) -> None:
+        heard = threading.Semaphore(0)
+
+        def job() -> bytes:  # deaf to the first two
+            return b"".join(b"x" for _ in range(3) if heard.acquire(timeout=PATIENCE_SECONDS))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.run, job, lambda: None)
+            await trio.testing.wait_all_tasks_blocked()
+            await worker.insist(heard.release)
+
+    with_worker(scenario)
+
+
+def test_nobody_insists_without_a_job() -> None:
+    async def scenario(worker: Worker) -> None:
+        calls: list[bool] = []
+        await worker.insist(lambda: calls.append(True))
+        assert await worker.run(lambda: b"done", lambda: None) == b"done"
+        await worker.insist(lambda: calls.append(True))
+        assert calls == []
+
+    with_worker(scenario)

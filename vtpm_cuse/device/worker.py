@@ -22,7 +22,7 @@ _HURRY_SECONDS: Final = 0.01
 
 
 class Worker:
-    """Runs jobs one after the other; `run` is called from trio."""
+    """Runs jobs one after the other; `run` is called from trio, for one job at a time."""
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -30,6 +30,8 @@ class Worker:
         # Not a daemon: the interpreter must not end below a running libtpms.
         self._thread = threading.Thread(target=self._work, name="tpm-worker")
         self._thread.start()
+        self._ended = trio.Event()
+        self._ended.set()
 
     def submit(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
         """Runs *job* in the thread, then *done* with its result in the trio thread.
@@ -55,7 +57,7 @@ class Worker:
         running command is never abandoned.
         """
         results: list[bytes] = []
-        ended = trio.Event()
+        self._ended = ended = trio.Event()
 
         def done(result: bytes) -> None:
             results.append(result)
@@ -66,12 +68,20 @@ class Worker:
             await ended.wait()
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
-                while not ended.is_set():
-                    hurry()
-                    with trio.move_on_after(_HURRY_SECONDS):
-                        await ended.wait()
+                await self.insist(hurry)
             raise
         return results[0]
+
+    async def insist(self, hurry: Callable[[], object]) -> None:
+        """Calls *hurry* again and again until the job of `run` has ended; not at all without one.
+
+        libtpms forgets a cancellation that comes before it has begun with the command.
+        """
+        ended = self._ended
+        while not ended.is_set():
+            hurry()
+            with trio.move_on_after(_HURRY_SECONDS):
+                await ended.wait()
 
     def close(self) -> None:
         """Waits for the jobs to end."""

@@ -190,32 +190,33 @@ class SocketServer:
 
     async def _serve_control(self, connection: socket.socket) -> None:
         self._control_clients += 1
+        fds: list[int] = []
         try:
             with connection:
-                await self._obey(connection)
+                await self._obey(connection, fds)
         except OSError as exc:
             log.info("Control client: %s", exc.strerror)
         except Exception:  # as for data
             log.exception("A control client could not be served")
         finally:
+            _close_beyond(0, fds)
             self._control_clients -= 1
             if self._channels.control_terminate and not self._control_clients:
                 self._end()
 
-    async def _obey(self, connection: socket.socket) -> None:
+    async def _obey(self, connection: socket.socket, fds: list[int]) -> None:
+        """Answers requests; *fds* are those passed with one that may not be complete yet."""
         stream = ControlStream()
         deadline = float("inf")
         while not stream.broken:
-            data, fds = b"", list[int]()
+            data = b""
             with trio.move_on_at(deadline) as scope:
-                data, fds = await _receive_with_fds(connection)
+                data = await _receive_with_fds(connection, fds)
             stream.feed(data)
             request = stream.next_request(flush=not data)
-            try:
-                answer = request and await self._answer_control(request, fds)
-            finally:
-                for fd in fds:
-                    os.close(fd)
+            answer = request and await self._answer_control(request, fds)
+            if request is not None:
+                _close_beyond(0, fds)
             try:
                 if answer:
                     await _send_all(connection, answer)
@@ -237,6 +238,8 @@ class SocketServer:
         if self._vtpm.may_wait_for_lock(request.command):
             async with self._turn:
                 return await self._worker.run(lambda: self._answer(request), self._vtpm.hurry)
+        if request.command is PtmCommand.PTM_CANCEL_TPM_CMD:
+            self._nursery.start_soon(self._worker.insist, self._vtpm.cancel)
         if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:
             async with self._turn:
                 return self._answer(request)
@@ -334,8 +337,8 @@ async def _send_all(connection: socket.socket | CharDevice, data: bytes) -> None
         await trio.lowlevel.wait_writable(connection)
 
 
-async def _receive_with_fds(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """Bytes and the descriptors that came with them, which the caller owns."""
+async def _receive_with_fds(connection: socket.socket, fds: list[int]) -> bytes:
+    """Bytes; the descriptors that came with them, now the caller's, are added to *fds*."""
     room = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
     while True:
         try:
@@ -343,8 +346,15 @@ async def _receive_with_fds(connection: socket.socket) -> tuple[bytes, list[int]
         except BlockingIOError:
             await trio.lowlevel.wait_readable(connection)
             continue
-        fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        return data, list(fds)
+                passed = array.array("i")
+                passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
+                fds += passed
+        _close_beyond(_MAX_FDS, fds)
+        return data
+
+
+def _close_beyond(count: int, fds: list[int]) -> None:
+    while len(fds) > count:
+        os.close(fds.pop())
