@@ -33,6 +33,7 @@ from tests.kernel.harness import (
     wait_blocked,
     wait_child,
     wait_exit,
+    wait_readable,
 )
 from tests.kernel.proxy import SWTPM, Proxy, next_number, uevents
 from tests.support import commands as tpm
@@ -446,7 +447,8 @@ def test_response_that_came_too_late(caplog: pytest.LogCaptureFixture) -> None:
     device, made = make_proxy_device(tpm2=True)
     try:
         assert not os.get_inheritable(device.fileno())
-        assert device.recv(4096) or True
+        wait_readable(device.fileno())
+        assert device.recv(4096) == bytes.fromhex("80020000000b2000100000")
         assert device.send(bytes(10)) == 10
         assert device.send(bytes(10)) == 10
         assert "did not wait" in caplog.text

@@ -1,0 +1,57 @@
+"""``./setup run`` on this machine; with the devices of the lab: tests/kernel/test_setup_run.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TREE = Path(__file__).parents[2]
+
+
+def run_once(folder: Path, *before: str) -> tuple[str, str]:
+    """Runs it, which must go well; gives output and messages."""
+    done = subprocess.run(
+        [*before, TREE / "setup", "run", "--once", "vtpmonce"],
+        env={**os.environ, "XDG_STATE_HOME": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    assert "BEGIN PUBLIC KEY" in done.stdout
+    assert "The TPM has ended, " in done.stdout
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/cuse"), reason="this machine has CUSE")
+@pytest.mark.skipif(os.path.exists("/dev/vtpmx"), reason="this machine has the vTPM proxy")
+def test_file_by_fuse_where_there_is_no_device(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev"))
+    _, said = run_once(tmp_path)
+    file = tmp_path / "vtpm-cuse/vtpmonce.mount/vtpmonce"
+    assert said.startswith(f"setup: device: {file}, a file in a FUSE mount, because ")
+    assert "no CUSE (/dev/cuse: " in said
+    assert "no vTPM proxy (/dev/vtpmx: " in said
+    assert not file.exists()
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
+    assert (tmp_path / "vtpm-cuse/vtpmonce/tpm2-00.permall").exists()
+    # To look whether a device is there must not make one.
+    assert not {"cuse", "vtpmx"} & (set(os.listdir("/dev")) - before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to hide /dev/fuse")
+@pytest.mark.skipif(os.path.exists("/dev/cuse"), reason="this machine has CUSE")
+@pytest.mark.skipif(os.path.exists("/dev/vtpmx"), reason="this machine has the vTPM proxy")
+def test_kernel_lab_where_there_is_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "no-fuse"
+    file.touch()
+    hide = f'mount --bind "{file}" /dev/fuse && exec "$@"'
+    _, said = run_once(tmp_path, "unshare", "--mount", "sh", "-c", hide, "sh")
+    assert said.startswith("setup: device: /dev/vtpmonce in the kernel lab, because ")
+    assert "no FUSE (/dev/fuse: Not a device)" in said
+    assert (tmp_path / "vtpm-cuse/vtpmonce/tpm2-00.permall").exists()
