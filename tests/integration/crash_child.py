@@ -1,4 +1,4 @@
-"""One life of a TPM whose NVRAM counts: ``crash_child.py 2|1.2 DIRECTORY``.
+"""One life of a TPM whose NVRAM counts: ``crash_child.py 2|1.2 URI``.
 
 Says ``begin``, ``powered``, then ``start N`` with what it found, 0 in a new TPM. Then, for each
 line it is given, writes N+1 and says so; for the line ``run`` it goes on by itself until somebody
@@ -20,11 +20,11 @@ INDEX_12 = 0x1101
 class Counter:
     """A number in NVRAM, written many times over so that a torn write shows."""
 
-    def __init__(self, directory: str, *, tpm2: bool) -> None:
+    def __init__(self, uri: str, *, tpm2: bool) -> None:
         self._tpm2 = tpm2
         config = VtpmConfig(
             tpm2=tpm2,
-            state=StateConfig(uri=f"dir://{directory}"),
+            state=StateConfig(uri=uri),
             startup=StartupConfig(not_need_init=True, startup="clear"),
         )
         self._vtpm = make_vtpm(config)
@@ -75,9 +75,9 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    version, directory = sys.argv[1:]
+    version, uri = sys.argv[1:]
     say("begin")
-    counter = Counter(directory, tpm2=version == "2")
+    counter = Counter(uri, tpm2=version == "2")
     say("powered")
     counter.prepare()
     number = counter.read()

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 class Life:
     """One process that counts in a TPM's NVRAM."""
 
-    def __init__(self, version: str, directory: Path) -> None:
+    def __init__(self, version: str, uri: str) -> None:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.integration.crash_child"),
-                *(version, str(directory)),
+                *(version, uri),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -54,11 +54,13 @@ class Life:
         return [int(line) for line in rest.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def test_killed_while_it_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["dir", "file"])
+def test_killed_while_it_writes(backend: str, tmp_path: Path) -> None:
+    uri = f"dir://{tmp_path}" if backend == "dir" else f"file://{tmp_path}/state.bin"
     chance = random.Random(20261121)  # noqa: S311 - repeatable, not secret
     acknowledged, most = 0, 0
     for lives in range(40):
-        life = Life("2", tmp_path)
+        life = Life("2", uri)
         found = life.found()
         assert acknowledged <= found <= most, f"life {lives}"
         acknowledged = found
@@ -69,7 +71,7 @@ def test_killed_while_it_writes(tmp_path: Path) -> None:
         most = acknowledged + 1
     assert acknowledged > 40
     assert {path.name for path in tmp_path.iterdir()} <= {
-        *{".lock", "tpm2-00.permall", "TMP2-00.permall"}
+        *{".lock", "tpm2-00.permall", "TMP2-00.permall", "state.bin"}
     }
 
 
@@ -78,7 +80,7 @@ def test_killed_as_soon_as_it_is_told_to_write(tmp_path: Path) -> None:
     chance = random.Random(12)  # noqa: S311 - repeatable, not secret
     acknowledged, most = 0, 0
     for lives in range(20):
-        life = Life("1.2", tmp_path)
+        life = Life("1.2", f"dir://{tmp_path}")
         found = life.found()
         assert acknowledged <= found <= most, f"life {lives}"
         acknowledged = found
@@ -96,11 +98,11 @@ def test_killed_before_it_is_up(tmp_path: Path) -> None:
     for directory in (tmp_path / "a", tmp_path / "b", tmp_path / "c"):
         directory.mkdir()
         for _ in range(5):
-            life = Life("2", directory)
+            life = Life("2", f"dir://{directory}")
             for _ in range(chance.randrange(3)):
                 life.hear()
             life.process.kill()
             life.process.communicate()
-        life = Life("2", directory)
+        life = Life("2", f"dir://{directory}")
         assert life.found() == 0
         life.kill()

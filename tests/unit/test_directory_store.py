@@ -17,7 +17,7 @@ from tests.support.processes import in_child
 from vtpm_cuse.errors import StateDamaged, StateLocked, StateMissing, StorageError, UsageError
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.directory import DirectoryStore
-from vtpm_cuse.wire.blob import BLOB_SIZE_MAX
+from vtpm_cuse.wire.blob import BLOB_SIZE_MAX, BlobFlag, with_header
 
 NOBODY = 65534
 
@@ -440,4 +440,73 @@ def test_lock_is_the_c_suites(store: DirectoryStore, tmp_path: Path) -> None:
         [sys.executable, "-c", code, tmp_path / ".lock"], check=True, capture_output=True, text=True
     )
     assert found.stdout.split() == [str(fcntl.F_WRLCK), "0", "0", "0", str(os.getpid())]
+    store.close()
+
+
+# -- the last good generation -------------------------------------------------------------
+
+
+def generation(number: int) -> bytes:
+    return with_header(BlobFlag(0), bytes([number]) * 100)
+
+
+def test_backup_is_the_generation_before(tmp_path: Path) -> None:
+    store = DirectoryStore(str(tmp_path), tpm2=True, backup=True)
+    backup = tmp_path / "tpm2-00.permall.bak"
+    store.store("permall", generation(1))
+    assert not backup.exists()
+    for number in range(2, 6):
+        store.store("permall", generation(number))
+        assert store.load("permall") == generation(number)
+        assert backup.read_bytes() == generation(number - 1)
+    assert list(store.sizes()) == ["permall"]
+    assert {path.name for path in tmp_path.iterdir()} == {backup.name, "tpm2-00.permall"}
+    store.close()
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", generation(3)[:-1]])
+def test_damage_never_becomes_the_backup(tmp_path: Path, junk: bytes) -> None:
+    store = DirectoryStore(str(tmp_path), tpm2=True, backup=True)
+    for number in (1, 2):
+        store.store("permall", generation(number))
+    (tmp_path / "tpm2-00.permall").write_bytes(junk)
+    store.store("permall", generation(4))
+    assert (tmp_path / "tpm2-00.permall.bak").read_bytes() == generation(1)
+    store.close()
+
+
+def test_only_the_permanent_state_has_a_backup(tmp_path: Path) -> None:
+    store = DirectoryStore(str(tmp_path), tpm2=False, backup=True)
+    for name in ("volatilestate", "savestate") * 2:
+        store.store(name, generation(1))
+    assert not list(tmp_path.glob("*.bak"))
+    store.close()
+
+
+def test_leftover_and_link_in_place_of_a_backup(tmp_path: Path) -> None:
+    """A crash leaves both names on one file; a link is replaced and what it leads to is kept."""
+    store = DirectoryStore(str(tmp_path), tpm2=True, backup=True)
+    store.store("permall", generation(1))
+    os.link(tmp_path / "tpm2-00.permall", tmp_path / "tpm2-00.permall.bak")
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / "TMP2-00.permall.bak").symlink_to(tmp_path / "victim")
+    store.store("permall", generation(2))
+    assert (tmp_path / "tpm2-00.permall.bak").read_bytes() == generation(1)
+    assert not (tmp_path / "TMP2-00.permall.bak").exists()
+    (tmp_path / "tpm2-00.permall.bak").unlink()
+    (tmp_path / "tpm2-00.permall.bak").symlink_to(tmp_path / "victim")
+    store.store("permall", generation(3))
+    assert (tmp_path / "tpm2-00.permall.bak").read_bytes() == generation(2)
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    store.close()
+
+
+def test_replace_all(tmp_path: Path) -> None:
+    store = DirectoryStore(str(tmp_path), tpm2=True)
+    for name in ("permall", "volatilestate", "savestate"):
+        store.store(name, b"old")
+    store.replace_all({"permall": b"new one", "savestate": b"new"})
+    assert store.sizes() == {"permall": 7, "savestate": 3}
+    store.replace_all({})
+    assert store.sizes() == {}
     store.close()
