@@ -437,6 +437,38 @@ def test_two_servers_never_have_one_state(tmp_path: Path) -> None:
             assert control.result(s.INIT, u32(0)) == 0
 
 
+def test_lock_of_a_linear_file_goes_and_comes_back(tmp_path: Path) -> None:
+    """As that of a directory: kept from the start, released with the savestate, taken on request."""
+    state = ("--tpmstate", f"backend-uri=file://{tmp_path}/state.bin")
+    words = ("--migration", "incoming", *state)
+    with Server(tmp_path / "a", *RUNNING, *state) as first, first.control() as control:
+        with first.data() as data:
+            data.command(RANDOM)
+        with Server(tmp_path / "b", *words) as second, second.control() as other:
+            blob = control.get_blob(s.PERMANENT)[2]
+            assert other.set_blob(s.PERMANENT, blob) == 0x1F
+            assert other.result(s.LOCK_STORAGE, u32(2)) == 9
+            control.get_blob(s.SAVESTATE)
+            assert other.result(s.LOCK_STORAGE, u32(0)) == 0
+            assert control.result(s.LOCK_STORAGE, u32(2)) == 9
+            assert other.set_blob(s.PERMANENT, blob) == 0
+            assert other.result(s.INIT, u32(0)) == 0
+            with first.data() as data:
+                data.send(RANDOM)
+                assert data.rest() == b""
+            assert first.wait() == 1
+            with second.data() as data:
+                assert tpm.code_of(data.command(tpm.TPM2_STARTUP_CLEAR)) == 0
+
+
+def test_file_lock_can_be_left_out(tmp_path: Path) -> None:
+    state = ("--tpmstate", f"backend-uri=file://{tmp_path}/state.bin,lock=false")
+    with Server(tmp_path / "a", *RUNNING, *state) as first, first.data() as data:
+        data.command(RANDOM)
+        with Server(tmp_path / "b", *state) as second:
+            assert second.init() == 0
+
+
 @pytest.mark.parametrize("flag", [(), ("--migration", "release-lock-outgoing")])
 def test_lock_goes_with_the_savestate_and_comes_back_with_a_command(
     flag: tuple[str, ...], tmp_path: Path

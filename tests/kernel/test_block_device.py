@@ -73,6 +73,16 @@ def test_link_to_a_device(loop: Callable[[int], str], tmp_path: Path) -> None:
         one.end()
 
 
+@pytest.mark.parametrize("option", ["backend-uri=file://{folder}/state.bin", "dir={folder},backup"])
+def test_other_stores_in_the_sandbox(option: str, tmp_path: Path) -> None:
+    """This kernel has Landlock: what a store does is permitted, with its files new and old."""
+    words = ("--tpmstate", option.format(folder=tmp_path))
+    for turn in range(2):
+        with life(tmp_path, turn, s.OURS, *words, tpm2=True) as one:
+            one.go_on(turn)
+            one.end()
+
+
 def test_second_process_is_kept_out(loop: Callable[[int], str], tmp_path: Path) -> None:
     device = loop(MIB)
     with life(tmp_path, 0, s.OURS, *state(device), tpm2=True) as one:

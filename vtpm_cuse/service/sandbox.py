@@ -34,11 +34,13 @@ def allowed_paths(state: StateConfig | None, removed: Iterable[str]) -> dict[str
     scheme, _, path = state.uri.partition("://") if state else ("", "", "")
     if scheme == "dir":
         paths[path] = _DIRECTORY
-    elif scheme == "file" and os.path.exists(path):
-        paths[path] = _FILE
     elif scheme == "file":
         folder = os.path.dirname(path)
-        paths[folder] = paths.get(folder, 0) | _FILE | landlock.MAKE_REG
+        paths[folder] = paths.get(folder, 0) | landlock.READ_DIR  # to flush it
+        if os.path.exists(path):
+            paths[path] = _FILE
+        else:
+            paths[folder] |= _FILE | landlock.MAKE_REG
     return paths
 
 

@@ -29,7 +29,7 @@ _ALLOWED: Final = (
     "getsockname getpeername getsockopt setsockopt "
     # paths: the state, see landlock.py
     "open openat stat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat "
-    "rename renameat renameat2 unlink unlinkat chmod fchmodat getcwd umask "
+    "rename renameat renameat2 link linkat unlink unlinkat chmod fchmodat getcwd umask "
     # memory and threads that are there
     "brk munmap mremap madvise futex futex_wait futex_wake futex_waitv membarrier rseq "
     "set_robust_list sched_yield sched_getaffinity sched_getparam sched_getscheduler "
@@ -54,7 +54,7 @@ _DEADLY: Final = (
     "setns unshare chroot pivot_root personality "
     # mounts, devices, links
     "mount umount umount2 move_mount open_tree fsopen fsmount fsconfig mount_setattr "
-    "mknod mknodat symlink symlinkat link linkat "
+    "mknod mknodat symlink symlinkat "
     # the kernel
     "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register "
     "add_key request_key keyctl init_module finit_module delete_module kexec_load "

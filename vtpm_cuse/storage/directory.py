@@ -187,12 +187,12 @@ class DirectoryStore:
             os.close(fd)
 
     def _write_aside(self, aside: str, blob: bytes) -> None:
-        # A file left over by a crash may have another mode, or be somebody's link.
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            fd = self._created(aside)
+        except FileExistsError:
+            # Left over by a crash: it may have another mode, or be somebody's link.
             os.unlink(aside, dir_fd=self._directory)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        mode = DEFAULT_MODE if self._mode is None else self._mode
-        fd = os.open(aside, flags, mode, dir_fd=self._directory)
+            fd = self._created(aside)
         try:
             if self._mode is not None:
                 os.fchmod(fd, self._mode)
@@ -200,6 +200,11 @@ class DirectoryStore:
             self._flush(fd)
         finally:
             os.close(fd)
+
+    def _created(self, file_name: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        mode = DEFAULT_MODE if self._mode is None else self._mode
+        return os.open(file_name, flags, mode, dir_fd=self._directory)
 
     def _flush(self, fd: int) -> None:
         if self._fsync:

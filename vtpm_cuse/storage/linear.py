@@ -211,7 +211,10 @@ class LinearStore:
     def _flush_directory(self) -> None:
         if not self._fsync:
             return
-        directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:  # then it is not ours, and nor was it to make the file there
+            return
         try:
             os.fsync(directory)
         finally:
