@@ -273,6 +273,23 @@ def test_same_sentence_when_something_is_missing(
         assert done.stderr.startswith(text)
 
 
+@pytest.mark.parametrize("name", ["exponent", "days", "serial", "tpm-spec-level", "modulus"])
+def test_a_number_without_end(name: str, cas: dict[str, TestCa], tmp_path: Path) -> None:
+    """More digits than Python takes for a number."""
+    words = [*cas["rsa"].words, *ALL, *RSA, f"--{name}", "9" * 9000]
+    done = subprocess.run(
+        [*OURS, *words, "--out-cert", str(tmp_path / "none")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr) < 200
+    assert not (tmp_path / "none").exists()
+
+
 def test_same_capabilities() -> None:
     assert PEER
     peer, own = (

@@ -7,6 +7,8 @@ from typing import Final
 
 _DIGITS: Final = {0: "0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*", 8: "[0-7]+", 10: "[0-9]+"}
 
+_DIGITS_MAX: Final = 1000  # Python's own limit is an error that says nothing of options
+
 
 def leading_number(text: str, base: int = 0) -> tuple[int, str] | None:
     """Reads the number that *text* starts with.
@@ -19,7 +21,7 @@ def leading_number(text: str, base: int = 0) -> tuple[int, str] | None:
         The number and the text behind it; None if there is no number.
     """
     found = re.match(rf"\s*([+-]?)({_DIGITS[base]})", text, re.ASCII)
-    if found is None:
+    if found is None or len(found[2]) > _DIGITS_MAX:
         return None
     sign, digits = found.groups()
     if base == 0:
