@@ -1,4 +1,4 @@
-"""Round trips on a device file, and what the server needs for it: shared by cuse.py and fuse.py."""
+"""Round trips on a device file, and what the server needs for it: shared by cuse.py, fuse.py, proxy.py."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def measure(
     everything = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        client = _build_client(folder)
+        client = build_client(folder)
         pid, first = _start_server(folder, device, words)
         for placement, cpu in (("one CPU", "0"), ("free", None)):
             _pin(pid, {0} if cpu else everything)
             for command, data in COMMANDS.items():
-                times = _round_trips(client, device, data, cpu)
+                times = round_trips(client, device, data, cpu)
                 percentiles = {
                     "p50": statistics.median(times),
                     "p99": times[int(len(times) * 0.99)],
@@ -58,12 +58,12 @@ def measure(
                     what = f"{command}, {placement}, {percentile}"
                     report.add(what, "µs", value, limit=limits.get(what))
         report.add("start to first answer", "ms", first * 1000)
-        for kind, kib in _memory_kib(pid).items():
+        for kind, kib in memory_kib(pid).items():
             report.add(f"memory, {kind}", "MiB", kib / 1024)
         subprocess.run([PROGRAMS / "swtpm_ioctl", "-s", device], check=True)
 
 
-def _build_client(folder: Path) -> Path:
+def build_client(folder: Path) -> Path:
     """Compiles the C client."""
     client = folder / "device_client"
     source = Path(__file__).parent / "device_client.c"
@@ -88,11 +88,13 @@ def _start_server(folder: Path, device: Path, words: Sequence[str]) -> tuple[int
     return int(pid_file.read_text()), seconds
 
 
-def _round_trips(client: Path, device: Path, command: str, cpu: str | None) -> list[float]:
+def round_trips(
+    client: Path, device: Path, command: str, cpu: str | None, count: int = COUNT
+) -> list[float]:
     """Sorted durations in microseconds."""
     pinned = ["taskset", "-c", cpu] if cpu else []
     run = subprocess.run(
-        [*pinned, str(client), str(device), str(COUNT), command],
+        [*pinned, str(client), str(device), str(count), command],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -100,7 +102,7 @@ def _round_trips(client: Path, device: Path, command: str, cpu: str | None) -> l
     return sorted(int(line) / 1000 for line in run.stdout.split())
 
 
-def _memory_kib(pid: int) -> dict[str, int]:
+def memory_kib(pid: int) -> dict[str, int]:
     """Resident and proportional memory."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     found = dict(line.split(":", 1) for line in rollup.splitlines()[1:])
