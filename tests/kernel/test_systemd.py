@@ -1,0 +1,328 @@
+"""The deployed units under systemd as process 1, with a live udevd; only ever in the kernel lab.
+
+systemd gets namespaces of its own for processes and mounts, and udevd hears the kernel all the
+same: the lab needs no second boot for it. Everything that "./setup deploy" puts into a system is
+copied into the lab's file tree and taken out again by --uninstall, which is a test too.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.kernel.harness import ROOT, Done, exchange, needs, opened, run, wait_until
+from tests.support.commands import (
+    NV_INDEX,
+    TPM12_STARTUP_CLEAR,
+    code_of,
+    get_random,
+    nv_data,
+    nv_define,
+    nv_read,
+    nv_write,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEPLOYED = ROOT / ".cache/deployed"
+STATES = Path("/var/lib/vtpm-cuse")
+SETTINGS = Path("/etc/vtpm-cuse")
+UNITS = Path("/etc/systemd/system")
+SECRET = b"kept over a restart"
+
+# Not ours, slow, or at odds with a file tree that the lab's own process 1 set up.
+MASKED = (
+    *("systemd-tmpfiles-setup", "systemd-tmpfiles-clean", "systemd-tmpfiles-setup-dev"),
+    *("systemd-journal-flush", "systemd-timesyncd", "systemd-networkd", "systemd-sysctl"),
+    *("systemd-update-utmp", "systemd-random-seed", "systemd-binfmt", "apparmor"),
+)
+TARGET = """\
+[Unit]
+Requires=sysinit.target systemd-udevd.service systemd-journald.service
+After=sysinit.target systemd-udevd.service systemd-udev-trigger.service
+"""
+
+
+class Systemd:
+    """A running systemd, and commands within it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: bool(children.read_text()), "systemd is started")
+        self.pid = int(children.read_text())
+
+    def call(self, *words: str, status: int | None = 0) -> Done:
+        enter = ("nsenter", "-t", str(self.pid), "--mount", "--pid", "--cgroup")
+        return run(*enter, *words, status=status)
+
+    def systemctl(self, *words: str, status: int | None = 0) -> str:
+        done = self.call("systemctl", "--no-pager", *words, status=None)
+        if status is not None and done.status != status:
+            log = self.call("journalctl", "--no-pager", "--output=cat", "--lines=30", status=None)
+            pytest.fail(f"{done}\n{log.stdout}")
+        return done.stdout
+
+    def show(self, unit: str, name: str) -> str:
+        return self.systemctl("show", "--value", "-p", name, unit).strip()
+
+    def main_pid(self, unit: str) -> int:
+        """The unit's process, by its number outside."""
+        inside = self.show(unit, "MainPID")
+        for path in Path("/proc").glob("[0-9]*/status"):
+            try:
+                text = path.read_text()
+            except OSError:
+                continue
+            numbers = text.partition("NSpid:")[2].partition("\n")[0].split()
+            if len(numbers) == 2 and numbers[1] == inside:
+                return int(path.parent.name)
+        raise AssertionError(f"{unit} has no process")
+
+
+@pytest.fixture(scope="module")
+def systemd(cuse: None) -> Iterator[Systemd]:
+    """What was deployed, in the lab's file tree, with systemd and udevd at work on it."""
+    needs("LAB_SCRATCH" in os.environ, "only in the kernel lab: it changes the system")
+    needs(DEPLOYED.is_dir(), f"no {DEPLOYED}: ./setup deploy --root {DEPLOYED}")
+    for tool in ("systemctl", "udevadm", "apparmor_parser"):
+        needs(shutil.which(tool) is not None, f"{tool} is missing")
+    shutil.copytree(DEPLOYED, "/", symlinks=True, dirs_exist_ok=True)
+    if not os.path.ismount("/sys/kernel/security"):
+        run("mount", "-t", "securityfs", "none", "/sys/kernel/security")
+    run("systemd-sysusers", "vtpm-cuse.conf")
+    run("systemd-tmpfiles", "--create", "vtpm-cuse.conf")
+    run("apparmor_parser", "--replace", "--skip-cache", "/etc/apparmor.d/vtpm-cuse")
+    for name in MASKED:
+        (UNITS / f"{name}.service").unlink(missing_ok=True)
+        (UNITS / f"{name}.service").symlink_to("/dev/null")
+    (UNITS / "lab.target").write_text(TARGET)
+    manager = Path("/etc/systemd/system.conf.d/lab.conf")
+    manager.parent.mkdir(exist_ok=True)
+    manager.write_text("[Manager]\nDefaultTimeoutStartSec=40\n")
+    inside = (
+        "mount -t proc proc /proc && mount -t cgroup2 none /sys/fs/cgroup && "
+        'exec env -i container=lab PATH="$PATH" /lib/systemd/systemd --system --unit=lab.target'
+    )
+    started = Systemd(
+        subprocess.Popen(
+            [
+                "unshare",
+                "--pid",
+                "--fork",
+                "--mount",
+                "--cgroup",
+                "--kill-child",
+                "sh",
+                "-c",
+                inside,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    )
+    bus = Path("/run/systemd/private")
+    wait_until(bus.exists, "systemd listens")
+    assert started.systemctl("is-system-running", "--wait", status=None) == "running\n"
+    yield started
+    started.process.kill()  # and with it all that it runs
+    started.process.wait()
+    shutil.rmtree("/run/systemd")  # by which programs know that systemd runs
+    for name in ("cuse", "vtpmx"):
+        os.chown(f"/dev/{name}", 0, 0)
+        os.chmod(f"/dev/{name}", 0o600)
+
+
+@pytest.fixture
+def unit(systemd: Systemd, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of an instance that is stopped at the end."""
+    name = f"swtpm-cuse@{instance_of(request)}.service"
+    yield name
+    systemd.systemctl("stop", name, status=None)
+    systemd.systemctl("reset-failed", name, status=None)
+
+
+_NUMBERS: dict[str, int] = {}
+
+
+def instance_of(request: pytest.FixtureRequest) -> str:
+    """A device name for each test."""
+    return f"vtpm{_NUMBERS.setdefault(request.node.name, len(_NUMBERS) + 40)}"
+
+
+def device_of(unit: str) -> Path:
+    return Path("/dev", unit.partition("@")[2].removesuffix(".service"))
+
+
+def state_of(unit: str) -> Path:
+    return STATES / device_of(unit).name
+
+
+def ask(unit: str, command: bytes) -> bytes:
+    """A command that must succeed."""
+    with opened(device_of(unit)) as fd:
+        answer = exchange(fd, command)
+    assert code_of(answer) == 0
+    return answer
+
+
+def test_a_started_unit_is_a_device_that_works(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    # The unit is started when the TPM answers, and not before.
+    assert len(ask(unit, get_random(8))) == 20
+    device = device_of(unit)
+    systemd.call("udevadm", "settle")
+    found = device.stat()
+    assert (found.st_uid, found.st_gid) == (pwd.getpwnam("tss").pw_uid, 0)
+    assert found.st_mode & 0o777 == 0o660
+    assert Path("/dev/vtpm/by-name", device.name).resolve() == device
+    assert systemd.show(f"dev-{device.name}.device", "ActiveState") == "active"
+    assert Path("/dev/cuse").stat().st_mode & 0o777 == 0o660
+
+
+def test_its_process_has_no_more_than_it_needs(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    process = Path(f"/proc/{systemd.main_pid(unit)}")
+    status = dict(
+        line.split(":\t", 1)
+        for line in (process / "status").read_text().splitlines()
+        if ":\t" in line
+    )
+    owner = pwd.getpwnam("vtpm-cuse")
+    assert status["Uid"].split() == [str(owner.pw_uid)] * 4
+    assert {status[name].strip() for name in ("CapEff", "CapPrm", "CapBnd", "CapInh")} == {"0" * 16}
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert (process / "attr/current").read_text().strip() == "vtpm-cuse (enforce)"
+    state = state_of(unit)
+    assert (state.stat().st_uid, state.stat().st_mode & 0o777) == (owner.pw_uid, 0o700)
+    assert {path.stat().st_mode & 0o777 for path in state.iterdir()} == {0o600}
+
+
+def test_its_state_survives_a_restart(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    ask(unit, nv_define(NV_INDEX, len(SECRET)))
+    ask(unit, nv_write(NV_INDEX, SECRET))
+    before = systemd.main_pid(unit)
+    systemd.systemctl("restart", unit)
+    assert systemd.main_pid(unit) != before
+    assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
+    systemd.systemctl("stop", unit)
+    assert not device_of(unit).exists()
+    systemd.systemctl("start", unit)
+    assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
+
+
+def test_a_killed_one_comes_back_with_its_state(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    ask(unit, nv_define(NV_INDEX, len(SECRET)))
+    ask(unit, nv_write(NV_INDEX, SECRET))
+    os.kill(systemd.main_pid(unit), signal.SIGKILL)
+    wait_until(lambda: systemd.show(unit, "NRestarts") == "1", "systemd starts it again")
+    wait_until(lambda: systemd.show(unit, "ActiveState") == "active", "it is ready")
+    assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
+
+
+def test_a_service_can_be_ordered_after_the_device(systemd: Systemd, unit: str) -> None:
+    device = device_of(unit)
+    used = UNITS / "uses-tpm.service"
+    node = f"dev-{device.name}.device"
+    used.write_text(
+        f"[Unit]\nRequires={node}\nAfter={node}\n"
+        f"[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=tpm2_getrandom -T device:{device} 4\n"
+    )
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", "--no-block", used.name)
+    assert systemd.show(used.name, "ActiveState") == "inactive"
+    assert node in systemd.systemctl("list-jobs")
+    systemd.systemctl("start", unit)
+    wait_until(lambda: systemd.show(used.name, "ActiveState") != "inactive", "it is started")
+    systemd.systemctl("start", used.name)  # waits for its end
+    assert systemd.show(used.name, "Result") == "success"
+
+
+def test_an_environment_file_has_options_for_one_instance(systemd: Systemd, unit: str) -> None:
+    settings = SETTINGS / f"{device_of(unit).name}.env"
+    settings.write_text("VTPM_OPTIONS=--flags not-need-init\n")
+    systemd.systemctl("start", unit)
+    ask(unit, TPM12_STARTUP_CLEAR)
+    assert {path.name for path in state_of(unit).iterdir()} == {".lock", "tpm-00.permall"}
+
+
+def test_a_state_that_is_damaged_fails_the_start_and_stays(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    ask(unit, get_random(1))
+    systemd.systemctl("stop", unit)
+    state = state_of(unit) / "tpm2-00.permall"
+    damaged = state.read_bytes()[:-1]
+    state.write_bytes(damaged)
+    systemd.systemctl("start", unit, status=1)
+    assert systemd.show(unit, "ActiveState") == "failed"  # and it is not tried again
+    assert systemd.show(unit, "NRestarts") == "0"
+    assert state.read_bytes() == damaged
+
+
+def test_the_proxys_unit_is_a_tpm_of_the_kernels(systemd: Systemd) -> None:
+    unit = "swtpm-vtpm-proxy@a.service"
+    before = set(Path("/dev").glob("tpm*"))
+    systemd.systemctl("start", unit)
+    try:
+        # The kernel shows them when it has tested the TPM, which takes answers from a served one.
+        wait_until(lambda: len(set(Path("/dev").glob("tpm*")) - before) == 2, "both devices")
+        systemd.call("udevadm", "settle")
+        plain, managed = sorted(set(Path("/dev").glob("tpm*")) - before)
+        assert (plain.name[:3], managed.name[:5]) == ("tpm", "tpmrm")
+        assert plain.stat().st_uid == pwd.getpwnam("tss").pw_uid  # by the rules of tpm-udev
+        with opened(managed) as fd:
+            assert code_of(exchange(fd, get_random(8))) == 0
+        status = Path(f"/proc/{systemd.main_pid(unit)}/status").read_text()
+        assert f"Uid:\t{pwd.getpwnam('vtpm-cuse').pw_uid}\t" in status
+    finally:
+        systemd.systemctl("stop", unit)
+    wait_until(lambda: not plain.exists(), "the kernel takes them away")
+
+
+def test_units_are_without_fault(systemd: Systemd) -> None:
+    names = ("swtpm-cuse@vtpm0.service", "swtpm-vtpm-proxy@a.service")
+    done = systemd.call("systemd-analyze", "verify", "--man=no", *names)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_udevadm_finds_no_fault_in_the_rules(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    device = device_of(unit)
+    done = systemd.call("udevadm", "test", f"/sys/class/cuse/{device.name}")
+    said = [line for line in done.stderr.splitlines() if "60-vtpm-cuse.rules" in line]
+    assert any("Reading rules file" in line for line in said)
+    assert not [line for line in said if "nvalid" in line or "gnoring" in line]
+    assert "TAGS=:systemd:" in done.stdout
+
+
+def test_doctor_sees_it(systemd: Systemd) -> None:
+    text = systemd.call("/usr/local/bin/swtpm", "doctor").stdout
+    for name in ("/dev/cuse", "/dev/vtpmx", "systemd", "deployed", "seccomp", "landlock"):
+        assert f"\n+ {name} " in text
+    assert "Next:\n  swtpm-cuse -n vtpm0" in text
+
+
+def test_uninstall_takes_everything_but_the_state(systemd: Systemd, unit: str) -> None:
+    """The last of these tests: after it there is nothing to start."""
+    listed = Path("/usr/local/lib/vtpm-cuse/manifest").read_text().splitlines()
+    systemd.systemctl("start", unit)
+    refused = systemd.call(str(ROOT / "deploy/place"), "--uninstall", status=1)
+    assert f"systemctl stop {unit}" in refused.stderr
+    ask(unit, get_random(1))
+    systemd.systemctl("stop", unit)
+    systemd.call(str(ROOT / "deploy/place"), "--uninstall")
+    assert not [path for path in listed if path[-1] != "/" and os.path.lexists(f"/{path}")]
+    assert (state_of(unit) / "tpm2-00.permall").stat().st_size > 0
+    systemd.systemctl("start", unit, status=5)
