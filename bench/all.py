@@ -36,9 +36,9 @@ END: Final = "<!-- end of bench -->"
 
 
 def names() -> list[str]:
-    """Every benchmark: each module here but those that all share."""
-    found = (module.name for module in pkgutil.iter_modules(bench.__path__))
-    return sorted(set(found) - {"all", "device", "report"})
+    """Every benchmark: each program here that gives a report; the soak test does not."""
+    found = {module.name for module in pkgutil.iter_modules(bench.__path__)} - {"all", "report"}
+    return sorted(n for n in found if hasattr(importlib.import_module(f"bench.{n}"), "finish"))
 
 
 def command_of(name: str) -> list[str]:
