@@ -304,6 +304,18 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=STREAMS,
     ),
     Option(
+        "pcap",
+        "capture all commands and responses, secrets included, as packets for Wireshark",
+        noun="pcap",
+        subs=(
+            SubOption("file", "file to append to", metavar="PATH"),
+            SubOption("fd", "open descriptor to write to", Kind.INT, "FD"),
+            SubOption("truncate", "empty the file first", Kind.BOOL),
+            SubOption("mode", "permissions of a new file, by default 0640", Kind.MODE, "0..."),
+            SubOption("checksums", "give the packets their checksums", Kind.BOOL),
+        ),
+    ),
+    Option(
         "seccomp",
         "what becomes of the process if it leaves its sandbox",
         noun="seccomp",

@@ -144,6 +144,7 @@ def _verbs(program: Program, engine: LibtpmsEngine) -> Iterator[str]:
             yield from ("cmdarg-profile", "cmdarg-print-profiles", "profile-opt-remove-disabled")
     yield from ("cmdarg-print-info", "tpmstate-opt-lock")
     yield from ("tpmstate-dir-backend-opt-backup", "tpmstate-dir-backend-opt-fsync")
+    yield from ("cmdarg-pcap", "systemd-notify")
 
 
 # Any: JSON whose shape is libtpms' to choose.

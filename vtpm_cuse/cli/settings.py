@@ -17,6 +17,7 @@ from vtpm_cuse.service.config import (
     FuseConfig,
     LocalityConfig,
     LogConfig,
+    PcapConfig,
     PidConfig,
     ProcessConfig,
     ProfileConfig,
@@ -41,6 +42,7 @@ _PORT_MAX: Final = 0xFFFF
 _FIRST_FD: Final = 3
 _NAME_MAX: Final = 255
 _SOCKET_MODE: Final = 0o770
+_PCAP_MODE: Final = 0o640
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
 
 
@@ -177,6 +179,7 @@ def vtpm_config(line: CommandLine) -> VtpmConfig:
         profile=_profile_config(line),
         key=_key_source(line, "key"),
         migration_key=_key_source(line, "migration-key"),
+        pcap=_pcap_config(line),
     )
 
 
@@ -200,6 +203,22 @@ def log_config(line: CommandLine) -> LogConfig:
         prefix=given.text("prefix") or "",
         truncate=given.flag("truncate"),
         owner=(runas.uid, runas.gid) if (runas := user(line)) else None,
+    )
+
+
+def _pcap_config(line: CommandLine) -> PcapConfig | None:
+    given = line.subs("pcap")
+    if given is None:
+        return None
+    path, fd, mode = _path(given, "file"), _descriptor(given.integer("fd")), given.integer("mode")
+    if path is None and fd is None:
+        raise line.error("The file or fd parameter is required for the pcap option.")
+    return PcapConfig(
+        path=path,
+        fd=fd,
+        truncate=given.flag("truncate"),
+        mode=_PCAP_MODE if mode is None else mode,
+        checksums=given.flag("checksums"),
     )
 
 

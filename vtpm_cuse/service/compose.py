@@ -46,7 +46,7 @@ def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
         UsageError: The configuration cannot hold.
     """
     store = _make_store(config, blobs)
-    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=store or SealedStore(MemoryStore()))
+    engine = _make_engine(config, store or SealedStore(MemoryStore()))
     if debug := logs.engine_debug():
         engine.set_debug(debug.fd, debug.level, debug.prefix)
     if config.profile is not None and config.tpm2 and not engine.has_profiles:
@@ -61,6 +61,14 @@ def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
         profile=_profile(config, engine),
     )
     return Vtpm(engine, store, options)
+
+
+def _make_engine(config: VtpmConfig, nvram: SealedStore) -> LibtpmsEngine:
+    if config.pcap is None:
+        return LibtpmsEngine(tpm2=config.tpm2, nvram=nvram)
+    from vtpm_cuse.service.pcap import RecordedEngine
+
+    return RecordedEngine(tpm2=config.tpm2, nvram=nvram, pcap=config.pcap)
 
 
 def _profile(config: VtpmConfig, engine: LibtpmsEngine) -> str | None:

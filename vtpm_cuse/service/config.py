@@ -139,6 +139,25 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PcapConfig:
+    """Where a packet capture of commands and responses goes: *path*, else *fd*.
+
+    Attributes:
+        path: File, appended to.
+        fd: Open descriptor.
+        truncate: Empties the file first.
+        mode: Permission bits of a new file.
+        checksums: Whether packets have them.
+    """
+
+    path: str | None = None
+    fd: int | None = None
+    truncate: bool = False
+    mode: int = 0o640
+    checksums: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class VtpmConfig:
     """The TPM itself, whatever interface it is served on.
 
@@ -146,6 +165,7 @@ class VtpmConfig:
         key: Where the key comes from that encrypts stored state.
         migration_key: Where the key comes from that encrypts state on its way to another TPM.
         incoming: A migration brings the state, whose lock is still held elsewhere.
+        pcap: Where commands and responses are captured, if anywhere.
     """
 
     tpm2: bool = False
@@ -156,6 +176,7 @@ class VtpmConfig:
     key: KeySource | None = None
     migration_key: KeySource | None = None
     incoming: bool = False
+    pcap: PcapConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
