@@ -102,7 +102,10 @@ def test_repeated_and_optional_values() -> None:
     assert line.operands == ["x"]
     assert CommandLine(TOOL, ["--config", "root"]).value("config") == "root"
     assert CommandLine(TOOL, ["--config=root"]).value("config") == "root"
+    again = CommandLine(TOOL, ["--state", "dir=a", "--state", "dir=b"])
+    assert again.values("state") == ["dir=b"]
     assert "--config [HOW]" in help_text(TOOL)
+    assert "--later" not in help_text(TOOL)
 
 
 def test_errors_have_the_exit_status_of_the_table() -> None:

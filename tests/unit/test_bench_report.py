@@ -110,3 +110,15 @@ def test_a_benchmark_that_fails_is_told(
     monkeypatch.setattr(bench_all, "command_of", lambda _: [sys.executable, "-c", "exit(3)"])
     assert bench_all.run("sockets") is None
     assert "failed after" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_one_failure_is_the_failure_of_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failed: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["all.py"])
+    monkeypatch.setattr(bench_all, "OUT", tmp_path)
+    monkeypatch.setattr(bench_all, "names", lambda: ["a", "b"])
+    monkeypatch.setattr(bench_all, "run", lambda name: None if failed and name == "b" else report())
+    assert bench_all.main() == failed
+    assert "### Unix socket" in (tmp_path / "README.md").read_text()
