@@ -66,6 +66,7 @@ class LinearStore:
         self._fsync = fsync
         self._fd = -1
         self._locked = self._settled = False
+        self._checked: tuple[bytes, int, Table] = b"", 0, EMPTY_TABLE
 
     def load(self, name: str) -> bytes:
         """Returns the blob."""
@@ -181,10 +182,12 @@ class LinearStore:
                         size = section.end
                     self._write(fd, blob, section.offset)
             self._flush(fd)
+            header = pack_header(new)
             self._settled = False
-            self._write(fd, pack_header(new), 0)
+            self._write(fd, header, 0)
             self._flush(fd)
             self._settled = True
+            self._checked = header, size, new
 
     def _settle(self, fd: int, table: Table) -> None:
         """Before the first write: puts the header on the disk, and the file's name.
@@ -261,14 +264,18 @@ class LinearStore:
         """The checked table; an empty one where nothing was ever written."""
         header = os.pread(fd, LINEAR_HEADER_SIZE, 0)
         size = os.lseek(fd, 0, os.SEEK_END)
+        if header and (header, size) == self._checked[:2]:  # saves 20 of 40 us a write
+            return self._checked[2]
         if self._is_device(fd) and size < LINEAR_HEADER_SIZE:
             raise StateNoRoom(self._path, f"the device has {size} bytes only")
         if is_emptied(header) or self._is_blank(fd, header, size):
             return EMPTY_TABLE
         try:
-            return unpack_header_untrusted(header, size)
+            table = unpack_header_untrusted(header, size)
         except PtmError as exc:
             raise self._damaged(exc.reason) from exc
+        self._checked = header, size, table
+        return table
 
     @staticmethod
     def _is_blank(fd: int, header: bytes, size: int) -> bool:

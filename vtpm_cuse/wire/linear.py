@@ -61,17 +61,20 @@ Table = tuple[LinearSection, ...]
 
 _UNUSED: Final = LinearSection(0, 0, 0)
 EMPTY_TABLE: Final[Table] = (_UNUSED,) * LINEAR_SLOTS
+_HEAD: Final = LinearHead(LINEAR_MAGIC, LINEAR_VERSION, 0, LINEAR_HEADER_SIZE).pack(LITTLE)
 
 
 def pack_header(table: Table) -> bytes:
     """All 192 bytes."""
-    head = LinearHead(LINEAR_MAGIC, LINEAR_VERSION, 0, LINEAR_HEADER_SIZE)
-    return head.pack(LITTLE) + b"".join(section.pack(LITTLE) for section in table)
+    pack = LinearSection.compiled(LITTLE).pack
+    return _HEAD + b"".join(
+        [pack(one.offset, one.data_length, one.section_length) for one in table]
+    )
 
 
 def is_emptied(header: bytes) -> bool:
     """Whether this is what swtpm_setup leaves of a store that it empties: no magic number."""
-    return header[:8] == bytes(8) and header[8:12] == pack_header(EMPTY_TABLE)[8:12]
+    return header[:8] == bytes(8) and header[8:12] == _HEAD[8:]
 
 
 def unpack_header_untrusted(header: bytes, size: int) -> Table:
