@@ -1,9 +1,8 @@
 """The place that a TPM is set up for: looked at first, written once at the end.
 
-Until `Target.replace` nothing of an earlier TPM is touched. It writes the new
-permanent state with the store's own atomic replacement, after what belongs to
-the earlier TPM alone is gone: a crash in between leaves the earlier TPM as after
-a power cut, never the new one with a stranger's volatile state.
+Until `Target.replace` nothing of an earlier TPM is touched. It is the store's one
+step: a crash leaves the earlier TPM, at worst as after a power cut, or the new
+one, never that with a stranger's volatile state.
 """
 
 from __future__ import annotations
@@ -75,26 +74,18 @@ class Target:
     def replace(self, made: dict[str, bytes]) -> None:
         """Puts another TPM in the place of the one that is there, if one is."""
         with _signals_wait():
-            for name in self._store.sizes():
-                if name not in made and name != _PERMANENT:
-                    self._store.delete(name)
-            self._store.store(_PERMANENT, made[_PERMANENT])
-            self._store_others(made)
+            self._store.replace_all(made)
 
     def update(self, before: dict[str, bytes], after: dict[str, bytes]) -> None:
         """Writes what was changed of the TPM that is there."""
         changed = {name: blob for name, blob in after.items() if before.get(name) != blob}
         with _signals_wait():
             if _PERMANENT in changed:
-                self._store.store(_PERMANENT, changed[_PERMANENT])
-            self._store_others(changed)
+                self._store.store(_PERMANENT, changed.pop(_PERMANENT))
+            for name, blob in changed.items():
+                self._store.store(name, blob)
             for name in before.keys() - after.keys():
                 self._store.delete(name)
-
-    def _store_others(self, blobs: dict[str, bytes]) -> None:
-        for name, blob in blobs.items():
-            if name != _PERMANENT:
-                self._store.store(name, blob)
 
     def close(self) -> None:
         """Gives up the lock."""
