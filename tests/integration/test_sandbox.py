@@ -48,6 +48,13 @@ def test_refused(tmp_path: Path, on_worker: bool) -> None:
     assert (victim.state / "tpm2-00.volatilestate").exists()
 
 
+def test_a_bug_is_logged_and_survived(tmp_path: Path) -> None:
+    with Victim(tmp_path) as victim:
+        assert victim.suffer("bug") == b""
+        assert victim.suffer("nothing") == b"done"
+        assert "RuntimeError: a bug of ours" in victim.log_text()
+
+
 @pytest.mark.parametrize("name", DEADLY)
 def test_deadly(name: str, tmp_path: Path) -> None:
     with Victim(tmp_path) as victim:

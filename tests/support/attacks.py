@@ -67,6 +67,8 @@ def hostile(self, command, code):
     if command[10:15] != b"evil:":
         return execute(self, command, code)
     name = command[15:].decode()
+    if name == "bug":
+        raise RuntimeError("a bug of ours")
     try:
         ATTACKS[name]()
     except OSError as exc:
@@ -83,7 +85,7 @@ sys.exit(main())
 REFUSED: Final = {
     **dict.fromkeys(["read", "read-neighbour", "list", "write", "remove"], "EACCES"),
     "rename": "EACCES",
-    **dict.fromkeys(["truncate", "terminal", "code", "dumpable", "program"], "ENOSYS"),
+    **dict.fromkeys(["truncate", "terminal", "code", "dumpable"], "ENOSYS"),
 }
 """Attacks that fail, and how."""
 
