@@ -50,7 +50,9 @@ class Life:
     def kill(self) -> list[int]:
         """SIGKILL; what it had still said."""
         self.process.kill()
-        rest, _ = self.process.communicate()
+        assert self.process.stdout is not None
+        rest = self.process.stdout.read()  # communicate() alone would miss what is buffered here
+        self.process.communicate()
         return [int(line) for line in rest.splitlines(keepends=True) if line.endswith("\n")]
 
 
