@@ -88,20 +88,21 @@ def markdown(reports: Iterable[Report], facts: dict[str, str], day: str) -> str:
 
 
 def summary(reports: Iterable[Report], facts: dict[str, str], day: str) -> str:
-    """The part for the README: what is promised, and medians beside the C suite's."""
+    """The part for the README: the most telling rows."""
     lines = [BEGIN, "| | unit | vtpm-cuse | C suite | ratio |", "|---|---|---:|---:|---:|"]
     for report in reports:
-        rows = [row for row in report.rows if _matters(row)]
+        rows = [row for row in report.rows if _matters(row, report)]
         table = Report(report.name, report.title, rows).markdown().splitlines()[4:]
         lines += [f"| {report.title}: {row.removeprefix('| ')}" for row in table if row]
     lines += ["", _where(facts, day), "All of it: [docs/benchmarks](docs/benchmarks/README.md)."]
     return "\n".join([*lines, END])
 
 
-def _matters(row: Row) -> bool:
-    return row.limit is not None or (
-        row.peer is not None and row.what.endswith(("p50", "median", "Pss"))
-    )
+def _matters(row: Row, report: Report) -> bool:
+    """Medians of the first command, starts and memory: one table must fit a README."""
+    first = report.rows[0].what.partition(",")[0]
+    median = row.what.startswith(f"{first},") and not row.what.endswith(("p99", "CPU"))
+    return median or "start" in row.what or row.what.endswith(("median", "Pss"))
 
 
 def _where(facts: dict[str, str], day: str) -> str:
@@ -138,6 +139,7 @@ def plot(reports: Iterable[Report], path: Path) -> None:
     bars = axes.barh(labels, [ratio - 1 for ratio in ratios], left=1, color=colours)
     axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=7)
     axes.set_xscale("log")
+    axes.margins(y=0.01)
     low, high = min(*ratios, 0.5), max(*ratios, 2)
     axes.set_xlim(low / 1.5, high * 1.5)
     ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low / 1.5 <= t <= high * 1.5]

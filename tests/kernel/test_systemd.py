@@ -252,7 +252,11 @@ def test_a_service_can_be_ordered_after_the_device(systemd: Systemd, unit: str) 
 
 def test_an_environment_file_has_options_for_one_instance(systemd: Systemd, unit: str) -> None:
     settings = SETTINGS / f"{device_of(unit).name}.env"
-    settings.write_text("VTPM_OPTIONS=--flags not-need-init\n")
+    key = settings.with_suffix(".key")
+    key.write_text("00112233445566778899aabbccddeeff")
+    key.chmod(0o640)
+    shutil.chown(key, "root", "vtpm-cuse")
+    settings.write_text(f"VTPM_OPTIONS=--flags not-need-init --key file={key}\n")
     systemd.systemctl("start", unit)
     ask(unit, TPM12_STARTUP_CLEAR)
     assert {path.name for path in state_of(unit).iterdir()} == {".lock", "tpm-00.permall"}

@@ -21,7 +21,7 @@ def report() -> Report:
     found = Report("sockets", "Unix socket", notes=["A note."])
     found.add("GetRandom, p50", "µs", 5.0, 4.0, limit=1.3)
     found.add("PCR_Read, p99", "µs", 2.0, 4.0)
-    found.add("first answer", "ms", 12345.0, limit=100)
+    found.add("start to first answer", "ms", 12345.0, limit=100)
     found.add("rate", "1/s", 50.0, 100.0)
     return found
 
@@ -48,7 +48,7 @@ def test_json_there_and_back() -> None:
 def test_markdown() -> None:
     text = report().markdown()
     assert "| GetRandom, p50 | µs | 5 | 4 | 1.25 |" in text
-    assert "| first answer | ms | 12,345 |  |  (limit missed) |" in text
+    assert "| start to first answer | ms | 12,345 |  |  (limit missed) |" in text
     assert text.endswith("\nA note.\n")
 
 
@@ -59,7 +59,7 @@ def test_finish(capsys: pytest.CaptureFixture[str]) -> None:
     finish(report(), options(json=True))
     out, err = capsys.readouterr()
     assert json.loads(out)["name"] == "sockets"
-    assert err == "bench: first answer: limit 100 missed\n"
+    assert err == "bench: start to first answer: limit 100 missed\n"
     finish(report(), options())
     assert capsys.readouterr().out == report().markdown() + "\n"
     with pytest.raises(SystemExit) as info:
