@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vtpm_cuse.cli import swtpm_ioctl
+from vtpm_cuse.cli.targets import split_tcp
 from vtpm_cuse.client.base import EMPTY, Control
 from vtpm_cuse.errors import WireError
 from vtpm_cuse.wire import ptm
@@ -257,7 +258,7 @@ def test_a_file_is_not_taken_for_a_device(unconnected: Tool, tmp_path: Path) -> 
     ],
 )
 def test_tcp_targets(target: str, host_and_port: tuple[str, int]) -> None:
-    assert swtpm_ioctl._split_tcp(target) == host_and_port
+    assert split_tcp(target, 6546) == host_and_port
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.swtpm_cert",
     "vtpm_cuse.cli.swtpm_localca",
     "vtpm_cuse.cli.swtpm_setup",
+    "vtpm_cuse.cli.swtpm_bios",
 )
 
 

@@ -14,6 +14,7 @@ from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.ioctl_commands import COMMANDS, Asked, Command
 from vtpm_cuse.cli.program import complain, run_program, version_text
 from vtpm_cuse.cli.table import Example, Option, Program, Term
+from vtpm_cuse.cli.targets import split_tcp
 from vtpm_cuse.errors import FrontendError, UsageError, WireError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class _Line:
         elif name == "help":
             self.answer = help_text(PROGRAM)
         elif name == "tcp":
-            _split_tcp(value)
+            split_tcp(value, _DEFAULT_PORT)
             self.targets[name] = value
         elif name in {"tpm-device", "unix"}:
             self.targets[name] = value
@@ -141,7 +142,7 @@ def _connect(targets: dict[str, str]) -> Control:
     if device is None and "tcp" in targets:
         from vtpm_cuse.client.channel import tcp_channel
 
-        return tcp_channel(*_split_tcp(targets["tcp"]))
+        return tcp_channel(*split_tcp(targets["tcp"], _DEFAULT_PORT))
     if device is None and "unix" in targets:
         from vtpm_cuse.client.channel import unix_channel
 
@@ -167,20 +168,3 @@ def _buffer_size() -> int:
 
     found = leading_number(text, base=10)
     return max(1, found[0]) if found else 1
-
-
-def _split_tcp(target: str) -> tuple[str, int]:
-    """Host and port. Raises UsageError."""
-    host, colon, port = target.rpartition(":")
-    if not colon:
-        return target, _DEFAULT_PORT
-    if not host and not port:
-        return "127.0.0.1", _DEFAULT_PORT
-    from vtpm_cuse.cli.numbers import leading_number
-
-    found = leading_number(port, base=10)
-    if found is None:
-        raise UsageError(f"Invalid port '{port}'")
-    if not 0 <= found[0] < 1 << 16:
-        raise UsageError(f"Port '{port}' outside valid range.")
-    return host.strip("[]") or "127.0.0.1", found[0]

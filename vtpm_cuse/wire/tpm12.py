@@ -222,6 +222,12 @@ class PermanentFlags(TpmStruct):
     deactivated: U8
 
 
+def read_permanent_flags_untrusted(body: bytes) -> PermanentFlags:
+    """The flags in the *body* of a response to TPM_GetCapability. Raises WireError."""
+    flags = GetCapabilityResult.unpack_untrusted(body).resp
+    return PermanentFlags.read(Reader(flags, "TPM_PERMANENT_FLAGS"))
+
+
 TPM_TAG_PCCLIENT_STORED_CERT: Final = 0x1001
 TPM_TAG_PCCLIENT_FULL_CERT: Final = 0x1002
 

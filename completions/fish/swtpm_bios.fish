@@ -1,0 +1,16 @@
+# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+complete -c swtpm_bios -f
+complete -c swtpm_bios -l tpm-device -r -F -d 'use this character device, by default /dev/tpm0'
+complete -c swtpm_bios -l tcp -x -d 'connect to this TCP port, by default 127.0.0.1:6545'
+complete -c swtpm_bios -l unix -r -F -d 'connect to this Unix socket'
+complete -c swtpm_bios -l tpm2 -f -d 'it is a TPM 2.0; otherwise a TPM 1.2'
+complete -c swtpm_bios -s c -f -d 'startup clear, the default'
+complete -c swtpm_bios -s s -f -d 'startup state'
+complete -c swtpm_bios -s d -f -d 'startup deactivated, TPM 1.2 only; nothing follows but -cs and -u'
+complete -c swtpm_bios -s n -f -d 'no startup'
+complete -c swtpm_bios -s o -f -d 'startup only: do not set presence, enable and activate'
+complete -c swtpm_bios -o cs -f -d 'run TPM_ContinueSelfTest, or TPM2_IncrementalSelfTest'
+complete -c swtpm_bios -o ea -f -d 'make sure that a TPM 1.2 is activated; status 129 if it needs a reset'
+complete -c swtpm_bios -s u -f -d 'give up physical presence, or give a TPM 2.0\'s platform a random password'
+complete -c swtpm_bios -s v -f -d 'display the version and exit'
+complete -c swtpm_bios -s h -l help -f -d 'display this help and exit'
