@@ -14,6 +14,7 @@ from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.registry import MODULES, program_of, programs
 from vtpm_cuse.cli.table import Example, Option, Program, SubOption, Term
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manual.config_files import CONFIG_FILES
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +78,16 @@ def test_manual_and_completions_are_up_to_date() -> None:
     check = [sys.executable, "-m", "vtpm_cuse.manual", "--check", str(ROOT)]
     done = subprocess.run(check, check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"run .venv/bin/python -m vtpm_cuse.manual\n{done.stdout}"
+
+
+KEYS = [key.name for file in CONFIG_FILES for key in file.keys if "-" not in key.name]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_the_manual_says_of_a_configuration_file_is_read(key: str) -> None:
+    word = key.partition(":")[0]
+    sources = [p for p in (ROOT / "vtpm_cuse").rglob("*.py") if p.parent.name != "manual"]
+    assert any(f'"{word}"' in path.read_text() for path in sources)
 
 
 TOOL = Program(

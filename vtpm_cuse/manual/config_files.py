@@ -88,18 +88,14 @@ LOCALCA: Final = ConfigFile(
         Term("statedir", "Directory of the lock and the serial number. Needed; made if missing."),
         Term(
             "signingkey",
-            "Key that signs certificates: a file, or a key elsewhere as tpmkey:file=..., "
-            "tpmkey:uuid=... or pkcs11:... Needed.",
+            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed.",
         ),
         Term("signingkey_password", "Password of that key."),
-        Term("parentkey_password", "Password of the key above a TPM's key."),
         Term("issuercert", "Certificate of the signing key, in PEM form. Needed."),
         Term(
             "certserial",
             "File with the last serial number, in decimal; by default certserial in statedir.",
         ),
-        Term("TSS_TCSD_HOSTNAME", "Host of the TPM 1.2 daemon for TPM keys: localhost."),
-        Term("TSS_TCSD_PORT", "Its port: 30003."),
         Term("SWTPM_PKCS11_PIN", "PIN for a PKCS#11 key, if there is no signingkey_password."),
         Term("env:NAME", "Environment variable to set for the use of a PKCS#11 key."),
     ),
