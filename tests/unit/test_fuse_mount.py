@@ -65,7 +65,8 @@ def test_folder_of_the_user_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("any_fuse")
-def test_folder_is_taken_once(tmp_path: Path) -> None:
+def test_folder_is_taken_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fuse, "_LEAVING_SECONDS", 0.0)
     first = FuseMount(str(tmp_path / "x"))
     first.take_folder()
     assert "is in use" in said_by(FuseMount(str(tmp_path / "x")))

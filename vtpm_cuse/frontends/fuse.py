@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from typing import Final
 
 import trio
@@ -29,6 +30,8 @@ FUSE_PATH: Final = "/dev/fuse"
 _FUSERMOUNT: Final = "fusermount3"
 _OPTIONS: Final = "fsname=swtpm,subtype=vtpm,default_permissions,nosuid,nodev,noexec"
 _FD_SIZE: Final = 1
+_LEAVING_SECONDS: Final = 2.0
+_TRY_AGAIN_SECONDS: Final = 0.02
 _COMMAND_SECONDS: Final = 30
 
 
@@ -64,20 +67,13 @@ class FuseMount:
     def _locked_folder(self) -> int:
         """Locks the folder below the mount, so that two never mount over each other.
 
-        The one before may have removed it since it was opened; then it is made again.
+        The one before may be about to leave, or have removed it since it was opened; then it is
+        made again.
         """
+        deadline = time.monotonic() + _LEAVING_SECONDS
         while True:
             _remove_stale(self._folder)
-            try:
-                if not os.path.isdir(self._folder):
-                    os.makedirs(self._folder, 0o700)
-                    self._made = True
-                lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except FileExistsError:
-                raise FrontendError(f"{self._folder} is no directory") from None
-            except OSError as exc:
-                reason = f"Could not use {self._folder}: {exc.strerror}"
-                raise FrontendError(reason, "choose another with --mount DIR") from exc
+            lock = self._open_folder()
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(lock), os.stat(self._folder)):
@@ -86,12 +82,26 @@ class FuseMount:
             except FileNotFoundError:
                 pass
             except BlockingIOError:
-                os.close(lock)
-                raise _in_use(self._folder) from None
+                if time.monotonic() > deadline:
+                    os.close(lock)
+                    raise _in_use(self._folder) from None
+                time.sleep(_TRY_AGAIN_SECONDS)
             except BaseException:
                 os.close(lock)
                 raise
             os.close(lock)
+
+    def _open_folder(self) -> int:
+        try:
+            if not os.path.isdir(self._folder):
+                os.makedirs(self._folder, 0o700)
+                self._made = True
+            return os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileExistsError:
+            raise FrontendError(f"{self._folder} is no directory") from None
+        except OSError as exc:
+            reason = f"Could not use {self._folder}: {exc.strerror}"
+            raise FrontendError(reason, "choose another with --mount DIR") from exc
 
     def mount(self) -> None:
         """Raises FrontendError."""
@@ -160,7 +170,7 @@ def _remove_stale(folder: str) -> None:
     else:
         raise _in_use(folder)
     done = _fusermount("-u", "-z", "--", folder)
-    if done.returncode:
+    if done.returncode and _mounted_on(folder) is not None:  # else its keeper was faster
         raise FrontendError(f"Could not end the dead mount on {folder}: {_said(done)}")
 
 
