@@ -43,9 +43,11 @@ def drop_capabilities(needed: Iterable[str]) -> None:
 
 
 def _is_ours(path: str) -> bool:
-    """Whether *path*, or what a directory holds, can be written to without capabilities."""
+    """Whether *path*, and the files that a directory holds, can be written to without capabilities."""
     try:
-        paths = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) else []
+        # Files alone: a folder in it may be our own FUSE mount, which nobody serves yet.
+        inside = list(os.scandir(path)) if os.path.isdir(path) else []
+        paths = [entry.path for entry in inside if entry.is_file(follow_symlinks=False)]
     except OSError:
         return False
     wanted = os.R_OK | os.W_OK | (os.X_OK if os.path.isdir(path) else 0)
