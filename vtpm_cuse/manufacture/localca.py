@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import secrets
+import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -238,6 +239,11 @@ class LocalCa:
         self._report(CREATING_CA)
         settings = self._settings
         root_key, root_certificate = self._root_paths
+        missing = [p for p in (root_key, settings.signing_key) if not os.path.lexists(p)]
+        for path, new in zip(missing, _new_keys(len(missing)), strict=True):
+            password = self._root_password if path == root_key else settings.password
+            with _errors_of(path):
+                replace_file(path, new.to_pem(password), _KEY_MODE)
         root = self._pair(root_key, root_certificate, self._root_password, _ROOT_NAME, None)
         paths = (settings.signing_key, settings.issuer_certificate)
         self._issuer = self._pair(*paths, settings.password, _CA_NAME, root)
@@ -250,11 +256,7 @@ class LocalCa:
         name: str,
         issuer: Issuer | None,
     ) -> Issuer:
-        """A key and its certificate by *issuer*, or by itself: as much as there is not yet."""
-        with _errors_of(key_path):
-            if not os.path.lexists(key_path):
-                new = PrivateKey.generate(_CA_KEY_BITS)
-                replace_file(key_path, new.to_pem(password), _KEY_MODE)
+        """The certificate of a key by *issuer*, or by itself, if there is none yet."""
         if not os.path.lexists(certificate_path):
             with _errors_of(key_path):
                 key = PrivateKey.from_pem(read_small(key_path), password)
@@ -299,6 +301,22 @@ class LocalCa:
             last = int(text) if usable else _random_serial()
             replace_file(path, b"%d" % (last + 1), _PUBLIC_MODE)
         return last + 1
+
+
+def _new_keys(count: int) -> list[PrivateKey]:
+    """So many at once, each on a processor of its own. Raises CertificateError."""
+    made: list[PrivateKey] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(PrivateKey.generate(_CA_KEY_BITS)))
+        for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(made) < count:
+        raise CertificateError("CA key", "it cannot be generated")
+    return made
 
 
 def _random_serial() -> int:
