@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -119,26 +118,3 @@ class TpmMakers:
 
 def _quoted(names: list[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
-
-
-def become(user: str) -> None:
-    """Gives up what this user may for what *user* may. Raises UsageError."""
-    import pwd
-
-    if user.isdecimal():
-        uid = int(user)
-        try:
-            os.setuid(uid)
-        except (OSError, OverflowError) as exc:
-            raise UsageError(f"Error: setuid({uid}) failed: {exc}") from exc
-        return
-    try:
-        entry = pwd.getpwnam(user)
-    except KeyError:
-        raise UsageError(f"Error: User '{user}' does not exist.") from None
-    try:
-        os.initgroups(user, entry.pw_gid)
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
-    except OSError as exc:
-        raise UsageError(f"Error: cannot become user {user}: {exc.strerror}") from exc

@@ -122,7 +122,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _run_setup(line: CommandLine) -> int:
-    from vtpm_cuse.cli.setup_tpm import TpmMakers, become
+    from vtpm_cuse.cli.setup_tpm import TpmMakers
 
     makers = TpmMakers(line.value("tpm"))
     if line.has("print-capabilities"):
@@ -130,7 +130,7 @@ def _run_setup(line: CommandLine) -> int:
         return 0
     makers.need_version(tpm2=line.has("tpm2"))
     if (user := line.value("runas")) is not None:
-        become(user)
+        _become(user)
     if line.has("print-profiles"):
         print(_profiles_text(line, makers))
         return 0
@@ -142,6 +142,20 @@ def _run_setup(line: CommandLine) -> int:
     except VtpmError as exc:
         report.error(str(exc))
         return 1
+
+
+def _become(name: str) -> None:
+    """Is that user from now on. Raises UsageError."""
+    # Imported now: the user may not be permitted to read where this program is installed.
+    import vtpm_cuse.manufacture.localca
+    import vtpm_cuse.service.compose
+    import vtpm_cuse.service.manufacturing.run
+    import vtpm_cuse.storage.directory
+    import vtpm_cuse.storage.linear  # noqa: F401
+    from vtpm_cuse.service.config import Exits
+    from vtpm_cuse.service.privileges import become, find_user
+
+    become(find_user(name), Exits())
 
 
 def _profiles_text(line: CommandLine, makers: TpmMakers) -> str:

@@ -1,0 +1,192 @@
+"""swtpm_setup's options, configuration and profiles, without a TPM."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vtpm_cuse.cli import setup_profiles, setup_settings
+from vtpm_cuse.cli.commandline import CommandLine
+from vtpm_cuse.cli.setup_files import ConfigFile
+from vtpm_cuse.cli.setup_tpm import TpmMakers
+from vtpm_cuse.cli.swtpm_setup import PROGRAM
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manufacture.plan import EccKey, RsaKey, TpmFacts
+from vtpm_cuse.service.manufacturing.config import Existing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BUILTIN = frozenset({"default-v1", "null", "custom"})
+
+
+def line_of(*words: str) -> CommandLine:
+    return CommandLine(PROGRAM, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--tpm2 --take-ownership", "Taking ownership is not supported for TPM 2."),
+        ("--ecc", "--ecc requires --tpm2."),
+        ("--create-spk", "--create-spk requires --tpm2."),
+        ("--reconfigure", "--reconfigure requires --tpm2."),
+        ("--allow-signing", "--allow-signing requires --tpm2."),
+        ("--decryption", "--decryption requires --tpm2."),
+        ("--pcr-banks sha1", "--pcr-banks requires --tpm2."),
+        ("--tpm2 --reconfigure --createek", "Reconfiguration is not supported with creation"),
+        ("--tpm2 --reconfigure --create-platform-cert", "Reconfiguration is not supported with"),
+        ("--tpm2 --profile a --profile-name b", "Only one of --profile, --profile-name,"),
+        ("--profile-name null", "There's no --profile support for TPM 1.2"),
+        ("--tpm2 --reconfigure --profile-name null", "Reconfiguration does not accept a (new)"),
+        ("--tpm2 --profile-remove-disabled foo", "Unsupported parameter for --profile-remove"),
+    ],
+)
+def test_options_that_do_not_go_together(words: str, message: str) -> None:
+    with pytest.raises(UsageError) as info:
+        setup_settings.check_options(line_of(*words.split()))
+    assert str(info.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "existing"),
+    [
+        ("", Existing.REFUSE),
+        ("--overwrite", Existing.REPLACE),
+        ("--not-overwrite --overwrite", Existing.KEEP),
+        ("--tpm2 --reconfigure --overwrite", Existing.RECONFIGURE),
+    ],
+)
+def test_what_becomes_of_an_earlier_tpm(words: str, existing: Existing) -> None:
+    assert setup_settings.existing(line_of(*words.split())) is existing
+
+
+@pytest.mark.parametrize(
+    ("words", "uri"),
+    [
+        (["--tpm-state", "/a"], "dir:///a"),
+        (["--tpmstate", "dir:///a/../b"], "dir:///b"),
+        (["--tpm-state", "/x", "--tpmstate", "file:///b/c"], "file:///b/c"),
+    ],
+)
+def test_state(words: list[str], uri: str) -> None:
+    assert setup_settings.state_uri(line_of(*words)) == uri
+    with pytest.raises(UsageError, match="--tpm-state must be provided"):
+        setup_settings.state_uri(line_of())
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "banks", "bits"),
+    [
+        ("--tpm2", {}, ("sha256",), 2048),
+        (
+            "--tpm2",
+            {"active_pcr_banks": "sha1,sha384", "rsa_keysize": "3072"},
+            ("sha1", "sha384"),
+            3072,
+        ),
+        (
+            "--tpm2 --pcr-banks sha1 --pcr-banks sha512,sha1 --rsa-keysize max",
+            {},
+            ("sha1", "sha512", "sha1"),
+            3072,
+        ),
+        ("--tpm2 --pcr-banks -", {"active_pcr_banks": "sha1"}, None, 2048),
+        ("--tpm2 --rsa-keysize 2048", {"rsa_keysize": "3072"}, ("sha256",), 2048),
+        ("", {"active_pcr_banks": "sha1", "rsa_keysize": "3072"}, None, 2048),
+    ],
+)
+def test_plan(
+    words: str, settings: dict[str, str], banks: tuple[str, ...] | None, bits: int
+) -> None:
+    line = line_of(*words.split())
+    made = setup_settings.setup_config(line, ConfigFile(settings), TpmMakers(None), "u", "dir:///x")
+    assert (made.plan.pcr_banks, made.plan.rsa_bits) == (banks, bits)
+    assert not made.plan.create_ek
+
+
+@pytest.mark.parametrize(
+    "word", ["--createek", "--create-ek-cert", "--create-platform-cert", "--take-ownership"]
+)
+def test_what_implies_an_endorsement_key(word: str) -> None:
+    line = line_of(word)
+    plan = setup_settings.setup_config(line, ConfigFile({}), TpmMakers(None), "u", "dir:///x").plan
+    assert plan.create_ek
+    assert plan.needs_certificates is (word == "--create-ek-cert")
+
+
+def test_passwords_are_not_shown() -> None:
+    line = line_of("--take-ownership", "--ownerpass", "geheim")
+    made = setup_settings.setup_config(line, ConfigFile({}), TpmMakers(None), "u", "dir:///x")
+    assert made.plan.ownership is not None
+    assert made.plan.ownership.owner_auth.hex() not in repr(made)
+    assert repr(made.plan.ownership.owner_auth) not in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "text"),
+    [
+        ([], {}, None),
+        ([], {"profile": '{"Name":"null"}'}, '{"Name":"null"}'),
+        (["--profile-name", "null"], {"profile": "x"}, '{"Name":"null"}'),
+        (["--profile-name", "builtin:null"], {}, '{"Name":"null"}'),
+        (["--profile-name", "custom:abc"], {}, '{"Name":"custom:abc"}'),
+        (["--profile-name", "mine"], {}, '{"Name":"custom:mine"}'),
+        (["--profile-name", "local:mine"], {}, '{"Name":"custom:mine"}'),
+        (["--profile-name", "null2"], {}, "swtpm does not support a profile with name 'null2'"),
+        (["--profile-name", "local:no"], {}, "Could not find or access profile 'local:no'."),
+        (["--profile-name", "../x"], {}, "Profile name '../x' contains unacceptable characters."),
+        (["--profile-name", "x" * 33], {}, "Profile name must not exceed 32 characters."),
+        (["--profile", '{"Name":"foo"}'], {}, "swtpm does not support a profile with name 'foo'"),
+        (["--profile", "xx"], {}, "Failed to get 'Name' from profile 'xx'."),
+        (["--profile", "[]"], {}, "Failed to get 'Name' from profile '[]'."),
+        (["--profile-file", "/proc/none"], {}, "Could not open profile file '/proc/none'"),
+        (["--profile-file-fd", "x"], {}, "Invalid file descriptor 'x'"),
+    ],
+)
+def test_profiles(
+    tmp_path: Path, words: list[str], settings: dict[str, str], text: str | None
+) -> None:
+    (tmp_path / "mine.json").write_text('{"Name":"custom:mine"}\n')
+    config = ConfigFile({**settings, "local_profiles_dir": str(tmp_path)})
+    said: str | None
+    try:
+        found = setup_profiles.profile_config(line_of("--tpm2", *words), config, BUILTIN)
+        said = found.text if found else None
+    except UsageError as exc:
+        said = str(exc).partition(": ")[0]
+    assert said == text
+
+
+def test_a_library_without_profiles_ignores_the_configurations() -> None:
+    config = ConfigFile({"profile": '{"Name":"default-v1"}'})
+    assert setup_profiles.profile_config(line_of("--tpm2"), config, frozenset()) is None
+    with pytest.raises(UsageError, match="does not support a profile with name 'null'"):
+        setup_profiles.profile_config(
+            line_of("--tpm2", "--profile-name", "null"), config, frozenset()
+        )
+
+
+def test_all_profiles(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"Name":"custom:mine"}')
+    (tmp_path / "bad.json").write_text("{")
+    config = ConfigFile({"local_profiles_dir": str(tmp_path)})
+    found = json.loads(setup_profiles.profiles_text(config, [{"Name": "null"}]))
+    assert found["local"] == [{"Name": "custom:mine"}]
+    assert found["builtin"] == [{"Name": "null"}]
+
+
+def test_keys_and_facts_as_a_certificate_tool_is_given_them() -> None:
+    assert RsaKey(b"\x00\xab").text == "00ab"
+    assert EccKey(b"\x01", b"\x02", "secp384r1").text == "x=01,y=02,id=secp384r1"
+    text = {
+        "TPMSpecification": {"family": "2.0", "level": 0, "revision": 183},
+        "TPMAttributes": {"manufacturer": "id:1", "model": "swtpm", "version": "id:2"},
+    }
+    facts = TpmFacts.from_json(json.dumps(text))
+    assert facts == TpmFacts("2.0", 0, 183, "id:1", "swtpm", "id:2")
+    for bad in ("", "{}", "[]", '{"TPMSpecification": 1, "TPMAttributes": 2}'):
+        with pytest.raises(UsageError, match="Could not get the TPM spec"):
+            TpmFacts.from_json(bad)
