@@ -299,3 +299,48 @@ def test_quiet_and_logfile(workshop: Workshop) -> None:
     link.symlink_to(log)
     run = workshop.run(OURS, *words, "--overwrite", "--logfile", link)
     assert (run.returncode, run.stderr) == (1, "Logfile must not be a symlink.\n")
+
+
+def test_a_signal_ends_an_emulator_that_hangs(workshop: Workshop, state: Path) -> None:
+    started, emulator = workshop.path / "started", workshop.path / "emulator"
+    emulator.write_text(
+        '#!/bin/sh\ncase "$*" in *print-capabilities*) echo \'{"features":["tpm-2.0"]}\';;\n'
+        f"*) touch {started}; exec sleep 1000;; esac\n"
+    )
+    emulator.chmod(0o755)
+    before = contents(state)
+    process = subprocess.Popen(
+        [OURS, "--tpm2", "--tpm-state", state, "--overwrite", "--tpm", emulator],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=workshop.environment,
+    )
+    for _ in range(PATIENCE_SECONDS * 100):
+        if started.exists():
+            break
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    # Without our signal to it, it would be waited for as long as any answer is.
+    _, said = process.communicate(timeout=PATIENCE_SECONDS / 2)
+    assert (process.returncode, said) == (143, b"Interrupted. What is stored is as it was.\n")
+    assert contents(state) == before
+
+
+@pytest.mark.parametrize("milliseconds", range(60, 240, 15))
+def test_a_signal_at_any_time_is_in_time_or_too_late(workshop: Workshop, milliseconds: int) -> None:
+    """Whenever it comes, the status tells the truth about the state, and nothing crashes."""
+    state = workshop.new_state("state")
+    process = subprocess.Popen(
+        [OURS, "--tpm2", "--tpm-state", state, "--createek", "--rsa-keysize", "3072"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=workshop.environment,
+    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(milliseconds / 1000)
+    process.terminate()
+    status = process.wait(PATIENCE_SECONDS)
+    made = (state / "tpm2-00.permall").exists()
+    assert (status, made) in {(0, True), (143, False), (-signal.SIGTERM, False)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from vtpm_cuse.service.manufacturing.state import Target
     from vtpm_cuse.service.manufacturing.tpms import SetupTpm
 
-_FILE_MODE = 0o640
+_FILE_MODE: Final = 0o640
+_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
@@ -53,6 +55,8 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
 
         _interruptible(work, tpm, certifier)
         made = tpm.finish()
+        # From here on it is too late to end this: what little is left is done.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         if reconfigure:
             target.update(before, made)
         else:
@@ -78,6 +82,7 @@ def _interruptible(
     try:
         thread.join()
     except BaseException:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # once is enough
         tpm.cancel()
         if certifier is not None:
             certifier.cancel()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.engine.base import StateType
@@ -18,12 +17,9 @@ from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.base import BLOB_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vtpm_cuse.storage.base import StateStore
 
 _PERMANENT: Final = StateType.PERMANENT.blob_name
-_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def check_access(uri: str, user: str) -> None:
@@ -73,30 +69,18 @@ class Target:
 
     def replace(self, made: dict[str, bytes]) -> None:
         """Puts another TPM in the place of the one that is there, if one is."""
-        with _signals_wait():
-            self._store.replace_all(made)
+        self._store.replace_all(made)
 
     def update(self, before: dict[str, bytes], after: dict[str, bytes]) -> None:
         """Writes what was changed of the TPM that is there."""
         changed = {name: blob for name, blob in after.items() if before.get(name) != blob}
-        with _signals_wait():
-            if _PERMANENT in changed:
-                self._store.store(_PERMANENT, changed.pop(_PERMANENT))
-            for name, blob in changed.items():
-                self._store.store(name, blob)
-            for name in before.keys() - after.keys():
-                self._store.delete(name)
+        if _PERMANENT in changed:
+            self._store.store(_PERMANENT, changed.pop(_PERMANENT))
+        for name, blob in changed.items():
+            self._store.store(name, blob)
+        for name in before.keys() - after.keys():
+            self._store.delete(name)
 
     def close(self) -> None:
         """Gives up the lock."""
         self._store.close()
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Who wants to end this has to wait for the few milliseconds that it takes."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

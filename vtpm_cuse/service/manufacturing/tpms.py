@@ -37,7 +37,7 @@ class SetupTpm(Protocol):
         """JSON text."""
 
     def cancel(self) -> None:
-        """Ends the running command early, and refuses all later ones. From any thread."""
+        """Ends the work at the end of the running command, or earlier. From any thread."""
 
     def finish(self) -> dict[str, bytes]:
         """Powers the TPM off; returns its state as it is to be stored. Raises VtpmError."""
@@ -87,9 +87,8 @@ class EngineTpm:
         return self._vtpm.engine.info(flags)
 
     def cancel(self) -> None:
-        """See `SetupTpm`."""
+        """See `SetupTpm`. The running command is awaited: libtpms 0.9 can crash after a cancel."""
         self._canceled = True
-        self._vtpm.hurry()
 
     def finish(self) -> dict[str, bytes]:
         """See `SetupTpm`."""
@@ -97,8 +96,9 @@ class EngineTpm:
         return dict(self._store.blobs)
 
     def close(self) -> None:
-        """See `SetupTpm`."""
-        self._vtpm.close()
+        """See `SetupTpm`. A TPM in memory that nobody wants needs no orderly end."""
+        if not self._canceled:
+            self._vtpm.close()
 
 
 class ChildTpm:
