@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.support.certificates import Parts, der_of, make_ca, verify
 from vtpm_cuse.errors import CertificateError, UsageError
@@ -209,12 +210,14 @@ def test_damaged_files_are_named_and_left(name: str, junk: bytes, tmp_path: Path
 
 def test_an_issuer_without_key_identifier(tmp_path: Path) -> None:
     ca = make_ca(tmp_path / "x")
-    words = ["openssl", "req", "-x509", "-new", "-key", str(ca.key), "-subj", "/CN=x", "-out"]
-    config = tmp_path / "none.cnf"
-    config.write_text("[req]\ndistinguished_name=d\n[d]\n")
-    subprocess.run(
-        [*words, str(ca.certificate), "-config", str(config)], check=True, capture_output=True
-    )
+    key = serialization.load_pem_private_key(ca.key.read_bytes(), None)
+    assert isinstance(key, rsa.RSAPrivateKey)
+    issuer = x509.load_pem_x509_certificate(ca.certificate.read_bytes())
+    bare = x509.CertificateBuilder(
+        issuer.issuer, issuer.subject, key.public_key(), issuer.serial_number,
+        datetime.now(UTC), datetime.now(UTC) + timedelta(1),
+    ).sign(key, hashes.SHA256())  # fmt: skip
+    ca.certificate.write_bytes(bare.public_bytes(serialization.Encoding.PEM))
     settings = CaSettings(str(tmp_path), str(ca.key), str(ca.certificate), str(tmp_path / "s"))
     with pytest.raises(CertificateError, match="no subject key identifier"):
         LocalCa(settings, PROFILE).check()

@@ -36,6 +36,9 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
     except OSError as exc:
         report(str(exc))
         return 1
+    except ImportError as exc:
+        report(f"A part of this program cannot be loaded: {exc}")
+        return 1
     except KeyboardInterrupt as exc:
         return _status_of(exc)
     return status

@@ -146,15 +146,14 @@ def _run_setup(line: CommandLine) -> int:
 
 def _become(name: str) -> None:
     """Is that user from now on. Raises UsageError."""
-    # Imported now: the user may not be permitted to read where this program is installed.
-    import vtpm_cuse.manufacture.localca
-    import vtpm_cuse.service.compose
-    import vtpm_cuse.service.manufacturing.run
-    import vtpm_cuse.storage.directory
-    import vtpm_cuse.storage.linear  # noqa: F401
+    from vtpm_cuse.cli import setup_profiles
+    from vtpm_cuse.manufacture import localca
     from vtpm_cuse.service.config import Exits
+    from vtpm_cuse.service.preload import import_all
     from vtpm_cuse.service.privileges import become, find_user
 
+    _ = setup_profiles, localca
+    import_all()
     become(find_user(name), Exits())
 
 

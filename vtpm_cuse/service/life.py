@@ -158,9 +158,11 @@ class _Life:
         notify.connect()
         self._interface.open()
         if (user := self._process.runas) is not None:
+            from vtpm_cuse.service.preload import import_all
             from vtpm_cuse.service.privileges import become
 
             self._pid_file.open((user.uid, user.gid))
+            import_all()
             become(user, self._interface.exits)
         # Before anything that takes time: who polls for a socket need not wait.
         self._interface.acquire()

@@ -1,4 +1,7 @@
-"""Imports what a process may still need below another root, where no module can be found."""
+"""Imports what a process may still need when no module can be found any more.
+
+That is so below another root, and as a user who may not read where this program is installed.
+"""
 
 from __future__ import annotations
 
