@@ -1,7 +1,8 @@
 """State as files in a directory, with the C suite's names, modes and lock.
 
 A blob is replaced by writing aside, flushing, renaming and flushing the
-directory. With a backup, the permanent state that is replaced stays as ``*.bak``. The lock is a POSIX record lock on ``.lock``: it belongs to the
+directory. With a backup, the permanent state that is replaced stays as
+``*.bak``. The lock is a POSIX record lock on ``.lock``: it belongs to the
 process and is lost when any of its descriptors of that file closes, so it is
 taken after daemonising and the file is opened nowhere else.
 """
