@@ -63,9 +63,9 @@ ATTACKS = {
 execute = vtpm.Vtpm._execute
 
 
-def hostile(self, command, code):
+def hostile(self, command):
     if command[10:15] != b"evil:":
-        return execute(self, command, code)
+        return execute(self, command)
     name = command[15:].decode()
     if name == "bug":
         raise RuntimeError("a bug of ours")

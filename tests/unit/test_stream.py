@@ -128,38 +128,25 @@ def test_answers_of_prefixed_commands_are_framed() -> None:
     assert framed(response, Request(A, 0)) == bytes.fromhex("0000000a") + response + bytes(4)
 
 
-@pytest.mark.parametrize(
-    ("before", "data", "whole"),
-    [
-        (b"", "80010000000c0000017b0008", True),
-        (b"", "80010000000c0000017b00", False),
-        (b"", "80010000000c0000017b000800", False),
-        (b"", "00000008000000000c80010000000c0000017b0008", False),
-        (b"", "8001000000080000", False),
-        (b"", "", False),
-        (b"\x80", "80010000000c0000017b0008", False),
-    ],
-)
-def test_whole_command(before: bytes, data: str, whole: bool) -> None:
-    """What the socket loop may hand to the TPM without cutting: what cutting gives, too."""
-    stream = CommandStream(prefix=True)
-    stream.feed(before)
-    command = bytes.fromhex(data)
-    assert stream.is_whole(command) is whole
-    if whole:
-        stream.feed(command)
-        assert stream.next_request() == (command, None)
-
-
 @pytest.mark.parametrize("message", [A, A + B, A[:4], A[:10], PREFIXED, b"\0" * 10])
 def test_message_is_one_command_whatever_it_is(message: bytes) -> None:
     """As from a device: what begins here must not wait for, or be mixed with, what comes next."""
     stream = MessageStream()
-    assert not stream.is_whole(message) or len(message) >= 10
     for _ in range(2):
         stream.feed(message)
-        assert not stream.is_whole(A)
         assert stream.next_request() == Request(message, None)
         assert stream.next_request(flush=True) is None
-        assert stream.is_whole(A)
+        assert stream.empty
         assert not stream.awaits_rest
+
+
+def test_a_stream_is_empty_between_commands() -> None:
+    """What the socket loop asks before it hands bytes to the TPM without cutting them."""
+    stream = CommandStream(prefix=True)
+    seen = [stream.empty]
+    for piece in (A[:1], A[1:11], A[11:], PREFIXED[:5], PREFIXED[5:] + B):
+        stream.feed(piece)
+        while stream.next_request() is not None:
+            seen.append(stream.empty)
+        seen.append(stream.empty)
+    assert seen == [True, False, False, True, True, False, False, True, True]

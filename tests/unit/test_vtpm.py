@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.support import commands as tpm
@@ -19,6 +21,7 @@ from vtpm_cuse.errors import (
 from vtpm_cuse.storage.sealed import SealedStore
 
 SHUTDOWN_STATE, SHUTDOWN_CLEAR = tpm.TPM2_SHUTDOWN_STATE, tpm.TPM2_SHUTDOWN_CLEAR
+Change = Callable[[bytes], bytes]
 SET_LOCALITY_3 = bytes.fromhex("80010000000b2000100003")
 
 
@@ -283,6 +286,94 @@ def test_only_a_running_tpm_has_long_commands() -> None:
     assert not vtpm.is_long(tpm.get_random(8))
     assert not vtpm.is_long(b"\x80\x01")
     assert not make(tpm2=False)[0].is_long(tpm.create_primary_rsa())
+
+
+def test_what_was_processed_once_is_known() -> None:
+    vtpm, engine, _ = make()
+    command = tpm.get_random(8)
+    assert vtpm.process_known(command) is None
+    assert engine.commands == []
+    response = vtpm.process(command)
+    assert vtpm.process_known(command) == response
+    assert vtpm.process_known(tpm.get_random(9)) == vtpm.process(tpm.get_random(9))
+    assert engine.commands == [command, command, tpm.get_random(9), tpm.get_random(9)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda command: command[:-1], lambda command: command + b"\0", lambda command: command[:5]],
+)
+def test_a_known_header_with_another_length_is_not_known(change: Change) -> None:
+    vtpm, engine, _ = make()
+    vtpm.process(tpm.get_random(8))
+    assert vtpm.process_known(change(tpm.get_random(8))) is None
+    vtpm.process(change(tpm.get_random(8)))
+    assert vtpm.process_known(change(tpm.get_random(8))) is None
+    assert vtpm.process_known(b"") is None
+    assert len(engine.commands) <= 2
+
+
+@pytest.mark.parametrize("command", [tpm.create_primary_rsa(), SET_LOCALITY_3])
+def test_what_needs_more_than_the_tpm_never_is_known(command: bytes) -> None:
+    vtpm, _, _ = make(options=VtpmOptions(allow_set_locality=True))
+    vtpm.process(command)
+    assert vtpm.process_known(command) is None
+
+
+def test_nothing_is_known_of_a_stopped_tpm() -> None:
+    vtpm, engine, _ = make()
+    vtpm.process(tpm.get_random(8))
+    vtpm.stop()
+    engine.commands.clear()
+    assert vtpm.process_known(tpm.get_random(8)) is None
+    vtpm.process(tpm.get_random(8))
+    vtpm.start()
+    assert vtpm.process_known(tpm.get_random(8)) is None
+    assert engine.commands == []
+
+
+def test_nothing_is_known_while_the_state_is_handed_out() -> None:
+    """The next command must first take the lock back."""
+    vtpm, _, store = make()
+    vtpm.process(tpm.get_random(8))
+    vtpm.release_storage()
+    store.faults["lock"] = StateLocked("/x/.lock", "taken")
+    vtpm.hurry()
+    assert vtpm.process_known(tpm.get_random(8)) is None
+    assert vtpm.process(tpm.get_random(8)).hex() == "80010000000a00000101"
+    assert vtpm.process_known(tpm.get_random(8)) is None
+    store.faults.clear()
+    response = vtpm.process(tpm.get_random(8))
+    assert vtpm.process_known(tpm.get_random(8)) == response
+
+
+def test_a_client_cannot_make_much_known() -> None:
+    vtpm, _, _ = make()
+    commands = [tpm.tpm2(0x17B, bytes(length)) for length in range(200)]
+    for command in commands:
+        vtpm.process(command)
+    known = [vtpm.process_known(command) is not None for command in commands]
+    assert known == [True] * 64 + [False] * 136
+
+
+@pytest.mark.parametrize("fault", [StorageError("x", "no"), RuntimeError("a bug")])
+def test_a_fault_of_a_known_command_becomes_a_response(fault: Exception) -> None:
+    vtpm, engine, _ = make()
+    vtpm.process(tpm.get_random(8))
+    engine.script[0x17B] = fault
+    response = vtpm.process_known(tpm.get_random(8))
+    assert response is not None
+    assert response.hex() == "80010000000a00000101"
+
+
+def test_a_known_shutdown_counts_as_the_last_command() -> None:
+    vtpm, engine, _ = make()
+    for command in (SHUTDOWN_CLEAR, tpm.get_random(8)):
+        vtpm.process(command)
+    assert vtpm.process_known(SHUTDOWN_CLEAR) is not None
+    engine.commands.clear()
+    vtpm.stop()
+    assert engine.commands == []
 
 
 # -- locality -----------------------------------------------------------------------------

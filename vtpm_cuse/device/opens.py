@@ -129,11 +129,12 @@ class TpmDeviceFile:
         command, self.pending = self.pending, None
         if command is None:
             return
-        if self._vtpm.is_long(command):
+        response = self._vtpm.process_known(command)
+        if response is None and self._vtpm.is_long(command):
             self._start_job(lambda: self._vtpm.process(command), self._respond)
-        else:
-            self._respond(self._vtpm.process(command))
-            self._on_change()
+            return
+        self._respond(self._vtpm.process(command) if response is None else response)
+        self._on_change()
 
     def _respond(self, response: bytes) -> None:
         self._response = memoryview(response)

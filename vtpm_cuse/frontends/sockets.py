@@ -119,24 +119,19 @@ class SocketServer:
 
     async def _converse(self, connection: socket.socket | CharDevice) -> None:
         vtpm, turn = self._vtpm, self._turn
-        receive, send, process = connection.recv, connection.send, vtpm.process_short
+        receive, send, process = connection.recv, connection.send, vtpm.process_known
         whole = isinstance(connection, CharDevice) and connection.messages
         stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2)
-        quick = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
+        plain = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
+        quick = plain
         served, quick_ones = False, 0
         while True:
             try:
                 data: bytes | None = receive(_DATA_READ_SIZE)
             except BlockingIOError:
                 data = await _receive(connection, stream, linger=served)
-            if (
-                quick
-                and data
-                and stream.is_whole(data)
-                and not turn.locked()
-                and (response := process(data)) is not None
-            ):
-                # The general way below, for the usual command: a third of its time less.
+            if quick and data and not turn.locked() and (response := process(data)) is not None:
+                # The general way below, for the usual command, in a third of its time less.
                 try:
                     sent = send(response)
                 except BlockingIOError:
@@ -156,6 +151,7 @@ class SocketServer:
                 response = await self._process(request)
                 await _send_all(connection, framed(response, request))
                 served = True
+            quick = plain and stream.empty
             if data == b"" or (served and self._channels.disconnect):
                 return
 

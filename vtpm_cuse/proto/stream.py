@@ -39,15 +39,15 @@ class CommandStream:
         self._buffer = b""
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing waits: the next bytes are the beginning of a command."""
+        return not self._buffer
+
+    @property
     def awaits_rest(self) -> bool:
         """Whether bytes wait that `next_request` would give away if told to flush."""
         there = len(self._buffer) - self._start()
         return there >= TPM_HEADER_SIZE or (there > 0 and self._start() > 0)
-
-    def is_whole(self, data: bytes) -> bool:
-        """Whether these bytes are exactly one command without a prefix, and none wait."""
-        size = len(data)
-        return data[2:6] == size.to_bytes(4) and size >= TPM_HEADER_SIZE and not self._buffer
 
     def feed(self, data: bytes) -> None:
         """Takes bytes as they arrived."""
@@ -103,10 +103,6 @@ class MessageStream(CommandStream):
     def awaits_rest(self) -> bool:
         """Never: a message comes whole."""
         return False
-
-    def is_whole(self, data: bytes) -> bool:
-        """Any message is that can be a command at all, if none waits."""
-        return len(data) >= TPM_HEADER_SIZE and not self._buffer
 
     def next_request(self, *, flush: bool = False) -> Request | None:
         """The message that was fed, if there is one."""

@@ -145,6 +145,11 @@ def command_code(command: bytes) -> bytes:
     return command[6:10]
 
 
+def command_size(command: bytes) -> int:
+    """The size that the header of a command, which is whole, says the command has."""
+    return int.from_bytes(command[2:6], "big")
+
+
 def response(code: int, *, tpm2: bool) -> bytes:
     """A whole response of 10 bytes that carries *code*."""
     tag = TpmTag.TPM_ST_NO_SESSIONS if tpm2 else TpmTag.TPM_TAG_RSP_COMMAND
