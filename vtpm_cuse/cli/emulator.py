@@ -1,4 +1,4 @@
-"""What the programs of the socket and device interfaces have in common."""
+"""What the programs of all interfaces have in common."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vtpm_cuse.cli import prints, settings
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import run_program
+from vtpm_cuse.cli.program import run_program, version_text
 from vtpm_cuse.service import logs
 from vtpm_cuse.service.config import LogConfig
 
@@ -17,20 +17,45 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.cli.table import Program
 
+    Serve = Callable[[CommandLine], int]
+    Inform = Callable[[CommandLine, int], str | None]
+
 log = logging.getLogger(__name__)
 
 
+def info_of_state(line: CommandLine, flags: int) -> str | None:
+    """``--print-info`` of the TPM that *line* describes; None after an error that was said."""
+    return prints.info_of_state(flags, settings.vtpm_config(line))
+
+
 def run_emulator(
-    table: Program, words: Sequence[str], name: str, serve: Callable[[CommandLine], int]
+    table: Program,
+    words: Sequence[str],
+    name: str,
+    serve: Serve,
+    inform: Inform = info_of_state,
 ) -> int:
-    """Prints what *words* ask for, or calls *serve* with them; returns the exit status."""
+    """Prints what *words* ask for, or calls *serve* with them; returns the exit status.
+
+    Args:
+        table: The program.
+        words: What follows its name.
+        name: How it was called.
+        serve: Serves a TPM.
+        inform: The text of ``--print-info``.
+    """
     logs.configure(LogConfig())  # until --log has been read
-    return run_program(lambda: _run(CommandLine(table, words, name), name, serve), log.error)
+    return run_program(
+        lambda: _run(CommandLine(table, words, name), name, serve, inform), log.error
+    )
 
 
-def _run(line: CommandLine, name: str, serve: Callable[[CommandLine], int]) -> int:
+def _run(line: CommandLine, name: str, serve: Serve, inform: Inform) -> int:
     if line.has("help"):
         print(help_text(line.program, name), end="")
+        return 0
+    if line.has("version"):
+        print(version_text(f"{line.program.name.split()[-1].upper()} interface "))
         return 0
     flags = line.number("print-info", 0xFFFF_FFFF)
     settings.enter_root(line)
@@ -39,7 +64,7 @@ def _run(line: CommandLine, name: str, serve: Callable[[CommandLine], int]) -> i
     if text is None and not flags:
         return serve(line)
     if text is None:
-        text = prints.info_of_state(flags, settings.vtpm_config(line))
+        text = inform(line, flags)
     if text is None:
         return 1
     print(text, end="")

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli import prints, settings
-from vtpm_cuse.cli.commandline import CommandLine, CuseExit
-from vtpm_cuse.cli.help import help_text
+from vtpm_cuse.cli.commandline import CuseExit
+from vtpm_cuse.cli.emulator import run_emulator
 from vtpm_cuse.cli.options import options_of
-from vtpm_cuse.cli.program import run_program, version_text
 from vtpm_cuse.cli.table import Example, Interface, Program, Term
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service import logs
-from vtpm_cuse.service.config import LogConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vtpm_cuse.service.config import CuseConfig
-
-log = logging.getLogger(__name__)
+    from vtpm_cuse.cli.commandline import CommandLine
 
 _CUSE_DEVICE: Final = "/dev/cuse"
 PROGRAM: Final = Program(
@@ -77,32 +71,16 @@ PROGRAM: Final = Program(
 
 def main(words: Sequence[str] | None = None, program: str = "swtpm-cuse") -> int:
     """The program swtpm-cuse; ``swtpm cuse`` passes the words behind it."""
-    logs.configure(LogConfig())  # until --log has been read
-    return run_program(lambda: _run(sys.argv[1:] if words is None else words, program), log.error)
+    words = sys.argv[1:] if words is None else words
+    return run_emulator(PROGRAM, words, program, _serve, _info)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
-    if line.has("version"):
-        print(version_text("CUSE interface "))
-        return 0
-    flags = line.number("print-info", 0xFFFF_FFFF)
-    settings.enter_root(line)
-    logs.configure(settings.log_config(line))
-    text = prints.asked_text(line)
-    if text is None:
-        config = settings.cuse_config(line)
-        if not flags:
-            return _serve(config)
-        text = prints.info(flags, tpm2=config.vtpm.tpm2)
-    print(text, end="")
-    return 0
+def _info(line: CommandLine, flags: int) -> str:
+    return prints.info(flags, tpm2=settings.cuse_config(line).vtpm.tpm2)
 
 
-def _serve(config: CuseConfig) -> int:
+def _serve(line: CommandLine) -> int:
+    config = settings.cuse_config(line)
     if os.path.exists(_CUSE_DEVICE) and not os.access(_CUSE_DEVICE, os.R_OK | os.W_OK):
         # PEER: refuses everybody but root, even for the print options.
         ids = f"uid = {os.getuid()}, euid = {os.geteuid()}, gid = {os.getgid()}"

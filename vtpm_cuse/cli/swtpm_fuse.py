@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli import prints, settings
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.help import help_text
+from vtpm_cuse.cli.emulator import run_emulator
 from vtpm_cuse.cli.options import options_of
-from vtpm_cuse.cli.program import run_program, version_text
 from vtpm_cuse.cli.table import Example, Interface, Program, Term
-from vtpm_cuse.service import logs
-from vtpm_cuse.service.config import LogConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-log = logging.getLogger(__name__)
+    from vtpm_cuse.cli.commandline import CommandLine
 
 PROGRAM: Final = Program(
     "swtpm fuse",
@@ -73,27 +68,14 @@ PROGRAM: Final = Program(
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``swtpm fuse`` with the words behind it."""
-    logs.configure(LogConfig())  # until --log has been read
-    return run_program(lambda: _run(words, program), log.error)
+    return run_emulator(PROGRAM, words, program, _serve, _info)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
-    if line.has("version"):
-        print(version_text("FUSE interface "))
-        return 0
-    flags = line.number("print-info", 0xFFFF_FFFF)
-    settings.enter_root(line)
-    logs.configure(settings.log_config(line))
-    text = prints.asked_text(line)
-    if text is None and flags:
-        text = prints.info(flags, tpm2=settings.is_tpm2(line))
-    if text is not None:
-        print(text, end="")
-        return 0
+def _info(line: CommandLine, flags: int) -> str:
+    return prints.info(flags, tpm2=settings.is_tpm2(line))
+
+
+def _serve(line: CommandLine) -> int:
     config = settings.fuse_config(line)
     from vtpm_cuse.service import fuse
 
