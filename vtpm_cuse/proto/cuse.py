@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import struct
-
-from vtpm_cuse.errors import FrontendError, WireError
-from vtpm_cuse.proto.device import MAX_TRANSFER, reply_to
+from vtpm_cuse.proto.device import MAX_TRANSFER, read_init, reply_to
 from vtpm_cuse.wire.fuse import (
     FUSE_KERNEL_VERSION,
     CuseInitIn,
     CuseInitOut,
-    FuseInHeader,
     FuseOpcode,
 )
 from vtpm_cuse.wire.layout import HOST
-
-_IN = FuseInHeader.compiled(HOST)
 
 
 def init_reply(message: memoryview, name: str, major: int, minor: int) -> bytes:
@@ -24,13 +18,7 @@ def init_reply(message: memoryview, name: str, major: int, minor: int) -> bytes:
     Raises:
         FrontendError: The request is no CUSE_INIT that can be answered.
     """
-    try:
-        _, opcode, unique, *_ = _IN.unpack_from(message)
-        request = CuseInitIn.unpack_untrusted(message[_IN.size :], HOST)
-    except (struct.error, WireError) as exc:
-        raise FrontendError("/dev/cuse sent no CUSE_INIT") from exc
-    if opcode != FuseOpcode.CUSE_INIT or request.major != FUSE_KERNEL_VERSION:
-        raise FrontendError(f"/dev/cuse speaks FUSE {request.major}.{request.minor}, not 7")
+    unique, request = read_init(message, CuseInitIn, FuseOpcode.CUSE_INIT, "/dev/cuse")
     info = f"DEVNAME={name}\0".encode()
     answer = CuseInitOut(
         FUSE_KERNEL_VERSION,

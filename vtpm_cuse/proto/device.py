@@ -10,14 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from vtpm_cuse import faults
-from vtpm_cuse.errors import VtpmError, WireError
+from vtpm_cuse.errors import FrontendError, VtpmError, WireError
 from vtpm_cuse.wire.fuse import (
+    FUSE_KERNEL_VERSION,
     FUSE_NOTIFY_POLL,
     FUSE_POLL_SCHEDULE_NOTIFY,
+    CuseInitIn,
     FuseInHeader,
+    FuseInitIn,
     FuseInterruptIn,
     FuseIoctlIn,
     FuseIoctlOut,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
     Retry = Callable[[], bytes | None]
     Handler = Callable[[memoryview, int], bytes | None]
+
+Init = TypeVar("Init", CuseInitIn, FuseInitIn)
 
 MAX_TRANSFER: Final = 1 << 16
 """Bytes of one READ or WRITE request; a longer system call arrives in pieces."""
@@ -194,6 +199,25 @@ class DeviceSession:
         if self._waiting.pop(target, None) is None:
             return None
         return error_reply(target, errno.EINTR)
+
+
+def read_init(
+    message: memoryview, kind: type[Init], opcode: FuseOpcode, channel: str
+) -> tuple[int, Init]:
+    """The kernel's first request on *channel*, a path: which it is, and what it says.
+
+    Raises:
+        FrontendError: It is no such request, or not one that can be answered.
+    """
+    try:
+        _, found, unique, *_ = _IN.unpack_from(message)
+        request = kind.unpack_untrusted(message[_IN.size :], HOST)
+    except (struct.error, WireError) as exc:
+        name = opcode.name.removeprefix("FUSE_")
+        raise FrontendError(f"{channel} sent no {name}") from exc
+    if found != opcode or request.major != FUSE_KERNEL_VERSION:
+        raise FrontendError(f"{channel} speaks FUSE {request.major}.{request.minor}, not 7")
+    return unique, request
 
 
 def error_reply(unique: int, number: int) -> bytes:

@@ -12,8 +12,8 @@ import os
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from vtpm_cuse.errors import DeviceError, FrontendError, WireError
-from vtpm_cuse.proto.device import MAX_TRANSFER, DeviceSession, error_reply, reply_to
+from vtpm_cuse.errors import DeviceError
+from vtpm_cuse.proto.device import MAX_TRANSFER, DeviceSession, error_reply, read_init, reply_to
 from vtpm_cuse.wire.fuse import (
     FUSE_ATOMIC_O_TRUNC,
     FUSE_KERNEL_VERSION,
@@ -279,13 +279,7 @@ def init_reply(message: memoryview) -> bytes:
     Raises:
         FrontendError: The request is no INIT that can be answered.
     """
-    try:
-        _, opcode, unique, *_ = _IN.unpack_from(message)
-        request = FuseInitIn.unpack_untrusted(message[_IN.size :], HOST)
-    except (struct.error, WireError) as exc:
-        raise FrontendError("/dev/fuse sent no INIT") from exc
-    if opcode != FuseOpcode.FUSE_INIT or request.major != FUSE_KERNEL_VERSION:
-        raise FrontendError(f"/dev/fuse speaks FUSE {request.major}.{request.minor}, not 7")
+    unique, request = read_init(message, FuseInitIn, FuseOpcode.FUSE_INIT, "/dev/fuse")
     answer = FuseInitOut(
         FUSE_KERNEL_VERSION,
         request.minor,
