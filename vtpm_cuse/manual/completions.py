@@ -286,23 +286,27 @@ def _zsh_blanks(text: str) -> str:
 
 
 def _fish(name: str) -> str:
-    lines = [_MADE]
-    for _, context, program in (command for command in _commands() if command.name == name):
-        seen = f" -n '__fish_seen_subcommand_from {context}'" if context else ""
-        if program.subcommands:
-            seen = " -n __fish_use_subcommand"
-            lines += [
-                f"complete -c {name} -f{seen} -a {sub.name} -d {_fish_text(sub.help)}\n"
-                for sub in program.subcommands
-            ]
-        elif _operand(program).kind == "any":
-            lines.append(f"complete -c {name} -f{seen}\n")
-        lines += [
-            f"complete -c {name}{seen}{_fish_words(option)}{_fish_value(option)} "
-            f"-d {_fish_text(option.help)}\n"
-            for option in program.available
-        ]
-    return "".join(lines)
+    commands = [command for command in _commands() if command.name == name]
+    top = " -n __fish_use_subcommand" if len(commands) > 1 else ""
+    # What several subcommands share is said once: a line, and the words that it holds behind.
+    lines: dict[tuple[bool, str], list[str]] = {}
+    for _, context, program in commands:
+        for line in _fish_lines(program):
+            lines.setdefault((bool(context), line), []).append(context)
+    text = _MADE
+    for (behind, line), contexts in lines.items():
+        seen = f" -n '__fish_seen_subcommand_from {' '.join(contexts)}'" if behind else top
+        text += f"complete -c {name}{seen}{line}\n"
+    return text
+
+
+def _fish_lines(program: Program) -> Iterator[str]:
+    for sub in program.subcommands:
+        yield f" -f -a {sub.name} -d {_fish_text(sub.help)}"
+    if _operand(program).kind == "any":
+        yield " -f"
+    for option in program.available:
+        yield f"{_fish_words(option)}{_fish_value(option)} -d {_fish_text(option.help)}"
 
 
 def _fish_words(option: Option) -> str:
