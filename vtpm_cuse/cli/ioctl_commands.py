@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -131,20 +130,9 @@ def _write_private(path: str, blob: bytes) -> None:
         with open(path, "wb") as file:
             file.write(blob)
         return
-    target = os.path.realpath(path)
-    aside = f"{target}.new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(aside)
-    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(fd)
-        os.replace(aside, target)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    from vtpm_cuse.manufacture.files import replace_file
+
+    replace_file(os.path.realpath(path), blob, 0o600)
 
 
 def _load(tpm: Control, asked: Asked) -> None:

@@ -1,11 +1,10 @@
-"""Files that are whole or not there: keys, certificates, serial numbers."""
+"""Files that are whole or not there: keys, certificates, serial numbers, saved state."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -33,7 +32,7 @@ def replace_file(path: str | Path, data: bytes, mode: int) -> None:
     """
     folder, name = os.path.split(os.fspath(path))
     folder_fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    aside = f".{name}.{secrets.token_hex(8)}"
+    aside = f".{name}.{os.urandom(8).hex()}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(aside, flags, mode, dir_fd=folder_fd)
