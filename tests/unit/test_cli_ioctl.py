@@ -172,6 +172,19 @@ def test_save_and_load(tool: Tool, tmp_path: Path) -> None:
     assert tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] == b"state"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_save_writes_where_a_link_leads(tool: Tool, tmp_path: Path, there: bool) -> None:
+    link, path = tmp_path / "link", tmp_path / "blob"
+    link.symlink_to("blob")
+    if there:
+        path.write_bytes(b"earlier")
+    tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] = b"seeds"
+    assert tool("--save", "permanent", str(link), "/dev/x") == (0, "", "")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"seeds"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_saving_what_does_not_exist_leaves_an_empty_file(tool: Tool, tmp_path: Path) -> None:
     path = tmp_path / "blob"
     tool.tpm.answers[PtmCommand.PTM_GET_STATEBLOB] = ptm.PtmResultResponse(0x800)

@@ -126,7 +126,7 @@ def _save(tpm: Control, asked: Asked) -> None:
 
 def _write_private(path: str, blob: bytes) -> None:
     """Replaces a file whole, for its owner alone: it may hold a TPM's seeds."""
-    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe, say
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe, say
         with open(path, "wb") as file:
             file.write(blob)
         return
