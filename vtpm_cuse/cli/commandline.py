@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.cli import suboptions
 from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
 from vtpm_cuse.cli.numbers import number
+from vtpm_cuse.cli.program import complain
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -116,6 +116,6 @@ class CommandLine:
     def _complain(self, complaint: Complaint) -> None:
         # PEER: CUSE goes on after every complaint. We do after an unknown option, which may be one
         # of a later version, but an option that lacks its value would be dropped unnoticed.
-        print(complaint.text, file=sys.stderr)
+        complain(complaint.text)
         if not (self.program.lenient and complaint.unknown):
             raise UsageError(f"Try '{self._name} --help' for the options")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Final
@@ -23,33 +24,58 @@ def version_text(what: str, of: str = "TPM emulator") -> str:
 
 def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
     """Calls *work* and returns the exit status; *report* shows the one line about an error."""
+    _hold_standard_files()
     try:
         status = work()
         sys.stdout.flush()
-    except VtpmError as exc:
-        report(str(exc))
-        return _status_of(exc)
-    except BrokenPipeError:
-        # The reader has seen enough; nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as exc:
-        report(str(exc))
-        return 1
-    except ImportError as exc:
-        report(f"A part of this program cannot be loaded: {exc}")
-        return 1
-    except KeyboardInterrupt as exc:
-        return _status_of(exc)
+    except BrokenPipeError:  # the reader has seen enough
+        status = 1
+    except (VtpmError, OSError, ImportError, KeyboardInterrupt) as exc:
+        if not isinstance(exc, KeyboardInterrupt):
+            report(_sentence(exc))
+        status = _status_of(exc)
+    _drop_output()
     return status
 
 
 def complain(text: str) -> None:
-    """Shows a message as it is, where scripts know it."""
-    print(text, file=sys.stderr)
+    """Shows a message as it is, where scripts know it; who cannot be told has the exit status."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _sentence(exc: BaseException) -> str:
+    if isinstance(exc, ImportError):
+        return f"A part of this program cannot be loaded: {exc}"
+    return str(exc)
 
 
 def _status_of(exc: BaseException) -> int:
     from vtpm_cuse import faults  # with all codes of the wire; only an error needs it
 
     return faults.exit_status(exc)
+
+
+def _hold_standard_files() -> None:
+    """Opens those of the three standard files that the caller has closed.
+
+    Else the next file would have such a number, the TPM's state perhaps, and take the messages.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # It gets the lowest number that is free. To read what is not there is an error.
+            os.open(os.devnull, os.O_RDWR if fd else os.O_WRONLY)
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def _drop_output() -> None:
+    """Nothing may be left to be flushed at the end, to a reader that is gone or a full disk."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -7,6 +7,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.cli.program import complain
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class SetupReport:
         self._clear()
         if self._fd >= 0:
             self._log(text)
-        print(text, file=sys.stderr, flush=True)
+        complain(text)
 
     def done(self, text: str) -> None:
         """The last word, for people who have seen no other."""

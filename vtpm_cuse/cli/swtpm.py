@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Final
 
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import run_program, version_text
+from vtpm_cuse.cli.program import complain, run_program, version_text
 from vtpm_cuse.cli.table import Example, Option, Program, Subcommand
 
 PROGRAM: Final = Program(
@@ -76,9 +76,9 @@ def _run(words: list[str]) -> int:
 
 
 def _refuse(reason: str) -> int:
-    print(f"{reason}\n{help_text(PROGRAM)}", end="", file=sys.stderr)
+    complain(f"{reason}\n{help_text(PROGRAM)}".rstrip())
     return 1
 
 
 def _report(reason: str) -> None:
-    print(f"swtpm: {reason}", file=sys.stderr)
+    complain(f"swtpm: {reason}")

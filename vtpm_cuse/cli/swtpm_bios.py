@@ -162,8 +162,7 @@ def _send(address: TpmAddress, todo: list[Step], *, tpm2: bool) -> int:
     for step in todo:
         response = send_command(address, step.command, step.seconds)
         if code := response_code(response):
-            text = f"{step.name} returned error code 0x{code:08x}"
-            print(text, file=sys.stdout if tpm2 else sys.stderr)
+            (print if tpm2 else complain)(f"{step.name} returned error code 0x{code:08x}")
             status = _TPM_ERROR
         elif step.asks_flags:
             try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import run_program
+from vtpm_cuse.cli.program import complain, run_program
 from vtpm_cuse.cli.table import Example, Option, Program, Term
 
 if TYPE_CHECKING:
@@ -94,4 +93,4 @@ def _as_text(diagnosis: Diagnosis) -> str:
 
 
 def _report(reason: str) -> None:
-    print(f"swtpm doctor: {reason}", file=sys.stderr)
+    complain(f"swtpm doctor: {reason}")

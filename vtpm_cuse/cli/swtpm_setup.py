@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from vtpm_cuse.cli import setup_files, setup_settings
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import run_program, version_text
+from vtpm_cuse.cli.program import complain, run_program, version_text
 from vtpm_cuse.cli.setup_options import OPTIONS
 from vtpm_cuse.cli.setup_report import SetupReport
 from vtpm_cuse.cli.table import Example, Program, Term
@@ -86,7 +86,7 @@ def main() -> int:
     for number in _ENDING:
         signal.signal(number, _on_signal)
     try:
-        return run_program(lambda: _run(sys.argv[1:]), _complain)
+        return run_program(lambda: _run(sys.argv[1:]), complain)
     except _Ended as exc:
         return 128 + exc.number
 
@@ -95,15 +95,11 @@ def _on_signal(number: int, _frame: object) -> NoReturn:
     raise _Ended(number)
 
 
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _run(words: Sequence[str]) -> int:
     try:
         line = CommandLine(PROGRAM, words)
     except UsageError as exc:
-        _complain(str(exc))
+        complain(str(exc))
         return 1
     if line.has("help"):
         print(help_text(PROGRAM), end="")
@@ -117,7 +113,7 @@ def _run(words: Sequence[str]) -> int:
         return 0
     for name in ("swtpm_ioctl", "tcsd-system-ps-file"):
         if line.has(name):
-            _complain(f"Warning: --{name} is deprecated and has no effect.")
+            complain(f"Warning: --{name} is deprecated and has no effect.")
     return _run_setup(line)
 
 
