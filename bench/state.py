@@ -3,7 +3,8 @@
 .venv/bin/python bench/state.py
 
 Every server runs all the time; they take turns in short series, so that a change in the load of
-machine and disk meets all. Where the C suite has a setting of the same durability, it stands beside
+machine and disk meets all. After each command there is a pause for what a server or the disk does
+behind the answer; a hundred in a row show what that costs who does not pause. Where the C suite has a setting of the same durability, it stands beside
 ours with a limit: what it keeps in a directory it does not flush.
 """
 
@@ -52,6 +53,10 @@ SETTINGS: Final = {
 
 COMMANDS: Final = ("NV_Write", "DictionaryAttackParameters", "EvictControl", "Clear")
 SERIES: Final = 20
+PAUSE_SECONDS: Final = 0.003
+ROW: Final = 100
+ROWS: Final = 5
+IN_A_ROW: Final = f"{COMMANDS[0]}, {ROW} in a row"
 LIMIT: Final = 1.05
 """No slower, but for what one run differs from the next."""
 
@@ -94,12 +99,23 @@ class Server:
         self.key = int.from_bytes(self.run(command(0x131, (OWNER,), body))[10:14], "big")
 
     def measure(self, name: str) -> None:
-        """One command, once."""
+        """One command, once, and time for what the server or the disk does after it."""
         message = self.message(name)
         begun = time.perf_counter()
         self.run(message)
         self.times.setdefault(name, []).append((time.perf_counter() - begun) * 1e6)
         self.turn += 1
+        time.sleep(PAUSE_SECONDS)
+
+    def measure_row(self) -> None:
+        """A whole series without a pause; the time of one."""
+        begun = time.perf_counter()
+        for _ in range(ROW):
+            self.run(self.message(COMMANDS[0]))
+            self.turn += 1
+        each = (time.perf_counter() - begun) * 1e6 / ROW
+        self.times.setdefault(IN_A_ROW, []).append(each)
+        time.sleep(PAUSE_SECONDS * ROW)
 
     def message(self, name: str) -> bytes:
         """Each time another one, so that there is something to write."""
@@ -151,6 +167,9 @@ def measured(options: argparse.Namespace) -> dict[str, Pair]:
             words = ["--key", f"file={key.name}"] if "encrypted" in name else []
             theirs = peer and stack.enter_context(running(options.peer, peer, *words))
             pairs[name] = stack.enter_context(running(options.ours, ours, *words)), theirs or None
+        for _ in range(ROWS):
+            for server in [one for pair in pairs.values() for one in pair if one]:
+                server.measure_row()
         for what in COMMANDS:
             for _ in range(0, options.count, SERIES):
                 for server in [one for pair in pairs.values() for one in pair if one]:
@@ -171,7 +190,7 @@ def main() -> None:
         sys.exit(f"bench: {options.peer} is missing; apt-get install swtpm")
     report = Report("state", "State writes, round trip p50 by durability")
     for setting, (ours, peer) in measured(options).items():
-        for what in COMMANDS:
+        for what in (*COMMANDS, IN_A_ROW):
             mine = statistics.median(ours.times[what])
             theirs = None if peer is None else statistics.median(peer.times[what])
             limit = LIMIT if theirs is not None and "linear" not in setting else None

@@ -26,7 +26,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # Not a daemon: the interpreter must not end below a running libtpms.
         self._thread = threading.Thread(target=self._work, name="tpm-worker")
         self._thread.start()
@@ -49,6 +49,10 @@ class Worker:
             self._token.run_sync_soon(done, result)
 
         self._jobs.put(run)
+
+    def beside(self, job: Callable[[], object]) -> None:
+        """Runs *job*, which is short and never raises, in the thread; nobody waits for it."""
+        self._jobs.put(job)
 
     async def run(self, job: Callable[[], bytes], hurry: Callable[[], object]) -> bytes:
         """Runs *job* and returns its result.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 BLOB_NAMES: Final = ("permall", "volatilestate", "savestate")
 DEFAULT_MODE: Final = 0o640
 LOCK_CONFLICT: Final = (errno.EAGAIN, errno.EACCES)
+
+Beside = Callable[[Callable[[], object]], None]
+"""Takes a function and has it called in another thread: soon, or never when all ends."""
 
 
 class StateStore(Protocol):
@@ -60,6 +64,9 @@ class StateStore(Protocol):
 
     def remedy(self, name: str) -> str:
         """What can be done when a blob is damaged, as a clause of a message; may look for it."""
+
+    def work_beside(self, beside: Beside) -> None:
+        """From now on, *beside* may be given what no answer has to wait for."""
 
     def close(self) -> None:
         """Gives up lock and descriptors."""

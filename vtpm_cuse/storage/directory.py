@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import PtmError, StateDamaged, StateLocked, StateMissing, StorageError
 from vtpm_cuse.storage.base import BLOB_NAMES, DEFAULT_MODE, LOCK_CONFLICT, write_all
+from vtpm_cuse.storage.disposal import Disposal
 from vtpm_cuse.wire.blob import BLOB_SIZE_MAX, split_header_untrusted
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from vtpm_cuse.storage.base import Beside
 
 _LOCK_NAME: Final = ".lock"
 _BACKUP_SUFFIX: Final = ".bak"
@@ -57,6 +60,7 @@ class DirectoryStore:
         self._locking = lock
         self._fsync = fsync
         self._backup = backup
+        self._disposal = Disposal()
         self._directory_fd = -1
         self._lock_fd = -1
 
@@ -81,18 +85,19 @@ class DirectoryStore:
                 self._write_aside(aside, blob)
                 if self._backup and name == _PERMANENT:
                     self._keep_backup()
-                os.replace(aside, file_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                with self._outliving(file_name):
+                    self._rename(aside, file_name)
+                    self._flush(self._directory)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(aside, dir_fd=self._directory)
                 raise
-            self._flush(self._directory)
 
     def delete(self, name: str, *, must_exist: bool = False) -> None:
         """Removes the blob, durably."""
         file_name = self._file_name(name)
         try:
-            with self._errors(file_name, reading=True):
+            with self._errors(file_name, reading=True), self._outliving(file_name):
                 os.unlink(file_name, dir_fd=self._directory)
                 self._flush(self._directory)
         except StateMissing:
@@ -157,9 +162,14 @@ class DirectoryStore:
                 )
         return "nothing was changed: put back a copy that you kept, or move the file away"
 
+    def work_beside(self, beside: Beside) -> None:
+        """Replaced files are freed there."""
+        self._disposal.beside = beside
+
     def close(self) -> None:
         """Gives up lock and descriptors."""
         self.unlock()
+        self._disposal.catch_up()
         if self._directory_fd >= 0:
             os.close(self._directory_fd)
             self._directory_fd = -1
@@ -187,7 +197,19 @@ class DirectoryStore:
         finally:
             os.close(fd)
 
+    def _outliving(self, file_name: str) -> contextlib.AbstractContextManager[None]:
+        return self._disposal.outliving(file_name, self._directory)
+
     def _write_aside(self, aside: str, blob: bytes) -> None:
+        try:
+            self._write_new(aside, blob)
+        except OSError as exc:
+            if exc.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            self._disposal.catch_up()  # the room may be that of files replaced a moment ago
+            self._write_new(aside, blob)
+
+    def _write_new(self, aside: str, blob: bytes) -> None:
         try:
             fd = self._created(aside)
         except FileExistsError:
@@ -207,6 +229,9 @@ class DirectoryStore:
         mode = DEFAULT_MODE if self._mode is None else self._mode
         return os.open(file_name, flags, mode, dir_fd=self._directory)
 
+    def _rename(self, old: str, new: str) -> None:
+        os.replace(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
     def _flush(self, fd: int) -> None:
         if self._fsync:
             os.fsync(fd)
@@ -221,7 +246,8 @@ class DirectoryStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside, dir_fd=directory)
         os.link(file_name, aside, src_dir_fd=directory, dst_dir_fd=directory)
-        os.replace(aside, backup, src_dir_fd=directory, dst_dir_fd=directory)
+        with self._outliving(backup):
+            self._rename(aside, backup)
         with contextlib.suppress(FileNotFoundError):  # left when both were one file already
             os.unlink(aside, dir_fd=directory)
 

@@ -40,6 +40,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from vtpm_cuse.storage.base import Beside
     from vtpm_cuse.wire.linear import Table
 
 _BLANK_CHECK: Final = 1 << 20
@@ -147,6 +148,9 @@ class LinearStore:
     def remedy(self, _name: str) -> str:
         """What can be done about damage."""
         return "nothing was changed: put back a copy that you kept, or use another file"
+
+    def work_beside(self, _beside: Beside) -> None:
+        """Nothing is ever freed here."""
 
     def close(self) -> None:
         """Gives up lock and descriptor."""

@@ -10,6 +10,8 @@ from vtpm_cuse.storage.base import BLOB_NAMES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vtpm_cuse.storage.base import Beside
+
 
 class MemoryStore:
     """Implements `storage.base.StateStore`."""
@@ -57,6 +59,9 @@ class MemoryStore:
     def remedy(self, _name: str) -> str:
         """There is none."""
         return "it was in memory only"
+
+    def work_beside(self, _beside: Beside) -> None:
+        """Nothing takes long here."""
 
     def close(self) -> None:
         """Nothing to give up."""

@@ -1,0 +1,76 @@
+"""Frees replaced files beside the work, for some file systems take long for it.
+
+A file that has lost its last name lives on while a descriptor is open, and is
+freed when that one closes. Where this takes about a millisecond, much more
+than all the rest of a write, another thread does it: no answer waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vtpm_cuse.storage.base import Beside
+
+_LONG_SECONDS: Final = 200e-6
+_WAITING_MAX: Final = 64
+
+
+class Disposal:
+    """Lets files outlive their names, once the loss of one has taken long.
+
+    Attributes:
+        beside: Where to run what need not be done now; None while there is no such place.
+    """
+
+    def __init__(self) -> None:
+        self.beside: Beside | None = None
+        self._worthwhile = False
+        self._waiting: deque[int] = deque()
+        self._closing = threading.Lock()
+
+    @contextlib.contextmanager
+    def outliving(self, name: str, directory: int) -> Iterator[None]:
+        """Within, the file of that name may lose it; what it takes on the disk is free later."""
+        fd = -1
+        if self._worthwhile and self.beside is not None:
+            with contextlib.suppress(OSError):  # there is none; or it is freed within
+                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            if fd >= 0:
+                self._waiting.append(fd)
+                self._leave()
+            elif time.perf_counter() - begun > _LONG_SECONDS:
+                self._worthwhile = True
+
+    def catch_up(self) -> None:
+        """Frees all that waits."""
+        while self._free_one():
+            pass
+
+    def _leave(self) -> None:
+        if self.beside is None or len(self._waiting) > _WAITING_MAX:
+            self._free_one()
+        else:
+            self.beside(self._free_one)
+
+    def _free_one(self) -> bool:
+        """Whether there was one. The lock: who finds none may rely on all being free."""
+        with self._closing:
+            try:
+                fd = self._waiting.popleft()
+            except IndexError:
+                return False
+            with contextlib.suppress(OSError):  # the kernel closes it, whatever it says
+                os.close(fd)
+            return True
