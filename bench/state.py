@@ -4,8 +4,9 @@
 
 Every server runs all the time; they take turns in short series, so that a change in the load of
 machine and disk meets all. After each command there is a pause for what a server or the disk does
-behind the answer; a hundred in a row show what that costs who does not pause. Where the C suite has a setting of the same durability, it stands beside
-ours with a limit: what it keeps in a directory it does not flush.
+behind the answer; a hundred in a row show what that costs who does not pause. Where the C suite has
+a setting of the same durability, it stands beside ours with a limit: what it keeps in a directory
+it does not flush.
 """
 
 from __future__ import annotations
