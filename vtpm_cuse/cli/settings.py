@@ -463,7 +463,8 @@ def _profile_text(line: CommandLine, given: SubValues) -> str | None:
         with open(source, "rb") as file:
             return file.read(_PROFILE_LIMIT).decode().strip()
     except (OSError, ValueError) as exc:
-        raise line.error(f"Could not read the profile from '{source}': {exc}") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise line.error(f"Could not read the profile from '{source}': {reason}") from exc
 
 
 def _absolute(uri: str) -> str:

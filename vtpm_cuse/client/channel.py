@@ -99,8 +99,9 @@ def _connect_tcp(host: str, port: int) -> socket.socket:
     where = f"host '{host}' on port '{port}'"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as exc:
-        raise FrontendError(f"getaddrinfo failed on host '{host}': {exc.strerror}") from exc
+    except (OSError, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is no host name"
+        raise FrontendError(f"getaddrinfo failed on host '{host}': {reason}") from exc
     failure: OSError | None = None
     for family, kind, protocol, _, address in found:
         connection = socket.socket(family, kind, protocol)

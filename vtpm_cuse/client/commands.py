@@ -56,9 +56,10 @@ class TpmTcp:
         """The descriptor of a new connection. Raises FrontendError."""
         try:
             made = socket.create_connection((self.host, self.port), _CONNECT_SECONDS)
-        except socket.gaierror as exc:
-            reason = f"getaddrinfo failed on host '{self.host}': {exc.strerror}"
-            raise FrontendError(reason) from exc
+        except (socket.gaierror, UnicodeError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "it is no host name"
+            text = f"getaddrinfo failed on host '{self.host}': {reason}"
+            raise FrontendError(text) from exc
         except OSError as exc:
             raise FrontendError("Could not connect using TCP socket.", _reason(exc)) from exc
         with made:

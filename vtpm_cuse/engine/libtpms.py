@@ -11,6 +11,7 @@ call returns; `_check` raises what was kept.
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse import faults
@@ -105,7 +106,7 @@ class LibtpmsEngine:
         """Lets libtpms log to *fd*; level 0 is off."""
         self._lib.TPMLIB_SetDebugFD(fd)
         self._lib.TPMLIB_SetDebugLevel(level)
-        self._lib.TPMLIB_SetDebugPrefix(prefix.encode())
+        self._lib.TPMLIB_SetDebugPrefix(os.fsencode(prefix))
 
     # -- life cycle -----------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ class LibtpmsEngine:
         """JSON profile for the next start. Raises EngineUnavailable (libtpms 0.9), EngineError."""
         if not self.has_profiles:
             raise EngineUnavailable("this libtpms has no profiles", "libtpms 0.10 or newer does")
-        self._check("TPMLIB_SetProfile", self._lib.TPMLIB_SetProfile(profile.encode()))
+        self._check("TPMLIB_SetProfile", self._lib.TPMLIB_SetProfile(os.fsencode(profile)))
 
     def was_manufactured(self) -> bool:
         """Whether the last start made a new TPM; False where the library cannot tell."""

@@ -8,6 +8,7 @@ from typing import Final
 from vtpm_cuse.errors import UsageError
 
 _FIRST_FD: Final = 3
+_DIGITS_MAX: Final = 9
 NAMES: Final = ("data", "ctrl")
 
 
@@ -20,7 +21,7 @@ def passed_sockets() -> dict[str, int]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     count = os.environ.get("LISTEN_FDS", "")
-    if not (count.isascii() and count.isdecimal()):
+    if not (count.isascii() and count.isdecimal() and len(count) <= _DIGITS_MAX):
         return {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     found: dict[str, int] = {}

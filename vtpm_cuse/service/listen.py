@@ -156,7 +156,7 @@ def _tcp_target(
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         packed = socket.inet_pton(family, host)
-    except OSError:
+    except (OSError, UnicodeError):
         raise UsageError(f"Could not parse the bind address '{host}'") from None
     if family == socket.AF_INET:
         return family, (host, port)

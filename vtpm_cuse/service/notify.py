@@ -22,7 +22,7 @@ def connect() -> None:
         sock.connect(f"\0{path[1:]}" if path[0] == "@" else path)
     except OSError as exc:
         sock.close()
-        log.warning("Could not reach the service manager at %s: %s", path, exc.strerror)
+        log.warning("Could not reach the service manager at %s: %s", path, exc.strerror or exc)
     else:
         _manager = sock
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.service.config import Exits
 
 _UID_MAX: Final = 0xFFFF_FFFE  # all ones means "leave it" to the kernel
+_UID_DIGITS_MAX: Final = 1000  # int() has a limit of its own, and an error for it
 
 
 def find_user(text: str) -> User:
@@ -23,10 +24,9 @@ def find_user(text: str) -> User:
     Raises:
         UsageError: There is none.
     """
-    if text.lstrip("-").isdecimal() and text.isascii():
-        uid = int(text)
-        if not 0 <= uid <= _UID_MAX:
-            raise UsageError(f"Error: uid {text} outside valid range.")
+    if text.removeprefix("-").isdecimal() and text.isascii():
+        if len(text) > _UID_DIGITS_MAX or not 0 <= (uid := int(text)) <= _UID_MAX:
+            raise UsageError(f"Error: uid {text[:40]} outside valid range.")
         return User(text, uid, uid, (uid,))
     import pwd
 

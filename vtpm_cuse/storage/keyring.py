@@ -28,7 +28,7 @@ def read_user_key(description: str, limit: int) -> bytes:
         raise UsageError(
             f"Could not load libkeyutils: {exc}", hint="install it (Debian: libkeyutils1)"
         ) from exc
-    name = description.encode()
+    name = os.fsencode(description)
     if b"\0" in name:
         raise UsageError("A key's description has no NUL character")
     serial = library.request_key(_TYPE, name, None, 0)

@@ -269,7 +269,7 @@ def _profile_words(profile: ProfileConfig, fd: int) -> str:
 
 def _text_fd(text: str) -> int:
     fd = os.memfd_create("profile")
-    os.write(fd, text.encode())
+    os.write(fd, os.fsencode(text))
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 
