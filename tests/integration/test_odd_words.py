@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.sockets import environment
+from vtpm_cuse.errors import CertificateError
+from vtpm_cuse.manufacture.pkcs11 import TokenKey
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +58,51 @@ def test_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
     assert done.returncode in {1, 255}
     assert said in done.stderr.decode()
     assert done.stderr.count(b"\n") == 1
+
+
+SETUP = ("swtpm_setup", "--tpm2", "--tpm-state", ".")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--keyfile-fd", NINES), "Invalid file descriptor '999"),
+        (("--pwdfile-fd", "99999999999999"), "Invalid file descriptor '999"),
+        (("--profile-file-fd", "99999999999999"), "Invalid file descriptor '999"),
+        (("--profile", "[" * 60000), "Failed to get 'Name' from profile '[["),
+    ],
+)
+def test_setup_says_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = run(*SETUP, *words, folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.decode().startswith(said)
+    assert done.stderr.count(b"\n") == 1
+    assert sorted(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"features": 3}',
+        '{"features": null}',
+        '{"features": [[1], {}]}',
+        '{"features": ["tpm-2.0", "cmdarg-print-profiles"], "AvailableProfiles": 5}',
+        '{"features": ["tpm-2.0", "cmdarg-print-profiles"], "AvailableProfiles": [1, {"Name": 2}]}',
+        "[" * 60000,
+    ],
+)
+def test_an_emulator_that_says_nonsense(answer: str, tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    tool.chmod(0o755)
+    for words in (("--profile-name", "x"), ("--print-capabilities",), ("--print-profiles",)):
+        done = run(*SETUP, "--tpm", str(tool), *words, folder=tmp_path)
+        assert done.stderr.count(b"\n") == done.returncode
+
+
+def test_a_pin_source_that_is_no_path() -> None:
+    with pytest.raises(CertificateError, match="its pin-source cannot be read: embedded null"):
+        TokenKey("pkcs11:object=a?pin-source=%00", None, {})
 
 
 def test_log_prefix_of_any_bytes(tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ def test_what_a_fips_host_refuses_is_taken_out() -> None:
         "Attributes": "pct,no-sha1-signing,no-sha1-verification,no-unpadded-encryption",
     }
     assert changed({**CUSTOM, "Attributes": "fips-host"}, "fips-host")["Attributes"] == "fips-host"
+    endless = {**CUSTOM, "Algorithms": f"rsa,rsa-min-size={'9' * 5000}"}
+    assert changed(endless, "fips-host")["Algorithms"] == "rsa,rsa-min-size=2048"
 
 
 @pytest.mark.usefixtures("fips_mode")
@@ -208,7 +210,7 @@ def test_other_profiles_stay(name: str) -> None:
     assert changed(profile, "fips-host") == profile
 
 
-@pytest.mark.parametrize("text", ["nonsense", "[]", "7"])
+@pytest.mark.parametrize("text", ["nonsense", "[]", "7", "[" * 60000], ids=len)
 @in_child
 def test_rubbish_is_left_to_libtpms(text: str) -> None:
     assert profiles.profile_text(ProfileConfig(text, "fips-host"), engine()) == text

@@ -7,6 +7,9 @@ from typing import Final
 
 _DIGITS: Final = {0: "0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*", 8: "[0-7]+", 10: "[0-9]+"}
 
+FD_MAX: Final = 0x7FFF_FFFF
+"""No descriptor has a number above it."""
+
 _DIGITS_MAX: Final = 1000  # Python's own limit is an error that says nothing of options
 
 

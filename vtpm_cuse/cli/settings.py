@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.commandline import CuseExit
-from vtpm_cuse.cli.numbers import number
+from vtpm_cuse.cli.numbers import FD_MAX, number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import (
     ChardevConfig,
@@ -301,7 +301,7 @@ def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
 
 
 def _data_fd(line: CommandLine, unreadable: str) -> int:
-    fd = number(line.value("fd") or "", 0, 0x7FFFFFFF, base=10)
+    fd = number(line.value("fd") or "", 0, FD_MAX, base=10)
     if fd is None:
         raise line.error(unreadable)
     if fd < _FIRST_FD:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vtpm_cuse.cli.numbers import FD_MAX, number
 from vtpm_cuse.cli.setup_files import DISTRO_PROFILES
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.config import ProfileConfig
@@ -55,7 +56,7 @@ def profile_config(
         return None
     try:
         name = str(json.loads(text)["Name"])
-    except (ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
         raise UsageError(f"Failed to get 'Name' from profile '{text}'.") from exc
     if not _is_builtin(name, builtin):
         raise UsageError(f"swtpm does not support a profile with name '{name}'")
@@ -68,9 +69,10 @@ def _given(line: CommandLine, config: ConfigFile, builtin: frozenset[str]) -> st
     if (path := line.value("profile-file")) is not None:
         return _read(path)
     if (fd := line.value("profile-file-fd")) is not None:
-        if not fd.isdecimal():
-            raise UsageError(f"Invalid file descriptor '{fd}'")
-        return _read(int(fd))
+        found = number(fd, 0, FD_MAX, base=10)
+        if found is None:
+            raise UsageError(f"Invalid file descriptor '{fd[:40]}'")
+        return _read(found)
     return _by_name(line.value("profile-name") or "", config, builtin)
 
 
@@ -134,7 +136,7 @@ def _in_directory(directory: str | None) -> list[dict[str, Any]]:
         for path in sorted(Path(directory).glob("*.json")):
             try:
                 profile = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue  # one bad file must not hide the others
             if isinstance(profile, dict):
                 found.append(profile)

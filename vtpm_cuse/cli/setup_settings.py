@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Final, Literal
 
 from vtpm_cuse.cli import setup_profiles
+from vtpm_cuse.cli.numbers import FD_MAX, number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.plan import Ownership, SetupPlan
 from vtpm_cuse.service.manufacturing.config import CertificateConfig, Existing, SetupConfig
@@ -187,6 +188,7 @@ def _readable(path: str, what: str, user: str) -> str:
 
 def _descriptor(line: CommandLine, name: str) -> int:
     text = line.value(name) or ""
-    if not text.isdecimal():
-        raise UsageError(f"Invalid file descriptor '{text}' for --{name}")
-    return int(text)
+    found = number(text, 0, FD_MAX, base=10)
+    if found is None:
+        raise UsageError(f"Invalid file descriptor '{text[:40]}' for --{name}")
+    return found

@@ -82,8 +82,11 @@ class TpmMakers:
             answer = json.loads(self._engine.info(_PROFILES))
         else:
             return []
-        found: list[dict[str, Any]] = answer.get("AvailableProfiles", [])
-        return found
+        return [
+            profile
+            for profile in _listed(answer, "AvailableProfiles")
+            if isinstance(profile, dict) and isinstance(profile.get("Name"), str)
+        ]
 
     def capabilities_text(self) -> str:
         """``--print-capabilities``: spaced as the C suite's, for callers that compare it."""
@@ -104,9 +107,8 @@ class TpmMakers:
     def _features(self) -> frozenset[str]:
         from vtpm_cuse.service.manufacturing.tpms import ask_json
 
-        return frozenset(
-            ask_json((*self.command, "--tpm2", "--print-capabilities")).get("features", ())
-        )
+        answer = ask_json((*self.command, "--tpm2", "--print-capabilities"))
+        return frozenset(map(str, _listed(answer, "features")))
 
     @cached_property
     def _engine(self) -> LibtpmsEngine:
@@ -114,6 +116,12 @@ class TpmMakers:
         from vtpm_cuse.storage.memory import MemoryStore
 
         return LibtpmsEngine(tpm2=True, nvram=MemoryStore())
+
+
+# Any: JSON of another program.
+def _listed(answer: dict[str, Any], name: str) -> list[Any]:
+    found = answer.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _quoted(names: list[str]) -> str:

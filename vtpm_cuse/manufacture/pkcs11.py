@@ -156,8 +156,9 @@ class TokenKey:
         try:
             with open(path, "rb") as file:
                 return file.read(256).rstrip(b"\n")
-        except OSError as exc:
-            raise self._error(f"its pin-source cannot be read: {exc.strerror}") from exc
+        except (OSError, ValueError) as exc:  # ValueError: a zero byte in it
+            reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise self._error(f"its pin-source cannot be read: {reason}") from exc
 
     def _error(self, reason: str) -> CertificateError:
         return CertificateError(f"Could not import pkcs11 key {self.name}", reason)

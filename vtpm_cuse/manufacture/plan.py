@@ -123,7 +123,7 @@ class TpmFacts:
                 model=str(attributes["model"]),
                 version=str(attributes["version"]),
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise UsageError("Could not get the TPM spec and attribute parameters.") from exc
 
 

@@ -21,6 +21,7 @@ _REFUSED: Final = frozenset({"tdes", "tdes-min-size", "rsaes", "camellia", "came
 _REFUSED_CURVES: Final = frozenset({"ecc-nist-p192"})
 _LEAST: Final = {"rsa": ("rsa-min-size", 2048), "ecc": ("ecc-min-size", 224)}
 _ATTRIBUTES: Final = ("no-sha1-signing", "no-sha1-verification", "no-unpadded-encryption")
+_DIGITS_MAX: Final = 10  # of a size in bits; what has more is none
 _ALL_ATTRIBUTES: Final = "fips-host"
 
 
@@ -32,7 +33,7 @@ def profile_text(config: ProfileConfig, engine: Engine) -> str:
         return config.text
     try:
         profile = json.loads(config.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return config.text  # libtpms will say so
     if not isinstance(profile, dict) or str(profile.get("Name")).partition(":")[0] != "custom":
         return config.text
@@ -67,5 +68,6 @@ def _allowed(algorithms: list[str]) -> list[str]:
     for family, (name, least) in _LEAST.items():
         if family in values:
             given = values.get(name, "")
-            values[name] = str(max(least, int(given) if given.isdecimal() else 0))
+            is_size = given.isdecimal() and len(given) < _DIGITS_MAX
+            values[name] = str(max(least, int(given) if is_size else 0))
     return [f"{name}={value}" if value else name for name, value in values.items()]

@@ -289,7 +289,7 @@ def ask_json(words: tuple[str, ...]) -> dict[str, Any]:
         raise UsageError(f"Could not start swtpm '{words[0]}': {exc}") from exc
     try:
         answer = json.loads(run.stdout)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         said = run.stderr.decode(errors="replace").strip()
