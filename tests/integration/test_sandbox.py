@@ -122,6 +122,23 @@ def test_runs_as_another_user(tmp_path: Path) -> None:
 
 
 @needs_root
+def test_a_second_process_leaves_the_pid_file(tmp_path: Path) -> None:
+    """It opens the file before it is another user, and only then finds the state locked."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, 12345, 12345)
+    pid_file = tmp_path / "pid"
+    words = (*s.RUNNING, "--runas", "12345", "--pid", f"file={pid_file}")
+    with s.Server(tmp_path, *words) as server:
+        assert server.request(s.GET_CONFIG, size=8)
+        again = s.run_swtpm("--tpm2", "--tpmstate", f"dir={state}", *words)
+        assert again.returncode == 1
+        assert pid_file.read_text() == str(server.process.pid)
+
+
+@needs_root
 def test_state_of_another_user_can_be_written(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir(mode=0o700)

@@ -31,8 +31,8 @@ class PidFile:
         """What is removed at the end."""
 
     def open(self, owner: tuple[int, int] | None) -> None:
-        """Makes the file, for *owner*. Raises UsageError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         if self._path is not None:
             with self._errors():
                 self._fd = open_for(self._path, flags, 0o644, owner)
