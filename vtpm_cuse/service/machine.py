@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.service import landlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -226,23 +227,11 @@ def _sandbox(machine: Machine) -> Iterator[Finding]:
     wanted = {"kill_process", "log", "errno"} <= set(actions.split())
     detail = "filters system calls" if wanted else "this kernel cannot filter system calls"
     yield Finding("seccomp", State.OK if wanted else State.MISSING, detail)
-    version = _landlock_version()
-    if version > 0:
+    version = landlock.version()
+    if version:
         yield Finding("landlock", State.OK, f"version {version}; keeps the TPM off other files")
     else:
         yield Finding("landlock", State.MISSING, "this kernel does not restrict access to files")
-
-
-_LANDLOCK_CREATE_RULESET: Final = 444
-_LANDLOCK_VERSION: Final = 1
-
-
-def _landlock_version() -> int:
-    """The kernel's Landlock version, -1 without; asked by a call that changes nothing."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    return int(libc.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_VERSION))
 
 
 def _present(machine: Machine, name: str, path: str, purpose: str, command: str = "") -> Finding:
