@@ -111,6 +111,13 @@ def test_without_libtpms_nothing_works(made_up: MadeUp, monkeypatch: pytest.Monk
     assert diagnosis.next == "sudo apt-get install libtpms0"
 
 
+def test_a_cache_that_cannot_be_looked_into(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", f"/{'a' * 300}")  # as root, the right would be there
+    assert finding(diagnose(made_up), "lab").state is State.MISSING
+
+
 def test_fuse_needs_its_program(made_up: MadeUp) -> None:
     made_up.put("/dev/fuse")
     assert finding(diagnose(made_up), "fusermount3").command == "sudo apt-get install fuse3"

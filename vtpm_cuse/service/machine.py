@@ -77,6 +77,17 @@ class Machine:
         """A file, by its absolute path."""
         return self.root / path.lstrip("/")
 
+    def there(self, path: str) -> bool:
+        """Whether there is such a file, as far as this process may know."""
+        return os.path.exists(self.file(path))
+
+    def names(self, path: str, pattern: str = "*") -> list[str]:
+        """What is in a folder, sorted; nothing if it cannot be looked into."""
+        try:
+            return sorted(found.name for found in self.file(path).glob(pattern))
+        except OSError:
+            return []
+
     def text(self, path: str) -> str:
         """What a file of the kernel's says, empty if it cannot be read."""
         try:
@@ -194,8 +205,7 @@ def _library() -> Finding:
 
 
 def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:
-    node = machine.file(path)
-    if not node.exists():
+    if not machine.there(path):
         if machine.module_there(module):
             return Finding(
                 path,
@@ -204,7 +214,7 @@ def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:
                 f"sudo modprobe {module}",
             )
         return Finding(path, State.MISSING, f"this kernel has no module {module}; {purpose}")
-    found = node.stat()
+    found = machine.file(path).stat()
     who = f"{stat.filemode(found.st_mode)} uid {found.st_uid} gid {found.st_gid}"
     if not machine.usable(path):
         return Finding(path, State.DENIED, f"{who}: not for you; {purpose}")
@@ -235,7 +245,7 @@ def _sandbox(machine: Machine) -> Iterator[Finding]:
 
 
 def _present(machine: Machine, name: str, path: str, purpose: str, command: str = "") -> Finding:
-    if machine.file(path).exists():
+    if machine.there(path):
         return Finding(name, State.OK, purpose)
     return Finding(name, State.MISSING, f"no {path}", command)
 
@@ -248,8 +258,7 @@ def _program(machine: Machine, name: str, package: str, purpose: str) -> Finding
 
 def _lab(machine: Machine) -> Finding:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = machine.file(f"{cache}/vtpm-cuse")
-    kernels = sorted(path.name for path in folder.glob("linux-*")) if folder.is_dir() else []
+    kernels = machine.names(f"{cache}/vtpm-cuse", "linux-*")
     if kernels and machine.program("qemu-system-x86_64"):
         return Finding("lab", State.OK, f"{kernels[-1]}; a kernel with /dev/cuse in QEMU")
     detail = "a kernel with /dev/cuse in QEMU, for machines without one"
@@ -264,11 +273,9 @@ _KINDS: Final[tuple[tuple[str, Callable[[str], bool]], ...]] = (
 
 
 def _devices_there(machine: Machine) -> Finding:
-    folder = machine.file("/dev")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = [
         name
-        for name in names
+        for name in machine.names("/dev")
         if any(name.startswith(kind) and fits(name[len(kind) :]) for kind, fits in _KINDS)
     ]
     detail = ", ".join(f"/dev/{name}" for name in found) or "none"
