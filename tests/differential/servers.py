@@ -6,16 +6,15 @@ import contextlib
 import fcntl
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import termios
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.differential.exchanges import GET_CAPABILITY, SHUTDOWN, Way, ptm
+from tests.support.waiting import TooLateError, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,11 +53,11 @@ class Server:
                 self._send_parts(connection, message, exchange.cut)
                 connection.shutdown(socket.SHUT_WR)
                 return _read_all(connection)
-        except (TimeoutError, ConnectionError) as exc:
+        except (TimeoutError, TooLateError, ConnectionError) as exc:
             self._drop()
             self.silences += 1
             assert self.silences < ENOUGH_SILENCES, f"no answer to {exchange.name}"
-            return SILENCE if isinstance(exc, TimeoutError) else GONE
+            return GONE if isinstance(exc, ConnectionError) else SILENCE
 
     def end(self) -> tuple[int, dict[str, int]]:
         """Shuts it down; returns the exit status and the sizes of the files it leaves."""
@@ -116,11 +115,11 @@ class Server:
 
 def _wait_until_read(connection: socket.socket) -> None:
     """The server has taken all that was sent."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0]:
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.001)
+
+    def is_read() -> bool:
+        return fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)) == bytes(4)
+
+    wait_until(is_read, "the first part is read", seconds=PATIENCE_SECONDS)
 
 
 def _read_all(connection: socket.socket) -> bytes:
@@ -160,18 +159,22 @@ def started(program: str, session: Session, folder: Path, state: Path) -> Iterat
 
 def _wait_for(server: Server) -> None:
     """Until the control channel answers: then both channels are there, and no data client was."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
+
+    def answers() -> bool:
         try:
             with server.connect("control") as connection:
                 connection.sendall(ptm(GET_CAPABILITY))
-                if connection.recv(8):
-                    return
+                return bool(connection.recv(8))
         except (FileNotFoundError, ConnectionError):
-            pass
-        assert server.process.poll() is None, "the server ended at once"
-        assert time.monotonic() < deadline, "the server does not listen"
-        time.sleep(0.005)
+            return False
+
+    wait_until(
+        answers,
+        "the server listens",
+        process=server.process,
+        log=server.folder / "server.log",
+        seconds=PATIENCE_SECONDS,
+    )
 
 
 def make_state(folder: Path, *, tpm2: bool) -> Path:

@@ -13,7 +13,8 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import sockets as s
-from tests.support.sockets import OURS, PATIENCE_SECONDS, RUNNING, Client, environment
+from tests.support.sockets import OURS, RUNNING, Client, environment
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -151,9 +152,7 @@ def test_device_that_never_stops_can_be_ended(tmp_path: Path) -> None:
     """Nothing but zeros, each read an answer that nobody wants: signals get through all the same."""
     pid_file = tmp_path / "pid"
     with serving(tmp_path, "-c", "/dev/zero", *RUNNING, "--pid", f"file={pid_file}") as process:
-        while not pid_file.exists():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                pytest.fail(f"ended with {process.wait(0.02)}")
+        wait_until(pid_file.exists, "the pid file", process=process)
         process.terminate()
         assert farewell(process)[0] == 0
 

@@ -10,13 +10,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import commands as tpm
+from tests.support.waiting import wait_until
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.storage.memory import MemoryStore
 
@@ -81,19 +81,15 @@ def powered(where: str, folder: Path, *options: str, tpm2: bool = True) -> Itera
 
 @contextlib.contextmanager
 def connected(process: subprocess.Popen[bytes], path: Path) -> Iterator[socket.socket]:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(PATIENCE_SECONDS)
-            try:
-                connection.connect(str(path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                assert process.poll() is None, "the TPM did not start"
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-                continue
-            yield connection
-            return
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE_SECONDS)
+        wait_until(
+            lambda: connection.connect_ex(str(path)) == 0,
+            f"{path} listens",
+            process=process,
+            seconds=PATIENCE_SECONDS,
+        )
+        yield connection
 
 
 def fails_to_start(where: str, folder: Path, *options: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support import sockets as s
 from tests.support.commands import get_random
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
     """A service manager's end of NOTIFY_SOCKET."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock.bind(str(tmp_path / "notify"))
-    sock.settimeout(s.PATIENCE_SECONDS)
+    sock.settimeout(PATIENCE_SECONDS)
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     return sock
 
@@ -99,7 +100,7 @@ def test_passed_sockets(tmp_path: Path) -> None:
             assert len(client.exactly(44)) == 44
         with s.connect(tmp_path / "ctrl") as client:
             assert client.control(s.SHUTDOWN) == s.u32(0)
-        assert process.wait(s.PATIENCE_SECONDS) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     assert {"data", "ctrl"} <= set(os.listdir(tmp_path))  # the manager's, not ours to remove
 
 
@@ -116,7 +117,7 @@ def test_passed_sockets_that_do_not_fit(
     names: str, words: list[str], reason: str, tmp_path: Path
 ) -> None:
     with passed(tmp_path, names, *words, stderr=subprocess.PIPE) as process:
-        _, said = process.communicate(timeout=s.PATIENCE_SECONDS)
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert said.decode().startswith(f"swtpm: {reason}")
 

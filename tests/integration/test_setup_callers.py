@@ -15,7 +15,6 @@ import pytest
 from tests.support import sockets
 from tests.support.setups import (
     OURS,
-    PATIENCE_SECONDS,
     PEER,
     Word,
     Workshop,
@@ -24,6 +23,7 @@ from tests.support.setups import (
     succeed,
     tool,
 )
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,12 +9,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.setups import OURS, PATIENCE_SECONDS, PEER, Word, Workshop, make_workshop
+from tests.support.setups import OURS, PEER, Word, Workshop, make_workshop
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,11 +203,7 @@ def test_a_signal_leaves_the_earlier_tpm(
         env=workshop.environment,
         start_new_session=True,
     )
-    for _ in range(PATIENCE_SECONDS * 100):
-        if started.exists():
-            break
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(started.exists, "what it runs is started", process=process)
     process.send_signal(number)
     assert process.stderr is not None
     if number == signal.SIGKILL:
@@ -316,11 +312,7 @@ def test_a_signal_ends_an_emulator_that_hangs(workshop: Workshop, state: Path) -
         stderr=subprocess.PIPE,
         env=workshop.environment,
     )
-    for _ in range(PATIENCE_SECONDS * 100):
-        if started.exists():
-            break
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(started.exists, "what it runs is started", process=process)
     process.terminate()
     # Without our signal to it, it would be waited for as long as any answer is.
     _, said = process.communicate(timeout=PATIENCE_SECONDS / 2)

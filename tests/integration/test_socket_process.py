@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +17,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support import sockets as s
 from tests.support.sockets import RUNNING, Server, run_swtpm
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ def wait_for_end(pid: int) -> None:
     """Of a process that need not be our child."""
     fd = os.pidfd_open(pid)
     try:
-        assert s.readable(fd, s.PATIENCE_SECONDS)
+        assert s.readable(fd, PATIENCE_SECONDS)
     finally:
         os.close(fd)
 
@@ -105,10 +105,12 @@ def test_sockets_listen_before_the_state_is_looked_at(tmp_path: Path) -> None:
         with server.control() as control:
             control.send(s.u32(s.GET_CONFIG))
             data = socket.socket(socket.AF_UNIX)
-            begin = time.monotonic()
-            while data.connect_ex(str(tmp_path / "data")):
-                assert time.monotonic() - begin < s.PATIENCE_SECONDS
-                assert server.process.poll() is None
+            wait_until(
+                lambda: data.connect_ex(str(tmp_path / "data")) == 0,
+                "the data channel listens",
+                process=server.process,
+                log=server.log,
+            )
             assert not s.readable(control.socket), "it still waits for its key"
             os.write(write_end, b"0123456789abcdef" * 2)
             os.close(write_end)
@@ -127,9 +129,7 @@ def test_pid_file(how: str, tmp_path: Path) -> None:
             server.request(s.GET_CAPABILITY, size=8)
             assert path.read_text() == str(server.process.pid)
             server.process.terminate()
-            begin = time.monotonic()
-            while path.exists():
-                assert time.monotonic() - begin < s.PATIENCE_SECONDS
+            wait_until(lambda: not path.exists(), "the end of the pid file")
             assert not s.is_locked(server.state), "a successor may start"
             assert server.wait() == 0
 
@@ -176,9 +176,11 @@ def test_signal_during_a_long_command(tmp_path: Path) -> None:
 
 def test_signal_before_anything_was_said(tmp_path: Path) -> None:
     with Server(tmp_path, data=None, control=None) as server:
-        begin = time.monotonic()
-        while not server.log.exists() or b"SIGTERM" not in caught(server.process.pid):
-            assert time.monotonic() - begin < s.PATIENCE_SECONDS
+        wait_until(
+            lambda: server.log.exists() and b"SIGTERM" in caught(server.process.pid),
+            "SIGTERM is caught",
+            process=server.process,
+        )
         server.process.terminate()
         assert server.wait() == 0
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support import sockets as s
 from tests.support.sockets import RUNNING, TREE, Server
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=s.PATIENCE_SECONDS,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert bool(done.returncode) == bool(status), done

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import sockets
 from tests.support.sockets import Server
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class Recorder:
             except OSError:
                 return
             with connection, contextlib.suppress(OSError):
-                connection.settimeout(sockets.PATIENCE_SECONDS)
+                connection.settimeout(PATIENCE_SECONDS)
                 command = connection.recv(4096)
                 if command:
                     self.commands.append(command)
@@ -74,7 +75,7 @@ def run(program: str, *words: str | Path, **env: str) -> tuple[int, str, str]:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=sockets.PATIENCE_SECONDS,
+        timeout=PATIENCE_SECONDS,
         env={**clean, "TPM_DEVICE": "/nonexistent/tpm", **env},
     )
     return done.returncode, done.stdout, done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import json
 import os
 import random
@@ -18,13 +19,14 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
+
+from tests.support import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,12 +123,7 @@ def run(
 # -- waiting ------------------------------------------------------------------------------
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """For states of the kernel that announce themselves by no event; gives way to everybody."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        os.sched_yield()
+wait_until: Final = functools.partial(waiting.wait_until, seconds=PATIENCE)
 
 
 def wait_readable(fd: int, seconds: float = PATIENCE) -> None:
@@ -165,34 +162,12 @@ def wait_blocked(thread_id: int, *calls: str) -> None:
 
 def wait_for_line(path: Path, text: str, process: subprocess.Popen[bytes]) -> None:
     """Until a file holds *text*; fails at once when *process* ends before."""
-    with _inotify(path.parent) as notifier:
-        pidfd = os.pidfd_open(process.pid)
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.register(notifier, select.POLLIN)
-        deadline = time.monotonic() + PATIENCE
-        try:
-            while not (path.exists() and text in path.read_text()):
-                remaining = deadline - time.monotonic()
-                assert remaining > 0, f"no {text!r} in {path}"
-                ready = [fd for fd, _ in poll.poll(remaining * 1000)]
-                assert pidfd not in ready, f"ended with {process.wait()}: {_text_of(path)}"
-                if notifier in ready:
-                    os.read(notifier, 65536)
-        finally:
-            os.close(pidfd)
-
-
-@contextmanager
-def _inotify(folder: Path) -> Iterator[int]:
-    fd = LIBC.inotify_init1(os.O_CLOEXEC)
-    assert fd >= 0
-    try:
-        in_modify, in_create = 0x2, 0x100
-        assert LIBC.inotify_add_watch(fd, os.fsencode(folder), in_modify | in_create) >= 0
-        yield fd
-    finally:
-        os.close(fd)
+    wait_until(
+        lambda: path.exists() and text in path.read_text(),
+        f"{text!r} in {path}",
+        process=process,
+        log=path,
+    )
 
 
 def _text_of(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,11 +19,11 @@ from tests.integration.test_sandbox import (  # noqa: F401  the same tests on an
 )
 from tests.support import sockets as s
 from tests.support.attacks import REFUSED, attack, subverted
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.service import landlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 NAME = "vtpm-attacked"
 
@@ -37,10 +37,7 @@ def victim(tmp_path: Path, cuse: None) -> Iterator[subprocess.Popen[bytes]]:
         [*subverted(str(tmp_path / "secret")), *words, "--flags", "startup-clear", "--foreground"],
         env=s.environment(),
     )
-    deadline = time.monotonic() + s.PATIENCE_SECONDS
-    while not os.path.exists(f"/dev/{NAME}") and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(Path(f"/dev/{NAME}").exists, "the device is there", process=process)
     yield process
     process.kill()
     process.wait()
@@ -64,10 +61,10 @@ def test_refused_on_cuse(victim: subprocess.Popen[bytes]) -> None:
         assert suffer(name) == f"refused: {error}".encode(), name
     assert suffer("nothing") == b"done"
     victim.send_signal(signal.SIGTERM)
-    assert victim.wait(s.PATIENCE_SECONDS) == 0
+    assert victim.wait(PATIENCE_SECONDS) == 0
 
 
 def test_deadly_on_cuse(victim: subprocess.Popen[bytes]) -> None:
     with pytest.raises(OSError, match=r"abort|not connected|No such device|I/O error"):
         suffer("exec")
-    assert victim.wait(s.PATIENCE_SECONDS) == -signal.SIGSYS
+    assert victim.wait(PATIENCE_SECONDS) == -signal.SIGSYS

@@ -57,7 +57,7 @@ class Systemd:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until(lambda: bool(children.read_text()), "systemd is started")
+        wait_until(lambda: bool(children.read_text()), "systemd is started", process=process)
         self.pid = int(children.read_text())
 
     def call(self, *words: str, status: int | None = 0) -> Done:
@@ -132,7 +132,7 @@ def systemd(cuse: None) -> Iterator[Systemd]:
         )
     )
     bus = Path("/run/systemd/private")
-    wait_until(bus.exists, "systemd listens")
+    wait_until(bus.exists, "systemd listens", process=started.process)
     assert started.systemctl("is-system-running", "--wait", status=None) == "running\n"
     yield started
     started.process.kill()  # and with it all that it runs

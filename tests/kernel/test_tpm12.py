@@ -184,8 +184,7 @@ def tcsd(module_serve: Serve) -> Iterator[Server]:
         assert code_of(exchange(fd, TPM12_STARTUP_CLEAR)) == 0
     process = subprocess.Popen([program, "-f"], stdin=subprocess.DEVNULL)
     try:
-        wait_until(lambda: listens(30003) or process.poll() is not None, "tcsd listens")
-        assert process.poll() is None
+        wait_until(lambda: listens(30003), "tcsd listens", process=process)
         yield server
     finally:
         process.terminate()

@@ -486,7 +486,7 @@ def test_devices_come_and_go(zygote: Zygote, tmp_path: Path) -> None:
     assert open_files() <= files + 64  # counted per processor, so never exactly
     lost = free - available_kib()
     log.info("%d rounds: %d KiB less free, %d more files", rounds, lost, open_files() - files)
-    assert lost < 32768 + 20 * rounds  # gross leaks only: other processes come and go
+    assert lost < 16384 + 20 * rounds
     assert "Traceback" not in proxy.said
 
 

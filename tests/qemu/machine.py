@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from tests.qemu.guest import Shell
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tests.qemu.guest import Kernel
 
 QEMU: Final = shutil.which("qemu-system-x86_64")
@@ -69,16 +68,7 @@ NEW_PEER: Final = Program(
 
 
 class MachineError(Exception):
-    """QEMU or an emulator ended, refused a request, or does not answer."""
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Looks for something that announces itself in no other way."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise MachineError(f"{what}: not in {PATIENCE_SECONDS} s")
-        time.sleep(0.005)
+    """QEMU ended, refused a request, or does not answer."""
 
 
 class Emulator:
@@ -114,12 +104,13 @@ class Emulator:
         self.process = subprocess.Popen(
             [*_BOUND, *command], stdin=subprocess.DEVNULL, pass_fds=pass_fds
         )
-        wait_until(self._listens_or_ended, "the control socket")
-        if self.process.poll() is not None:
-            raise MachineError(f"{command}: {self.log.read_text()}")
-
-    def _listens_or_ended(self) -> bool:
-        return self.control.exists() or self.process.poll() is not None
+        wait_until(
+            self.control.exists,
+            f"the control socket of {command}",
+            process=self.process,
+            log=self.log,
+            seconds=PATIENCE_SECONDS,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -268,7 +259,12 @@ class Machine:
         if status == "failed":
             raise MachineError(f"the migration failed: {self.log}")
         # Nothing tells of this last step, without which the machine may not be started again.
-        wait_until(lambda: self.run_state() != "finish-migrate", "the end of the migration")
+        wait_until(
+            lambda: self.run_state() != "finish-migrate",
+            "the end of the migration",
+            process=self.process,
+            seconds=PATIENCE_SECONDS,
+        )
 
     def run_state(self) -> str:
         """Whether the machine runs, and if not, why."""

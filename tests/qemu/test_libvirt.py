@@ -24,7 +24,8 @@ import pytest
 from tests.qemu.facts import check, extend, look, prepare
 from tests.qemu.fleet import BOOT_SECONDS, CRB2, TIS1
 from tests.qemu.guest import Shell
-from tests.qemu.machine import OURS, PATIENCE_SECONDS, QEMU, Emulator, wait_until
+from tests.qemu.machine import OURS, PATIENCE_SECONDS, QEMU, Emulator
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +70,13 @@ class Libvirt:
                 stderr=log,
             )
         self._socket = folder / "XDG_RUNTIME_DIR/libvirt/libvirt-sock"
-        wait_until(lambda: self._socket.exists() or self._daemon.poll() is not None, "libvirtd")
+        wait_until(
+            self._socket.exists,
+            "the socket of libvirtd",
+            process=self._daemon,
+            log=folder / "libvirtd.log",
+            seconds=PATIENCE_SECONDS,
+        )
 
     def close(self) -> None:
         """Ends the daemon; machines outlive it."""

@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.support import sockets
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,6 @@ Word = str | Path
 
 PEER: Final = "/usr/bin/swtpm_setup"
 OURS: Final = str(Path(sys.executable).parent / "swtpm_setup")
-PATIENCE_SECONDS: Final = 60
 
 
 @dataclass(frozen=True)
@@ -109,21 +108,17 @@ def served(
         folder, *words, tpm2=tpm2, data=None, control=None, state=state, program=program
     ) as server:
         control = folder / "tpm.ctrl"
-        _wait_for(control, server)
+        with socket.socket(socket.AF_UNIX) as probe:
+            wait_until(
+                lambda: probe.connect_ex(str(control)) == 0,
+                f"{control} listens",
+                process=server.process,
+                log=server.log,
+            )
         yield f"swtpm:path={path}"
         with sockets.connect(control) as client:
             assert client.result(sockets.SHUTDOWN) == 0
         assert server.wait() == 0
-
-
-def _wait_for(path: Path, server: sockets.Server) -> None:
-    for _ in range(PATIENCE_SECONDS * 100):
-        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
-            client.connect(str(path))
-            return
-        assert server.process.poll() is None, server.log_text()
-        time.sleep(0.01)
-    raise AssertionError(f"{path} does not answer")
 
 
 def tool(tcti: str, *words: Word) -> bytes:

@@ -11,9 +11,10 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
+
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,8 +25,6 @@ OURS: Final = (
     "-c",
     "import sys; from vtpm_cuse.cli.swtpm import main; sys.exit(main())",
 )
-PATIENCE_SECONDS: Final = 60
-"""For tests that would otherwise hang; none depends on it."""
 
 GET_CAPABILITY, INIT, SHUTDOWN, GET_TPMESTABLISHED, SET_LOCALITY = 1, 2, 3, 4, 5
 HASH_START, HASH_DATA, HASH_END, CANCEL_TPM_CMD, STORE_VOLATILE = 6, 7, 8, 9, 10
@@ -290,11 +289,12 @@ class Server:
 
     def settle(self, descriptors: int) -> None:
         """Waits until it has let go of all its clients, and so has no more than *descriptors*."""
-        for _ in range(10000):
-            if self.descriptors() <= descriptors:
-                return
-            time.sleep(0.001)
-        raise AssertionError(f"{self.descriptors()} descriptors are open, not {descriptors}")
+        wait_until(
+            lambda: self.descriptors() <= descriptors,
+            f"no more than {descriptors} open descriptors",
+            process=self.process,
+            seconds=10,
+        )
 
     def resident_kib(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
