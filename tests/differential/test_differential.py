@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.differential.exchanges import Session, sessions
 from tests.differential.known import KNOWN
 from tests.differential.masks import mask
 from tests.differential.servers import OURS, PEER, Server, make_state, started
+from tests.differential.sessions import sessions
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.differential.exchanges import Session
 
 PEER_VERSION = "0.10.2"
 

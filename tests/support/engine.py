@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.errors import EngineError, StateMissing
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     Answer = bytes | BaseException | Callable[[bytes], bytes]
 
 CANCELED = bytes.fromhex("80010000000a00000909")
-PATIENCE_SECONDS = 60
-"""For tests that would otherwise hang; none depends on it."""
 
 
 def echo(command: bytes) -> bytes:

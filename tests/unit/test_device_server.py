@@ -17,9 +17,10 @@ import trio.lowlevel
 from tests.support import commands as tpm
 from tests.support import kernel as fake
 from tests.support import ptm
-from tests.support.engine import CANCELED, PATIENCE_SECONDS, FakeEngine, echo
+from tests.support.engine import CANCELED, FakeEngine, echo
 from tests.support.kernel import FakeKernel
 from tests.support.stores import FailingStore
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.device.ptm import PtmService
 from vtpm_cuse.device.vtpm import Vtpm
 from vtpm_cuse.device.worker import Worker

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
-from tests.support.engine import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.device.worker import Worker
 
 if TYPE_CHECKING:
