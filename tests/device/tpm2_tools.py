@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.kernel.harness import OUR_IOCTL, Done, needs
+from tests.support.tpm2_tools import (
+    DIGEST,
+    NV_INDEX,
+    SIGNING,
+    quote_and_check,
+    seal_under_a_pcr_policy,
+    sign_and_verify,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,10 +25,7 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
     from tests.kernel.harness import Server
 
-SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
-NV_INDEX = "0x1500020"
 PERSISTENT = "0x81000001"
-DIGEST = "a5" * 32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,10 +68,7 @@ class Tools:
 
     def name_of(self, context: str) -> str:
         """The hash of an object's public area."""
-        text = self("readpublic", "-c", context).stdout
-        found = re.search(r"^name: ([0-9a-f]+)$", text, re.MULTILINE)
-        assert found, text
-        return found[1]
+        return _name_in(self("readpublic", "-c", context).stdout)
 
     def pcr(self, number: int) -> str:
         text = self("pcrread", f"sha256:{number}").stdout
@@ -103,17 +105,8 @@ def test_rsa_primary(tpm: Tools) -> None:
 
 
 def test_create_load_sign_verify(tpm: Tools) -> None:
-    message = tpm.path("message")
-    message.write_text("one message\n")
     tpm.primary()
-    key = ("-u", "key.pub", "-r", "key.priv")
-    tpm("create", "-Q", "-C", "primary.ctx", "-G", "ecc:ecdsa-sha256:null", "-a", SIGNING, *key)
-    tpm("load", "-Q", "-C", "primary.ctx", *key, "-c", "key.ctx")
-    tpm("sign", "-c", "key.ctx", "-g", "sha256", "-o", "signature", message)
-    verify = ("verifysignature", "-c", "key.ctx", "-g", "sha256", "-m", message, "-s", "signature")
-    tpm(*verify)
-    message.write_text("another message\n")
-    assert "0x2DB" in tpm(*verify, status=1).stderr
+    sign_and_verify(tpm, tpm.folder, "primary.ctx", "ecc:ecdsa-sha256:null")
 
 
 def test_nv(tpm: Tools) -> None:
@@ -136,33 +129,12 @@ def test_pcr_extend_and_read(tpm: Tools) -> None:
 
 def test_quote(tpm: Tools) -> None:
     tpm.primary()
-    attributes = SIGNING + "|restricted"
-    files = ("-u", "ak.pub", "-r", "ak.priv", "-c", "ak.ctx")
-    kind = ("-G", "ecc:ecdsa-sha256:null", "-a", attributes)
-    tpm("create", "-Q", "-C", "primary.ctx", *kind, *files)
-    tpm("readpublic", "-Q", "-c", "ak.ctx", "-f", "pem", "-o", "ak.pem")
-    quoted = ("-m", "quote", "-s", "signature")
-    what = ("-l", "sha256:0,7", "-q", "11223344", "-g", "sha256")
-    tpm("quote", "-Q", "-c", "ak.ctx", *what, *quoted, "-o", "pcrs")
-    check = ("checkquote", "-Q", "-u", "ak.pem", *quoted, "-f", "pcrs", "-g", "sha256")
-    tpm(*check, "-q", "11223344")
-    tpm(*check, "-q", "11223345", status=1)
+    quote_and_check(tpm, "primary.ctx")
 
 
 def test_seal_under_a_pcr_policy(tpm: Tools) -> None:
-    tpm.path("secret").write_text("a secret")
     tpm.primary()
-    tpm("createpolicy", "-Q", "--policy-pcr", "-l", "sha256:12", "-L", "policy")
-    sealed = ("-u", "seal.pub", "-r", "seal.priv")
-    rules = ("-L", "policy", "-a", "fixedtpm|fixedparent")
-    tpm("create", "-Q", "-C", "primary.ctx", "-i", "secret", *rules, *sealed)
-    tpm("load", "-Q", "-C", "primary.ctx", *sealed, "-c", "seal.ctx")
-    unseal = ("unseal", "-c", "seal.ctx", "-p", "pcr:sha256:12")
-    assert tpm(*unseal).stdout == "a secret"
-    tpm("pcrextend", f"12:sha256={DIGEST}")
-    refused = tpm(*unseal, status=1)
-    assert "policy check failed" in refused.stderr
-    assert refused.stdout == ""
+    seal_under_a_pcr_policy(tpm, tpm.folder, "primary.ctx")
 
 
 def test_state_outlives_the_process(serve: Serve, folder: Path) -> None:
@@ -213,7 +185,10 @@ def test_state_moves_to_another_tpm(server: Server, serve: Serve, tpm: Tools, fo
 
 
 def name_of_loaded(tpm: Tools) -> str:
-    text = tpm.keep("readpublic", "-c", "0x80000000").stdout
+    return _name_in(tpm.keep("readpublic", "-c", "0x80000000").stdout)
+
+
+def _name_in(text: str) -> str:
     found = re.search(r"^name: ([0-9a-f]+)$", text, re.MULTILINE)
     assert found, text
     return found[1]

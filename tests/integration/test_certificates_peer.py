@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from tests.support.certificates import Parts, TestCa, der_of, make_ca, verify
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 PEER = shutil.which("swtpm_cert", path="/usr/bin")
@@ -185,6 +186,15 @@ def test_encrypted_key_and_every_way_to_give_its_password(tmp_path: Path) -> Non
         assert "x" * 11 not in done.stderr
 
 
+def fails(program: Sequence[str], *words: str) -> str:
+    """What a call that fails says."""
+    done = subprocess.run(
+        [*program, *words], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    return done.stderr
+
+
 ERRORS: dict[str, tuple[list[str], str]] = {
     "no key": ([], "Missing public EK file and modulus or ECC parameters."),
     "both keys": ([*RSA, *P256], "RSA modulus and ECC parameters cannot both be given."),
@@ -221,15 +231,8 @@ def test_same_first_sentence_of_an_error(
 ) -> None:
     assert PEER
     for program in ([PEER], OURS):
-        done = subprocess.run(
-            [*program, *cas["rsa"].words, *ALL, *words, "--out-cert", str(tmp_path / "none")],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith(text)
+        said = fails(program, *cas["rsa"].words, *ALL, *words, "--out-cert", str(tmp_path / "none"))
+        assert said.startswith(text)
     assert not (tmp_path / "none").exists()
 
 
@@ -262,31 +265,17 @@ def test_same_sentence_when_something_is_missing(
     kind = "platform" if "platform" in missing else "ek"
     assert PEER
     for program in ([PEER], OURS):
-        done = subprocess.run(
-            [*program, *words, "--type", kind, "--out-cert", str(tmp_path / "none")],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith(text)
+        said = fails(program, *words, "--type", kind, "--out-cert", str(tmp_path / "none"))
+        assert said.startswith(text)
 
 
 @pytest.mark.parametrize("name", ["exponent", "days", "serial", "tpm-spec-level", "modulus"])
 def test_a_number_without_end(name: str, cas: dict[str, TestCa], tmp_path: Path) -> None:
     """More digits than Python takes for a number."""
     words = [*cas["rsa"].words, *ALL, *RSA, f"--{name}", "9" * 9000]
-    done = subprocess.run(
-        [*OURS, *words, "--out-cert", str(tmp_path / "none")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert len(done.stderr) < 200
+    said = fails(OURS, *words, "--out-cert", str(tmp_path / "none"))
+    assert len(said.splitlines()) == 1
+    assert len(said) < 200
     assert not (tmp_path / "none").exists()
 
 

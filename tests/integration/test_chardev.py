@@ -152,7 +152,12 @@ def test_device_that_never_stops_can_be_ended(tmp_path: Path) -> None:
     """Nothing but zeros, each read an answer that nobody wants: signals get through all the same."""
     pid_file = tmp_path / "pid"
     with serving(tmp_path, "-c", "/dev/zero", *RUNNING, "--pid", f"file={pid_file}") as process:
-        wait_until(pid_file.exists, "the pid file", process=process)
+        pid = str(process.pid)
+        wait_until(
+            lambda: pid_file.exists() and pid_file.read_text() == pid,
+            "the pid file",
+            process=process,
+        )
         process.terminate()
         assert farewell(process)[0] == 0
 

@@ -16,9 +16,9 @@ from tests.support import sockets
 from tests.support.setups import (
     OURS,
     PEER,
+    PEER_SWTPM,
     Word,
     Workshop,
-    make_workshop,
     served,
     succeed,
     tool,
@@ -27,13 +27,6 @@ from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-PEER_SWTPM = ("/usr/bin/swtpm",)
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return make_workshop(tmp_path)
 
 
 @contextlib.contextmanager

@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.setups import OURS, PEER, Word, Workshop, make_workshop
+from tests.support.setups import OURS, PEER, PEER_SWTPM, Word, Workshop
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-PEER_SWTPM = "/usr/bin/swtpm socket"
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return make_workshop(tmp_path)
+PEER_EMULATOR = " ".join((*PEER_SWTPM, "socket"))
 
 
 @pytest.fixture
@@ -185,7 +180,7 @@ def test_a_tpm_in_use_is_left_alone(workshop: Workshop, state: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-@pytest.mark.parametrize("emulator", [None, PEER_SWTPM], ids=["engine", "swtpm"])
+@pytest.mark.parametrize("emulator", [None, PEER_EMULATOR], ids=["engine", "swtpm"])
 def test_a_signal_leaves_the_earlier_tpm(
     workshop: Workshop, state: Path, number: signal.Signals, emulator: str | None
 ) -> None:
@@ -224,7 +219,7 @@ def test_a_signal_leaves_the_earlier_tpm(
 
 def test_an_emulator_of_the_users_makes_the_same_tpm(workshop: Workshop) -> None:
     lines = []
-    for name, words in (("engine", []), ("swtpm", ["--tpm", PEER_SWTPM])):
+    for name, words in (("engine", []), ("swtpm", ["--tpm", PEER_EMULATOR])):
         directory = workshop.new_state(name)
         key = ["--pwdfile-fd", "0"]
         command: list[Word] = [

@@ -13,7 +13,7 @@ from cryptography import x509
 
 from tests.support import sockets
 from tests.support.commands import code_of, tpm12, tpm12_nv_data, tpm12_nv_read
-from tests.support.setups import OURS, PEER, Word, Workshop, make_workshop
+from tests.support.setups import OURS, PEER, Word, Workshop
 from tests.support.sockets import Server
 
 if TYPE_CHECKING:
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 BOTH = pytest.mark.parametrize("maker", [OURS, PEER])
 EK_INDEX, PLATFORM_INDEX = 0x1000F000, 0x1000F002
 CERTIFICATES = ("--create-ek-cert", "--create-platform-cert")
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return make_workshop(tmp_path)
 
 
 def set_up(workshop: Workshop, maker: str, *words: Word) -> tuple[Path, list[str]]:

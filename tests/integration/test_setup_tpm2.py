@@ -13,9 +13,9 @@ from tests.support import sockets
 from tests.support.setups import (
     OURS,
     PEER,
+    PEER_SWTPM,
     Word,
     Workshop,
-    make_workshop,
     served,
     succeed,
     tool,
@@ -24,14 +24,8 @@ from tests.support.setups import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-PEER_SWTPM = ("/usr/bin/swtpm",)
 CERTIFICATES = {"rsa2048": "0x1c00002", "secp384r1": "0x1c00016", "platform": "0x1c08000"}
 EVERYTHING = ("--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--vmid", "vm 1")
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return make_workshop(tmp_path)
 
 
 def set_up(workshop: Workshop, name: str, *words: Word, program: str = OURS) -> Path:

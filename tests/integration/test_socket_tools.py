@@ -14,15 +14,20 @@ import pytest
 
 from tests.support import sockets as s
 from tests.support.sockets import RUNNING, TREE, Server
+from tests.support.tpm2_tools import (
+    DIGEST,
+    NV_INDEX,
+    Said,
+    Tool,
+    quote_and_check,
+    seal_under_a_pcr_policy,
+    sign_and_verify,
+)
 from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-NV_INDEX = "0x1500020"
-SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
-DIGEST = "a5" * 32
 
 needs_tools = pytest.mark.skipif(shutil.which("tpm2_quote") is None, reason="needs tpm2-tools")
 needs_tss2 = pytest.mark.skipif(shutil.which("tssgetrandom") is None, reason="needs tss2 of IBM")
@@ -70,7 +75,7 @@ def test_a_session_of_tpm2_tools(kind: str, tmp_path: Path) -> None:
     assert start.returncode == 0, start.stderr
     pid = int((tmp_path / "pid").read_text())
 
-    def tool(name: str, *arguments: str | Path, status: int = 0) -> str:
+    def tool(name: str, *arguments: str | Path, status: int = 0) -> Said:
         to_tpm = [] if name == "checkquote" else ["-T", tcti]  # that one asks no TPM
         words = [f"tpm2_{name}", *to_tpm, *arguments]
         done = run(words, tmp_path, {}, status)
@@ -78,7 +83,7 @@ def test_a_session_of_tpm2_tools(kind: str, tmp_path: Path) -> None:
             assert "WARN" not in done.stderr, done
             if name not in {"createpolicy", "flushcontext"}:
                 run(["tpm2_flushcontext", "-T", tcti, "-t"], tmp_path, {})
-        return done.stdout if not status else done.stderr
+        return done
 
     try:
         whole_session(tool, tmp_path)
@@ -86,53 +91,24 @@ def test_a_session_of_tpm2_tools(kind: str, tmp_path: Path) -> None:
         os.kill(pid, 15)
 
 
-def whole_session(tool: Callable[..., str], folder: Path) -> None:
-    assert len(bytes.fromhex(tool("getrandom", "--hex", "16"))) == 16
-    assert "rsa:" in tool("createprimary", "-C", "o", "-G", "rsa2048", "-c", "rsa.ctx")
+def whole_session(tool: Tool, folder: Path) -> None:
+    assert len(bytes.fromhex(tool("getrandom", "--hex", "16").stdout)) == 16
+    assert "rsa:" in tool("createprimary", "-C", "o", "-G", "rsa2048", "-c", "rsa.ctx").stdout
     tool("createprimary", "-Q", "-C", "o", "-G", "ecc", "-c", "primary.ctx")
 
-    message = folder / "message"
-    message.write_text("one message\n")
-    key = ("-u", "key.pub", "-r", "key.priv")
-    tool("create", "-Q", "-C", "rsa.ctx", "-G", "rsa2048:rsassa-sha256:null", "-a", SIGNING, *key)
-    tool("load", "-Q", "-C", "rsa.ctx", *key, "-c", "key.ctx")
-    tool("sign", "-c", "key.ctx", "-g", "sha256", "-o", "signature", message)
-    verify = ("verifysignature", "-c", "key.ctx", "-g", "sha256", "-m", message, "-s", "signature")
-    tool(*verify)
-    message.write_text("another message\n")
-    assert "0x2DB" in tool(*verify, status=1)
+    sign_and_verify(tool, folder, "rsa.ctx", "rsa2048:rsassa-sha256:null")
 
     tool("nvdefine", NV_INDEX, "-C", "o", "-s", "12", "-a", "ownerread|ownerwrite")
     (folder / "data").write_text("twelve bytes")
     tool("nvwrite", NV_INDEX, "-C", "o", "-i", "data")
-    assert tool("nvread", NV_INDEX, "-C", "o", "-s", "12") == "twelve bytes"
+    assert tool("nvread", NV_INDEX, "-C", "o", "-s", "12").stdout == "twelve bytes"
 
     tool("pcrextend", f"7:sha256={DIGEST}")
     extended = hashlib.sha256(bytes(32) + bytes.fromhex(DIGEST)).hexdigest()
-    assert extended.upper() in tool("pcrread", "sha256:7")
+    assert extended.upper() in tool("pcrread", "sha256:7").stdout
 
-    attributes = SIGNING + "|restricted"
-    files = ("-u", "ak.pub", "-r", "ak.priv", "-c", "ak.ctx")
-    kind = ("-G", "ecc:ecdsa-sha256:null", "-a", attributes)
-    tool("create", "-Q", "-C", "primary.ctx", *kind, *files)
-    tool("readpublic", "-Q", "-c", "ak.ctx", "-f", "pem", "-o", "ak.pem")
-    quoted = ("-m", "quote", "-s", "quote.sig")
-    what = ("-l", "sha256:0,7", "-q", "11223344", "-g", "sha256")
-    tool("quote", "-Q", "-c", "ak.ctx", *what, *quoted, "-o", "pcrs")
-    check = ("checkquote", "-Q", "-u", "ak.pem", *quoted, "-f", "pcrs", "-g", "sha256")
-    tool(*check, "-q", "11223344")
-    tool(*check, "-q", "11223345", status=1)
-
-    (folder / "secret").write_text("a secret")
-    tool("createpolicy", "-Q", "--policy-pcr", "-l", "sha256:12", "-L", "policy")
-    sealed = ("-u", "seal.pub", "-r", "seal.priv")
-    rules = ("-L", "policy", "-a", "fixedtpm|fixedparent")
-    tool("create", "-Q", "-C", "primary.ctx", "-i", "secret", *rules, *sealed)
-    tool("load", "-Q", "-C", "primary.ctx", *sealed, "-c", "seal.ctx")
-    unseal = ("unseal", "-c", "seal.ctx", "-p", "pcr:sha256:12")
-    assert tool(*unseal) == "a secret"
-    tool("pcrextend", f"12:sha256={DIGEST}")
-    assert "policy check failed" in tool(*unseal, status=1)
+    quote_and_check(tool, "primary.ctx")
+    seal_under_a_pcr_policy(tool, folder, "primary.ctx")
 
 
 # -- IBM's TSS ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tests.support.vectors import STATE
 from vtpm_cuse.storage import open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 PEER: Final = ("/usr/bin/swtpm",)
 UNSTABLE: Final = s.TREE / "kernel-helpers/unstable"
@@ -156,6 +156,16 @@ def uri(backend: str, folder: Path) -> str:
     return f"file://{folder}/state.bin"
 
 
+def in_turns(
+    folder: Path, programs: Sequence[tuple[str, ...]], words: tuple[str, ...], *, tpm2: bool
+) -> None:
+    """One TPM, served by one program after the other."""
+    for turn, program in enumerate(programs):
+        with life(folder, turn, program, *words, tpm2=tpm2) as one:
+            one.go_on(turn)
+            one.end()
+
+
 @versions
 @backends
 @pytest.mark.parametrize("key", KEYS)
@@ -168,10 +178,7 @@ def test_one_tpm_in_turns(
 ) -> None:
     place = uri(backend, tmp_path)
     words = ("--tpmstate", f"backend-uri={place}", *keys(key))
-    for turn, program in enumerate(TURNS if key == "plain" else TURNS[:4]):
-        with life(tmp_path, turn, program, *words, tpm2=tpm2) as one:
-            one.go_on(turn)
-            one.end()
+    in_turns(tmp_path, TURNS if key == "plain" else TURNS[:4], words, tpm2=tpm2)
     sizes = {program: states(program, place, tpm2=tpm2) for program in (s.OURS, PEER)}
     assert sizes[s.OURS] == sizes[PEER]
     assert [state["name"] for state in json.loads(sizes[PEER])["states"]] == ["permall"]
@@ -205,10 +212,7 @@ def test_one_tpm_in_turns_with_debian_unstable(
     """Its newer swtpm and libtpms; sections are moved by other code."""
     newer = (str(UNSTABLE), "--share", str(tmp_path), "--", "/usr/bin/swtpm")
     words = ("--tpmstate", f"backend-uri={uri(backend, tmp_path)}", *keys(key))
-    for turn, program in enumerate((s.OURS, newer, s.OURS, newer, s.OURS)):
-        with life(tmp_path, turn, program, *words, tpm2=tpm2) as one:
-            one.go_on(turn)
-            one.end()
+    in_turns(tmp_path, (s.OURS, newer, s.OURS, newer, s.OURS), words, tpm2=tpm2)
 
 
 @versions

@@ -62,8 +62,10 @@ _FOLDER: Final = _CACHE / "vtpm-cuse/unstable"
 
 OURS: Final = Program("ours", str(Path(sys.executable).with_name("swtpm")))
 PEER: Final = Program("peer", shutil.which("swtpm", path="/usr/bin"))
+# By its path: the first swtpm that is found in the folder is ours.
+_THERE: Final = "/usr/bin/swtpm"
 NEW_PEER: Final = Program(
-    "new_peer", shutil.which("swtpm", path=str(_FOLDER / "usr/bin")) and "swtpm", unstable=True
+    "new_peer", _THERE if Path(f"{_FOLDER}{_THERE}").exists() else None, unstable=True
 )
 
 

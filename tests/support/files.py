@@ -41,6 +41,15 @@ def umask(value: int) -> Iterator[None]:
         os.umask(before)
 
 
+@contextlib.contextmanager
+def descriptors_closed() -> Iterator[None]:
+    """Closes at the end what was opened inside and left open: descriptors are not for other tests."""
+    before = open_descriptors()
+    yield
+    for entry in open_descriptors() - before:
+        os.close(int(entry.partition(":")[0]))
+
+
 def open_descriptors() -> set[str]:
     """The descriptors of this process, by what they are."""
     found = set()

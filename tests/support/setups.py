@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Word = str | Path
 
 PEER: Final = "/usr/bin/swtpm_setup"
+PEER_SWTPM: Final = ("/usr/bin/swtpm",)
 OURS: Final = str(Path(sys.executable).parent / "swtpm_setup")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.files import open_descriptors, umask
+from tests.support.files import descriptors_closed, open_descriptors, umask
 from tests.support.processes import in_child
 from vtpm_cuse.errors import StateDamaged, StateLocked, StateMissing, StorageError, UsageError
 from vtpm_cuse.storage import open_store
@@ -26,11 +26,9 @@ SIZE_FIELDS = [0, 191, 193, 0xFFFF]
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
-    """Tests leave stores open that nobody closes; their descriptors are not for other tests."""
-    before = open_descriptors()
-    yield
-    for entry in open_descriptors() - before:
-        os.close(int(entry.partition(":")[0]))
+    """Tests leave stores open that nobody closes."""
+    with descriptors_closed():
+        yield
 
 
 @pytest.fixture

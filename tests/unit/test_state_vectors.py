@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import pytest
 
-from tests.support.files import open_descriptors
+from tests.support.files import descriptors_closed
 from tests.support.vectors import STATE
 from vtpm_cuse.storage.base import BLOB_NAMES
 from vtpm_cuse.storage.directory import DirectoryStore
@@ -67,11 +66,8 @@ def opened(vector: Vector, folder: Path) -> tuple[str, StateStore]:
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
-    """Leaves no descriptor of a store for other tests."""
-    before = open_descriptors()
-    yield
-    for entry in open_descriptors() - before:
-        os.close(int(entry.partition(":")[0]))
+    with descriptors_closed():
+        yield
 
 
 def digest(payload: bytes) -> str:

@@ -155,6 +155,14 @@ def run_until(kind: Kind, disk: Disk, step: Step, patch: pytest.MonkeyPatch) -> 
     return True
 
 
+def trace(kind: Kind, disk: Disk, step: Step, patch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the whole operation, done on a copy."""
+    reference = disk.copied()
+    reference.restart()
+    assert run_until(kind, reference, step, patch)
+    return reference.trace
+
+
 def cuts(kind: Kind, disk: Disk, step: Step, patch: pytest.MonkeyPatch) -> Iterator[Disk]:
     """The disk with the operation cut off before each of its calls, and once done."""
     for at in range(1000):
@@ -223,10 +231,8 @@ def test_failed_step_and_then_a_power_cut(
     """The process goes on after an error; a flush that failed is not tried again by the kernel."""
     old, step, new = OPERATIONS[name]
     disk = prepared(kind, old, monkeypatch)
-    reference = disk.copied()
-    reference.restart()
-    run_until(kind, reference, step, monkeypatch)
-    for at in range(len(reference.trace)):
+    calls = trace(kind, disk, step, monkeypatch)
+    for at in range(len(calls)):
         for again in range(3, 12):
             one = disk.copied()
             one.restart(fault=at)
@@ -238,7 +244,7 @@ def test_failed_step_and_then_a_power_cut(
             with contextlib.suppress(PowerCut):
                 store.store("permall", LATER)
             for after in one.after_power_cut():
-                assert look(kind, after, monkeypatch) in allowed, (reference.trace[at], again)
+                assert look(kind, after, monkeypatch) in allowed, (calls[at], again)
 
 
 @kinds
@@ -247,10 +253,8 @@ def test_failed_step_is_told(kind: Kind, name: str, monkeypatch: pytest.MonkeyPa
     """Every call that fails makes the operation fail, and is no reason to find nothing."""
     old, step, new = OPERATIONS[name]
     disk = prepared(kind, old, monkeypatch)
-    reference = disk.copied()
-    reference.restart()
-    run_until(kind, reference, step, monkeypatch)
-    for at, call in enumerate(reference.trace):
+    calls = trace(kind, disk, step, monkeypatch)
+    for at, call in enumerate(calls):
         one = disk.copied()
         one.restart(fault=at)
         with pytest.raises(StorageError) as caught:
