@@ -116,6 +116,8 @@ def served(
                 process=server.process,
                 log=server.log,
             )
+            with sockets.Client(probe) as client:  # once it answers, all its sockets listen
+                assert client.control(sockets.GET_CAPABILITY, size=8)
         yield f"swtpm:path={path}"
         with sockets.connect(control) as client:
             assert client.result(sockets.SHUTDOWN) == 0
