@@ -34,7 +34,6 @@ from tests.kernel.harness import (
     seeded,
     u32,
     wait_for_line,
-    wait_until,
 )
 from tests.support.commands import (
     NV_INDEX,
@@ -387,8 +386,8 @@ def test_signal_ends_the_foreground(serve: Serve, zygote: Zygote, number: signal
     server = serve("vtpmfg", more=("--foreground",))
     process = subprocess.Popen([SWTPM_CUSE, *server.arguments])
     wait_for_line(server.log, "CUSE TPM successfully initialized.", process)
-    pid = str(process.pid)
-    wait_until(lambda: server.pid_file.read_text() == pid, "the pid file", process=process)
+    wait_for_line(server.pid_file, str(process.pid), process)  # written a moment later
+    assert server.pid == process.pid
     with opened(server.device) as fd:
         assert code_of(exchange(fd, pcr_extend(7, b"\x11" * 32))) == 0
         before = pcr_value(exchange(fd, pcr_read(7)))
