@@ -13,7 +13,7 @@ import sys
 
 import vtpm_cuse
 
-_OTHER_PROGRAMS = ("vtpm_cuse.cli", "vtpm_cuse.manufacture")
+_OTHER_PROGRAMS = ("vtpm_cuse.cli", "vtpm_cuse.manual", "vtpm_cuse.manufacture")
 _LAZY = (
     "cryptography.hazmat.primitives.ciphers",
     "trio",
