@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from vtpm_cuse.cli import setup_profiles, setup_settings
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.setup_files import ConfigFile
+from vtpm_cuse.cli.setup_report import SetupReport
 from vtpm_cuse.cli.setup_tpm import TpmMakers
 from vtpm_cuse.cli.swtpm_setup import PROGRAM
 from vtpm_cuse.errors import UsageError
@@ -24,6 +27,20 @@ BUILTIN = frozenset({"default-v1", "null", "custom"})
 
 def line_of(*words: str) -> CommandLine:
     return CommandLine(PROGRAM, words)
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CA reports from a thread of its own."""
+    written: list[str] = []
+
+    class Output(io.StringIO):
+        def write(self, text: str, /) -> int:
+            written.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    SetupReport().line("done")
+    assert written == ["done\n"]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ class SetupReport:
             self._log(text)
         elif self._plain:
             self._clear()
-            print(text, flush=True)
+            sys.stdout.write(f"{text}\n")  # in one piece: two threads report
+            sys.stdout.flush()
 
     def step(self, text: str) -> None:
         """Something that may take a while begins."""
