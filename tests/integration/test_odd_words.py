@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.sockets import environment
-from vtpm_cuse.errors import CertificateError
+from vtpm_cuse.errors import CertificateError, UsageError
 from vtpm_cuse.manufacture.pkcs11 import TokenKey
+from vtpm_cuse.service.manufacturing.run import write_copies
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,6 +99,21 @@ def test_an_emulator_that_says_nonsense(answer: str, tmp_path: Path) -> None:
     for words in (("--profile-name", "x"), ("--print-capabilities",), ("--print-profiles",)):
         done = run(*SETUP, "--tpm", str(tool), *words, folder=tmp_path)
         assert done.stderr.count(b"\n") == done.returncode
+
+
+def test_configuration_below_a_path_that_is_no_text(tmp_path: Path) -> None:
+    words = ("swtpm_setup", "--create-config-files", "root")
+    done = run(*words, folder=tmp_path, XDG_CONFIG_HOME=f"{tmp_path}/{NOT_UTF8}")
+    assert done.returncode == 1
+    assert done.stderr.endswith(b"\\udcff is not text in UTF-8\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_certificates_that_cannot_be_put_in_place_leave_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ek.crt").mkdir()
+    with pytest.raises(UsageError, match=r"ek\.crt: Is a directory"):
+        write_copies(str(tmp_path), {"ek.crt": b"certificate"})
+    assert [path.name for path in tmp_path.iterdir()] == ["ek.crt"]
 
 
 def test_a_pin_source_that_is_no_path() -> None:

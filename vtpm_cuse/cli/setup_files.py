@@ -15,6 +15,7 @@ from vtpm_cuse.manufacture.casettings import (
     STATE_FOLDER,
     machine_maker,
 )
+from vtpm_cuse.manufacture.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,7 +75,12 @@ def create_config_files(how: str) -> Iterator[str]:
             f"{configfile.SYSTEM_FOLDER}."
         )
     directory = configfile.user_folder(os.environ)
-    texts = {os.path.join(directory, name): text for name, text in _texts(directory).items()}
+    try:
+        texts = {
+            os.path.join(directory, name): text.encode() for name, text in _texts(directory).items()
+        }
+    except UnicodeEncodeError:
+        raise UsageError(f"Error: {directory} is not text in UTF-8") from None
     if "overwrite" not in words:
         for path in texts:
             if os.path.lexists(path):
@@ -84,7 +90,7 @@ def create_config_files(how: str) -> Iterator[str]:
     os.makedirs(_ca_directory(directory), exist_ok=True)
     for path, text in texts.items():
         yield path
-        _write(path, text)
+        replace_file(path, text, 0o666)
 
 
 def _ca_directory(directory: str) -> str:
@@ -123,10 +129,3 @@ def _localca() -> str:
     """The tool beside this program, if it is there, else by its name."""
     beside = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "swtpm_localca")
     return beside if os.access(beside, os.X_OK) else "swtpm_localca"
-
-
-def _write(path: str, text: str) -> None:
-    aside = f"{path}.new"
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(aside, path)

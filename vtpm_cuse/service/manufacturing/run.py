@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import tempfile
 import threading
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manufacture.files import replace_file
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
 from vtpm_cuse.manufacture.tpm12 import Tpm12Setup
 from vtpm_cuse.service.manufacturing.certify import make_certifier
@@ -62,7 +62,7 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
         else:
             target.replace(made)
     if config.certificate_directory is not None:
-        _write_files(config.certificate_directory, setup.certificates)
+        write_copies(config.certificate_directory, setup.certificates)
 
 
 def _interruptible(
@@ -92,15 +92,11 @@ def _interruptible(
         raise failed[0]
 
 
-def _write_files(directory: str, files: dict[str, bytes]) -> None:
+def write_copies(directory: str, files: dict[str, bytes]) -> None:
     """Copies for whoever wants to verify the TPM. Raises UsageError; the TPM is there already."""
     for name, data in files.items():
         path = os.path.join(directory, name)
         try:
-            fd, aside = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-            with open(fd, "wb") as file:
-                file.write(data)
-                os.fchmod(fd, _FILE_MODE)
-            os.replace(aside, path)
+            replace_file(path, data, _FILE_MODE)
         except OSError as exc:
             raise UsageError(f"Error writing to {path}: {exc.strerror}") from exc
