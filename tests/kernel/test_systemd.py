@@ -109,6 +109,7 @@ def systemd(cuse: None) -> Iterator[Systemd]:
     manager.parent.mkdir(exist_ok=True)
     manager.write_text("[Manager]\nDefaultTimeoutStartSec=40\n")
     inside = (
+        "mount --make-rshared / && "  # as process 1 does: so services see their credentials
         "mount -t proc proc /proc && { umount -l /sys/fs/cgroup; mount -t cgroup2 none "
         "/sys/fs/cgroup; } && "  # the one that tests of containers mounted has another root
         'exec env -i container=lab PATH="$PATH" /lib/systemd/systemd --system --unit=lab.target'
@@ -261,6 +262,30 @@ def test_an_environment_file_has_options_for_one_instance(systemd: Systemd, unit
     systemd.systemctl("start", unit)
     ask(unit, TPM12_STARTUP_CLEAR)
     assert {path.name for path in state_of(unit).iterdir()} == {".lock", "tpm-00.permall"}
+
+
+def test_a_key_as_a_credential(systemd: Systemd, unit: str) -> None:
+    """Which only root and systemd can read."""
+    settings = SETTINGS / f"{device_of(unit).name}.env"
+    key = settings.with_suffix(".credential")
+    key.write_text("00112233445566778899aabbccddeeff")
+    key.chmod(0o600)
+    settings.write_text("VTPM_OPTIONS=--tpm2 --flags startup-clear --key credential=state.key\n")
+    addition = UNITS / f"{unit}.d/key.conf"
+    addition.parent.mkdir()
+    addition.write_text(f"[Service]\nLoadCredential=state.key:{key}\n")
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", unit)
+    ask(unit, nv_define(NV_INDEX, len(SECRET)))
+    ask(unit, nv_write(NV_INDEX, SECRET))
+    assert SECRET not in (state_of(unit) / "tpm2-00.permall").read_bytes()
+    systemd.systemctl("restart", unit)
+    assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
+    key.write_text("ffeeddccbbaa99887766554433221100")
+    systemd.systemctl("restart", unit, status=1)
+    key.write_text("00112233445566778899aabbccddeeff")
+    systemd.systemctl("start", unit)
+    assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
 
 
 def test_a_state_that_is_damaged_fails_the_start_and_stays(systemd: Systemd, unit: str) -> None:
