@@ -4,7 +4,9 @@
 
 Both servers get the same commands over the same kind of socket from the same C client
 (stream_client.c), in turns, so that a change in the machine's load meets both. Client and server
-are pinned, once to one CPU and once to two: left to the scheduler, runs jump between those.
+are pinned, once to one CPU and once to two: left to the scheduler, runs jump between those. A third
+server shows what the machine allows on two: it is in C, has no TPM, and never sleeps
+(spinning_server.c).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ PLACEMENTS: Final = ("one CPU", "two CPUs")
 WARM_UP: Final = 200
 TARGETS: Final = {"one CPU": 1.3, "two CPUs": 0.35}
 TARGET_COMMAND: Final = "GetRandom"
+FLOOR: Final = PLACEMENTS[1], TARGET_COMMAND
 FIRST_ANSWER_MS: Final = 100
 
 
@@ -67,18 +70,19 @@ class Server:
         """Starts the program; returns the milliseconds to its first answer."""
         self.path.unlink(missing_ok=True)
         begun = time.perf_counter()
-        self.process = subprocess.Popen(
-            [
-                *(self.program, "socket", "--tpm2", "--tpmstate", f"dir={self.path.parent}"),
-                *("--server", f"type=unixio,path={self.path}", "--flags", "startup-clear"),
-                *("--log", "file=-"),
-            ]
-        )
+        self.process = subprocess.Popen([self.program, *self.words()])
         with contextlib.closing(self._connected()) as connection:
             connection.sendall(bytes.fromhex(COMMANDS["GetRandom"]))
             if not connection.recv(4096):
                 sys.exit(f"bench: {self.program} did not answer")
             return (time.perf_counter() - begun) * 1000
+
+    def words(self) -> tuple[str, ...]:
+        """The options."""
+        return (
+            *("socket", "--tpm2", "--tpmstate", f"dir={self.path.parent}", "--log", "file=-"),
+            *("--server", f"type=unixio,path={self.path}", "--flags", "startup-clear"),
+        )
 
     def _connected(self) -> socket.socket:
         """A new connection, as soon as there can be one."""
@@ -144,12 +148,20 @@ class Server:
         self.memory = {key: int(found[key].split()[0]) for key in ("Rss", "Pss", "Private_Dirty")}
 
 
-def build_client(folder: Path) -> Path:
-    """Compiles the C client."""
-    client = folder / "stream_client"
-    source = Path(__file__).parent / "stream_client.c"
-    subprocess.run(["cc", "-O2", "-o", str(client), str(source)], check=True)
-    return client
+class SpinningServer(Server):
+    """The one without a TPM. While it runs, it takes a whole CPU."""
+
+    def words(self) -> tuple[str, ...]:
+        """Where it listens."""
+        return (str(self.path),)
+
+
+def build(folder: Path, name: str) -> Path:
+    """Compiles a C program of this folder."""
+    program = folder / name
+    source = Path(__file__).parent / f"{name}.c"
+    subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True)
+    return program
 
 
 @contextlib.contextmanager
@@ -170,7 +182,7 @@ def percentile(times: list[float], part: float) -> float:
     return sorted(times)[min(len(times) - 1, int(len(times) * part))]
 
 
-def report_of(ours: Server, peer: Server) -> Report:
+def report_of(ours: Server, peer: Server, spinning: Server) -> Report:
     """What was measured, with the limits of what is promised."""
     report = Report("sockets", "Unix socket, `swtpm socket`")
     for placement in PLACEMENTS:
@@ -191,6 +203,12 @@ def report_of(ours: Server, peer: Server) -> Report:
                 statistics.median(ours.cpu[key]),
                 statistics.median(peer.cpu[key]),
             )
+    report.add(
+        f"{FLOOR[1]}, {FLOOR[0]}, p50 of a C server that spins and has no TPM",
+        "µs",
+        percentile(spinning.times[FLOOR], 0.5),
+        percentile(peer.times[FLOOR], 0.5),
+    )
     first, peer_first = statistics.median(ours.starts), statistics.median(peer.starts)
     limit = FIRST_ANSWER_MS / peer_first
     report.add("exec to first answer, median", "ms", first, peer_first, limit)
@@ -216,7 +234,10 @@ def main() -> None:
     if len(cpus) < len(PLACEMENTS):
         sys.exit("bench: needs two CPUs")
     with tempfile.TemporaryDirectory() as name, servers(options.ours, options.peer) as (ours, peer):
-        client = build_client(Path(name))
+        folder = Path(name)
+        client = build(folder, "stream_client")
+        program = str(build(folder, "spinning_server"))
+        spinning = SpinningServer("spinning", program, folder / "socket")
         for _ in range(options.starts):
             for server in (ours, peer):
                 server.stop()
@@ -227,9 +248,14 @@ def main() -> None:
                     for server in (ours, peer):
                         server.pin(cpus[0])
                         server.measure(client, placement, command, cpu, options.count)
+                    if (placement, command) == FLOOR:
+                        spinning.start()
+                        spinning.pin(cpus[0])
+                        spinning.measure(client, placement, command, cpu, options.count)
+                        spinning.stop()
         for server in (ours, peer):
             server.take_memory()
-        report = report_of(ours, peer)
+        report = report_of(ours, peer, spinning)
     finish(report, options)
 
 
