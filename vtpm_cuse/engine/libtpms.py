@@ -46,7 +46,7 @@ def _open_library() -> Libtpms:
     return library
 
 
-_buffer = ffi.buffer
+_unpack = ffi.unpack
 
 
 class LibtpmsEngine:
@@ -64,6 +64,7 @@ class LibtpmsEngine:
         self._process = self._lib.TPMLIB_Process
         # OWNER: libtpms allocates and grows the response buffer, we reuse it for every command.
         self._response = ffi.new("unsigned char **")
+        self._response_chars = ffi.cast("char **", self._response)  # chars are unpacked to bytes
         self._response_size = ffi.new("uint32_t *")
         self._response_room = ffi.new("uint32_t *")
         self._callbacks, self._ask_locality, *self._kept = self._make_callbacks()
@@ -172,7 +173,7 @@ class LibtpmsEngine:
         rc = self._process(self._response, size, self._response_room, data, len(command))
         if rc or self._fault is not None:
             self._check("TPMLIB_Process", rc)
-        return _buffer(self._response[0], size[0])[:]
+        return _unpack(self._response_chars[0], size[0])
 
     def cancel(self) -> int:
         """Asks a running command to end early; from any thread; returns the result code."""
