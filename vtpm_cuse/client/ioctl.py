@@ -75,7 +75,7 @@ class DeviceControl(Control):
 
     def set_state(self, kind: PtmBlobType, blob: bytes) -> None:
         """Gives the vTPM a state blob."""
-        pieces = self._written(blob, kind) if self._buffer_size and blob else _pieces(blob)
+        pieces = self._written(blob) if self._buffer_size and blob else _pieces(blob)
         for piece in pieces:
             self._send_piece(kind, piece)
 
@@ -95,7 +95,7 @@ class DeviceControl(Control):
                 break
         return rest
 
-    def _written(self, blob: bytes, kind: PtmBlobType) -> Iterator[bytes]:
+    def _written(self, blob: bytes) -> Iterator[bytes]:
         yield b""  # a first piece that is empty means: write() brings the blob
         while blob:
             blob = blob[os.write(self._fd, blob[: self._buffer_size]) :]
