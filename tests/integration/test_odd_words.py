@@ -109,6 +109,21 @@ def test_configuration_below_a_path_that_is_no_text(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_are_shown_whatever_the_locale(tmp_path: Path) -> None:
+    words = ("swtpm_setup", "--create-config-files", "root")
+    env = {"XDG_CONFIG_HOME": f"{tmp_path}/\xe4", "PYTHONIOENCODING": "ascii:strict"}
+    done = run(*words, folder=tmp_path, **env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(f"Writing {tmp_path}/\\xe4/swtpm_setup.conf.".encode())
+
+
+def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
+    done = run(*SETUP, "--logfile", "/dev/full", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == b"Cannot write to logfile /dev/full.; No space left on device\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_certificates_that_cannot_be_put_in_place_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "ek.crt").mkdir()
     with pytest.raises(UsageError, match=r"ek\.crt: Is a directory"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -32,6 +33,7 @@ class SetupReport:
     """
 
     def __init__(self, logfile: str | None = None, *, quiet: bool = False) -> None:
+        self._logfile = logfile
         self._fd = -1 if logfile is None else _open(logfile)
         terminal = sys.stderr.isatty()
         self._progress: TextIO | None = sys.stderr if terminal and not quiet else None
@@ -57,9 +59,10 @@ class SetupReport:
     def error(self, text: str) -> None:
         """Something failed: people are told wherever the log is."""
         self._clear()
-        if self._fd >= 0:
-            self._log(text)
         complain(text)
+        if self._fd >= 0:
+            with contextlib.suppress(UsageError):  # which may be what is being told
+                self._log(text)
 
     def done(self, text: str) -> None:
         """The last word, for people who have seen no other."""
@@ -74,7 +77,10 @@ class SetupReport:
             self._shown = False
 
     def _log(self, text: str) -> None:
-        os.write(self._fd, f"{text}\n".encode(errors="backslashreplace"))
+        try:
+            os.write(self._fd, f"{text}\n".encode(errors="backslashreplace"))
+        except OSError as exc:
+            raise _unwritable(self._logfile, exc) from exc
 
 
 def _open(path: str) -> int:
@@ -87,4 +93,8 @@ def _open(path: str) -> int:
     try:
         return os.open(path, flags, _MODE)
     except OSError as exc:
-        raise UsageError(f"Cannot write to logfile {path}.", hint=exc.strerror or "") from exc
+        raise _unwritable(path, exc) from exc
+
+
+def _unwritable(path: str | None, exc: OSError) -> UsageError:
+    return UsageError(f"Cannot write to logfile {path}.", hint=exc.strerror or "")
