@@ -291,8 +291,8 @@ class Tpm2Setup:
         result = tpm2.PcrAllocateResult.unpack_untrusted(response.parameters)
         if not result.allocationSuccess:
             raise UsageError(f"The TPM has no room for the PCR banks {','.join(chosen)}.")
-        names = {algorithm: name for name, algorithm in PCR_BANKS.items()}
-        among = ",".join(names.get(TpmAlg(number), hex(number)) for number in implemented)
+        names = {int(algorithm): name for name, algorithm in PCR_BANKS.items()}
+        among = ",".join(names.get(number, hex(number)) for number in implemented)
         self._report.line(f"Successfully activated PCR banks {','.join(chosen)} among {among}.")
 
     # -- commands -------------------------------------------------------------------------
