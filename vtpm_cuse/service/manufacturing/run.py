@@ -68,8 +68,14 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
 def _interruptible(
     work: Callable[[], None], tpm: SetupTpm, certifier: SetupCertifier | None
 ) -> None:
-    """Calls *work* in a thread: a signal is seen at once here, and ends what libtpms is at."""
+    """Calls *work* in a thread: a signal is seen at once here, and ends what libtpms is at.
+
+    What the signal is to raise is raised when the thread has ended: whoever clears up must not
+    take the TPM away below a running command. (A join that an exception ends takes the thread for
+    ended from then on.)
+    """
     failed: list[BaseException] = []
+    came: list[signal.Signals] = []
 
     def guarded() -> None:
         try:
@@ -77,17 +83,25 @@ def _interruptible(
         except BaseException as exc:
             failed.append(exc)
 
-    thread = threading.Thread(target=guarded)
-    thread.start()
-    try:
-        thread.join()
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # once is enough
+    def end(number: int, _frame: object) -> None:
+        came.append(signal.Signals(number))
         tpm.cancel()
         if certifier is not None:
             certifier.cancel()
-        thread.join()
-        raise
+
+    found = {number: signal.getsignal(number) for number in _ENDING}
+    handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, end)
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    thread.join()
+    if came:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # once is enough
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if came:
+        handlers[came[0]](came[0], None)
     if failed:
         raise failed[0]
 

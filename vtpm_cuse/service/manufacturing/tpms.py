@@ -118,6 +118,7 @@ class ChildTpm:
         self._closing = contextlib.ExitStack()
         self._closing.callback(shutil.rmtree, self._directory, ignore_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
+        self._canceled = False
 
     def start(self) -> None:
         """Starts the emulator. Raises VtpmError."""
@@ -155,7 +156,9 @@ class ChildTpm:
             ) from exc
 
     def process(self, command: bytes) -> bytes:
-        """One command, one response. Raises VtpmError."""
+        """One command, one response. Raises VtpmError; KeyboardInterrupt after `cancel`."""
+        if self._canceled:  # perhaps before there was a process to end
+            raise KeyboardInterrupt
         try:
             self._data.sendall(command)
             response = self._receive(TPM_HEADER_SIZE)
@@ -177,6 +180,7 @@ class ChildTpm:
 
     def cancel(self) -> None:
         """See `SetupTpm`."""
+        self._canceled = True
         if self._process is not None:
             self._process.terminate()
 
