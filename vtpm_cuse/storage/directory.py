@@ -80,12 +80,13 @@ class DirectoryStore:
         """Replaces the blob, durably."""
         file_name = self._file_name(name)
         aside = _aside(file_name)
+        backup = self._backup and name == _PERMANENT
         with self._errors(file_name):
             try:
                 self._write_aside(aside, blob)
-                if self._backup and name == _PERMANENT:
-                    self._keep_backup()
-                with self._outliving(file_name):
+                with self._outliving(file_name, *([file_name + _BACKUP_SUFFIX] if backup else [])):
+                    if backup:
+                        self._keep_backup()
                     self._rename(aside, file_name)
                     self._flush(self._directory)
             except BaseException:
@@ -197,8 +198,8 @@ class DirectoryStore:
         finally:
             os.close(fd)
 
-    def _outliving(self, file_name: str) -> contextlib.AbstractContextManager[None]:
-        return self._disposal.outliving(file_name, self._directory)
+    def _outliving(self, *file_names: str) -> contextlib.AbstractContextManager[None]:
+        return self._disposal.outliving(self._directory, *file_names)
 
     def _write_aside(self, aside: str, blob: bytes) -> None:
         try:
@@ -246,8 +247,7 @@ class DirectoryStore:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside, dir_fd=directory)
         os.link(file_name, aside, src_dir_fd=directory, dst_dir_fd=directory)
-        with self._outliving(backup):
-            self._rename(aside, backup)
+        self._rename(aside, backup)
         with contextlib.suppress(FileNotFoundError):  # left when both were one file already
             os.unlink(aside, dir_fd=directory)
 

@@ -37,21 +37,23 @@ class Disposal:
         self._closing = threading.Lock()
 
     @contextlib.contextmanager
-    def outliving(self, name: str, directory: int) -> Iterator[None]:
-        """Within, the file of that name may lose it; what it takes on the disk is free later."""
-        fd = -1
+    def outliving(self, directory: int, *names: str) -> Iterator[None]:
+        """Within, files of these names may lose them; what they take on the disk is free later."""
+        held = []
         if self._worthwhile and self.beside is not None:
-            with contextlib.suppress(OSError):  # there is none; or it is freed within
-                fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            for name in names:
+                with contextlib.suppress(OSError):  # there is none; or it is freed within
+                    held.append(os.open(name, flags, dir_fd=directory))
         begun = time.perf_counter()
         try:
             yield
         finally:
-            if fd >= 0:
+            if not held and time.perf_counter() - begun > _LONG_SECONDS:
+                self._worthwhile = True
+            for fd in held:
                 self._waiting.append(fd)
                 self._leave()
-            elif time.perf_counter() - begun > _LONG_SECONDS:
-                self._worthwhile = True
 
     def catch_up(self) -> None:
         """Frees all that waits."""
