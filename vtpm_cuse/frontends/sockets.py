@@ -8,7 +8,6 @@ keeps everything else off the TPM that must not run beside it.
 from __future__ import annotations
 
 import array
-import contextlib
 import logging
 import os
 import socket
@@ -306,8 +305,10 @@ async def _receive(
             os.sched_yield()
         elif not await _readable(connection, _DATA_REST_SECONDS if stream.awaits_rest else None):
             return None
-        with contextlib.suppress(BlockingIOError):
+        try:
             return connection.recv(_DATA_READ_SIZE)
+        except BlockingIOError:
+            continue
 
 
 async def _readable(connection: socket.socket | CharDevice, seconds: float | None) -> bool:
