@@ -119,8 +119,14 @@ class DirectoryStore:
         if not self._locking or self._lock_fd >= 0:
             return
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with self._errors(_LOCK_NAME):
-            fd = os.open(_LOCK_NAME, flags, 0o660, dir_fd=self._directory)
+        try:
+            with self._errors(_LOCK_NAME):
+                fd = os.open(_LOCK_NAME, flags, 0o660, dir_fd=self._directory)
+        except StorageError as exc:
+            if os.path.lexists(self._path):
+                raise
+            reason = f"No such file or directory; 'mkdir -m 700 {self._path}' makes it"
+            raise StorageError(self._path, reason) from exc
         try:
             self._checked_size(_LOCK_NAME, os.fstat(fd))
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
