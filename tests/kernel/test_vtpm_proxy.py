@@ -293,9 +293,13 @@ def test_client_killed_in_a_command(tmp_path: Path) -> None:
         assert proxy.end() == 0
 
 
-def test_daemon(tmp_path: Path) -> None:
-    """The line comes first, and there is nothing else on the caller's output."""
-    proxy = Proxy(tmp_path)
+@pytest.mark.parametrize("tpm2", [True, False])
+def test_daemon(tmp_path: Path, tpm2: bool) -> None:
+    """The line comes first, and there is nothing else on the caller's output.
+
+    The next line of a script may use the device.
+    """
+    proxy = Proxy(tmp_path, tpm2=tpm2)
     pid_file = tmp_path / "pid"
     with uevents() as events:
         done = run(*proxy.arguments, "-d", "--pid", f"file={pid_file}")
@@ -305,9 +309,9 @@ def test_daemon(tmp_path: Path) -> None:
             assert done.stdout.startswith("New TPM device: /dev/tpm")
             assert (done.stdout.count("\n"), done.stderr) == (1, "")
             proxy.number = int(done.stdout.removeprefix("New TPM device: /dev/tpm").split()[0])
-            events.wait("add", *proxy.names)
-            with opened(proxy.shared) as fd:
-                assert tpm.code_of(exchange(fd, RANDOM)) == 0
+            with opened(proxy.shared if tpm2 else proxy.device) as fd:
+                answer = exchange(fd, RANDOM if tpm2 else tpm.TPM12_CONTINUE_SELF_TEST)
+                assert tpm.code_of(answer) == 0
         finally:
             os.kill(pid, signal.SIGTERM)
             events.wait("remove", *proxy.names)

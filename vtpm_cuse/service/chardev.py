@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.frontends.channels import Channels
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.service.config import ChardevConfig
 
+log = logging.getLogger(__name__)
+
+_SHOWN_SECONDS: Final = 10.0
+_NODE_SECONDS: Final = 0.2
+_LOOK_SECONDS: Final = 0.005
+
 
 def run(config: ChardevConfig, announce: Callable[[str], None]) -> int:
     """Serves a vTPM on a device until that ends; returns the exit status.
@@ -45,6 +52,7 @@ class _Chardev(life.Interface):
     def __init__(self, config: ChardevConfig, announce: Callable[[str], None]) -> None:
         self._config = config
         self._announce = announce
+        self._made = ""
         self._channels = Channels(control_terminate=config.control_terminate)
 
     def open(self) -> None:
@@ -57,6 +65,7 @@ class _Chardev(life.Interface):
         if config.fd is not None:
             return _take(config.fd)
         device, made = make_proxy_device(tpm2=config.vtpm.tpm2)
+        self._made = f"tpm{'rm' if config.vtpm.tpm2 else ''}{made.tpm_num}"
         numbers = f"(major/minor = {made.major}/{made.minor})"
         self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
         return device
@@ -67,9 +76,15 @@ class _Chardev(life.Interface):
     def load(self) -> None:
         load_channels()
 
-    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+    async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         device = self._channels.data_stream
-        await serve_channels(self._channels, vtpm, worker)
+
+        async def announce() -> None:
+            if self._made and vtpm.running:
+                await _shown(self._made)
+            ready()
+
+        await serve_channels(self._channels, vtpm, worker, announce)
         if isinstance(device, ProxyDevice) and device.gone:
             # PEER: ends with status 0.
             raise FrontendError("The kernel has given the TPM device up", "see dmesg")
@@ -79,6 +94,30 @@ class _Chardev(life.Interface):
 
     def close(self) -> None:
         self._channels.close()
+
+
+async def _shown(name: str) -> None:
+    """Returns when there is a /dev/NAME: the kernel makes it when it has tested the TPM.
+
+    In a container there may be none of the kernel's doing, so sysfs will do, if that can be seen.
+    """
+    import trio
+
+    folder = f"/sys/class/{name.rstrip('0123456789')}"
+    if not _exists("/sys/class"):
+        return
+    with trio.move_on_after(_SHOWN_SECONDS) as scope:
+        while not _exists(f"{folder}/{name}"):  # noqa: ASYNC110 - sysfs announces nothing
+            await trio.sleep(_LOOK_SECONDS)
+        with trio.move_on_after(_NODE_SECONDS):
+            while not _exists(f"/dev/{name}"):  # noqa: ASYNC110
+                await trio.sleep(_LOOK_SECONDS)
+    if scope.cancelled_caught:
+        log.warning("The kernel does not show /dev/%s yet", name)
+
+
+def _exists(path: str) -> bool:
+    return os.path.lexists(path)
 
 
 def _take(fd: int) -> CharDevice | socket.socket:

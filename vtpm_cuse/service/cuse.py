@@ -12,6 +12,8 @@ from vtpm_cuse.service import life
 from vtpm_cuse.service.config import Exits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.cuse import CuseChannel
@@ -72,11 +74,12 @@ class _CuseDevice(life.Interface):
         await self._channel.create_device(config.name, config.major, config.minor)
         log.info("CUSE TPM successfully initialized.")
 
-    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+    async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.device.ptm import PtmService
         from vtpm_cuse.frontends.device import DeviceServer
 
         server = DeviceServer(self._channel, vtpm, PtmService(vtpm), worker)
+        ready()
         try:
             await server.serve()
         finally:

@@ -11,6 +11,8 @@ from vtpm_cuse.errors import DeviceGone
 from vtpm_cuse.service import life, logs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtpm_cuse.device.opens import TpmDeviceFile
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
@@ -58,7 +60,7 @@ class _FuseFile(life.Interface):
         await self._mount.answer_init()
         log.info("The TPM is %s/%s.", self._config.mount, self._config.name)
 
-    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+    async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.device.ptm import PtmService
         from vtpm_cuse.frontends.device import DeviceServer
 
@@ -69,6 +71,7 @@ class _FuseFile(life.Interface):
             worker,
             lambda file: self._session(vtpm, file),
         )
+        ready()
         try:
             await server.serve()
         except DeviceGone:  # the usual way to end a FUSE file system

@@ -59,8 +59,10 @@ class Interface:
             VtpmError: It cannot be made.
         """
 
-    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+    async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         """Serves until the end; no path can be opened any more but the state, no socket made.
+
+        Calls *ready* when who was told of it can use the TPM.
 
         Cancelled by signals. Returns with no command running.
 
@@ -184,9 +186,12 @@ class _Life:
                 with scope:
                     gc.freeze()  # what start-up made stays
                     gc.enable()
-                    notify.ready()
-                    ready()
-                    await interface.serve(vtpm, worker)
+
+                    def announce() -> None:
+                        notify.ready()
+                        ready()
+
+                    await interface.serve(vtpm, worker, announce)
             finally:
                 notify.stopping()
                 worker.close()

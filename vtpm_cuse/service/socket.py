@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from vtpm_cuse.service import life
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.channels import Channels
@@ -39,7 +41,8 @@ class _Sockets(life.Interface):
     def load(self) -> None:
         load_channels()
 
-    async def serve(self, vtpm: Vtpm, worker: Worker) -> None:
+    async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        ready()
         await serve_channels(self._channels, vtpm, worker)
 
     def paths_to_remove(self) -> list[str]:
@@ -57,8 +60,13 @@ def load_channels() -> None:
     _ = ptm, sockets
 
 
-async def serve_channels(channels: Channels, vtpm: Vtpm, worker: Worker) -> None:
-    """Serves data and control channel until one of them ends the service."""
+async def serve_channels(
+    channels: Channels,
+    vtpm: Vtpm,
+    worker: Worker,
+    beside: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Serves data and control channel until one of them ends the service; calls *beside* then."""
     import trio
 
     from vtpm_cuse.device.ptm import PtmService
@@ -66,4 +74,6 @@ async def serve_channels(channels: Channels, vtpm: Vtpm, worker: Worker) -> None
 
     async with trio.open_nursery() as nursery:
         SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
+        if beside is not None:
+            nursery.start_soon(beside)
         await trio.sleep_forever()
