@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.service.manufacturing.tpms import SetupTpm
 
 _FILE_MODE: Final = 0o640
+_JOIN_SECONDS: Final = 0.1
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -95,7 +96,8 @@ def _interruptible(
         signal.signal(number, end)
     thread = threading.Thread(target=guarded)
     thread.start()
-    thread.join()
+    while thread.is_alive():  # a signal just before a join waits for the end of that
+        thread.join(_JOIN_SECONDS)
     if came:
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # once is enough
     for number, handler in handlers.items():
