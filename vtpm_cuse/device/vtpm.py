@@ -237,7 +237,7 @@ class Vtpm:
         return self._execute(command)
 
     def process_known(self, command: bytes) -> bytes | None:
-        """As `process`, in half its time; None, with nothing done, where that has more to look at.
+        """As `process`, by a shorter way; None, with nothing done, where that has more to look at.
 
         It takes a whole short command with a header that `process` has seen since the start.
         """
