@@ -40,7 +40,7 @@ def test_any_message(messages: list[tuple[int, bytes]]) -> None:
             machine.file.run_pending()
         while machine.jobs.waiting:
             machine.jobs.run()
-    machine.file.release()
+    machine.file.released()
     kernel = machine.opened()
     assert kernel.ioctl(ptm.GET_CONFIG).error == 0
 
@@ -136,7 +136,8 @@ class Device(RuleBasedStateMachine):
     def _write(self, data: bytes) -> None:
         before = len(self.machine.engine.commands)
         was_busy = bool(self.machine.jobs.waiting)
-        collecting = self.machine.file._incoming is not None
+        client = self.machine.file._open
+        collecting = client is not None and client.suspend().incoming is not None
         error = self.kernel.write(data).error
         assert error in WRITE_ERRORS
         if error or collecting:
@@ -271,7 +272,7 @@ class Device(RuleBasedStateMachine):
             self.machine.jobs.run()
         self.machine.store.faults.clear()
         self.machine.engine.faults.clear()
-        self.machine.file.release()
+        self.machine.file.released()
         kernel = self.machine.opened()
         assert ptm.result_of(kernel.ioctl(ptm.INIT, u32(0))) == 0
         command = self._command(0x17B, 4)

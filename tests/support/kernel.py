@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tests.support.engine import FakeEngine
 from tests.support.stores import FailingStore
-from vtpm_cuse.device.opens import TpmDeviceFile
+from vtpm_cuse.device.opens import SavedOpen, TpmDeviceFile
 from vtpm_cuse.device.ptm import PtmService
 from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.proto.device import DeviceSession
@@ -45,13 +45,16 @@ def ioctl_sizes(number: int) -> tuple[int, int]:
 class FakeKernel:
     """Speaks to a session; `after` is what the frontend does behind each request."""
 
-    def __init__(self, session: DeviceSession, after: Callable[[], None] | None = None) -> None:
-        self._session = session
+    def __init__(
+        self, session: DeviceSession[Any], after: Callable[[], None] | None = None
+    ) -> None:
+        self.session = session
         self._after = after
         # One buffer for all requests, as in the frontend: nobody may keep a view of it.
         self._buffer = bytearray(1 << 17)
         self._unique = 0
         self.node = 0
+        self.handle = 0
         self._out_sizes: dict[int, int] = {}
         self.replies: dict[int, Reply] = {}
         self.notified: list[int] = []
@@ -69,7 +72,7 @@ class FakeKernel:
     def send_raw(self, message: bytes) -> None:
         self._buffer[: len(message)] = message
         try:
-            reply = self._session.receive(memoryview(self._buffer)[: len(message)])
+            reply = self.session.receive(memoryview(self._buffer)[: len(message)])
         finally:
             self._buffer[: len(message)] = b"\xee" * len(message)
         if reply is not None:
@@ -109,27 +112,33 @@ class FakeKernel:
     # -- system calls ---------------------------------------------------------------------
 
     def open(self) -> Reply:
-        return self.call(OPEN, struct.pack("=II", 2, 0), out_size=16)
+        """The client of all later calls is the one that opened last."""
+        reply = self.call(OPEN, struct.pack("=II", 2, 0), out_size=16)
+        if not reply.error:
+            (self.handle,) = struct.unpack_from("=Q", reply.body)
+        return reply
 
     def release(self) -> Reply:
-        return self.call(RELEASE, struct.pack("=QIIQ", 0, 2, 0, 0), out_size=0)
+        return self.call(RELEASE, struct.pack("=QIIQ", self.handle, 2, 0, 0), out_size=0)
 
     def write(self, data: bytes, *, flags: int = 2) -> Reply:
-        reply = self.call(WRITE, _transfer(len(data), flags) + data, out_size=8)
+        reply = self.call(WRITE, self._transfer(len(data), flags) + data, out_size=8)
         if not reply.error:
             assert struct.unpack("=II", reply.body) == (len(data), 0)
         return reply
 
     def start_read(self, size: int = 4096, *, flags: int = 2) -> int:
-        return self.send(READ, _transfer(size, flags), out_size=size)
+        return self.send(READ, self._transfer(size, flags), out_size=size)
 
     def read(self, size: int = 4096, *, flags: int = 2) -> Reply:
-        return self.call(READ, _transfer(size, flags), out_size=size)
+        return self.call(READ, self._transfer(size, flags), out_size=size)
 
     def start_ioctl(self, number: int, argument: bytes = b"") -> int:
         in_size, out_size = ioctl_sizes(number)
         argument = argument[:in_size].ljust(in_size, b"\0")
-        body = struct.pack("=QIIQII", 0, 0, number, 0x7FFF0000, in_size, out_size) + argument
+        body = (
+            struct.pack("=QIIQII", self.handle, 0, number, 0x7FFF0000, in_size, out_size) + argument
+        )
         return self.send(IOCTL, body, out_size=16 + out_size)
 
     def ioctl(self, number: int, argument: bytes = b"") -> Reply:
@@ -149,7 +158,7 @@ class FakeKernel:
     def poll(self, *, kh: int = 0) -> int:
         """Events; with *kh* the kernel wants a notification."""
         flags = SCHEDULE_NOTIFY if kh else 0
-        reply = self.call(POLL, struct.pack("=QQII", 0, kh, flags, 0xFFFF), out_size=8)
+        reply = self.call(POLL, struct.pack("=QQII", self.handle, kh, flags, 0xFFFF), out_size=8)
         assert reply.error == 0
         return int(struct.unpack("=II", reply.body)[0])
 
@@ -157,9 +166,8 @@ class FakeKernel:
         self._unique += 2
         self.send_raw(self.message(INTERRUPT, target + 1, struct.pack("=Q", target)))
 
-
-def _transfer(size: int, flags: int) -> bytes:
-    return struct.pack("=QQIIQII", 0, 0, size, 0, 0, flags, 0)
+    def _transfer(self, size: int, flags: int) -> bytes:
+        return struct.pack("=QQIIQII", self.handle, 0, size, 0, 0, flags, 0)
 
 
 class Jobs:
@@ -194,7 +202,7 @@ class Machine:
             self.vtpm.start()
             self.engine.calls.clear()
 
-    def make_session(self) -> DeviceSession:
+    def make_session(self) -> DeviceSession[SavedOpen]:
         """For FUSE to override."""
         return DeviceSession(self.file)
 

@@ -53,7 +53,8 @@ class JoinedDevice:
     def __init__(self) -> None:
         self.tpm = BlobTpm()
         vtpm = cast("Vtpm", self.tpm)
-        self.file = TpmDeviceFile(vtpm, PtmService(vtpm), lambda _job, _done: None, lambda: None)
+        file = TpmDeviceFile(vtpm, PtmService(vtpm), lambda _job, _done: None, lambda: None)
+        self.client = file.open()
         self.transfers: list[str] = []
 
     def open(self, _path: str, _flags: int) -> int:
@@ -68,7 +69,7 @@ class JoinedDevice:
     def ioctl(self, _fd: int, number: int, argument: bytearray) -> None:
         self.transfers.append(PTM_IOCTLS[number].name)
         try:
-            answer = self.file.ioctl(number, bytes(argument))
+            answer = self.client.ioctl(number, bytes(argument), 0)
         except DeviceError as exc:
             raise OSError(exc.errno, os.strerror(exc.errno)) from exc
         assert isinstance(answer, bytes)
@@ -76,14 +77,14 @@ class JoinedDevice:
 
     def read(self, _fd: int, size: int) -> bytes:
         self.transfers.append("read")
-        answer = self.file.read(size, nonblocking=False)
+        answer = self.client.read(size, nonblocking=False)
         assert isinstance(answer, bytes)
         return answer
 
     def write(self, _fd: int, data: bytes) -> int:
         self.transfers.append("write")
         taken = data[:65536]  # a device may take less than it is given
-        self.file.write(taken)
+        self.client.write(taken)
         return len(taken)
 
 

@@ -438,7 +438,7 @@ def test_argument_shorter_than_its_structure() -> None:
     """The kernel does not send such, in restricted mode."""
     machine = Machine()
     kernel = machine.opened()
-    body = struct.pack("=QIIQII", 0, 0, ptm.SET_BUFFERSIZE, 0, 2, 16) + b"xx"
+    body = struct.pack("=QIIQII", kernel.handle, 0, ptm.SET_BUFFERSIZE, 0, 2, 16) + b"xx"
     unique = kernel.send(39, body)
     reply = kernel.result(unique)
     assert reply is not None

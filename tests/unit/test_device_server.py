@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 import struct
 import threading
@@ -26,7 +25,7 @@ from vtpm_cuse.device.vtpm import Vtpm
 from vtpm_cuse.device.worker import Worker
 from vtpm_cuse.errors import FrontendError, StateLocked
 from vtpm_cuse.frontends import cuse, device
-from vtpm_cuse.frontends.cuse import CuseChannel
+from vtpm_cuse.frontends.cuse import CuseChannel, open_cuse
 from vtpm_cuse.frontends.device import DeviceServer
 from vtpm_cuse.storage.sealed import SealedStore
 
@@ -38,16 +37,12 @@ RANDOM = tpm.get_random(8)
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, CuseChannel]]:
+def pair() -> Iterator[tuple[socket.socket, CuseChannel]]:
     """Whole messages both ways, as on /dev/cuse."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.setblocking(False)
-    monkeypatch.setattr(cuse, "CUSE_PATH", "/dev/null")
-    channel = CuseChannel()
-    os.dup2(theirs.fileno(), channel.fd, inheritable=False)
-    theirs.close()
     with ours:
-        yield ours, channel
+        yield ours, CuseChannel(theirs.detach())
 
 
 class Client:
@@ -77,23 +72,25 @@ class Client:
         return error, reply
 
     async def open(self) -> None:
-        assert (await self.call(fake.OPEN, bytes(8)))[0] == 0
+        error, reply = await self.call(fake.OPEN, bytes(8))
+        assert error == 0
+        (self.handle,) = struct.unpack_from("=Q", reply)
 
     async def release(self) -> None:
-        assert (await self.call(fake.RELEASE, bytes(24)))[0] == 0
+        assert (await self.call(fake.RELEASE, self._handle + bytes(16)))[0] == 0
 
     async def write(self, data: bytes) -> int:
-        return (await self.call(fake.WRITE, _transfer(len(data)) + data))[0]
+        return (await self.call(fake.WRITE, self._transfer(len(data)) + data))[0]
 
     async def read(self, size: int = 4096) -> bytes:
-        return (await self.call(fake.READ, _transfer(size)))[1]
+        return (await self.call(fake.READ, self._transfer(size)))[1]
 
     async def start_read(self, size: int = 4096) -> int:
-        return await self.send(fake.READ, _transfer(size))
+        return await self.send(fake.READ, self._transfer(size))
 
     async def start_ioctl(self, number: int, argument: bytes = b"") -> int:
         in_size, out_size = fake.ioctl_sizes(number)
-        body = struct.pack("=QIIQII", 0, 0, number, 0, in_size, out_size)
+        body = struct.pack("=QIIQII", self.handle, 0, number, 0, in_size, out_size)
         return await self.send(fake.IOCTL, body + argument.ljust(in_size, b"\0"))
 
     async def ioctl(self, number: int, argument: bytes = b"") -> int:
@@ -108,9 +105,12 @@ class Client:
             FakeKernel.message(fake.INTERRUPT, unique + 1, struct.pack("=Q", unique))
         )
 
+    @property
+    def _handle(self) -> bytes:
+        return struct.pack("=Q", self.handle)
 
-def _transfer(size: int) -> bytes:
-    return struct.pack("=QQIIQII", 0, 0, size, 0, 0, 2, 0)
+    def _transfer(self, size: int) -> bytes:
+        return struct.pack("=QQIIQII", self.handle, 0, size, 0, 0, 2, 0)
 
 
 class Served:
@@ -284,7 +284,7 @@ def test_poll_notification(pair: tuple[socket.socket, CuseChannel]) -> None:
         await client.open()
         served.engine.hold()
         await client.write(LONG)
-        error, body = await client.call(fake.POLL, struct.pack("=QQII", 0, 77, 1, 1))
+        error, body = await client.call(fake.POLL, struct.pack("=QQII", client.handle, 77, 1, 1))
         assert (error, struct.unpack("=II", body)[0]) == (0, 0)
         served.engine.release()
         assert await client.receive() == (0, -1, struct.pack("=Q", 77))
@@ -442,6 +442,6 @@ def test_refused_device(pair: tuple[socket.socket, CuseChannel]) -> None:
 def test_no_channel(monkeypatch: pytest.MonkeyPatch, path: str, words: str) -> None:
     monkeypatch.setattr(cuse, "CUSE_PATH", path)
     with pytest.raises(FrontendError) as caught:
-        CuseChannel()
+        open_cuse()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,9 +17,6 @@ from vtpm_cuse.proto.device import (
     error_reply,
     unique_of,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 INIT_BODY = struct.pack("=IIII", 7, 38, 0, 1)
 
@@ -112,7 +108,7 @@ def test_write_takes_no_more_than_came() -> None:
     """The header promises 100 bytes, 10 are there."""
     machine = Machine()
     machine.opened()
-    body = struct.pack("=QQIIQII", 0, 0, 100, 0, 0, 2, 0) + bytes(10)
+    body = struct.pack("=QQIIQII", machine.kernel.handle, 0, 100, 0, 0, 2, 0) + bytes(10)
     reply = machine.session.receive(memoryview(FakeKernel.message(16, 6, body)))
     assert reply is not None
     if struct.unpack_from("=IiQ", reply)[1] == 0:
@@ -123,7 +119,7 @@ def test_write_takes_no_more_than_came() -> None:
 
 
 class Gate:
-    """A file whose every call waits until it is opened."""
+    """A file whose every call waits until the gate is opened; it is every client's open, too."""
 
     def __init__(self) -> None:
         self.is_open = False
@@ -136,8 +132,15 @@ class Gate:
             raise self.error
         return b"x" if self.is_open else None
 
-    def open(self) -> None:
-        pass
+    def open(self) -> Gate:
+        return self
+
+    def suspend(self) -> int:
+        return self.tries
+
+    def resume(self, saved: int) -> Gate:
+        self.tries = saved
+        return self
 
     def release(self) -> None:
         pass
@@ -145,11 +148,11 @@ class Gate:
     def write(self, data: bytes) -> None:
         raise DeviceError(errno.EBUSY)
 
-    def read(self, size: int, *, nonblocking: bool) -> Callable[[], bytes | None]:
-        return self._try
+    def read(self, size: int, *, nonblocking: bool) -> bytes | None:
+        return self._try()
 
-    def ioctl(self, number: int, argument: bytes) -> Callable[[], bytes | None]:
-        return self._try
+    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
+        return self._try()
 
     def poll(self) -> int:
         return 0
@@ -159,22 +162,24 @@ def test_waiting_requests_are_tried_again_at_each_change() -> None:
     gate = Gate()
     session = DeviceSession(gate)
     kernel = FakeKernel(session)
+    kernel.open()
     first, second = kernel.start_read(), kernel.start_ioctl(0x80045002)
     assert list(session.wake()) == []
-    assert gate.tries == 2
+    assert gate.tries == 4
     gate.is_open = True
     for message in session.wake():
         kernel.take(message)
     assert kernel.replies[first].body == b"x"
     assert kernel.replies[second].body[16:] == b"x"
     assert list(session.wake()) == []
-    assert gate.tries == 4
+    assert gate.tries == 6
 
 
 def test_waiting_request_that_fails() -> None:
     gate = Gate()
     session = DeviceSession(gate)
     kernel = FakeKernel(session)
+    kernel.open()
     unique = kernel.start_read()
     gate.error = DeviceError(errno.EIO)
     for message in session.wake():
@@ -187,6 +192,7 @@ def test_interruption_between_two_replies() -> None:
     gate = Gate()
     session = DeviceSession(gate)
     kernel = FakeKernel(session)
+    kernel.open()
     uniques = [kernel.start_read() for _ in range(3)]
     kernel.interrupt(uniques[1])
     gate.is_open = True
@@ -199,7 +205,8 @@ def test_write_of_a_full_transfer() -> None:
     """A buffer for the largest write with its headers is what we offer the kernel."""
     machine = Machine(running=False)
     kernel = machine.opened()
-    body = struct.pack("=QQIIQII", 0, 0, MAX_TRANSFER, 0, 0, 2, 0) + bytes(MAX_TRANSFER)
+    transfer = struct.pack("=QQIIQII", kernel.handle, 0, MAX_TRANSFER, 0, 0, 2, 0)
+    body = transfer + bytes(MAX_TRANSFER)
     assert len(FakeKernel.message(16, 2, body)) <= READ_BUFFER_SIZE
     reply = kernel.result(kernel.send(16, body))
     assert reply is not None

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -17,6 +17,9 @@ from tests.support.kernel import INTERRUPT, IOCTL, OPEN, POLL, READ, RELEASE, Fa
 from vtpm_cuse.device.attributes import TpmAttributes, is_attribute
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.proto.fuse import FuseSession, Ownership, init_reply
+
+if TYPE_CHECKING:
+    from vtpm_cuse.device.opens import SavedOpen
 
 LOOKUP, FORGET, GETATTR, SETATTR, STATFS, OPENDIR, READDIR = 1, 2, 3, 4, 17, 27, 28
 WRITE, GETXATTR, RELEASEDIR, BATCH_FORGET = 16, 22, 29, 42
@@ -48,7 +51,7 @@ class Mount(Machine):
         self.engine.script[0x17A] = BANKS
         self.engine.script[0x17E] = pcr_read
 
-    def make_session(self) -> FuseSession:
+    def make_session(self) -> FuseSession[SavedOpen]:
         texts = TpmAttributes(self.vtpm, self.file, lambda: b"a line\n", {"pid": 7})
         return FuseSession(self.file, texts, "vtpm0", Ownership(1000, 100, 0o600, 1234567))
 

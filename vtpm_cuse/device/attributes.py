@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.wire.marshal import TpmStruct
 
-    Retry = Callable[[], bytes | None]
 
 _BANKS: Final = {
     "pcr-sha1": TpmAlg.TPM_ALG_SHA1,
@@ -100,17 +99,15 @@ class TpmAttributes:
         make = self._at_once.get(path)
         return None if make is None else len(make())
 
-    def read(self, path: str) -> bytes | Retry:
-        """The text, or what to try again when the running command has ended.
+    def read(self, path: str) -> bytes | None:
+        """The text; None where that is to be tried again when the running command has ended.
 
         Raises:
             VtpmError: The TPM cannot be asked now, or there is no such file.
         """
         if path in self._at_once:
             return self._at_once[path]()
-        if self._file.busy:
-            return lambda: None if self._file.busy else self._ask(path)
-        return self._ask(path)
+        return None if self._file.busy else self._ask(path)
 
     def _ask(self, path: str) -> bytes:
         found = _PCR_PATH.fullmatch(path)

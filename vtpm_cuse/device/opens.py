@@ -1,8 +1,8 @@
 """What a client sees of the device through open, read, write, ioctl and poll.
 
-Once for CUSE and FUSE, and synchronous: a call that must wait returns what to
-try again after the next change, and `on_change` says when that is. A command
-that `write` takes is executed by `run_pending`, which the frontend calls after
+Once for CUSE and FUSE, and synchronous: a call that must wait returns None, and
+is made again when `on_change` says that something has changed. A command that
+`write` takes is executed by `run_pending`, which the frontend calls after
 it has answered the write: nothing can come between, and on two processors the
 client wakes up while the TPM works.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import select
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse import faults
 from vtpm_cuse.device.ptm import ANSWERED_WHILE_BUSY, CAPABILITIES, PtmService
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.wire.layout import WireStruct
 
-    Retry = Callable[[], bytes | None]
     Submit = Callable[[Callable[[], bytes], Callable[[bytes], None]], None]
 
 log = logging.getLogger(__name__)
@@ -52,6 +51,24 @@ log = logging.getLogger(__name__)
 _SUCCESS: Final = PtmResultResponse(PtmResult.TPM_SUCCESS).pack(HOST)
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
+
+
+class SavedBlob(NamedTuple):
+    """A state blob that is under way, with all that has come or is to go."""
+
+    type: int
+    flags: int
+    data: bytes
+    decrypted: int = 0
+    position: int = 0
+    reading: bool = False
+
+
+class SavedOpen(NamedTuple):
+    """What one client has under way: at most one blob in each direction."""
+
+    outgoing: SavedBlob | None
+    incoming: SavedBlob | None
 
 
 class TpmDeviceFile:
@@ -64,43 +81,122 @@ class TpmDeviceFile:
         on_change: Called when a waiting call may go on, or poll events changed.
 
     Attributes:
-        is_open: Somebody has the device open.
         busy: A job runs.
         cancelling: It has been asked to end. libtpms forgets a cancellation that comes before
             it has begun with the command, so the frontend repeats it until `busy` is over.
         pending: The command that `run_pending` executes.
+        response: What is unread of the last response. PEER: it outlives the open that asked for
+            it, as there.
     """
 
     def __init__(
         self, vtpm: Vtpm, ptm: PtmService, submit: Submit, on_change: Callable[[], None]
     ) -> None:
-        self._vtpm = vtpm
-        self._ptm = ptm
+        self.vtpm = vtpm
+        self.ptm = ptm
         self._submit = submit
         self._on_change = on_change
-        self.is_open = False
+        self._open: TpmOpen | None = None
         self.busy = False
         self.cancelling = False
         self.pending: bytes | None = None
-        self._response = memoryview(b"")
+        self.response = memoryview(b"")
+        self._locking: tuple[int, bytes | None] = (0, None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody has the device open."""
+        return self._open is not None
+
+    def open(self) -> TpmOpen:
+        """Raises DeviceError EBUSY while somebody else has it open."""
+        if self._open is not None:
+            raise DeviceError(errno.EBUSY)
+        self._open = TpmOpen(self)
+        return self._open
+
+    def resume(self, saved: SavedOpen) -> TpmOpen:
+        """The open that was suspended so. Raises DeviceError as `open`."""
+        found = self.open()
+        found.resume(saved)
+        return found
+
+    def released(self) -> None:
+        """The open one is no more; a running command runs on."""
+        self._open = None
+
+    def run_pending(self) -> None:
+        """Executes what `write` took: here, or as a job when it may take long."""
+        command, self.pending = self.pending, None
+        if command is None:
+            return
+        response = self.vtpm.process_known(command)
+        if response is None and self.vtpm.is_long(command):
+            self._start_job(lambda: self.vtpm.process(command), self._respond)
+            return
+        self._respond(self.vtpm.process(command) if response is None else response)
+        self._on_change()
+
+    def _respond(self, response: bytes) -> None:
+        self.response = memoryview(response)
+
+    def lock_storage(self, request: PtmLockStorageRequest, call: int) -> bytes | None:
+        """One try here, the retries as a job; never two at once, which would break a POSIX lock."""
+        locking, result = self._locking
+        if call == locking:
+            return result
+        if self.busy and not self.vtpm.holds_lock:
+            return None
+        command = PtmCommand.PTM_LOCK_STORAGE
+        once = self.ptm.handle(command, PtmLockStorageRequest(0)).pack(HOST)
+        if once == _SUCCESS or request.retries == 0:
+            return once
+
+        def done(answer: bytes) -> None:
+            self._locking = call, answer
+
+        self._locking = call, None
+        self._start_job(lambda: self.ptm.handle(command, request).pack(HOST), done)
+        return None
+
+    def _start_job(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
+        def finish(result: bytes) -> None:
+            self.busy = self.cancelling = False
+            done(result)
+            self._on_change()
+
+        self.busy = True
+        self._submit(job, finish)
+
+
+class TpmOpen:
+    """What one client sees of a `TpmDeviceFile` (implements `proto.device.Open`)."""
+
+    def __init__(self, file: TpmDeviceFile) -> None:
+        self._file = file
         self._outgoing: _OutgoingBlob | None = None
         self._incoming: _IncomingBlob | None = None
 
-    # -- open, write, read, poll ----------------------------------------------------------
+    def suspend(self) -> SavedOpen:
+        """What is under way, as plain values."""
+        outgoing, incoming = self._outgoing, self._incoming
+        return SavedOpen(
+            None if outgoing is None else outgoing.saved(),
+            None if incoming is None else incoming.saved(),
+        )
 
-    def open(self) -> None:
-        """Raises DeviceError EBUSY while somebody else has it open.
+    def resume(self, saved: SavedOpen) -> None:
+        """Goes on with what was under way."""
+        if saved.outgoing is not None:
+            self._outgoing = _OutgoingBlob(saved.outgoing)
+        if saved.incoming is not None:
+            self._incoming = _IncomingBlob(saved.incoming)
 
-        PEER: an unread response outlives the open that asked for it, as there.
-        """
-        if self.is_open:
-            raise DeviceError(errno.EBUSY)
-        self.is_open = True
+    # -- write, read, poll ----------------------------------------------------------------
 
     def release(self) -> None:
         """The last descriptor is closed; a running command runs on."""
-        self.is_open = False
-        self._outgoing = self._incoming = None
+        self._file.released()
 
     def write(self, data: bytes) -> None:
         """Takes a TPM command, or a part of a state blob; an unread response is discarded.
@@ -117,55 +213,37 @@ class TpmDeviceFile:
         if self._reading_blob:
             self._outgoing = None
             raise DeviceError(errno.EIO)
-        if self.busy:
+        if self._file.busy:
             raise DeviceError(errno.EBUSY)
         if len(data) > TPM_BUFFER_MAX:
             # PEER: cuts the command silently and lets the TPM answer to the rest of it.
             raise DeviceError(errno.E2BIG)
-        self.pending = data
+        self._file.pending = data
 
-    def run_pending(self) -> None:
-        """Executes what `write` took: here, or as a job when it may take long."""
-        command, self.pending = self.pending, None
-        if command is None:
-            return
-        response = self._vtpm.process_known(command)
-        if response is None and self._vtpm.is_long(command):
-            self._start_job(lambda: self._vtpm.process(command), self._respond)
-            return
-        self._respond(self._vtpm.process(command) if response is None else response)
-        self._on_change()
-
-    def _respond(self, response: bytes) -> None:
-        self._response = memoryview(response)
-
-    def read(self, size: int, *, nonblocking: bool) -> bytes | Retry:
+    def read(self, size: int, *, nonblocking: bool) -> bytes | None:
         """The next part of the response or blob; empty when there is none.
 
         Raises:
             DeviceError: EAGAIN when it would wait, EIO when a blob is being written.
         """
-        if self.busy:
+        if self._file.busy:
             if nonblocking:
                 raise DeviceError(errno.EAGAIN)
-            return lambda: None if self.busy else self._read_now(size)
-        return self._read_now(size)
-
-    def _read_now(self, size: int) -> bytes:
+            return None
         if self._incoming is not None:
             self._incoming = None
             raise DeviceError(errno.EIO)
         if self._outgoing is not None and self._outgoing.reading:
             return self._outgoing.read(size)
-        part = bytes(self._response[:size])
-        self._response = self._response[size:]
-        return part
+        response = self._file.response
+        self._file.response = response[size:]
+        return bytes(response[:size])
 
     def poll(self) -> int:
         """Readable with something unread, writable when no command runs."""
-        if self.busy:
+        if self._file.busy:
             return 0
-        unread = len(self._response) > 0 or self._reading_blob
+        unread = len(self._file.response) > 0 or self._reading_blob
         return _WRITABLE | (_READABLE if unread else 0)
 
     @property
@@ -174,7 +252,7 @@ class TpmDeviceFile:
 
     # -- ioctl ----------------------------------------------------------------------------
 
-    def ioctl(self, number: int, argument: bytes) -> bytes | Retry:
+    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
         """A PTM request with its host-endian structure.
 
         Raises:
@@ -186,9 +264,9 @@ class TpmDeviceFile:
             raise DeviceError(errno.EINVAL)
         request = PTM_SPECS[command].request.unpack_untrusted(argument, HOST)
         if isinstance(request, PtmLockStorageRequest):
-            return self._lock_storage(request)
-        if self.busy and command not in ANSWERED_WHILE_BUSY:
-            return lambda: None if self.busy else self._answer(command, request).pack(HOST)
+            return self._file.lock_storage(request, call)
+        if self._file.busy and command not in ANSWERED_WHILE_BUSY:
+            return None
         return self._answer(command, request).pack(HOST)
 
     def _answer(self, command: PtmCommand, request: WireStruct) -> WireStruct:
@@ -200,20 +278,20 @@ class TpmDeviceFile:
         if command is PtmCommand.PTM_GET_CAPABILITY:
             return PtmCapabilityIoctl(CAPABILITIES)
         if command is PtmCommand.PTM_CANCEL_TPM_CMD:
-            self.cancelling = self.busy
+            self._file.cancelling = self._file.busy
         if command is PtmCommand.PTM_INIT:
             self._incoming = None  # what is written from now on is for the TPM
         if command is PtmCommand.PTM_STOP:
-            self._response = memoryview(b"")
-        return self._ptm.handle(command, request)
+            self._file.response = memoryview(b"")
+        return self._file.ptm.handle(command, request)
 
     def _get_blob(self, request: PtmGetStateRequest) -> WireStruct:
         """PEER: hands out its first snapshot for ever; here offset 0 takes a new one."""
         try:
-            self._ptm.check_state(PtmCommand.PTM_GET_STATEBLOB)
+            self._file.ptm.check_state(PtmCommand.PTM_GET_STATEBLOB)
             blob = self._outgoing
             if blob is None or request.offset == 0 or blob.key != _blob_key(request):
-                blob = self._outgoing = _OutgoingBlob(self._vtpm, request)
+                blob = self._outgoing = _OutgoingBlob(_snapshot(self._file.vtpm, request))
             return blob.part(request.offset)
         except VtpmError as exc:
             self._outgoing = None
@@ -221,59 +299,34 @@ class TpmDeviceFile:
 
     def _set_blob(self, request: PtmSetStateRequest) -> WireStruct:
         try:
-            self._ptm.check_state(PtmCommand.PTM_SET_STATEBLOB)
+            self._file.ptm.check_state(PtmCommand.PTM_SET_STATEBLOB)
             if self._incoming is None or self._incoming.type != request.type:
-                self._incoming = _IncomingBlob(request)
+                self._incoming = _IncomingBlob(SavedBlob(request.type, request.state_flags, b""))
                 if request.length == 0:  # the rest comes by write()
                     return PtmResultResponse(PtmResult.TPM_SUCCESS)
             if self._incoming.add(request):
                 return PtmResultResponse(PtmResult.TPM_SUCCESS)
             blob, self._incoming = self._incoming, None
-            self._vtpm.import_blob(blob.type, blob.flags, bytes(blob.data))
+            self._file.vtpm.import_blob(blob.type, blob.flags, bytes(blob.data))
         except VtpmError as exc:
             self._incoming = None
             log.error("State blob refused: %s", exc)
             return PtmResultResponse(faults.tpm_result(exc))
         return PtmResultResponse(PtmResult.TPM_SUCCESS)
 
-    def _lock_storage(self, request: PtmLockStorageRequest) -> bytes | Retry:
-        """One try here, the retries as a job; never two at once, which would break a POSIX lock."""
-        done: list[bytes] = []
-        job_started = False
-
-        def attempt() -> bytes | None:
-            nonlocal job_started
-            if not job_started and (not self.busy or self._vtpm.holds_lock):
-                once = self._ptm.handle(command, PtmLockStorageRequest(0)).pack(HOST)
-                if once == _SUCCESS or request.retries == 0:
-                    return once
-                job_started = True
-                self._start_job(lambda: self._ptm.handle(command, request).pack(HOST), done.append)
-            return done[0] if done else None
-
-        command = PtmCommand.PTM_LOCK_STORAGE
-        answer = attempt()
-        return attempt if answer is None else answer
-
-    def _start_job(self, job: Callable[[], bytes], done: Callable[[bytes], None]) -> None:
-        def finish(result: bytes) -> None:
-            self.busy = self.cancelling = False
-            done(result)
-            self._on_change()
-
-        self.busy = True
-        self._submit(job, finish)
-
 
 class _OutgoingBlob:
     """A snapshot of a state blob on its way out, by ioctl in parts of 3072 bytes or by read()."""
 
-    def __init__(self, vtpm: Vtpm, request: PtmGetStateRequest) -> None:
-        self.key = _blob_key(request)
-        decrypted = bool(request.state_flags & PtmStateFlag.PTM_STATE_FLAG_DECRYPTED)
-        self._flags, self._blob = vtpm.export_blob(request.type, decrypted=decrypted)
-        self._position = 0
-        self.reading = False
+    def __init__(self, saved: SavedBlob) -> None:
+        self.key = saved.type, saved.decrypted
+        self._flags, self._blob = saved.flags, saved.data
+        self._position, self.reading = saved.position, saved.reading
+
+    def saved(self) -> SavedBlob:
+        """All of it as plain values."""
+        kind, decrypted = self.key
+        return SavedBlob(kind, self._flags, self._blob, decrypted, self._position, self.reading)
 
     def part(self, offset: int) -> PtmGetStateResponse:
         """Answers PTM_GET_STATEBLOB; read() goes on behind what is delivered here."""
@@ -292,6 +345,12 @@ class _OutgoingBlob:
         return part
 
 
+def _snapshot(vtpm: Vtpm, request: PtmGetStateRequest) -> SavedBlob:
+    kind, decrypted = _blob_key(request)
+    flags, blob = vtpm.export_blob(kind, decrypted=bool(decrypted))
+    return SavedBlob(kind, flags, blob, decrypted)
+
+
 def _blob_key(request: PtmGetStateRequest) -> tuple[int, int]:
     return request.type, request.state_flags & PtmStateFlag.PTM_STATE_FLAG_DECRYPTED
 
@@ -299,9 +358,13 @@ def _blob_key(request: PtmGetStateRequest) -> tuple[int, int]:
 class _IncomingBlob:
     """A state blob on its way in, by ioctl in parts of 3072 bytes or by write()."""
 
-    def __init__(self, first: PtmSetStateRequest) -> None:
-        self.type, self.flags = first.type, first.state_flags
-        self.data = bytearray()
+    def __init__(self, saved: SavedBlob) -> None:
+        self.type, self.flags = saved.type, saved.flags
+        self.data = bytearray(saved.data)
+
+    def saved(self) -> SavedBlob:
+        """All of it as plain values."""
+        return SavedBlob(self.type, self.flags, bytes(self.data))
 
     def add(self, request: PtmSetStateRequest) -> bool:
         """Takes an ioctl's part; returns whether more is to come."""

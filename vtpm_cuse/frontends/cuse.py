@@ -16,21 +16,26 @@ from vtpm_cuse.proto.device import READ_BUFFER_SIZE
 CUSE_PATH: Final = "/dev/cuse"
 
 
-class CuseChannel:
-    """One open of /dev/cuse, which is one device.
+def open_cuse() -> int:
+    """Opens /dev/cuse, for one device; the descriptor is the caller's.
 
     Raises:
         FrontendError: /dev/cuse is missing or not permitted.
     """
+    try:
+        return os.open(CUSE_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise FrontendError("cuse: device not found, try 'modprobe cuse' first") from exc
+    except OSError as exc:
+        hint = "try 'modprobe cuse' first" if exc.errno == errno.ENODEV else "run it as root"
+        raise FrontendError(f"cuse: cannot open {CUSE_PATH}: {exc.strerror}", hint) from exc
 
-    def __init__(self) -> None:
-        try:
-            self.fd = os.open(CUSE_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
-            raise FrontendError("cuse: device not found, try 'modprobe cuse' first") from exc
-        except OSError as exc:
-            hint = "try 'modprobe cuse' first" if exc.errno == errno.ENODEV else "run it as root"
-            raise FrontendError(f"cuse: cannot open {CUSE_PATH}: {exc.strerror}", hint) from exc
+
+class CuseChannel:
+    """One open of /dev/cuse, which is one device: *fd* may have one already."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
         self._buffer = memoryview(bytearray(READ_BUFFER_SIZE))
         self.buffers = [self._buffer]
 

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
 
@@ -22,9 +22,11 @@ from vtpm_cuse.proto.device import DeviceSession, error_reply, unique_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.device.opens import SavedOpen
     from vtpm_cuse.device.ptm import PtmService
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
+    from vtpm_cuse.proto.device import SavedSession
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,18 @@ class Channel(Protocol):
         """Where a request is read to: one buffer, large enough for any."""
 
 
+class SavedDevice(NamedTuple):
+    """A served device between two commands, as plain values.
+
+    Attributes:
+        session: Its opens, and the requests that wait.
+        response: What is unread of the last response.
+    """
+
+    session: SavedSession[SavedOpen]
+    response: bytes
+
+
 class DeviceServer:
     """Serves a vTPM on a channel whose device exists.
 
@@ -69,7 +83,7 @@ class DeviceServer:
         vtpm: Vtpm,
         ptm: PtmService,
         worker: Worker,
-        make_session: Callable[[TpmDeviceFile], DeviceSession] = DeviceSession,
+        make_session: Callable[[TpmDeviceFile], DeviceSession[SavedOpen]] = DeviceSession,
     ) -> None:
         self._channel = channel
         self._vtpm = vtpm
@@ -77,6 +91,15 @@ class DeviceServer:
         self._file = TpmDeviceFile(vtpm, ptm, worker.submit, self._wake)
         self._session = make_session(self._file)
         self._scope = trio.CancelScope()
+
+    def suspend(self) -> SavedDevice:
+        """The device as plain values; no command runs, and this server is not used any more."""
+        return SavedDevice(self._session.suspend(), bytes(self._file.response))
+
+    def resume(self, saved: SavedDevice) -> None:
+        """Goes on where *saved* was suspended; called once, before `serve`."""
+        self._file.response = memoryview(saved.response)
+        self._session.resume(saved.session)
 
     async def serve(self) -> None:
         """Until PTM_SHUTDOWN.

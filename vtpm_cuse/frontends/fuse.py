@@ -53,6 +53,14 @@ class FuseMount:
         self._buffer = memoryview(bytearray(READ_BUFFER_SIZE))
         self.buffers = [self._buffer]
 
+    @classmethod
+    def adopt(cls, folder: str, fd: int) -> FuseMount:
+        """What somebody else has mounted and will unmount: *fd*, ours now, gives its requests."""
+        mount = cls(folder)
+        mount.fd = fd
+        os.set_blocking(fd, False)
+        return mount
+
     def take_folder(self) -> None:
         """Makes sure that the folder can be mounted on, and is ours alone from now on.
 

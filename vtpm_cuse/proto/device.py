@@ -1,8 +1,9 @@
 """A device file of CUSE or FUSE: kernel requests in, replies and notifications out.
 
-Sans-IO, in restricted ioctl mode. A request that cannot be answered yet waits
-here until `wake`; INTERRUPT takes it away again, so no client ever hangs in a
-state that cannot be killed. Source: linux/fuse.h.
+Sans-IO, in restricted ioctl mode. Every open has a handle of its own, which all
+later requests of that client carry. A request that cannot be answered yet waits
+here, as the kernel sent it, and is tried again by `wake`; INTERRUPT takes it
+away, so no client ever hangs in a state that cannot be killed. Source: linux/fuse.h.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from vtpm_cuse import faults
-from vtpm_cuse.errors import FrontendError, VtpmError, WireError
+from vtpm_cuse.errors import DeviceError, FrontendError, VtpmError, WireError
 from vtpm_cuse.wire.fuse import (
     FUSE_KERNEL_VERSION,
     FUSE_NOTIFY_POLL,
@@ -39,10 +40,11 @@ from vtpm_cuse.wire.layout import HOST
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Retry = Callable[[], bytes | None]
     Handler = Callable[[memoryview, int], bytes | None]
 
 Init = TypeVar("Init", CuseInitIn, FuseInitIn)
+Saved = TypeVar("Saved")
+Saved_co = TypeVar("Saved_co", covariant=True)
 
 MAX_TRANSFER: Final = 1 << 16
 """Bytes of one READ or WRITE request; a longer system call arrives in pieces."""
@@ -54,45 +56,80 @@ _IN, _OUT = FuseInHeader.compiled(HOST), FuseOutHeader.compiled(HOST)
 _TRANSFER, _WRITTEN = FuseReadWriteIn.compiled(HOST), FuseWriteOut.compiled(HOST)
 _DATA_AT: Final = FuseInHeader.SIZE + FuseReadWriteIn.SIZE
 _WRITE_REPLY_SIZE: Final = FuseOutHeader.SIZE + FuseWriteOut.SIZE
-_OPENED: Final = FuseOpenOut(
-    fh=0,
-    # A stream has no position, and so no lock of it that a waiting read would hold.
-    open_flags=FuseOpenFlag.FOPEN_DIRECT_IO
-    | FuseOpenFlag.FOPEN_NONSEEKABLE
-    | FuseOpenFlag.FOPEN_STREAM,
-).pack(HOST)
+# A stream has no position, and so no lock of it that a waiting read would hold.
+_DEVICE_FLAGS: Final = (
+    FuseOpenFlag.FOPEN_DIRECT_IO | FuseOpenFlag.FOPEN_NONSEEKABLE | FuseOpenFlag.FOPEN_STREAM
+)
+_WITHOUT_REPLY: Final = frozenset(
+    {FuseOpcode.FUSE_INTERRUPT, FuseOpcode.FUSE_FORGET, FuseOpcode.FUSE_BATCH_FORGET}
+)
 _IOCTL_DONE: Final = FuseIoctlOut(result=0, flags=0, in_iovs=0, out_iovs=0).pack(HOST)
 
 
-class DeviceFile(Protocol):
-    """What the session asks of the device. All raise DeviceError with the errno to give back."""
+class Open(Protocol[Saved_co]):
+    """What one client has open. All raise DeviceError with the errno to give back.
 
-    def open(self) -> None:
-        """As open(2)."""
-
-    def release(self) -> None:
-        """The last descriptor of an open is closed."""
+    A call that must wait returns None, with nothing done, and is made again after a change.
+    """
 
     def write(self, data: bytes) -> None:
         """As write(2), taken whole."""
 
-    def read(self, size: int, *, nonblocking: bool) -> bytes | Retry:
-        """As read(2): data, empty at the end, or what to try again after a change."""
+    def read(self, size: int, *, nonblocking: bool) -> bytes | None:
+        """As read(2): data, empty at the end."""
 
-    def ioctl(self, number: int, argument: bytes) -> bytes | Retry:
-        """As ioctl(2): the argument to give back, or what to try again after a change."""
+    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
+        """As ioctl(2): the argument to give back. *call* is the same when it is made again."""
 
     def poll(self) -> int:
         """Events of poll(2) that hold now."""
 
+    def release(self) -> None:
+        """The last descriptor of this open is closed."""
 
-class DeviceSession:
+    def suspend(self) -> Saved_co:
+        """What `DeviceFile.resume` makes the same open of, as plain values."""
+
+
+class DeviceFile(Protocol[Saved]):
+    """What the session asks of the device."""
+
+    def open(self) -> Open[Saved]:
+        """As open(2). Raises DeviceError with the errno to give back."""
+
+    def resume(self, saved: Saved) -> Open[Saved]:
+        """An open as it was when it was suspended."""
+
+
+class SavedSession(NamedTuple, Generic[Saved]):
+    """A session between two requests, as plain values.
+
+    Attributes:
+        next_handle: The handle of the next open.
+        opens: Handle and saved form of each open.
+        waiting: The requests that wait, as the kernel sent them.
+        polls: Poll handles to be notified, each with the open that asked.
+        paths: In a mount, what the kernel's node ids stand for, from 0.
+        texts: In a mount, handle and content of each open text.
+    """
+
+    next_handle: int
+    opens: tuple[tuple[int, Saved], ...]
+    waiting: tuple[bytes, ...]
+    polls: tuple[tuple[int, int], ...]
+    paths: tuple[str, ...] = ()
+    texts: tuple[tuple[int, bytes], ...] = ()
+
+
+class DeviceSession(Generic[Saved]):
     """One device on one channel."""
 
-    def __init__(self, file: DeviceFile) -> None:
+    def __init__(self, file: DeviceFile[Saved]) -> None:
         self._file = file
-        self._waiting: dict[int, Retry] = {}
-        self._poll_handles: set[int] = set()
+        self._opens: dict[int, Open[Saved]] = {}
+        self._next_handle = 1
+        self._waiting: dict[int, bytes] = {}
+        self._polls: dict[int, int] = {}
         self._handlers: dict[int, Handler] = {
             FuseOpcode.FUSE_WRITE: self._write,
             FuseOpcode.FUSE_READ: self._read,
@@ -102,6 +139,22 @@ class DeviceSession:
             FuseOpcode.FUSE_RELEASE: self._release,
             FuseOpcode.FUSE_INTERRUPT: self._interrupt,
         }
+
+    def suspend(self) -> SavedSession[Saved]:
+        """The session as plain values; it is not used any more."""
+        return SavedSession(
+            self._next_handle,
+            tuple((handle, found.suspend()) for handle, found in self._opens.items()),
+            tuple(self._waiting.values()),
+            tuple(self._polls.items()),
+        )
+
+    def resume(self, saved: SavedSession[Saved]) -> None:
+        """Goes on where *saved* was suspended; called once, before anything else."""
+        self._next_handle = saved.next_handle
+        self._opens = {handle: self._file.resume(found) for handle, found in saved.opens}
+        self._waiting = {unique_of(memoryview(message)): message for message in saved.waiting}
+        self._polls = dict(saved.polls)
 
     def receive(self, message: memoryview) -> bytes | None:
         """One kernel request; returns the reply, or None while there is none to give.
@@ -116,11 +169,14 @@ class DeviceSession:
         if handler is None:
             return error_reply(unique, errno.ENOSYS)
         try:
-            return handler(message, unique)
+            reply = handler(message, unique)
         except VtpmError as exc:
             return error_reply(unique, faults.errno_of(exc))
         except struct.error:  # the request is shorter than its structure
             return error_reply(unique, errno.EINVAL)
+        if reply is None and opcode not in _WITHOUT_REPLY:
+            self._waiting[unique] = bytes(message)
+        return reply
 
     def _handler(self, opcode: int, _nodeid: int) -> Handler | None:
         return self._handlers.get(opcode)
@@ -128,69 +184,78 @@ class DeviceSession:
     def wake(self) -> Iterator[bytes]:
         """After a change of the device: replies to waiting requests, then poll notifications."""
         bug: Exception | None = None
-        for unique, retry in list(self._waiting.items()):
+        for unique, message in list(self._waiting.items()):
             try:
-                body = retry()
-                message = None if body is None else reply_to(unique, body)
-            except VtpmError as exc:
-                message = error_reply(unique, faults.errno_of(exc))
+                reply = self._again(memoryview(message), unique)
             except Exception as exc:  # a bug of ours must not keep the others waiting
                 bug = exc
-                message = error_reply(unique, errno.EIO)
-            if message is not None:
+                reply = error_reply(unique, errno.EIO)
+            if reply is not None:
                 del self._waiting[unique]
-                yield message
-        while self._poll_handles:
-            wakeup = FusePollWakeup(self._poll_handles.pop()).pack(HOST)
+                yield reply
+        while self._polls:
+            wakeup = FusePollWakeup(self._polls.popitem()[0]).pack(HOST)
             yield _OUT.pack(_OUT.size + len(wakeup), FUSE_NOTIFY_POLL, 0) + wakeup
         if bug is not None:
             raise bug
 
+    def _again(self, message: memoryview, unique: int) -> bytes | None:
+        _, opcode, _, nodeid, *_ = _IN.unpack_from(message)
+        handler = self._handler(opcode, nodeid)
+        assert handler is not None  # noqa: S101  it was there when the request came
+        try:
+            return handler(message, unique)
+        except VtpmError as exc:
+            return error_reply(unique, faults.errno_of(exc))
+
+    def _of(self, handle: int) -> Open[Saved]:
+        found = self._opens.get(handle)
+        if found is None:  # the kernel sends none that it was not given
+            raise DeviceError(errno.EBADF)
+        return found
+
     # -- requests -------------------------------------------------------------------------
 
     def _write(self, message: memoryview, unique: int) -> bytes:
-        size = _TRANSFER.unpack_from(message, _IN.size)[2]
+        handle, _, size, *_ = _TRANSFER.unpack_from(message, _IN.size)
         data = bytes(message[_DATA_AT : _DATA_AT + size])
-        self._file.write(data)
+        self._of(handle).write(data)
         return _OUT.pack(_WRITE_REPLY_SIZE, 0, unique) + _WRITTEN.pack(len(data), 0)
 
     def _read(self, message: memoryview, unique: int) -> bytes | None:
-        _, _, size, _, _, flags, _ = _TRANSFER.unpack_from(message, _IN.size)
-        answer = self._file.read(size, nonblocking=bool(flags & os.O_NONBLOCK))
-        if isinstance(answer, bytes):
-            return reply_to(unique, answer)
-        self._waiting[unique] = answer
-        return None
+        handle, _, size, _, _, flags, _ = _TRANSFER.unpack_from(message, _IN.size)
+        data = self._of(handle).read(size, nonblocking=bool(flags & os.O_NONBLOCK))
+        return None if data is None else reply_to(unique, data)
 
     def _ioctl(self, message: memoryview, unique: int) -> bytes | None:
         request = FuseIoctlIn.unpack_untrusted(message[_IN.size :], HOST)
         start = _IN.size + FuseIoctlIn.SIZE
         argument = bytes(message[start : start + request.in_size])
-        answer = self._file.ioctl(request.cmd, argument)
-        if isinstance(answer, bytes):
-            return reply_to(unique, _IOCTL_DONE + answer)
-        retry = answer
-
-        def later() -> bytes | None:
-            result = retry()
-            return None if result is None else _IOCTL_DONE + result
-
-        self._waiting[unique] = later
-        return None
+        answer = self._of(request.fh).ioctl(request.cmd, argument, unique)
+        return None if answer is None else reply_to(unique, _IOCTL_DONE + answer)
 
     def _poll(self, message: memoryview, unique: int) -> bytes:
         request = FusePollIn.unpack_untrusted(message[_IN.size :], HOST)
+        events = self._of(request.fh).poll()
         if request.flags & FUSE_POLL_SCHEDULE_NOTIFY:
-            self._poll_handles.add(request.kh)
-        return reply_to(unique, FusePollOut(self._file.poll()).pack(HOST))
+            self._polls[request.kh] = request.fh
+        return reply_to(unique, FusePollOut(events).pack(HOST))
 
     def _open(self, _message: memoryview, unique: int) -> bytes:
-        self._file.open()
-        return reply_to(unique, _OPENED)
+        found = self._file.open()
+        handle = self._take_handle()
+        self._opens[handle] = found
+        return reply_to(unique, FuseOpenOut(handle, _DEVICE_FLAGS).pack(HOST))
 
-    def _release(self, _message: memoryview, unique: int) -> bytes:
-        self._file.release()
-        self._poll_handles.clear()
+    def _take_handle(self) -> int:
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        return handle
+
+    def _release(self, message: memoryview, unique: int) -> bytes:
+        handle = handle_of(message)
+        self._of(handle).release()
+        del self._opens[handle]
+        self._polls = {kernel: asked for kernel, asked in self._polls.items() if asked != handle}
         return reply_to(unique, b"")
 
     def _interrupt(self, message: memoryview, _unique: int) -> bytes | None:
@@ -228,6 +293,11 @@ def error_reply(unique: int, number: int) -> bytes:
 def unique_of(message: memoryview) -> int:
     """Which request a message is."""
     return int(_IN.unpack_from(message)[2])
+
+
+def handle_of(message: memoryview) -> int:
+    """Which open a request belongs to, where its body begins with that. Raises struct.error."""
+    return int(struct.unpack_from("=Q", message, _IN.size)[0])
 
 
 def reply_to(unique: int, body: bytes) -> bytes:

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from vtpm_cuse.errors import DeviceError
-from vtpm_cuse.proto.device import MAX_TRANSFER, DeviceSession, error_reply, read_init, reply_to
+from vtpm_cuse.proto.device import (
+    MAX_TRANSFER,
+    DeviceSession,
+    Saved,
+    error_reply,
+    handle_of,
+    read_init,
+    reply_to,
+)
 from vtpm_cuse.wire.fuse import (
     FUSE_ATOMIC_O_TRUNC,
     FUSE_KERNEL_VERSION,
@@ -36,7 +43,7 @@ from vtpm_cuse.wire.fuse import (
 from vtpm_cuse.wire.layout import HOST
 
 if TYPE_CHECKING:
-    from vtpm_cuse.proto.device import DeviceFile, Handler, Retry
+    from vtpm_cuse.proto.device import DeviceFile, Handler, SavedSession
 
 _IN = FuseInHeader.compiled(HOST)
 _DEVICE_ID: Final = 2
@@ -84,8 +91,8 @@ class Texts(Protocol):
     def size(self, path: str) -> int | None:
         """Bytes of a text, where that is known before it is read."""
 
-    def read(self, path: str) -> bytes | Retry:
-        """The text, or what to try again after a change. Raises VtpmError."""
+    def read(self, path: str) -> bytes | None:
+        """The text; None where that is to be tried again after a change. Raises VtpmError."""
 
 
 class Ownership(NamedTuple):
@@ -104,17 +111,18 @@ class Ownership(NamedTuple):
     since: int
 
 
-class FuseSession(DeviceSession):
+class FuseSession(DeviceSession[Saved]):
     """One mount: *name* is the device file's."""
 
-    def __init__(self, file: DeviceFile, texts: Texts, name: str, ownership: Ownership) -> None:
+    def __init__(
+        self, file: DeviceFile[Saved], texts: Texts, name: str, ownership: Ownership
+    ) -> None:
         super().__init__(file)
         self._texts = texts
         self._name = name
         self._ownership = ownership
         self._paths = ["", "", name]  # by node id; 0 is none
-        self._opens: dict[int, bytes] = {}
-        self._opened = 0
+        self._open_texts: dict[int, bytes] = {}
         self._tree_handlers: dict[int, Handler] = {
             FuseOpcode.FUSE_LOOKUP: self._lookup,
             FuseOpcode.FUSE_GETATTR: self._getattr,
@@ -133,6 +141,16 @@ class FuseSession(DeviceSession):
             FuseOpcode.FUSE_IOCTL: lambda _, unique: error_reply(unique, errno.ENOTTY),
             **dict.fromkeys(_CHANGES, self._refuse),
         }
+
+    def suspend(self) -> SavedSession[Saved]:
+        """With what the kernel's node ids stand for, and the texts that are open."""
+        texts = tuple(self._open_texts.items())
+        return super().suspend()._replace(paths=tuple(self._paths), texts=texts)
+
+    def resume(self, saved: SavedSession[Saved]) -> None:
+        """Goes on where *saved* was suspended; called once, before anything else."""
+        super().resume(saved)
+        self._paths, self._open_texts = list(saved.paths), dict(saved.texts)
 
     def _handler(self, opcode: int, nodeid: int) -> Handler | None:
         if nodeid == _DEVICE_ID and opcode in _BY_NODE:
@@ -238,35 +256,25 @@ class FuseSession(DeviceSession):
         request = FuseOpenIn.unpack_untrusted(message[_IN.size :], HOST)
         if request.flags & os.O_ACCMODE != os.O_RDONLY:
             raise DeviceError(errno.EACCES)
-        self._opened += 1
-        self._opens[self._opened] = b""
-        opened = FuseOpenOut(self._opened, FuseOpenFlag.FOPEN_DIRECT_IO)
-        return reply_to(unique, opened.pack(HOST))
+        handle = self._take_handle()
+        self._open_texts[handle] = b""
+        return reply_to(unique, FuseOpenOut(handle, FuseOpenFlag.FOPEN_DIRECT_IO).pack(HOST))
 
     def _read_text(self, message: memoryview, unique: int) -> bytes | None:
         path = self._path(message)
         request = FuseReadWriteIn.unpack_untrusted(message[_IN.size :], HOST)
-        answer = self._opens.get(request.fh, b"") if request.offset else self._texts.read(path)
-
-        def part(text: bytes) -> bytes:
-            if request.fh in self._opens:
-                self._opens[request.fh] = text
-            return text[request.offset : request.offset + request.size]
-
-        if isinstance(answer, bytes):
-            return reply_to(unique, part(answer))
-        retry = answer
-
-        def later() -> bytes | None:
-            text = retry()
-            return None if text is None else part(text)
-
-        self._waiting[unique] = later
-        return None
+        if request.offset:
+            text: bytes | None = self._open_texts.get(request.fh, b"")
+        else:
+            text = self._texts.read(path)
+        if text is None:
+            return None
+        if request.fh in self._open_texts:
+            self._open_texts[request.fh] = text
+        return reply_to(unique, text[request.offset : request.offset + request.size])
 
     def _release_text(self, message: memoryview, unique: int) -> bytes:
-        request = struct.unpack_from("=Q", message, _IN.size)
-        self._opens.pop(request[0], None)
+        self._open_texts.pop(handle_of(message), None)
         return reply_to(unique, b"")
 
     def _poll_text(self, _message: memoryview, unique: int) -> bytes:

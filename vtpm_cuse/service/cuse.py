@@ -49,9 +49,9 @@ class _CuseDevice(life.Interface):
             reason = f"Error: A device '/dev/{self._config.name}' already exists."
             raise UsageError(reason, _START_FAILED)
 
-        from vtpm_cuse.frontends.cuse import CuseChannel
+        from vtpm_cuse.frontends.cuse import CuseChannel, open_cuse
 
-        self._channel = CuseChannel()
+        self._channel = CuseChannel(open_cuse())
         self._undo.callback(self._channel.close)
 
     def _prepare_state(self) -> None:

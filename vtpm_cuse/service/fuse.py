@@ -13,7 +13,7 @@ from vtpm_cuse.service import life, logs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.device.opens import TpmDeviceFile
+    from vtpm_cuse.device.opens import SavedOpen, TpmDeviceFile
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.proto.fuse import FuseSession
@@ -79,7 +79,7 @@ class _FuseFile(life.Interface):
         finally:
             await server.settle()
 
-    def _session(self, vtpm: Vtpm, file: TpmDeviceFile) -> FuseSession:
+    def _session(self, vtpm: Vtpm, file: TpmDeviceFile) -> FuseSession[SavedOpen]:
         from vtpm_cuse import __version__
         from vtpm_cuse.device.attributes import TpmAttributes
         from vtpm_cuse.proto.fuse import FuseSession, Ownership
