@@ -13,7 +13,17 @@ import pytest
 
 from tests.support import ptm
 from tests.support.engine import echo
-from tests.support.kernel import INTERRUPT, IOCTL, OPEN, POLL, READ, RELEASE, FakeKernel, Machine
+from tests.support.kernel import (
+    INTERRUPT,
+    IOCTL,
+    OPEN,
+    POLL,
+    READ,
+    RELEASE,
+    FakeKernel,
+    Machine,
+    Reply,
+)
 from vtpm_cuse.device.attributes import TpmAttributes, is_attribute
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.proto.fuse import FuseSession, Ownership, init_reply
@@ -241,6 +251,21 @@ def test_text_in_pieces_is_one_snapshot(mount: Mount) -> None:
     assert part(5, 100) == b""
     assert part(0, 100) == b"1122\n"
     mount.at(mount.node("pcr-sha256/0")).call(RELEASE, struct.pack("=QIIQ", fh, 0, 0, 0))
+
+
+def test_texts_and_nodes_outlive_a_suspension(mount: Mount) -> None:
+    fh, _ = mount.open("pcr-sha256/0")
+    waits = mount.start_read("pcr-sha256/0", fh, 0, 2)
+    assert mount.kernel.result(waits) == Reply(0, b"AB")
+    node = mount.node("caps")
+    saved = mount.session.suspend()
+    mount.session = mount.kernel.session = mount.make_session()
+    mount.session.resume(saved)
+    mount.engine.script[0x17E] = lambda command: pcr_read(command, "1122")
+    waits = mount.start_read("pcr-sha256/0", fh, 2, 100)
+    assert mount.kernel.result(waits) == Reply(0, b"CD\n")
+    reply = mount.at(node).call(OPEN, struct.pack("=II", os.O_RDONLY, 0), out_size=16)
+    assert struct.unpack_from("=Q", reply.body)[0] == fh + 1
 
 
 def test_text_does_not_disturb_a_client(mount: Mount) -> None:
