@@ -19,6 +19,7 @@ CLOCK = tpm.TPM2_READ_CLOCK
 RANDOM = tpm.get_random(8)
 TPM12_CAPABILITIES = bytes.fromhex("00c10000001200000065000000060000 0000")
 SET_LOCALITY = bytes.fromhex("80020000000b20001000")
+RESET_PCR_20 = bytes.fromhex("80020000001b0000013d0000001400000009400000090000000000")
 
 OFF_2, OFF_12 = "80010000000a00000101", "00c40000000a00000009"
 
@@ -149,20 +150,22 @@ def test_errors_are_framed_too(server: Server, client: Client) -> None:
     assert said(server, prefixed(0, RANDOM[:5])) == "0000000a" + "80010000000a0000009a" + "00000000"
 
 
-def test_locality_of_a_prefix_is_unchecked_and_stays(tmp_path: Path) -> None:
-    """Visible in PCR_Reset of PCR 16, which all localities may but 4."""
-    reset_pcr = bytes.fromhex("80020000001b0000013d0000001000000009400000090000000000")
-    with Server(tmp_path, *RUNNING, "--locality", "reject-locality-4") as server:
+@pytest.mark.parametrize(("option", "refused"), [((), 5), (("--locality", "reject-locality-4"), 4)])
+def test_locality_of_a_prefix_is_checked_and_stays(
+    tmp_path: Path, option: tuple[str, ...], refused: int
+) -> None:
+    """Visible in PCR_Reset of PCR 20, which localities 2 and 4 may."""
+    with Server(tmp_path, *RUNNING, *option) as server:
         with server.data() as client:
-            assert tpm.code_of(client.command(reset_pcr)) == 0
-            client.send(prefixed(4, RANDOM))
+            assert tpm.code_of(client.command(RESET_PCR_20)) == 0x907
+            client.send(prefixed(2, RANDOM))
             client.exactly(28)
-            assert tpm.code_of(client.command(reset_pcr)) == 0x907
         with server.data() as client:
-            assert tpm.code_of(client.command(reset_pcr)) == 0x907
-            client.send(prefixed(17, RANDOM))
-            assert is_random(client.exactly(28)[4:24])
-            assert tpm.code_of(client.command(reset_pcr)) == 0
+            assert tpm.code_of(client.command(RESET_PCR_20)) == 0
+            for locality in (refused, 17, 32, 255):
+                client.send(prefixed(locality, RANDOM))
+                assert client.exactly(18)[4:14] == bytes.fromhex("80010000000a00000107")
+            assert tpm.code_of(client.command(RESET_PCR_20)) == 0
 
 
 # -- a TPM that is off ----------------------------------------------------------------------

@@ -40,7 +40,7 @@ def made(folder: Path, profile: str | None, how: str | None = None, *, tpm2: boo
 
 
 def active(vtpm: Vtpm) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(vtpm.engine.info(ACTIVE_PROFILE))
+    found: dict[str, Any] = json.loads(vtpm.info(ACTIVE_PROFILE))
     return dict(found["ActiveProfile"])
 
 

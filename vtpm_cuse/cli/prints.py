@@ -89,7 +89,7 @@ def info_of_state(flags: int, config: VtpmConfig) -> str | None:
     vtpm = make_vtpm(config)
     try:
         vtpm.start()
-        return vtpm.engine.info(flags) + "\n"
+        return vtpm.info(flags) + "\n"
     except PtmError:  # said by the vTPM itself
         return None
     finally:

@@ -125,7 +125,7 @@ class TpmAttributes:
             "running": self._vtpm.running,
             "open": self._file.is_open,
             "busy": self._file.busy,
-            "locality": self._vtpm.engine.locality,
+            "locality": self._vtpm.locality,
         }
         return f"{json.dumps(facts)}\n".encode()
 

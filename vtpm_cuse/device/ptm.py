@@ -136,7 +136,7 @@ class PtmService:
         self.shutdown_requested = True
 
     def _established(self, _request: WireStruct) -> WireStruct:
-        return PtmEstablishedResponse(PtmResult.TPM_SUCCESS, int(self.vtpm.engine.established()))
+        return PtmEstablishedResponse(PtmResult.TPM_SUCCESS, int(self.vtpm.established()))
 
     def _set_locality(self, request: PtmLocalityRequest) -> None:
         self.vtpm.set_locality(request.locality)
@@ -147,7 +147,7 @@ class PtmService:
     def _hash_data(self, request: PtmHashDataRequest) -> int:
         if request.length > len(request.data):
             raise PtmError(PtmResult.TPM_FAIL)
-        return self.vtpm.engine.hash_data(request.data[: request.length])
+        return self.vtpm.hash_data(request.data[: request.length])
 
     def _config(self, _request: WireStruct) -> WireStruct:
         return PtmConfigResponse(PtmResult.TPM_SUCCESS, self.vtpm.config_flags())
@@ -155,11 +155,11 @@ class PtmService:
     def _buffer_size(self, request: PtmBufferSizeRequest) -> WireStruct:
         if request.buffersize and self.vtpm.running:
             raise PtmError(PtmResult.TPM_BAD_ORDINAL)
-        sizes = self.vtpm.engine.buffer_size(request.buffersize)
+        sizes = self.vtpm.buffer_size(request.buffersize)
         return PtmBufferSizeResponse(PtmResult.TPM_SUCCESS, *sizes)
 
     def _info(self, request: PtmInfoRequest) -> WireStruct:
-        text = self.vtpm.engine.info(request.flags & 0x7FFFFFFF).encode() + b"\0"
+        text = self.vtpm.info(request.flags & 0x7FFFFFFF).encode() + b"\0"
         if request.offset >= len(text) - 1:
             raise PtmError(PtmResult.TPM_BAD_PARAMETER)
         part = text[request.offset : request.offset + PTM_INFO_SIZE]

@@ -45,6 +45,7 @@ from vtpm_cuse.wire.tpm import (
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
+    from vtpm_cuse.storage.base import Beside
     from vtpm_cuse.storage.sealed import SealedStore
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class Vtpm:
     def __init__(
         self, engine: Engine, store: SealedStore | None, options: VtpmOptions | None = None
     ) -> None:
-        self.engine = engine
-        self.store = store
+        self._engine = engine
+        self._store = store
         self.options = options or VtpmOptions()
         self.tpm2 = engine.tpm2
         self._profile = self.options.profile
@@ -114,7 +115,7 @@ class Vtpm:
     @property
     def running(self) -> bool:
         """Between `start` and `stop`."""
-        return self.engine.running
+        return self._engine.running
 
     def start(self, *, delete_volatile: bool = False) -> None:
         """Starts the TPM, or resets it; makes a new one only where no state exists.
@@ -130,7 +131,7 @@ class Vtpm:
         try:
             self._start(delete_volatile)
         except VtpmError as exc:
-            self.engine.stop()
+            self._engine.stop()
             log.error("Error: Could not initialize the TPM: %s", exc)
             raise PtmError(faults.tpm_result(exc), str(exc)) from exc
 
@@ -140,12 +141,12 @@ class Vtpm:
             # PEER: locks after a new TPM may have been made; two could do so at once.
             self.lock_storage(self._lock_retries)
         if self._profile is not None and self.tpm2:
-            self.engine.set_profile(self._profile)
+            self._engine.set_profile(self._profile)
         try:
-            self.engine.start()
+            self._engine.start()
         except VtpmError as exc:
             raise PtmError(self._start_result(exc), self._explained(exc)) from exc
-        if self._profile is not None and self.tpm2 and not self.engine.was_manufactured():
+        if self._profile is not None and self.tpm2 and not self._engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
@@ -177,16 +178,16 @@ class Vtpm:
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""
-        if self.store is None:
+        if self._store is None:
             raise PtmError(PtmResult.TPM_FAIL, "SWTPM_NVRAM_Init: Missing backend URI.")
-        return self.store
+        return self._store
 
     def stop(self) -> None:
         """Orderly TPM2_Shutdown where due, then power off. Harmless when stopped."""
         self._known.clear()
         if self.running:
             self._auto_shutdown()
-            self.engine.stop()
+            self._engine.stop()
 
     def startup(self, kind: TpmSu) -> None:
         """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
@@ -207,7 +208,7 @@ class Vtpm:
             return
         for kind in (TpmSu.TPM_SU_STATE, TpmSu.TPM_SU_CLEAR):
             try:
-                code = response_code(self.engine.process(shutdown_command(kind)))
+                code = response_code(self._engine.process(shutdown_command(kind)))
             except VtpmError as exc:
                 log.warning("Could not shut the TPM down in order: %s", exc)
                 return
@@ -224,7 +225,7 @@ class Vtpm:
 
     def process(self, command: bytes) -> bytes:
         """One command, one response; never raises: a fault becomes a TPM response."""
-        if not self.engine.running or (self._lock_pending and not self._take_state_back()):
+        if not self._engine.running or (self._lock_pending and not self._take_state_back()):
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         if len(command) < TPM_HEADER_SIZE:
             return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
@@ -249,7 +250,7 @@ class Vtpm:
 
     def _execute(self, command: bytes) -> bytes:
         try:
-            return self.engine.process(command)
+            return self._engine.process(command)
         except (StorageError, EngineError) as exc:
             log.error("The TPM could not finish a command: %s", exc)
         except Exception:  # a bug of ours must not take the device away
@@ -270,15 +271,15 @@ class Vtpm:
         # Any command may update a clock in the state, which may be another process' by now.
         if thread or self._hashing or self._lock_pending:
             raise DeviceError(errno.EBUSY)
-        before, self.engine.locality = self.engine.locality, 0
+        before, self._engine.locality = self._engine.locality, 0
         try:
-            return self.engine.process(command)
+            return self._engine.process(command)
         finally:
-            self.engine.locality = before
+            self._engine.locality = before
 
     def cancel(self) -> int:
         """Asks a running command to end early; returns the result code. From any thread."""
-        return self.engine.cancel()
+        return self._engine.cancel()
 
     def hurry(self) -> None:
         """The process wants to end: whatever runs or blocks is to end early. From any thread."""
@@ -294,42 +295,71 @@ class Vtpm:
             return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
         if not self.options.allow_set_locality:
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
-        try:
-            self.set_locality(command[TPM_HEADER_SIZE])
-        except PtmError:
-            return self._refusal(TpmRc.TPM_BAD_LOCALITY, TpmRc.TPM_RC_LOCALITY)
-        return response(TpmRc.TPM_SUCCESS, tpm2=self.tpm2)
+        refusal = self.enter_locality(command[TPM_HEADER_SIZE])
+        return refusal or response(TpmRc.TPM_SUCCESS, tpm2=self.tpm2)
+
+    # -- what the TPM can tell ------------------------------------------------------------
+
+    def info(self, flags: int) -> str:
+        """JSON text (TPMLIB_GetInfo); of a stopped TPM as well. Raises EngineError."""
+        return self._engine.info(flags)
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """Sets the buffer size in bytes (0 asks only): in use, smallest, largest."""
+        return self._engine.buffer_size(wanted)
+
+    def established(self) -> bool:
+        """The tpmEstablished bit. Raises EngineError."""
+        return self._engine.established()
 
     # -- locality and established bit -----------------------------------------------------
+
+    @property
+    def locality(self) -> int:
+        """Of the next command, 0 to 4."""
+        return self._engine.locality
 
     def set_locality(self, locality: int) -> None:
         """Locality of all later commands, 0 to 4. Raises PtmError."""
         if locality > 4 or (locality == 4 and self.options.reject_locality_4):
             raise PtmError(PtmResult.TPM_BAD_LOCALITY)
-        self.engine.locality = locality
+        self._engine.locality = locality
+
+    def enter_locality(self, locality: int) -> bytes | None:
+        """`set_locality` for what came with a command: the response to that if it is refused."""
+        try:
+            self.set_locality(locality)
+        except PtmError:
+            if self.running:  # else `process` has the better answer
+                return self._refusal(TpmRc.TPM_BAD_LOCALITY, TpmRc.TPM_RC_LOCALITY)
+        return None
 
     def hash_start(self) -> int:
         """Begins a measurement by the platform (TPM_IO_Hash_Start); returns the result code."""
         self.need_lock()  # it sets the tpmEstablished bit, which a TPM 1.2 stores
         self._hashing = True
-        return self.engine.hash_start()
+        return self._engine.hash_start()
+
+    def hash_data(self, data: bytes) -> int:
+        """Goes on with it; returns the result code."""
+        return self._engine.hash_data(data)
 
     def hash_end(self) -> int:
         """Ends it, which extends the PCR; returns the result code."""
         self._hashing = False
-        return self.engine.hash_end()
+        return self._engine.hash_end()
 
     def reset_established(self, locality: int) -> int:
         """Clears the tpmEstablished bit in *locality* (3 or 4 may); returns the result code."""
         if locality > 4:
             return PtmResult.TPM_BAD_LOCALITY
         self.need_lock()
-        before = self.engine.locality
-        self.engine.locality = locality
+        before = self._engine.locality
+        self._engine.locality = locality
         try:
-            return self.engine.reset_established()
+            return self._engine.reset_established()
         finally:
-            self.engine.locality = before
+            self._engine.locality = before
 
     # -- the lock, and its way to another host ---------------------------------------------
 
@@ -353,10 +383,10 @@ class Vtpm:
             StorageError: It could not be locked.
         """
         retries = min(retries, _LOCK_RETRIES_MAX)
-        if self.store is not None:
+        if self._store is not None:
             while True:
                 try:
-                    self.store.blobs.lock()
+                    self._store.blobs.lock()
                     break
                 except StateLocked:
                     if retries == 0 or self._hurried:
@@ -387,21 +417,26 @@ class Vtpm:
 
     def release_storage(self) -> None:
         """Lets the destination of a migration lock the state; the next command takes it back."""
-        if self.store is not None:
-            self.store.blobs.unlock()
+        if self._store is not None:
+            self._store.blobs.unlock()
             self._known.clear()
             self._lock_pending, self._lock_retries = True, _HANDOVER_RETRIES
 
     # -- state ----------------------------------------------------------------------------
 
+    def work_beside(self, beside: Beside) -> None:
+        """From now on, *beside* may be given what no answer has to wait for."""
+        if self._store is not None:
+            self._store.blobs.work_beside(beside)
+
     def config_flags(self) -> PtmConfigFlag:
         """Which keys are in use."""
-        return PtmConfigFlag(0) if self.store is None else self.store.config_flags
+        return PtmConfigFlag(0) if self._store is None else self._store.config_flags
 
     def store_volatile(self) -> None:
         """Writes the volatile state beside the permanent one. Raises VtpmError."""
         self.need_lock()
-        payload = self.engine.volatile_state()
+        payload = self._engine.volatile_state()
         self.need_store().store(StateType.VOLATILE.blob_name, payload)
 
     def export_blob(self, kind: int, *, decrypted: bool) -> tuple[PtmStateFlag, bytes]:
@@ -409,7 +444,7 @@ class Vtpm:
         store = self.need_store()
         state = self._state_type(kind, PtmResult.TPM_FAIL)
         if state is StateType.VOLATILE:
-            payload = self.engine.volatile_state()
+            payload = self._engine.volatile_state()
             # It is on its way to another TPM: no later start here may resume from a stored one.
             if not self._lock_pending:  # else the directory may be another process' by now
                 store.delete(state.blob_name, must_exist=False)
@@ -438,7 +473,7 @@ class Vtpm:
             # PEER: the next start then ends the process. Here a stored TPM stays as it is.
             log.warning("An empty permanent state was given; the stored one stays in use")
             return
-        self.engine.set_state(state, payload or None)
+        self._engine.set_state(state, payload or None)
 
     @staticmethod
     def _state_type(kind: int, unknown: PtmResult) -> StateType:
@@ -450,5 +485,5 @@ class Vtpm:
     def close(self) -> None:
         """`stop`, then gives up the store's lock and descriptors."""
         self.stop()
-        if self.store is not None:
-            self.store.blobs.close()
+        if self._store is not None:
+            self._store.blobs.close()

@@ -166,7 +166,10 @@ class SocketServer:
             async with self._turn:
                 pass
         if request.locality is not None:
-            vtpm.engine.locality = request.locality  # taken over unchecked, as the C suite does
+            # PEER: takes it over unchecked, past --locality reject-locality-4, too.
+            refusal = vtpm.enter_locality(request.locality)
+            if refusal is not None:
+                return refusal
         if not vtpm.is_long(request.command):
             return vtpm.process(request.command)
         async with self._turn:

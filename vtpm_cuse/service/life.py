@@ -180,8 +180,7 @@ class _Life:
         # Signals first: who finds the pid file may send one.
         with ending_signals(scope.cancel), self._pid_file.written():
             worker = self._enter_sandbox()
-            if vtpm.store is not None:
-                vtpm.store.blobs.work_beside(worker.beside)
+            vtpm.work_beside(worker.beside)
             try:
                 with scope:
                     gc.freeze()  # what start-up made stays

@@ -84,7 +84,7 @@ class EngineTpm:
 
     def info(self, flags: int) -> str:
         """JSON text."""
-        return self._vtpm.engine.info(flags)
+        return self._vtpm.info(flags)
 
     def cancel(self) -> None:
         """See `SetupTpm`. The running command is awaited: libtpms 0.9 can crash after a cancel."""
