@@ -28,7 +28,7 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "device": {"errors", "faults", "wire", "proto", "storage", "engine"},
     "client": {"errors", "faults", "wire", "proto"},
     "frontends": {"errors", "faults", "wire", "proto", "device"},
-    "manufacture": {"errors", "faults", "wire", "proto", "device"},
+    "manufacture": {"errors", "faults", "wire", "engine"},
     "service": {
         *{"errors", "faults", "wire", "proto", "storage", "engine", "device"},
         *{"frontends", "client", "manufacture"},

@@ -11,7 +11,7 @@ from tests.support.processes import in_child
 from vtpm_cuse.cli import prints
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.swtpm_cuse import PROGRAM
-from vtpm_cuse.engine import libtpms
+from vtpm_cuse.service import compose
 
 INFO = {
     "TPMFeatures": {"RSAKeySizes": [1024, 2048]},
@@ -34,8 +34,8 @@ def libtpms_with_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def engine(*, tpm2: bool) -> SimpleNamespace:
         return SimpleNamespace(tpm2=tpm2, has_profiles=True, info=lambda _flags: json.dumps(INFO))
 
-    monkeypatch.setattr(prints, "_engine", engine)
-    monkeypatch.setattr(libtpms, "supported_versions", lambda: {"1.2", "2.0"})
+    monkeypatch.setattr(compose, "bare_engine", engine)
+    monkeypatch.setattr(compose, "supported_versions", lambda: {"1.2", "2.0"})
 
 
 def test_nothing_asked() -> None:

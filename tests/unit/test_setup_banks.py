@@ -25,8 +25,19 @@ class NewerTpm:
                 return response(bytes.fromhex("01") + bytes(12), authorized=True)
         return response(b"")
 
-    def info(self, _flags: int) -> str:
+    tpm2 = True
+
+    def info(self, flags: int) -> str:
         return "{}"
+
+    def cancel(self) -> int:
+        return 0
+
+    def finish(self) -> dict[str, bytes]:
+        return {}
+
+    def close(self) -> None:
+        pass
 
 
 class Lines:

@@ -13,7 +13,7 @@ from vtpm_cuse.service.manufacturing import run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vtpm_cuse.service.manufacturing.tpms import SetupTpm
+    from vtpm_cuse.manufacture.plan import SetupTpm
 
 
 class Ended(BaseException):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.cli.commandline import CommandLine
     from vtpm_cuse.cli.table import Program
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine
+    from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.service.config import VtpmConfig
 
 _FEATURES: Final = 0x04
@@ -64,14 +64,18 @@ def asked_text(line: CommandLine) -> str | None:
     if line.has("print-states"):
         return _states(line)
     if line.has("print-profiles"):
-        engine = _engine(tpm2=settings.is_tpm2(line))
+        from vtpm_cuse.service.compose import bare_engine
+
+        engine = bare_engine(tpm2=settings.is_tpm2(line))
         return engine.info(_PROFILES) if engine.tpm2 and engine.has_profiles else "{}"
     return None
 
 
 def info(flags: int, *, tpm2: bool) -> str:
     """``--print-info``, of a TPM that is off. Raises EngineUnavailable."""
-    return _engine(tpm2=tpm2).info(flags) + "\n"
+    from vtpm_cuse.service.compose import bare_engine
+
+    return bare_engine(tpm2=tpm2).info(flags) + "\n"
 
 
 def info_of_state(flags: int, config: VtpmConfig) -> str | None:
@@ -96,13 +100,6 @@ def info_of_state(flags: int, config: VtpmConfig) -> str | None:
         vtpm.close()
 
 
-def _engine(*, tpm2: bool) -> LibtpmsEngine:
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine
-    from vtpm_cuse.storage.memory import MemoryStore
-
-    return LibtpmsEngine(tpm2=tpm2, nvram=MemoryStore())
-
-
 def _states(line: CommandLine) -> str:
     """Takes no lock: works while another process serves the state."""
     from vtpm_cuse.storage import open_store
@@ -116,7 +113,9 @@ def _states(line: CommandLine) -> str:
 
 
 def _capabilities(line: CommandLine) -> str:
-    engine = _engine(tpm2=settings.is_tpm2(line))
+    from vtpm_cuse.service.compose import bare_engine
+
+    engine = bare_engine(tpm2=settings.is_tpm2(line))
     features = ", ".join(f'"{verb}"' for verb in _verbs(line.program, engine))
     profiles = _profiles(engine) if engine.tpm2 and engine.has_profiles else {}
     return (
@@ -125,8 +124,8 @@ def _capabilities(line: CommandLine) -> str:
     )
 
 
-def _verbs(program: Program, engine: LibtpmsEngine) -> Iterator[str]:
-    from vtpm_cuse.engine.libtpms import supported_versions
+def _verbs(program: Program, engine: Engine) -> Iterator[str]:
+    from vtpm_cuse.service.compose import supported_versions
 
     for version in sorted(supported_versions()):
         yield f"tpm-{version}"
@@ -148,7 +147,7 @@ def _verbs(program: Program, engine: LibtpmsEngine) -> Iterator[str]:
 
 
 # Any: JSON whose shape is libtpms' to choose.
-def _profiles(engine: LibtpmsEngine) -> dict[str, Any]:
+def _profiles(engine: Engine) -> dict[str, Any]:
     found = json.loads(engine.info(_PROFILES | _ALGORITHMS | _COMMANDS))
 
     def described(part: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.tpm2 import RSA_BITS
 
 if TYPE_CHECKING:
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine
+    from vtpm_cuse.engine.base import Engine
 
 _FEATURES: Final = 0x04
 _PROFILES: Final = 0x40
@@ -54,7 +54,7 @@ class TpmMakers:
         """Of "1.2" and "2.0", those that can be made."""
         if self.command:
             return frozenset(v for v in ("1.2", "2.0") if f"tpm-{v}" in self._features)
-        from vtpm_cuse.engine.libtpms import supported_versions
+        from vtpm_cuse.service.compose import supported_versions
 
         return supported_versions()
 
@@ -111,11 +111,10 @@ class TpmMakers:
         return frozenset(map(str, _listed(answer, "features")))
 
     @cached_property
-    def _engine(self) -> LibtpmsEngine:
-        from vtpm_cuse.engine.libtpms import LibtpmsEngine
-        from vtpm_cuse.storage.memory import MemoryStore
+    def _engine(self) -> Engine:
+        from vtpm_cuse.service.compose import bare_engine
 
-        return LibtpmsEngine(tpm2=True, nvram=MemoryStore())
+        return bare_engine(tpm2=True)
 
 
 # Any: JSON of another program.

@@ -32,11 +32,35 @@ class Nvram(Protocol):
         """Removes the blob. Raises StorageError."""
 
 
-class Engine(Protocol):
-    """One TPM. All calls from one thread at a time; `cancel` alone may run beside `process`."""
+class Tpm(Protocol):
+    """Something that answers TPM commands: an engine, a chip, a manager, a TPM that is set up.
+
+    All calls from one thread at a time; `cancel` alone may run beside `process`.
+    """
+
+    @property
+    def tpm2(self) -> bool:
+        """Whether it is a TPM 2.0, else a TPM 1.2."""
+
+    def process(self, command: bytes) -> bytes:
+        """One command, one response. Raises VtpmError."""
+
+    def cancel(self) -> int:
+        """Asks a running command to end early; returns a result code. From any thread."""
+
+
+class Engine(Tpm, Protocol):
+    """A TPM of this process, with its power, its platform's wires and its state."""
 
     locality: int
-    tpm2: bool
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """The library's version: major, minor, micro."""
+
+    @property
+    def has_profiles(self) -> bool:
+        """Whether `set_profile` works."""
 
     @property
     def running(self) -> bool:
@@ -51,8 +75,11 @@ class Engine(Protocol):
     def process(self, command: bytes) -> bytes:
         """One command, one response. Raises EngineError; StorageError when a callback failed."""
 
-    def cancel(self) -> int:
-        """Asks a running command to end early; returns the result code."""
+    def set_debug(self, fd: int, level: int, prefix: str) -> None:
+        """Lets the library log to *fd*; level 0 is off."""
+
+    def close(self) -> None:
+        """Stops and gives everything up."""
 
     def hash_start(self) -> int:
         """TPM_IO_Hash_Start; returns the result code."""

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
+from vtpm_cuse.engine.base import Tpm
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,14 +128,21 @@ class TpmFacts:
             raise UsageError("Could not get the TPM spec and attribute parameters.") from exc
 
 
-class Tpm(Protocol):
-    """A TPM that is on and started, in this process or another."""
+class SetupTpm(Tpm, Protocol):
+    """A TPM on a state of its own, in this process or another; on and started.
 
-    def process(self, command: bytes) -> bytes:
-        """One command, one response. Raises OSError, VtpmError."""
+    `process` raises OSError, too, and KeyboardInterrupt after `cancel`, which ends the work with
+    the running command, or earlier.
+    """
 
     def info(self, flags: int) -> str:
         """JSON text (TPMLIB_GetInfo). Raises OSError, VtpmError."""
+
+    def finish(self) -> dict[str, bytes]:
+        """Powers the TPM off; returns its state as it is to be stored. Raises VtpmError."""
+
+    def close(self) -> None:
+        """Gives everything up."""
 
 
 class Certifier(Protocol):
@@ -154,6 +162,6 @@ class Reporter(Protocol):
         """Something that may take a while begins."""
 
 
-def find_facts(tpm: Tpm) -> TpmFacts:
+def find_facts(tpm: SetupTpm) -> TpmFacts:
     """Asks the TPM. Raises UsageError when it does not say."""
     return TpmFacts.from_json(tpm.info(INFO_SPECIFICATION | INFO_ATTRIBUTES))

@@ -12,7 +12,7 @@ from vtpm_cuse.wire import tpm12
 from vtpm_cuse.wire.tpm import TpmOrdinal
 
 if TYPE_CHECKING:
-    from vtpm_cuse.manufacture.plan import Certifier, Ownership, Reporter, SetupPlan, Tpm
+    from vtpm_cuse.manufacture.plan import Certifier, Ownership, Reporter, SetupPlan, SetupTpm
     from vtpm_cuse.wire.marshal import TpmStruct
 
 _EK_CERTIFICATE_INDEX: Final = 0x1000F000
@@ -47,7 +47,7 @@ class Tpm12Setup:
     """
 
     def __init__(
-        self, tpm: Tpm, plan: SetupPlan, certifier: Certifier | None, report: Reporter
+        self, tpm: SetupTpm, plan: SetupPlan, certifier: Certifier | None, report: Reporter
     ) -> None:
         self._tpm, self._plan, self._certifier, self._report = tpm, plan, certifier, report
         self.certificates: dict[str, bytes] = {}

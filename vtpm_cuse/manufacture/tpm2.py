@@ -22,7 +22,7 @@ from vtpm_cuse.wire.tpm import TpmCc, TpmSu, shutdown_command
 from vtpm_cuse.wire.tpm2 import EccPublic, PcrSelection, RsaPublic, Symmetric, TpmAlg
 
 if TYPE_CHECKING:
-    from vtpm_cuse.manufacture.plan import Certifier, Reporter, SetupPlan, Tpm
+    from vtpm_cuse.manufacture.plan import Certifier, Reporter, SetupPlan, SetupTpm
     from vtpm_cuse.wire.marshal import TpmStruct
     from vtpm_cuse.wire.tpm2 import Public, Response
 
@@ -176,7 +176,7 @@ class Tpm2Setup:
     """
 
     def __init__(
-        self, tpm: Tpm, plan: SetupPlan, certifier: Certifier | None, report: Reporter
+        self, tpm: SetupTpm, plan: SetupPlan, certifier: Certifier | None, report: Reporter
     ) -> None:
         self._tpm, self._plan, self._certifier, self._report = tpm, plan, certifier, report
         self._session = tpm2.PasswordSession()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
-from vtpm_cuse.engine.libtpms import LibtpmsEngine
+from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import PtmError, UsageError
 from vtpm_cuse.service import logs
 from vtpm_cuse.storage import open_store
@@ -16,9 +16,12 @@ from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
+    from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.service.config import VtpmConfig
     from vtpm_cuse.storage.base import StateStore
     from vtpm_cuse.storage.keys import Key, KeySource
+
+__all__ = ["bare_engine", "make_vtpm", "power_on", "supported_versions"]
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +66,25 @@ def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
     return Vtpm(engine, store, options)
 
 
-def _make_engine(config: VtpmConfig, nvram: SealedStore) -> LibtpmsEngine:
+def bare_engine(*, tpm2: bool) -> Engine:
+    """An engine without a TPM's state, to be asked what it can do.
+
+    Raises:
+        EngineUnavailable: libtpms is missing or cannot be such a TPM.
+    """
+    return LibtpmsEngine(tpm2=tpm2, nvram=MemoryStore())
+
+
+def _make_engine(config: VtpmConfig, nvram: SealedStore) -> Engine:
+    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=nvram)
     if config.pcap is None:
-        return LibtpmsEngine(tpm2=config.tpm2, nvram=nvram)
-    from vtpm_cuse.service.pcap import RecordedEngine
+        return engine
+    from vtpm_cuse.service.pcap import RecordedTpm
 
-    return RecordedEngine(tpm2=config.tpm2, nvram=nvram, pcap=config.pcap)
+    return cast("Engine", RecordedTpm(engine, config.pcap))  # it has all that the engine has
 
 
-def _profile(config: VtpmConfig, engine: LibtpmsEngine) -> str | None:
+def _profile(config: VtpmConfig, engine: Engine) -> str | None:
     if config.profile is None or not config.tpm2:
         return None
     from vtpm_cuse.service.profiles import profile_text

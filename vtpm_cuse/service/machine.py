@@ -191,11 +191,10 @@ def _findings(machine: Machine) -> Iterator[Finding]:
 
 
 def _library() -> Finding:
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
-    from vtpm_cuse.storage.memory import MemoryStore
+    from vtpm_cuse.service.compose import bare_engine, supported_versions
 
     try:
-        engine = LibtpmsEngine(tpm2=True, nvram=MemoryStore())
+        engine = bare_engine(tpm2=True)
         versions = " and ".join(sorted(supported_versions()))
     except EngineUnavailable as exc:
         return Finding("libtpms", State.MISSING, str(exc), "sudo apt-get install libtpms0")

@@ -6,53 +6,67 @@ import contextlib
 import os
 import secrets
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.wire.pcapng import Conversation, file_header
 
 if TYPE_CHECKING:
-    from vtpm_cuse.engine.base import Nvram
+    from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.service.config import PcapConfig
 
 _PORTS: Final = range(50000, 55000)
 _MICROSECOND: Final = 1000
 
 
-class RecordedEngine(LibtpmsEngine):
-    """An engine whose commands and responses are written down; a full disk does not stop it.
+class RecordedTpm:
+    """Any TPM whose commands and responses are written down; a full disk does not stop it.
+
+    What else the TPM can do, it does itself: this stands before it where it goes on and off.
 
     Raises:
         UsageError: The file cannot be opened.
     """
 
-    def __init__(self, *, tpm2: bool, nvram: Nvram, pcap: PcapConfig) -> None:
-        super().__init__(tpm2=tpm2, nvram=nvram)
+    def __init__(self, tpm: Engine, pcap: PcapConfig) -> None:
+        self._tpm = tpm
         self._pcap = _open(pcap)
         self._checksums = pcap.checksums
         self._talk = self._new_talk()
         self._write(file_header())
 
+    # Any: whatever the TPM behind has.
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._tpm, name)
+
+    @property
+    def locality(self) -> int:
+        """As the TPM's."""
+        return self._tpm.locality
+
+    @locality.setter
+    def locality(self, locality: int) -> None:
+        self._tpm.locality = locality
+
     def _new_talk(self) -> Conversation:
         return Conversation(secrets.choice(_PORTS), checksums=self._checksums)
 
     def start(self) -> None:
-        """As the engine's; each power-on is a connection of its own."""
-        super().start()
+        """As the TPM's; each power-on is a connection of its own."""
+        self._tpm.start()
         self._talk = self._new_talk()
         self._write(self._talk.begin(_now()))
 
     def stop(self) -> None:
-        """As the engine's; the connection ends too."""
-        if self.running:
+        """As the TPM's; the connection ends too."""
+        if self._tpm.running:
             self._write(self._talk.end(_now()))
-        super().stop()
+        self._tpm.stop()
 
     def process(self, command: bytes) -> bytes:
-        """As the engine's."""
+        """As the TPM's."""
         self._write(self._talk.command(command, _now()))
-        response = super().process(command)
+        response = self._tpm.process(command)
         self._write(self._talk.response(response, _now()))
         return response
 

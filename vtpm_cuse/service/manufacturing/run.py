@@ -19,11 +19,10 @@ from vtpm_cuse.service.manufacturing.tpms import ChildTpm, EngineTpm
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.manufacture.plan import Reporter
+    from vtpm_cuse.manufacture.plan import Reporter, SetupTpm
     from vtpm_cuse.service.manufacturing.certify import SetupCertifier
     from vtpm_cuse.service.manufacturing.config import SetupConfig
     from vtpm_cuse.service.manufacturing.state import Target
-    from vtpm_cuse.service.manufacturing.tpms import SetupTpm
 
 _FILE_MODE: Final = 0o640
 _JOIN_SECONDS: Final = 0.1

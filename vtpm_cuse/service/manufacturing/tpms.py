@@ -9,13 +9,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.errors import PtmError, StateMissing, UsageError, VtpmError, WireError
 from vtpm_cuse.service.config import VtpmConfig
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.wire.layout import BIG
-from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmSu
+from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmRc, TpmSu
 
 if TYPE_CHECKING:
     from vtpm_cuse.service.config import ProfileConfig
@@ -25,25 +25,6 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS: Final = 60.0
 _RESPONSE_MAX: Final = 1 << 16
-
-
-class SetupTpm(Protocol):
-    """A TPM on blobs of its own (`manufacture.plan.Tpm`)."""
-
-    def process(self, command: bytes) -> bytes:
-        """One command, one response."""
-
-    def info(self, flags: int) -> str:
-        """JSON text."""
-
-    def cancel(self) -> None:
-        """Ends the work at the end of the running command, or earlier. From any thread."""
-
-    def finish(self) -> dict[str, bytes]:
-        """Powers the TPM off; returns its state as it is to be stored. Raises VtpmError."""
-
-    def close(self) -> None:
-        """Gives everything up."""
 
 
 class EngineTpm:
@@ -60,7 +41,7 @@ class EngineTpm:
         self._canceled = False
         self._store = MemoryStore()
         self._store.blobs.update(blobs)
-        tpm2 = config.plan.tpm2
+        tpm2 = self.tpm2 = config.plan.tpm2
         self._vtpm = make_vtpm(
             VtpmConfig(tpm2=tpm2, profile=config.profile, key=config.key), self._store
         )
@@ -86,9 +67,10 @@ class EngineTpm:
         """JSON text."""
         return self._vtpm.info(flags)
 
-    def cancel(self) -> None:
+    def cancel(self) -> int:
         """See `SetupTpm`. The running command is awaited: libtpms 0.9 can crash after a cancel."""
         self._canceled = True
+        return TpmRc.TPM_SUCCESS
 
     def finish(self) -> dict[str, bytes]:
         """See `SetupTpm`."""
@@ -110,6 +92,7 @@ class ChildTpm:
 
     def __init__(self, config: SetupConfig, blobs: dict[str, bytes]) -> None:
         self._config = config
+        self.tpm2 = config.plan.tpm2
         self._blobs = blobs
         scheme, _, path = config.uri.partition("://")
         # Beside the state: confined emulators may write there, and perhaps nowhere else.
@@ -178,11 +161,12 @@ class ChildTpm:
         except PtmError:
             return "{}"  # an old emulator knows fewer flags
 
-    def cancel(self) -> None:
+    def cancel(self) -> int:
         """See `SetupTpm`."""
         self._canceled = True
         if self._process is not None:
             self._process.terminate()
+        return TpmRc.TPM_SUCCESS
 
     def finish(self) -> dict[str, bytes]:
         """See `SetupTpm`."""
