@@ -34,9 +34,9 @@ def installed(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     packages = next((venv / "lib").glob("python3*/site-packages"))
     (packages / "rest.pth").write_text("".join(f"{path}\n" for path in sys.path if path))
-    pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "install", "-q"]
-    options = ["--no-deps", "--no-index", "--no-build-isolation", "--no-warn-script-location"]
-    subprocess.run([*pip, *options, tree], check=True)
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", venv / "bin/python"]
+    options = ["-q", "--no-deps", "--no-index", "--no-build-isolation", "--no-warn-script-location"]
+    subprocess.run([*pip, "install", *options, tree], check=True)
     return venv / "bin"
 
 
