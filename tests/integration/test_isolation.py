@@ -205,3 +205,21 @@ def test_without_the_python_it_was_installed_for(tmp_path: Path, wheel: Path) ->
     assert done.returncode == 127
     assert f"{tmp_path}/vtpm-cuse-python" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["deploy/place", "kernel-helpers/lab", "kernel-helpers/tpm-device"]
+)
+def test_helpers_of_a_checkout_are_closed_too(name: str, foreign: Path) -> None:
+    (foreign / "argparse.py").write_text((foreign / "trio.py").read_text())
+    done = subprocess.run(
+        [ROOT / name, "--help"],
+        cwd=foreign,
+        env=variables(foreign, *VARIABLES),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert not (foreign.parent / "ran").exists()
