@@ -328,7 +328,7 @@ def test_profiles_are_understood(system: Path, venv: Path) -> None:
     place(system, venv)
     folder = system / "etc/apparmor.d"
     options = ["--skip-kernel-load", "--skip-cache", "--names"]
-    command = ["apparmor_parser", "-I", folder, *options, folder / "vtpm-cuse"]
+    command = ["apparmor_parser", "-I", str(folder), *options, str(folder / "vtpm-cuse")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "rror" not in done.stderr
     assert done.stdout.split() == ["swtpm-cuse", "swtpm-vtpm-proxy"]

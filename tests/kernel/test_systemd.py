@@ -432,6 +432,15 @@ def test_two_instances_have_two_users(systemd: Systemd, unit: str, neighbour: st
     assert owners <= set(TRANSIENT_USERS)
 
 
+@pytest.mark.parametrize("name", ["vtpm-with-dashes", "vtpm_of.a_name_that_is_very_long_indeed"])
+def test_an_instance_with_an_odd_name(systemd: Systemd, name: str) -> None:
+    unit = f"swtpm-cuse@{systemd.call('systemd-escape', name).stdout.strip()}.service"
+    systemd.systemctl("start", unit)
+    with opened(Path("/dev", name)) as fd:
+        assert code_of(exchange(fd, get_random(8))) == 0
+    systemd.systemctl("stop", unit)
+
+
 def test_a_state_of_the_one_user_of_before_goes_on(systemd: Systemd, unit: str) -> None:
     """As earlier versions left it: a folder in its place that the user vtpm-cuse owns."""
     systemd.systemctl("start", unit)
