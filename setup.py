@@ -16,6 +16,7 @@ PROGRAM: Final = """\
 folder=${{0%/*}}
 [ -e "$folder/{marker}" ] || folder=$(dirname "$(readlink -f "$0")")
 IFS= read -r python <"$folder/{marker}" || exit 127
+case $python in */sh) python="#!$folder/python3" ;; esac # some installers' way around a long path
 alone=-I
 [ "$folder" != "$HOME/.local/bin" ] || alone=-EP # where a user's own packages are, it is one of them
 exec "${{python#??}}" $alone "$0" "$@"

@@ -139,18 +139,16 @@ def test_a_tpm_serves_under_all_of_them(program: Words, foreign: Path) -> None:
     folder.mkdir()
     words = ["--tpm2", "--tpmstate", f"dir={folder}", "--ctrl", f"type=unixio,path={folder}/ctrl"]
     process = subprocess.Popen(
-        [*program, "socket", *words, "--server", f"type=unixio,path={folder}/data"],
+        [*program, "socket", *words, "--pid", f"file={folder}/pid"],
         cwd=foreign,
         env=variables(foreign, *VARIABLES),
         stderr=subprocess.PIPE,
     )
     try:
-        wait_until((folder / "ctrl").exists, "it listens", process=process)
+        wait_until((folder / "pid").exists, "it serves", process=process)
         with connect(folder / "ctrl") as client:
             assert client.control(GET_CAPABILITY, size=8)
-        assert Path(f"/proc/{process.pid}/comm").read_text() == f"{Path(program[-1]).name}\n" or (
-            Path(f"/proc/{process.pid}/comm").read_text() == "swtpm\n"
-        )
+        assert Path(f"/proc/{process.pid}/comm").read_text() in {"swtpm\n", "tpm\n"}
     finally:
         process.terminate()
         _, said = process.communicate()
@@ -193,6 +191,26 @@ def test_an_installation_of_the_users_own(tmp_path: Path, wheel: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "version" in done.stdout
+
+
+def test_an_installer_that_goes_by_way_of_a_shell(tmp_path: Path, wheel: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copy(wheel / "swtpm", folder)
+    (folder / "python3").symlink_to(wheel / "python3")
+    shutil.copy(wheel.parent / "pyvenv.cfg", tmp_path)
+    (tmp_path / "lib").symlink_to(wheel.parent / "lib")
+    text = "#!/bin/sh\n'''exec' '/a long path/python' \"$0\" \"$@\"\n' '''\n"
+    (folder / "vtpm-cuse-python").write_text(text)
+    done = subprocess.run(
+        [folder / "swtpm", "--version"],
+        env={"PYTHONHOME": "/x", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_the_python_it_was_installed_for(tmp_path: Path, wheel: Path) -> None:
