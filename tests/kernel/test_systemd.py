@@ -7,8 +7,11 @@ copied into the lab's file tree and taken out again by --uninstall, which is a t
 
 from __future__ import annotations
 
+import grp
+import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +40,54 @@ STATES = Path("/var/lib/vtpm-cuse")
 SETTINGS = Path("/etc/vtpm-cuse")
 UNITS = Path("/etc/systemd/system")
 SECRET = b"kept over a restart"
+TRANSIENT_USERS = range(61184, 65520)  # systemd's numbers for DynamicUser=
+VENV = Path("/usr/local/lib/vtpm-cuse/venv")
+
+# What one instance might do to another, each a way that works for root. Says which of them worked.
+PROBE = """\
+import json, os, pathlib, signal, stat, sys
+other, pid, major, minor = sys.argv[1], *map(int, sys.argv[2:])
+own = pathlib.Path(os.environ["STATE_DIRECTORY"])
+permall = f"vtpm-cuse/{other}/tpm2-00.permall"
+
+def read(path):
+    with open(path, "rb") as file:
+        file.read(1)
+
+def use(path):
+    os.close(os.open(path, os.O_RDWR))
+
+def make_node():
+    os.mknod(own / "node", stat.S_IFCHR | 0o600, os.makedev(major, minor))
+    use(own / "node")
+
+ways = {
+    "its own state": lambda: (own / "mine").write_text("x"),
+    "state": lambda: read(f"/var/lib/private/{permall}"),
+    "state by its link": lambda: read(f"/var/lib/{permall}"),
+    "state through the process": lambda: read(f"/proc/{pid}/root/var/lib/private/{permall}"),
+    "state, written": lambda: use(f"/var/lib/private/{permall}"),
+    "key": lambda: read(f"/etc/vtpm-cuse/{other}.key"),
+    "key in a folder": lambda: read(f"/etc/vtpm-cuse/{other}/key"),
+    "key through the process": lambda: read(f"/proc/{pid}/root/etc/vtpm-cuse/{other}.key"),
+    "settings": lambda: read(f"/etc/vtpm-cuse/{other}.env"),
+    "credential": lambda: read(f"/run/credentials/swtpm-cuse@{other}.service/state.key"),
+    "device": lambda: use(f"/dev/{other}"),
+    "device by a node of its own": make_node,
+    "signal": lambda: os.kill(pid, 0),
+    "signal by pidfd": lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 0),
+    "memory": lambda: use(f"/proc/{pid}/mem"),
+    "environment": lambda: read(f"/proc/{pid}/environ"),
+}
+worked = []
+for name, way in ways.items():
+    try:
+        way()
+    except OSError:
+        continue
+    worked.append(name)
+(own / "worked").write_text(json.dumps([worked, list(ways)]))
+"""
 
 # Not ours, slow, or at odds with a file tree that the lab's own process 1 set up.
 MASKED = (
@@ -166,6 +217,7 @@ def device_of(unit: str) -> Path:
 
 
 def state_of(unit: str) -> Path:
+    """Where a user looks; systemd has a link there."""
     return STATES / device_of(unit).name
 
 
@@ -199,14 +251,15 @@ def test_its_process_has_no_more_than_it_needs(systemd: Systemd, unit: str) -> N
         for line in (process / "status").read_text().splitlines()
         if ":\t" in line
     )
-    owner = pwd.getpwnam("vtpm-cuse")
-    assert status["Uid"].split() == [str(owner.pw_uid)] * 4
+    (user,) = set(status["Uid"].split())
+    assert int(user) in TRANSIENT_USERS
+    assert status["Gid"].split() == [str(grp.getgrnam("vtpm-cuse").gr_gid)] * 4
     assert {status[name].strip() for name in ("CapEff", "CapPrm", "CapBnd", "CapInh")} == {"0" * 16}
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
-    assert (process / "attr/current").read_text().strip() == "vtpm-cuse (enforce)"
+    assert (process / "attr/current").read_text().strip() == "swtpm-cuse (enforce)"
     state = state_of(unit)
-    assert (state.stat().st_uid, state.stat().st_mode & 0o777) == (owner.pw_uid, 0o700)
+    assert (state.stat().st_uid, state.stat().st_mode & 0o777) == (int(user), 0o700)
     assert {path.stat().st_mode & 0o777 for path in state.iterdir()} == {0o600}
 
 
@@ -301,6 +354,133 @@ def test_a_state_that_is_damaged_fails_the_start_and_stays(systemd: Systemd, uni
     assert state.read_bytes() == damaged
 
 
+@pytest.fixture
+def neighbour(systemd: Systemd) -> Iterator[str]:
+    """A running instance, with all kinds of secrets, that another is not to come near."""
+    name = "vtpm38"
+    unit = f"swtpm-cuse@{name}.service"
+    for path in (
+        SETTINGS / f"{name}.key",
+        SETTINGS / name / "key",
+        SETTINGS / f"{name}.credential",
+    ):
+        path.parent.mkdir(mode=0o750, exist_ok=True)
+        shutil.chown(path.parent, "root", "vtpm-cuse")
+        path.write_text("00112233445566778899aabbccddeeff")
+        path.chmod(0o640)
+        shutil.chown(path, "root", "vtpm-cuse")
+    options = f"--tpm2 --flags startup-clear --key file={SETTINGS / name}.key"
+    (SETTINGS / f"{name}.env").write_text(f"VTPM_OPTIONS={options}\n")
+    addition = UNITS / f"{unit}.d/key.conf"
+    addition.parent.mkdir(exist_ok=True)
+    addition.write_text(f"[Service]\nLoadCredential=state.key:{SETTINGS / name}.credential\n")
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", unit)
+    ask(unit, get_random(1))
+    yield unit
+    systemd.systemctl("stop", unit, status=None)
+
+
+def probe(neighbour: str, systemd: Systemd) -> list[str]:
+    """The command line of PROBE."""
+    program = VENV / "probe.py"
+    program.write_text(PROBE)
+    number = device_of(neighbour).stat().st_rdev
+    numbers = (systemd.show(neighbour, "MainPID"), os.major(number), os.minor(number))
+    words = [f"{VENV}/bin/python3", "-I", program, device_of(neighbour).name, *numbers]
+    return [str(word) for word in words]
+
+
+def test_root_can_do_to_an_instance_all_that_is_tried_below(
+    systemd: Systemd, neighbour: str, tmp_path: Path
+) -> None:
+    words = ["env", f"STATE_DIRECTORY={tmp_path}", *probe(neighbour, systemd)]
+    systemd.call(*words)
+    worked, tried = json.loads((tmp_path / "worked").read_text())
+    assert worked == tried
+
+
+@pytest.mark.parametrize("profile", ["with AppArmor", "without AppArmor"])
+@pytest.mark.parametrize("kind", ["swtpm-cuse@vtpm39", "swtpm-vtpm-proxy@vtpm39"])
+def test_one_instance_can_do_nothing_to_another(
+    systemd: Systemd, neighbour: str, kind: str, profile: str
+) -> None:
+    """Even before it has shut itself in: another program is run as the unit's would be."""
+    addition = UNITS / f"{kind}.service.d/probe.conf"
+    addition.parent.mkdir(exist_ok=True)
+    settings = (
+        f"Type=oneshot\nRestart=no\nExecStart=\nExecStart={' '.join(probe(neighbour, systemd))}"
+    )
+    off = "AppArmorProfile=\n" if profile == "without AppArmor" else ""
+    addition.write_text(f"[Service]\n{settings}\n{off}")
+    systemd.systemctl("daemon-reload")
+    try:
+        systemd.systemctl("start", kind)
+        worked, _ = json.loads((STATES / "vtpm39/worked").read_text())
+        assert worked == ["its own state"]
+    finally:
+        shutil.rmtree(addition.parent)
+        systemd.systemctl("daemon-reload")
+        shutil.rmtree((STATES / "vtpm39").resolve())
+    assert systemd.show(neighbour, "ActiveState") == "active"
+
+
+def test_two_instances_have_two_users(systemd: Systemd, unit: str, neighbour: str) -> None:
+    systemd.systemctl("start", unit)
+    owners = {state_of(name).stat().st_uid for name in (unit, neighbour)}
+    assert len(owners) == 2
+    assert owners <= set(TRANSIENT_USERS)
+
+
+@pytest.mark.parametrize("name", ["vtpm-with-dashes", "vtpm_of.a_name_that_is_very_long_indeed"])
+def test_an_instance_with_an_odd_name(systemd: Systemd, name: str) -> None:
+    unit = f"swtpm-cuse@{systemd.call('systemd-escape', name).stdout.strip()}.service"
+    systemd.systemctl("start", unit)
+    with opened(Path("/dev", name)) as fd:
+        assert code_of(exchange(fd, get_random(8))) == 0
+    systemd.systemctl("stop", unit)
+
+
+def test_a_state_of_the_one_user_of_before_goes_on(systemd: Systemd, unit: str) -> None:
+    """As earlier versions left it: a folder in its place that the user vtpm-cuse owns."""
+    systemd.systemctl("start", unit)
+    ask(unit, nv_define(NV_INDEX, len(SECRET)))
+    ask(unit, nv_write(NV_INDEX, SECRET))
+    systemd.systemctl("stop", unit)
+    link = state_of(unit)
+    folder = link.resolve()
+    link.unlink()
+    folder.rename(link)
+    shutil.chown(STATES, "vtpm-cuse", "vtpm-cuse")
+    for path in (link, *link.iterdir()):
+        shutil.chown(path, "vtpm-cuse", "vtpm-cuse")
+    systemd.systemctl("start", unit)
+    assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
+    assert {path.stat().st_uid for path in state_of(unit).iterdir()} <= set(TRANSIENT_USERS)
+
+
+def test_a_client_that_is_not_root_is_served(systemd: Systemd, unit: str) -> None:
+    systemd.systemctl("start", unit)
+    systemd.call("udevadm", "settle")
+    user = pwd.getpwnam("tss")
+    as_tss = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
+    done = systemd.call(*as_tss, "tpm2_getrandom", "-T", f"device:{device_of(unit)}", "--hex", "4")
+    assert len(done.stdout.strip()) == 8
+
+
+def test_a_deployed_program_sees_nothing_of_the_callers_python(
+    systemd: Systemd, tmp_path: Path
+) -> None:
+    for name in ("trio", "sitecustomize", "vtpm_cuse"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(77)\n")
+    compiled = sum(1 for _ in VENV.rglob("*.pyc"))
+    for variable in ("PYTHONHOME=/x", f"PYTHONPATH={tmp_path}", "PYTHONMALLOC=x", "PYTHONUTF8=x"):
+        call = ("env", "-C", str(tmp_path), variable, "/usr/local/bin/swtpm", "--version")
+        done = systemd.call(*call)
+        assert ("vtpm-cuse" in done.stdout, done.stderr) == (True, "")
+    assert sum(1 for _ in VENV.rglob("*.pyc")) == compiled
+
+
 def test_the_proxys_unit_is_a_tpm_of_the_kernels(systemd: Systemd) -> None:
     unit = "swtpm-vtpm-proxy@a.service"
     before = set(Path("/dev").glob("tpm*"))
@@ -314,8 +494,11 @@ def test_the_proxys_unit_is_a_tpm_of_the_kernels(systemd: Systemd) -> None:
         assert plain.stat().st_uid == pwd.getpwnam("tss").pw_uid  # by the rules of tpm-udev
         with opened(managed) as fd:
             assert code_of(exchange(fd, get_random(8))) == 0
-        status = Path(f"/proc/{systemd.main_pid(unit)}/status").read_text()
-        assert f"Uid:\t{pwd.getpwnam('vtpm-cuse').pw_uid}\t" in status
+        process = Path(f"/proc/{systemd.main_pid(unit)}")
+        assert (
+            int(re.findall(r"Uid:\t(\d+)", (process / "status").read_text())[0]) in TRANSIENT_USERS
+        )
+        assert (process / "attr/current").read_text().strip() == "swtpm-vtpm-proxy (enforce)"
     finally:
         systemd.systemctl("stop", unit)
     wait_until(lambda: not plain.exists(), "the kernel takes them away")

@@ -21,16 +21,16 @@ ROOT = Path(__file__).parents[2]
 parametrized = pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)
 
 
-def console_scripts() -> dict[str, str]:
+def installed() -> dict[str, str]:
     """Installed programs, name to module."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
-    rows = config["options.entry_points"]["console_scripts"].strip().splitlines()
+    rows = config["options.entry_points"]["vtpm_cuse.programs"].strip().splitlines()
     pairs = (row.partition("=") for row in rows)
     return {name.strip(): target.strip().partition(":")[0] for name, _, target in pairs}
 
 
-@pytest.mark.parametrize(("name", "module"), console_scripts().items())
+@pytest.mark.parametrize(("name", "module"), installed().items())
 def test_every_installed_program_is_registered(name: str, module: str) -> None:
     assert module in MODULES
     program = program_of(module)
@@ -39,7 +39,7 @@ def test_every_installed_program_is_registered(name: str, module: str) -> None:
 
 def test_every_registered_program_can_be_started() -> None:
     chosen = {f"swtpm {sub.name}" for sub in program_of("vtpm_cuse.cli.swtpm").subcommands}
-    assert {p.name for p in programs()} <= chosen | set(console_scripts())
+    assert {p.name for p in programs()} <= chosen | set(installed())
 
 
 def test_every_subcommand_is_registered() -> None:

@@ -1,0 +1,241 @@
+"""Programs run alike whatever the caller's environment and folder say to Python, however installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.support.sockets import GET_CAPABILITY, connect
+from tests.support.waiting import wait_until
+
+ROOT: Final = Path(__file__).parents[2]
+SOURCES: Final = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+FOREIGN: Final = ("trio", "cffi", "vtpm_cuse", "sitecustomize", "usercustomize")
+
+Words = list[str]
+
+
+def installed(folder: Path) -> Path:
+    """A venv with the package as pip installs it, and the dependencies of this one."""
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "_libtpms.py")
+    shutil.copytree(ROOT / "vtpm_cuse", tree / "vtpm_cuse", ignore=ignored)
+    (tree / "deploy").mkdir()
+    for name in (*SOURCES, "deploy/vtpm-cuse-python"):
+        shutil.copy(ROOT / name, tree / name)
+    # Paths that no line with #! could name.
+    venv = folder / f"a venv {'x' * 200}" / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    packages = next((venv / "lib").glob("python3*/site-packages"))
+    (packages / "rest.pth").write_text("".join(f"{path}\n" for path in sys.path if path))
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", venv / "bin/python"]
+    options = ["-q", "--no-deps", "--no-index", "--no-build-isolation", "--no-warn-script-location"]
+    subprocess.run([*pip, "install", *options, tree], check=True)
+    return venv / "bin"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(tmp_path_factory.mktemp("isolation"))
+
+
+@pytest.fixture(params=["installed", "linked", "deployed", "venv"])
+def program(request: pytest.FixtureRequest, tmp_path: Path) -> Words:
+    """What is executed for "swtpm" in each form."""
+    if request.param == "venv":
+        return [str(Path(sys.executable).parent / "swtpm")]
+    bin_: Path = request.getfixturevalue("wheel")
+    if request.param == "installed":
+        return [str(bin_ / "swtpm")]
+    if request.param == "linked":
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links/tpm").symlink_to(bin_ / "swtpm")
+        return [str(tmp_path / "links/tpm")]
+    system = tmp_path / "system"
+    system.mkdir()
+    subprocess.run([ROOT / "deploy/place", "--root", system, bin_.parent], check=True)
+    # Its first line names the place where it will be, so what the kernel does is done here.
+    path = system / "usr/local/bin/swtpm"
+    python, options = path.read_text().splitlines()[0].removeprefix("#!").split(" ")
+    return [f"{system}{python}", options, str(path)]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A folder of modules that tell when they are run, as those of a user's home are found too."""
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    for folder in (tmp_path / "foreign", tmp_path / f"home/.local/lib/{version}/site-packages"):
+        folder.mkdir(parents=True)
+        for name in FOREIGN:
+            text = f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise SystemExit(77)\n"
+            (folder / f"{name}.py").write_text(text)
+    return tmp_path / "foreign"
+
+
+VARIABLES: Final = {
+    "PYTHONHOME": "/x",
+    "PYTHONPATH": "FOREIGN",
+    "PYTHONSTARTUP": "FOREIGN/trio.py",
+    "PYTHONUSERBASE": "HOME/.local",
+    "PYTHONINSPECT": "1",
+    "PYTHONWARNINGS": "error",
+    "PYTHONMALLOC": "none such",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONPYCACHEPREFIX": "FOREIGN/cache",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONPLATLIBDIR": "x",
+    "PYTHONUTF8": "none such",
+    "PYTHONHASHSEED": "none such",
+    "PYTHONIOENCODING": "none such",
+    "PYTHONINTMAXSTRDIGITS": "none such",
+    "PYTHONTRACEMALLOC": "none such",
+    "PYTHONOPTIMIZE": "2",
+    "PYTHONVERBOSE": "1",
+    "PYTHONDEVMODE": "1",
+    "PYTHONPROFILEIMPORTTIME": "1",
+    "PYTHONDUMPREFS": "1",
+}
+
+
+def variables(foreign: Path, *names: str) -> dict[str, str]:
+    home = str(foreign.parent / "home")
+    values = {name: VARIABLES[name] for name in names}
+    for name, value in values.items():
+        values[name] = value.replace("FOREIGN", str(foreign)).replace("HOME", home)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**clean, "HOME": home, **values}
+
+
+def test_the_variables_and_folders_do_matter_to_python(foreign: Path) -> None:
+    """So that the tests below can fail."""
+    found = []
+    for name in VARIABLES:
+        call = [sys.executable, "-c", "import trio"]
+        done = subprocess.run(call, env=variables(foreign, name), capture_output=True, check=False)
+        found += [name] if done.returncode or done.stderr else []
+    assert {"PYTHONHOME", "PYTHONPATH", "PYTHONMALLOC", "PYTHONUTF8", "PYTHONVERBOSE"} <= set(found)
+
+
+def test_no_variable_of_python_is_seen(program: Words, foreign: Path) -> None:
+    call = [*program, "--version"]
+    plain = subprocess.run(call, env=variables(foreign), capture_output=True, check=True)
+    for name in VARIABLES:
+        done = subprocess.run(
+            call, cwd=foreign, env=variables(foreign, name), capture_output=True, check=False
+        )
+        assert (name, done.returncode, done.stdout, done.stderr) == (name, 0, plain.stdout, b"")
+    assert not (foreign.parent / "ran").exists()
+    assert not (foreign / "cache").exists()
+
+
+def test_a_tpm_serves_under_all_of_them(program: Words, foreign: Path) -> None:
+    folder = foreign.parent / "tpm"
+    folder.mkdir()
+    words = ["--tpm2", "--tpmstate", f"dir={folder}", "--ctrl", f"type=unixio,path={folder}/ctrl"]
+    process = subprocess.Popen(
+        [*program, "socket", *words, "--pid", f"file={folder}/pid"],
+        cwd=foreign,
+        env=variables(foreign, *VARIABLES),
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_until((folder / "pid").exists, "it serves", process=process)
+        with connect(folder / "ctrl") as client:
+            assert client.control(GET_CAPABILITY, size=8)
+        assert Path(f"/proc/{process.pid}/comm").read_text() in {"swtpm\n", "tpm\n"}
+    finally:
+        process.terminate()
+        _, said = process.communicate()
+    assert said == b""
+    assert not (foreign.parent / "ran").exists()
+
+
+def test_programs_see_their_words_as_they_are(wheel: Path, tmp_path: Path) -> None:
+    """The line is not read by a shell once more; nor are standard files that are closed filled."""
+    words = ["a b", "$HOME", "`id`", "", "*", "\\", "'\""]
+    for word in words:
+        done = subprocess.run(
+            [wheel / "swtpm", "socket", f"--tpmstate=dir={tmp_path}/{word}x,{word}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_installation_of_the_users_own(tmp_path: Path, wheel: Path) -> None:
+    """Its packages are in the user's home, so there they are looked for."""
+    home = tmp_path / "home"
+    (home / ".local/bin").mkdir(parents=True)
+    base = next(Path(sys.base_prefix, "bin").glob(f"python3.{sys.version_info[1]}"))
+    packages = home / f".local/lib/python3.{sys.version_info[1]}/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "all.pth").write_text("".join(f"{path}\n" for path in sys.path if path))
+    shutil.copy(wheel / "swtpm", home / ".local/bin")
+    (home / ".local/bin/vtpm-cuse-python").write_text(f"#!{base}\n")
+    done = subprocess.run(
+        [home / ".local/bin/swtpm", "--version"],
+        env={"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONHOME": "/x"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "version" in done.stdout
+
+
+def test_an_installer_that_goes_by_way_of_a_shell(tmp_path: Path, wheel: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    shutil.copy(wheel / "swtpm", folder)
+    (folder / "python3").symlink_to(wheel / "python3")
+    shutil.copy(wheel.parent / "pyvenv.cfg", tmp_path)
+    (tmp_path / "lib").symlink_to(wheel.parent / "lib")
+    text = "#!/bin/sh\n'''exec' '/a long path/python' \"$0\" \"$@\"\n' '''\n"
+    (folder / "vtpm-cuse-python").write_text(text)
+    done = subprocess.run(
+        [folder / "swtpm", "--version"],
+        env={"PYTHONHOME": "/x", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_the_python_it_was_installed_for(tmp_path: Path, wheel: Path) -> None:
+    shutil.copy(wheel / "swtpm", tmp_path)
+    done = subprocess.run(
+        [tmp_path / "swtpm"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 127
+    assert f"{tmp_path}/vtpm-cuse-python" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["deploy/place", "kernel-helpers/lab", "kernel-helpers/tpm-device"]
+)
+def test_helpers_of_a_checkout_are_closed_too(name: str, foreign: Path) -> None:
+    (foreign / "argparse.py").write_text((foreign / "trio.py").read_text())
+    done = subprocess.run(
+        [ROOT / name, "--help"],
+        cwd=foreign,
+        env=variables(foreign, *VARIABLES),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert not (foreign.parent / "ran").exists()
