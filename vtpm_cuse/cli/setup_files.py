@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import make_folders, write_output
 from vtpm_cuse.manufacture import configfile
 from vtpm_cuse.manufacture.casettings import (
     CONFIG_NAME,
@@ -15,7 +16,6 @@ from vtpm_cuse.manufacture.casettings import (
     STATE_FOLDER,
     machine_maker,
 )
-from vtpm_cuse.manufacture.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -87,10 +87,11 @@ def create_config_files(how: str) -> Iterator[str]:
                 if "skip-if-exist" in words:
                     return
                 raise UsageError(f"File {path} already exists. Refusing to overwrite.")
-    os.makedirs(_ca_directory(directory), exist_ok=True)
+    make_folders(directory, 0o700)  # as the specification of XDG_CONFIG_HOME wants it
+    make_folders(_ca_directory(directory), 0o750)
     for path, text in texts.items():
         yield path
-        replace_file(path, text, 0o666)
+        write_output(path, text, 0o644)
 
 
 def _ca_directory(directory: str) -> str:

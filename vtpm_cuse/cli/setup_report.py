@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import stat
 import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.program import complain
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import open_log
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -85,14 +86,10 @@ class SetupReport:
 
 def _open(path: str) -> int:
     try:
-        if stat.S_ISLNK(os.lstat(path).st_mode):
-            raise UsageError("Logfile must not be a symlink.")
-    except OSError:
-        pass  # what is wrong, if anything, is found out below
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, _MODE)
+        return open_log(path, _MODE)
     except OSError as exc:
+        if exc.errno == errno.ELOOP and os.path.islink(path):
+            raise UsageError("Logfile must not be a symlink.") from exc
         raise _unwritable(path, exc) from exc
 
 

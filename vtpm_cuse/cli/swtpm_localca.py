@@ -103,7 +103,7 @@ def _run(words: list[str]) -> int:
 
 
 def _issue(line: CommandLine, report: SetupReport) -> None:
-    from vtpm_cuse.manufacture.files import write_output
+    from vtpm_cuse.files import write_output
     from vtpm_cuse.manufacture.localca import LocalCa
 
     order = _order(line)

@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.manufacture.files import replace_file
+from vtpm_cuse.files import write_output
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
 from vtpm_cuse.manufacture.tpm12 import Tpm12Setup
 from vtpm_cuse.service.manufacturing.certify import make_certifier
@@ -113,6 +113,6 @@ def write_copies(directory: str, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         path = os.path.join(directory, name)
         try:
-            replace_file(path, data, _FILE_MODE)
+            write_output(path, data, _FILE_MODE)
         except OSError as exc:
             raise UsageError(f"Error writing to {path}: {exc.strerror}") from exc
