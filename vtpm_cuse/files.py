@@ -47,6 +47,8 @@ def read_small(path: str, *, streams: bool = False) -> bytes:
     """
     with open(_open_to_read(path, streams=streams), "rb") as file:
         data = file.read(_SMALL + 1)
+        if not data and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.ENODATA, "it is a pipe that nobody writes to", path)
     if len(data) > _SMALL:
         raise ValueError(f"it has more than {_SMALL} bytes")
     return data

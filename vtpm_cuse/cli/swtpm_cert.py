@@ -13,6 +13,7 @@ from vtpm_cuse.cli.numbers import number
 from vtpm_cuse.cli.program import PEER_VERSION, complain, run_program, version_text
 from vtpm_cuse.cli.table import Example, Option, Program, Term
 from vtpm_cuse.errors import CertificateError, UsageError
+from vtpm_cuse.service import secrecy
 
 if TYPE_CHECKING:
     from vtpm_cuse.manufacture.certificates import CertificateKind, CertificateRequest, Issuer
@@ -145,6 +146,7 @@ def _certify(line: CommandLine) -> None:
 
     from vtpm_cuse.manufacture.certificates import Validity, tcg_header, tpm_certificate
 
+    secrecy.hide_process()  # before keys and passwords are in memory
     request = _request(line)
     serial, days = _serial(line), _days(line)
     certificate = tpm_certificate(

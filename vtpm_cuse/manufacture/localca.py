@@ -127,6 +127,11 @@ class LocalCa:
         ca.check()
         return ca
 
+    @property
+    def tpm(self) -> Mapping[str, str]:
+        """What its options say of TPMs: see `CaProfile`."""
+        return self._profile.tpm
+
     def check(self) -> None:
         """Opens the CA if it is there, and sees whether it can be made if not. Writes nothing.
 

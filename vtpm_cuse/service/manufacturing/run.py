@@ -51,6 +51,8 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
         setup = kind(tpm, config.plan, certifier, report)
 
         def work() -> None:
+            if certifier is not None:
+                certifier.begin()
             tpm.start()
             setup.run()
 
@@ -95,7 +97,10 @@ def _interruptible(
     for number in handlers:
         signal.signal(number, end)
     thread = threading.Thread(target=guarded)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        failed.append(UsageError(f"{exc}; the limit of processes may be too low (ulimit -u)"))
     while thread.is_alive():  # a signal just before a join waits for the end of that
         thread.join(_JOIN_SECONDS)
     if came:
