@@ -18,7 +18,7 @@ from vtpm_cuse.manufacture.keys import PrivateKey, PublicKey
 if TYPE_CHECKING:
     from pathlib import Path
 
-MUTATIONS: Final = 1500
+MUTATIONS: Final = 1000
 RSA_KIND = bytes.fromhex("06092a864886f70d010101")
 ML_DSA = bytes.fromhex("06092a864886f70d01017f")  # as long, and nobody's
 
@@ -69,7 +69,7 @@ def test_an_issuer_that_is_damaged_inside_is_named(old: bytes, new: bytes, tmp_p
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_mutated_issuer_is_more_than_one_line(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)  # noqa: S311
     ca = make_ca(tmp_path / "ca")

@@ -145,7 +145,7 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file that is mounted from elsewhere."""
     (tmp_path / "source").write_bytes(b"old content")
     (tmp_path / "place").touch()
-    words = ["mount", "--bind", tmp_path / "source", tmp_path / "place"]
+    words: list[str | Path] = ["mount", "--bind", tmp_path / "source", tmp_path / "place"]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"needs mount: {done.stderr.strip()}")
