@@ -112,6 +112,10 @@ def _run(words: list[str]) -> int:
             # PEER: -v shows the help, too, and ends with status 1.
             print(help_text(PROGRAM) if "help" in given else PROGRAM.banner + "\n", end="")
             return 0
+    if "u" in given:
+        from vtpm_cuse.service.secrecy import hide_process
+
+        hide_process()  # before there is a password for the platform
     tpm2 = "tpm2" in given
     try:
         return _send(_address(given), list(steps(_wanted(given), tpm2_=tpm2)), tpm2=tpm2)

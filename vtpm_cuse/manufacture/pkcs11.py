@@ -8,6 +8,7 @@ does it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shlex
@@ -110,8 +111,7 @@ class TokenKey:
         try:
             import pkcs11
         except ImportError as exc:
-            command = f"{shlex.quote(sys.executable)} -m pip install python-pkcs11"
-            raise self._error(f"it needs python-pkcs11; type: {command}") from exc
+            raise self._error(f"it needs python-pkcs11; type: {_installing()}") from exc
         try:
             for token in self._tokens():
                 pin = self._pin.decode() if self._pin is not None else None
@@ -169,6 +169,13 @@ class TokenKey:
 
     def _error(self, reason: str) -> CertificateError:
         return CertificateError(f"Could not import pkcs11 key {self.name}", reason)
+
+
+def _installing() -> str:
+    python = shlex.quote(sys.executable)
+    own = importlib.util.find_spec("pip") is not None  # a deployed one has none
+    pip = f"{python} -m pip" if own else f"python3 -m pip --python {python}"
+    return f"{pip} install python-pkcs11"
 
 
 def _same(found: str | bytes, wanted: bytes) -> bool:
