@@ -206,6 +206,7 @@ def test_nobody_looks_into_a_process_that_has_a_state(
 def test_a_pipe_in_place_of_a_state_is_not_waited_for(
     command: str, tool: Tool, tmp_path: Path
 ) -> None:
+    tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] = b"seeds"
     os.mkfifo(tmp_path / "pipe")
     status, output, errors = tool(command, "permanent", str(tmp_path / "pipe"), "/dev/x")
     assert (status, output) == (1, "")
