@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from cryptography import x509
 
 from tests.support.files import umask
 from tests.support.setups import OURS, PEER_SWTPM, Word, Workshop, make_workshop
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,6 +178,35 @@ def test_what_the_options_file_says_of_the_tpm_is_certified(workshop: Workshop) 
     assert b"\x0c\x04id:8" in (workshop.path / "ek.cert").read_bytes()
     run = set_up(workshop, "--create-ek-cert", "--create-platform-cert")
     assert run.returncode == 0, run.stderr
+
+
+# -- the CA's lock ------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_a_wait_for_the_cas_lock(workshop: Workshop) -> None:
+    state = workshop.new_state("state")
+    lock = workshop.ca / ".lock.swtpm-localca"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [OURS, "--tpm2", "--tpm-state", state, "--create-ek-cert"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=workshop.environment,
+        )
+        wait_until(
+            lambda: any(
+                os.path.realpath(entry) == str(lock)
+                for entry in Path(f"/proc/{process.pid}/fd").iterdir()
+            ),
+            "it waits for the lock",
+            process=process,
+        )
+        process.terminate()
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == b"Interrupted. What is stored is as it was.\n"
+    assert not has_tpm(workshop)
 
 
 # -- what is said to nobody ---------------------------------------------------------------------

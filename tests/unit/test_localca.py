@@ -276,7 +276,7 @@ def test_a_wait_for_the_lock_has_an_end_and_names_the_holder(
     before = contents(tmp_path)
     with (tmp_path / ".lock.swtpm-localca").open("rb") as held:  # to read it is enough
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(CertificateError, match=rf"lock\.swtpm.*process {os.getpid()}$"):
+        with pytest.raises(CertificateError, match=rf"lock\.swtpm.*process {os.getpid()} keeps"):
             ca_in(tmp_path).issue(ORDER)
     assert contents(tmp_path) == before
     ca_in(tmp_path).issue(ORDER)
@@ -303,6 +303,20 @@ def test_the_lock_is_for_those_who_may_write_to_the_folder(
             (tmp_path / ".lock.swtpm-localca").chmod(before)
         ca_in(tmp_path).issue(ORDER)
         assert stat.S_IMODE((tmp_path / ".lock.swtpm-localca").stat().st_mode) == lock
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_file_with_another_name_is_not_given_away_as_a_lock(tmp_path: Path) -> None:
+    """A user may have put a link to a file of root's in the place of the lock."""
+    folder, precious = tmp_path / "ca", tmp_path / "precious"
+    folder.mkdir()
+    os.chown(folder, 1234, 1234)
+    precious.touch(0o600)
+    precious.chmod(0o604)
+    os.link(precious, folder / ".lock.swtpm-localca")
+    ca_in(folder).issue(ORDER)
+    found = precious.stat()
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o604)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

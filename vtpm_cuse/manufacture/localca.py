@@ -305,7 +305,8 @@ class LocalCa:
             while not _try_lock(fd):
                 if time.monotonic() >= end:
                     raise CertificateError(
-                        path, f"the CA is locked, since {_LOCK_SECONDS:.0f} s{_held_by(fd)}"
+                        path,
+                        f"{_holder(fd)} keeps this CA locked, for more than {_LOCK_SECONDS:.0f} s",
                     )
                 if self._given_up.wait(_LOCK_POLL_SECONDS):
                     raise CertificateError(path, "the wait for the CA's lock was ended")
@@ -343,6 +344,8 @@ def _open_lock(path: str) -> int:
     if not stat.S_ISREG(found.st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "it is no file", path)
+    if found.st_nlink != 1 or found.st_size:
+        return fd  # not made for this alone: it keeps owner and mode
     group = folder.st_mode & stat.S_IWGRP
     mode = 0o660 if group else 0o600
     with contextlib.suppress(PermissionError):
@@ -363,15 +366,15 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _held_by(fd: int) -> str:
+def _holder(fd: int) -> str:
     """Who has the lock, as far as the kernel says."""
     inode = b":%d" % os.fstat(fd).st_ino
     with contextlib.suppress(OSError), open("/proc/locks", "rb") as table:
         for line in table:
             fields = line.split()
             if len(fields) > 5 and fields[1] == b"FLOCK" and fields[5].endswith(inode):
-                return f", by process {fields[4].decode()}"
-    return ""
+                return f"process {fields[4].decode()}"
+    return "another process"
 
 
 def _new_keys(count: int) -> list[PrivateKey]:
