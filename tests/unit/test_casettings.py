@@ -17,6 +17,7 @@ from vtpm_cuse.manufacture.certificates import Maker
 from vtpm_cuse.manufacture.passwords import PASSWORD_MAX, read_password
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 CONFIG = """\
@@ -103,6 +104,42 @@ def test_the_users_file_comes_first(places: dict[str, str], tmp_path: Path) -> N
     assert CaSettings.load(None, {**places, "XDG_CONFIG_HOME": "relative"}).origin == own
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("at_fault", ["home", "home/.config", "the file", "a link"])
+def test_root_uses_no_files_that_others_can_change(
+    at_fault: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    """They name keys, libraries and programs; those that are named to root are used."""
+    folder = tmp_path / "home" / ".config"
+    texts = {casettings.CONFIG_NAME: CONFIG, casettings.OPTIONS_NAME: OPTIONS}
+    for name, text in texts.items():
+        write(folder / name, text)
+    assert CaSettings.load(None, places).state_dir == "/ca/one"
+    if at_fault == "a link":
+        folder.rename(tmp_path / "elsewhere")
+        (tmp_path / "others").mkdir()
+        (tmp_path / "others").chmod(0o777)
+        (tmp_path / "others" / "link").symlink_to(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "others" / "link")
+    for name, load in zip(texts, (CaSettings.load, CaProfile.load), strict=True):
+        path = {"the file": folder / name}.get(at_fault, tmp_path / at_fault)
+        if path.exists():
+            os.chown(path, 65534, 65534)
+        with pytest.raises(UsageError, match=rf"Root does not use .*{name}: others than root"):
+            load(None, places)
+        load(str(folder / name), places)
+
+
+@pytest.mark.parametrize("load", [CaSettings.load, CaProfile.load])
+def test_a_byte_order_mark_hides_no_setting(
+    load: Callable[[str, dict[str, str]], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"\xef\xbb\xbfcertserial=/x\n" + CONFIG.encode())
+    with pytest.raises(UsageError, match="begins with a byte order mark"):
+        load(str(path), {})
+
+
 def test_who_is_not_root_gets_a_ca_of_his_own(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,9 +176,30 @@ def test_options(tmp_path: Path) -> None:
     assert (more.allow_signing, more.decryption, more.subject) == (True, True, "O=x")
 
 
+def test_quoted_values_in_the_options_may_have_blanks(tmp_path: Path) -> None:
+    text = (
+        "--platform-manufacturer \"Fedora XYZ\"\n--platform-version='2 1'\n"
+        "--platform-model O'Reilly\"s #1_x\n--decryption"
+    ).replace(" #1_x", "_#1_x")
+    profile = CaProfile.load(write(tmp_path / "f", text), {})
+    assert profile.platform == Maker("Fedora XYZ", "O'Reilly\"s_#1_x", "2 1")
+    assert profile.decryption
+
+
+def test_what_the_options_say_of_the_tpm(tmp_path: Path) -> None:
+    text = '--tpm-manufacturer "id: 1"\n--tpm-model=m --tpm-version v --tpm-spec-level 7 --serial 3'
+    assert CaProfile.load(write(tmp_path / "f", text), {}).tpm == {
+        "tpm-manufacturer": "id: 1",
+        "tpm-model": "m",
+        "tpm-version": "v",
+        "tpm-spec-level": "7",
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (OPTIONS + '"two words"', "'two words' is no option"),
         (OPTIONS + "stray", "'stray' is no option"),
         (OPTIONS + "--out-cert /etc/passwd", "'--out-cert' is no option"),
         (OPTIONS + "--signkey=/x", "'--signkey=/x' is no option"),
@@ -204,6 +262,12 @@ def test_passwords(tmp_path: Path) -> None:
 def test_passwords_that_are_not_there(spec: str) -> None:
     with pytest.raises(UsageError, match="of --option"):
         read_password(spec, "option", {})
+
+
+def test_a_pipe_for_a_password_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p")
+    with pytest.raises(UsageError, match="a pipe that nobody writes to"):
+        read_password(f"file:{tmp_path / 'p'}", "o", {})
 
 
 def test_a_password_that_is_too_long_is_not_cut(tmp_path: Path) -> None:

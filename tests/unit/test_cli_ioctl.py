@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from vtpm_cuse.cli import swtpm_ioctl
 from vtpm_cuse.cli.targets import split_tcp
 from vtpm_cuse.client.base import EMPTY, Control
 from vtpm_cuse.errors import WireError
+from vtpm_cuse.service import secrecy
 from vtpm_cuse.wire import ptm
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmStateFlag
 
@@ -173,16 +175,50 @@ def test_save_and_load(tool: Tool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_save_writes_where_a_link_leads(tool: Tool, tmp_path: Path, there: bool) -> None:
+def test_save_follows_no_link(tool: Tool, tmp_path: Path, there: bool) -> None:
     link, path = tmp_path / "link", tmp_path / "blob"
     link.symlink_to("blob")
     if there:
         path.write_bytes(b"earlier")
     tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] = b"seeds"
-    assert tool("--save", "permanent", str(link), "/dev/x") == (0, "", "")
+    complaint = f"Could not open file '{link}' for writing: it is a symbolic link\n"
+    assert tool("--save", "permanent", str(link), "/dev/x") == (1, "", complaint)
     assert link.is_symlink()
-    assert path.read_bytes() == b"seeds"
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.exists() is there
+    assert not there or path.read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize("command", ["--save", "--load"])
+def test_nobody_looks_into_a_process_that_has_a_state(
+    command: str, tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests_before: list[int] = []
+    monkeypatch.setattr(
+        secrecy, "hide_process", lambda: requests_before.append(len(tool.tpm.requests))
+    )
+    tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] = b"seeds"
+    (tmp_path / "blob").write_bytes(b"seeds")
+    assert tool(command, "permanent", str(tmp_path / "blob"), "/dev/x") == (0, "", "")
+    assert requests_before == [0]
+
+
+@pytest.mark.parametrize("command", ["--save", "--load"])
+def test_a_pipe_in_place_of_a_state_is_not_waited_for(
+    command: str, tool: Tool, tmp_path: Path
+) -> None:
+    tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] = b"seeds"
+    os.mkfifo(tmp_path / "pipe")
+    status, output, errors = tool(command, "permanent", str(tmp_path / "pipe"), "/dev/x")
+    assert (status, output) == (1, "")
+    assert "it is a pipe that nobody" in errors
+
+
+def test_a_saved_state_is_as_private_as_the_file_that_was_there(tool: Tool, tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"earlier")
+    (tmp_path / "blob").chmod(0o640)
+    tool.tpm.blobs[PtmBlobType.PTM_BLOB_TYPE_PERMANENT] = b"seeds"
+    assert tool("--save", "permanent", str(tmp_path / "blob"), "/dev/x") == (0, "", "")
+    assert (tmp_path / "blob").stat().st_mode & 0o777 == 0o640
 
 
 def test_saving_what_does_not_exist_leaves_an_empty_file(tool: Tool, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -187,12 +188,23 @@ def test_a_library_without_profiles_ignores_the_configurations() -> None:
 
 
 def test_all_profiles(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text('{"Name":"custom:mine"}')
+    """A local one has the name by which it is asked for."""
+    (tmp_path / "mine.json").write_text('{"Algorithms":"rsa","Name":"custom:one"}')
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "nameless.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.json")
     config = ConfigFile({"local_profiles_dir": str(tmp_path)})
     found = json.loads(setup_profiles.profiles_text(config, [{"Name": "null"}]))
-    assert found["local"] == [{"Name": "custom:mine"}]
+    assert found["local"] == [{"Algorithms": "rsa", "Name": "mine"}]
     assert found["builtin"] == [{"Name": "null"}]
+
+
+def test_an_empty_folder_of_profiles_is_shown(tmp_path: Path) -> None:
+    config = ConfigFile({"local_profiles_dir": str(tmp_path)})
+    assert setup_profiles.profiles_text(config, []) == '{"local":[]}'
+    none = ConfigFile({"local_profiles_dir": str(tmp_path / "none")})
+    assert setup_profiles.profiles_text(none, []) == "{}"
 
 
 def test_keys_and_facts_as_a_certificate_tool_is_given_them() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,15 +16,17 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.support.certificates import Parts, der_of, make_ca, verify
+from tests.support.processes import in_child
+from vtpm_cuse import files
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.manufacture import files, localca
+from vtpm_cuse.manufacture import localca
 from vtpm_cuse.manufacture.casettings import CaProfile, CaSettings
 from vtpm_cuse.manufacture.certificates import CertificateKind, Maker, TpmSpecification
 from vtpm_cuse.manufacture.keys import PrivateKey, PublicKey
 from vtpm_cuse.manufacture.localca import CREATING_CA, LocalCa, Order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PROFILE = CaProfile(Maker("m", "o", "v"))
@@ -69,8 +73,8 @@ def test_a_new_ca(tmp_path: Path) -> None:
     assert sorted(contents(folder)) == sorted([*FILES, "certserial", ".lock.swtpm-localca"])
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert modes[ROOT_KEY] == modes["signkey.pem"] == 0o640
-    assert modes[".lock.swtpm-localca"] == 0o775
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o770
+    assert modes[".lock.swtpm-localca"] == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_subjects_and_extensions_of_a_new_ca(tmp_path: Path) -> None:
@@ -104,21 +108,21 @@ def test_an_interruption_loses_nothing_and_is_made_up_for(
     step: int, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C before or after each file: what was there stays, and the next run completes it."""
-    real, calls = files.replace_file, [0]
+    real, calls = files.write_output, [0]
 
-    def interrupted(*args: Any) -> None:  # noqa: ANN401
+    def interrupted(*args: Any, **names: Any) -> None:  # noqa: ANN401
         calls[0] += 1
         if calls[0] == step + 1 and moment == "before":
             raise KeyboardInterrupt
-        real(*args)
+        real(*args, **names)
         if calls[0] == step + 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(localca, "replace_file", interrupted)
+    monkeypatch.setattr(localca, "write_output", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ca_in(tmp_path).issue(ORDER)
     before = contents(tmp_path)
-    monkeypatch.setattr(localca, "replace_file", real)
+    monkeypatch.setattr(localca, "write_output", real)
     certificate = ca_in(tmp_path).issue(ORDER)
     after = contents(tmp_path)
     assert {name: after[name] for name in before if name != "certserial"} == {
@@ -134,14 +138,14 @@ def test_a_full_disk_leaves_the_old_file(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "f"
-    files.replace_file(str(path), b"old", 0o600)
+    files.write_output(str(path), b"old", 0o600)
 
     def fail(*_args: object, **_names: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="No space"):
-        files.replace_file(str(path), b"new", 0o600)
+        files.write_output(str(path), b"new", 0o600)
     assert contents(tmp_path) == {"f": b"old"}
 
 
@@ -244,8 +248,116 @@ def test_a_serial_file_that_says_nothing(text: bytes | None, tmp_path: Path) -> 
     if text is not None:
         (tmp_path / "certserial").write_bytes(text)
     made = int.from_bytes(Parts.of(ca_in(tmp_path).issue(ORDER)).serial, "big", signed=True)
-    assert 1 << 62 <= made <= 1 << 63
+    assert 10**19 <= made <= 18 * 10**18
+    assert made < 1 << 64
     assert (tmp_path / "certserial").read_bytes() == b"%d" % made
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["certserial", ".lock.swtpm-localca", "issuercert.pem"])
+def test_nothing_in_the_way_makes_a_ca_wait(
+    make: Callable[[Path], object], name: str, tmp_path: Path
+) -> None:
+    ca_in(tmp_path).prepare()
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(CertificateError, match=rf"{name}.*(pipe|no file|directory)"):
+        ca_in(tmp_path).issue(ORDER)
+
+
+# -- the lock -----------------------------------------------------------------------------------
+
+
+def test_a_wait_for_the_lock_has_an_end_and_names_the_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(localca, "_LOCK_SECONDS", 0.1)
+    ca_in(tmp_path).issue(ORDER)
+    before = contents(tmp_path)
+    with (tmp_path / ".lock.swtpm-localca").open("rb") as held:  # to read it is enough
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(CertificateError, match=rf"lock\.swtpm.*process {os.getpid()} keeps"):
+            ca_in(tmp_path).issue(ORDER)
+    assert contents(tmp_path) == before
+    ca_in(tmp_path).issue(ORDER)
+
+
+def test_a_wait_for_the_lock_can_be_ended(tmp_path: Path) -> None:
+    ca = ca_in(tmp_path)
+    ca.prepare()
+    with (tmp_path / ".lock.swtpm-localca").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ca.give_up()
+        with pytest.raises(CertificateError, match="was ended"):
+            ca.issue(ORDER)
+
+
+@pytest.mark.parametrize(("folder", "lock"), [(0o700, 0o600), (0o755, 0o600), (0o770, 0o660)])
+def test_the_lock_is_for_those_who_may_write_to_the_folder(
+    folder: int, lock: int, tmp_path: Path
+) -> None:
+    """One that an earlier version or the C suite left open to all is closed to them."""
+    tmp_path.chmod(folder)
+    for before in (None, 0o755):
+        if before is not None:
+            (tmp_path / ".lock.swtpm-localca").chmod(before)
+        ca_in(tmp_path).issue(ORDER)
+        assert stat.S_IMODE((tmp_path / ".lock.swtpm-localca").stat().st_mode) == lock
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_file_with_another_name_is_not_given_away_as_a_lock(tmp_path: Path) -> None:
+    """A user may have put a link to a file of root's in the place of the lock."""
+    folder, precious = tmp_path / "ca", tmp_path / "precious"
+    folder.mkdir()
+    os.chown(folder, 1234, 1234)
+    precious.touch(0o600)
+    precious.chmod(0o604)
+    os.link(precious, folder / ".lock.swtpm-localca")
+    ca_in(folder).issue(ORDER)
+    found = precious.stat()
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o604)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_users_ca_stays_usable_after_root_has_issued_from_it(tmp_path: Path) -> None:
+    """Whatever root's umask is, and whoever made which file."""
+    folder = tmp_path / "ca"
+    folder.mkdir()
+    os.chown(folder, 1234, 1234)
+    os.umask(0o027)
+    ca_in(folder).issue(ORDER)
+    for path in folder.iterdir():
+        assert (path.stat().st_uid, path.stat().st_gid) == (1234, 1234), path
+    (folder / "certserial").chmod(0o600)
+    ca_in(folder).issue(ORDER)
+    assert stat.S_IMODE((folder / "certserial").stat().st_mode) == 0o600
+    tmp_path.chmod(0o755)
+    tmp_path.parent.chmod(0o755)
+
+    @in_child
+    def as_user() -> None:
+        os.chdir(folder)
+        os.setgroups([])
+        os.setgid(1234)
+        os.setuid(1234)
+        os.umask(0o022)
+        LocalCa(CaSettings.in_folder("."), PROFILE, environ={}).issue(ORDER)
+
+    as_user()
+    before = contents(folder)
+    ca_in(folder).issue(ORDER)
+    assert int(contents(folder)["certserial"]) == int(before["certserial"]) + 1
+
+
+def test_a_ca_is_made_where_no_thread_is_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    verify(ca_in(tmp_path).issue(ORDER), der_of(tmp_path / "issuercert.pem"))
 
 
 # -- orders -------------------------------------------------------------------------------------

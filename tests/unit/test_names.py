@@ -58,6 +58,63 @@ def test_texts_that_are_no_name(text: str) -> None:
         directory_name(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (r"CN=Jos\C3\A9", [("03", UTF8, "José")]),
+        (r"CN=a\2Cb", [("03", PRINTABLE, "a,b")]),
+        (r"CN=a\2cb\2Bc", [("03", PRINTABLE, "a,b+c")]),
+        (r"CN=a\20", [("03", PRINTABLE, "a ")]),
+        (r"CN=\20a", [("03", PRINTABLE, " a")]),
+        (r"CN=a\5C2C", [("03", UTF8, r"a\2C")]),
+        (r"CN=a\\2C", [("03", UTF8, r"a\2C")]),
+        (r"CN=\#1\;\<\>\=", [("03", UTF8, "#1;<>=")]),
+        ("CN=#0c0161", [("03", UTF8, "a")]),
+        ("CN = #13026162 ,O=b", [("0a", PRINTABLE, "b"), ("03", PRINTABLE, "ab")]),
+        (r"DC=#16016C", [("19", IA5, "l")]),
+    ],
+)
+def test_values_are_decoded_as_the_rfc_says(text: str, wanted: list[tuple[str, int, str]]) -> None:
+    assert rows(directory_name(text)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r"CN=a\zb", r"'\\z' stands for nothing"),
+        (r"CN=a\2", r"'\\2' stands for nothing"),
+        (r"CN=a\C3", "no text in UTF-8"),
+        (r"CN=a\C3b\A9", "no text in UTF-8"),
+        (r"CN=a\00", "zero byte"),
+        ("CN=a\\", "nothing behind it"),
+        ("CN=#", "no string's encoding"),
+        ("CN=#0c01", "damaged"),
+        ("CN=#0c0261", "damaged"),
+        ("CN=#0c016161", "damaged"),
+        ("CN=#0c00", "damaged"),
+        ("CN=#0c01ff", "damaged"),
+        ("CN=#0c0100", "damaged"),
+        ("CN=#020101", "no string's encoding"),
+        ("CN=#1", "no string's encoding"),
+        ("CN=#vm", "no string's encoding"),
+    ],
+)
+def test_values_that_cannot_be_decoded_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        directory_name(text)
+
+
+@given(st.text(min_size=1).filter(lambda text: "\0" not in text))
+def test_a_value_in_hex_is_that_value(text: str) -> None:
+    pairs = "".join(f"\\{octet:02x}" for octet in text.encode()[:1000])
+    try:
+        wanted = common_name(text)
+    except ValueError:
+        return
+    if len(text.encode()) <= 1000:
+        assert directory_name("CN=" + pairs) == wanted
+
+
 @given(st.text())
 def test_any_text_gives_a_name_or_value_error(text: str) -> None:
     try:

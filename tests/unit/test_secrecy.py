@@ -19,12 +19,17 @@ from vtpm_cuse.service.compose import make_vtpm
 from vtpm_cuse.service.config import VtpmConfig
 from vtpm_cuse.storage.keys import KeySource, read_key
 
-PR_GET_DUMPABLE = 3
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 KEY = bytes(range(16))
 
 
 def dumpable() -> int:
     return int(ctypes.CDLL(None).prctl(PR_GET_DUMPABLE, 0, 0, 0, 0))
+
+
+def show_process() -> None:
+    """A program that was called in this process may have hidden it."""
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def locked_kib() -> int:
@@ -35,6 +40,7 @@ def locked_kib() -> int:
 def test_hidden_process_leaves_no_core() -> None:
     os.chdir("/")
     resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    show_process()
     assert dumpable() == 1
     secrecy.hide_process()
     assert dumpable() == 0
@@ -69,6 +75,7 @@ def test_process_with_a_key_is_hidden(tmp_path: Path, migration: bool) -> None:
 
     @in_child
     def check() -> None:
+        show_process()
         make_vtpm(VtpmConfig(tpm2=True))
         assert dumpable() == 1
         key, migration_key = (None, source) if migration else (source, None)

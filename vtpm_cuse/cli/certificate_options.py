@@ -10,6 +10,8 @@ from vtpm_cuse.cli.table import Option
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vtpm_cuse.cli.commandline import CommandLine
     from vtpm_cuse.manufacture.certificates import Maker, TpmSpecification
     from vtpm_cuse.manufacture.keys import PublicKey
@@ -50,9 +52,13 @@ _SPEC_MAX: Final = (1 << 31) - 1
 _HEX_MAX: Final = 4096  # digits; an RSA key of 16384 bits
 
 
-def maker(line: CommandLine, whose: str) -> Maker | None:
-    """The three options of a "tpm" or "platform"; None if one is missing."""
-    values = [line.value(f"{whose}-{part}") for part in ("manufacturer", "model", "version")]
+_NOTHING: Final[Mapping[str, str]] = {}
+
+
+def maker(line: CommandLine, whose: str, otherwise: Mapping[str, str] = _NOTHING) -> Maker | None:
+    """The three options of a "tpm" or "platform", *otherwise* by name; None if one is missing."""
+    names = [f"{whose}-{part}" for part in ("manufacturer", "model", "version")]
+    values = [line.value(name) if line.has(name) else otherwise.get(name) for name in names]
     if None in values:
         return None
     from vtpm_cuse.manufacture.certificates import Maker
@@ -60,9 +66,9 @@ def maker(line: CommandLine, whose: str) -> Maker | None:
     return Maker(*(readable(value or "", f"--{whose}-...") for value in values))
 
 
-def required_tpm(line: CommandLine) -> Maker:
+def required_tpm(line: CommandLine, otherwise: Mapping[str, str] = _NOTHING) -> Maker:
     """The TPM's maker. Raises UsageError."""
-    found = maker(line, "tpm")
+    found = maker(line, "tpm", otherwise)
     if found is None:
         raise UsageError(
             "--tpm-manufacturer and --tpm-model and --tpm version must all be provided"
@@ -70,12 +76,16 @@ def required_tpm(line: CommandLine) -> Maker:
     return found
 
 
-def required_specification(line: CommandLine) -> TpmSpecification:
+def required_specification(
+    line: CommandLine, otherwise: Mapping[str, str] = _NOTHING
+) -> TpmSpecification:
     """What the TPM implements. Raises UsageError."""
     from vtpm_cuse.manufacture.certificates import TpmSpecification
 
-    family = line.value("tpm-spec-family")
-    numbers = [line.value(f"tpm-spec-{part}") for part in ("level", "revision")]
+    names = [f"tpm-spec-{part}" for part in ("family", "level", "revision")]
+    family, *numbers = (
+        line.value(name) if line.has(name) else otherwise.get(name) for name in names
+    )
     if family is None or None in numbers:
         raise UsageError(
             "--tpm-spec-family and --tpm-spec-level and --tpm-spec-revision must all be provided"

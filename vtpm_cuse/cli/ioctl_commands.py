@@ -108,8 +108,11 @@ def _chunks_of_stdin() -> Iterator[bytes]:
 
 
 def _save(tpm: Control, asked: Asked) -> None:
+    from vtpm_cuse.files import write_output
+    from vtpm_cuse.service.secrecy import hide_process
     from vtpm_cuse.wire.ptm import PtmStateFlag
 
+    hide_process()  # before the TPM's seeds are in memory
     # PEER: empties the file before it asks, and so loses an earlier copy when the vTPM says no.
     try:
         blob = tpm.get_state(_blob_type(asked.value), PtmStateFlag.PTM_STATE_FLAG_DECRYPTED)
@@ -118,31 +121,23 @@ def _save(tpm: Control, asked: Asked) -> None:
             raise
         blob = b""
     try:
-        _write_private(asked.file, blob)
+        write_output(asked.file, blob, 0o600, streams=True)
     except OSError as exc:
         reason = f"Could not open file '{asked.file}' for writing: {exc.strerror}"
         raise UsageError(reason) from exc
 
 
-def _write_private(path: str, blob: bytes) -> None:
-    """Replaces a file whole, for its owner alone: it may hold a TPM's seeds."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe, say
-        with open(path, "wb") as file:
-            file.write(blob)
-        return
-    from vtpm_cuse.manufacture.files import replace_file
-
-    replace_file(os.path.realpath(path), blob, 0o600)
-
-
 def _load(tpm: Control, asked: Asked) -> None:
+    from vtpm_cuse.files import read_small
+    from vtpm_cuse.service.secrecy import hide_process
+
+    hide_process()
     kind = _blob_type(asked.value)
     try:
-        with open(asked.file, "rb") as file:
-            blob = file.read()
-    except OSError as exc:
-        reason = f"Could not open file '{asked.file}' for reading: {exc.strerror}"
-        raise UsageError(reason) from exc
+        blob = read_small(asked.file, streams=True)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise UsageError(f"Could not open file '{asked.file}' for reading: {reason}") from exc
     tpm.set_state(kind, blob)
 
 

@@ -13,6 +13,7 @@ from vtpm_cuse.errors import VtpmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TextIO
 
 PEER_VERSION: Final = "0.10.2"
 """The C suite's version whose options and outputs are ours; scripts compare with it."""
@@ -43,6 +44,16 @@ def complain(text: str) -> None:
     """Shows a message as it is, where scripts know it; who cannot be told has the exit status."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def inform(text: str, stream: TextIO | None = None) -> None:
+    """Says how the work goes on; where nobody hears it any more, the work goes on all the same."""
+    stream = stream or sys.stdout
+    try:
+        stream.write(text)  # in one piece: two threads may do this
+        stream.flush()
+    except OSError:
+        _silence(stream)
 
 
 def _sentence(exc: BaseException) -> str:
@@ -81,4 +92,11 @@ def _drop_output() -> None:
         try:
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """What is left in it, and what is still to come, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

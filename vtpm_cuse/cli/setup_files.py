@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import make_folders, write_output
 from vtpm_cuse.manufacture import configfile
 from vtpm_cuse.manufacture.casettings import (
     CONFIG_NAME,
@@ -15,7 +16,6 @@ from vtpm_cuse.manufacture.casettings import (
     STATE_FOLDER,
     machine_maker,
 )
-from vtpm_cuse.manufacture.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,27 +30,50 @@ _WORDS: Final = frozenset({"overwrite", "root", "skip-if-exist"})
 class ConfigFile:
     """What ``swtpm_setup.conf`` says."""
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Mapping[str, str], path: str | None = None) -> None:
+        self._settings, self._path = settings, path
 
     @classmethod
     def load(cls, path: str | None, user: str) -> Self:
         """Reads *path*, else the user's own file, else the system's; without any it is empty.
 
         Raises:
-            UsageError: The file is there, and *user*, who runs this, cannot read it.
+            UsageError: The file is there, and *user*, who runs this, cannot read it; or it has
+                text, and no setting.
         """
-        path = path or configfile.find(_SETUP_FILE, os.environ)
+        path = path or configfile.find(_SETUP_FILE, os.environ, "--config")
         if path is None:
             path = os.path.join(configfile.SYSTEM_FOLDER, _SETUP_FILE)
             if not os.path.lexists(path):
                 return cls({})
         try:
-            return cls(configfile.parse(configfile.read_text(path), os.environ))
+            text = configfile.read_text(path)
         except OSError as exc:
             raise UsageError(
                 f"User {user} cannot read config file {path}.", hint=exc.strerror or ""
             ) from exc
+        settings = configfile.parse(text, os.environ)
+        lines = (line.strip() for line in text.splitlines())
+        if not settings and any(line and not line.startswith("#") for line in lines):
+            raise UsageError(
+                f"There is no setting in config file {path}",
+                hint="a line is NAME = VALUE, from its beginning",
+            )
+        return cls(settings, path)
+
+    def certificate_tool(self) -> str | None:
+        """The program that makes certificates; None for the local CA, where there is no file.
+
+        Raises:
+            UsageError: There is a file, and it names none.
+        """
+        tool = self.value("create_certs_tool")
+        if tool is None and self._path is not None:
+            # Another CA than the one that was meant may be worse than no certificate.
+            raise UsageError(
+                f"No certificate can be made: config file {self._path} names no create_certs_tool"
+            )
+        return tool
 
     def value(self, name: str) -> str | None:
         """The value of a setting; None where there is none, or nothing in it."""
@@ -75,6 +98,8 @@ def create_config_files(how: str) -> Iterator[str]:
             f"{configfile.SYSTEM_FOLDER}."
         )
     directory = configfile.user_folder(os.environ)
+    if others := configfile.changed_by_others(directory):
+        raise UsageError(f"Error: no configuration of root's can be in {directory}: {others}")
     try:
         texts = {
             os.path.join(directory, name): text.encode() for name, text in _texts(directory).items()
@@ -87,10 +112,11 @@ def create_config_files(how: str) -> Iterator[str]:
                 if "skip-if-exist" in words:
                     return
                 raise UsageError(f"File {path} already exists. Refusing to overwrite.")
-    os.makedirs(_ca_directory(directory), exist_ok=True)
+    make_folders(directory, 0o700)  # as the specification of XDG_CONFIG_HOME wants it
+    make_folders(_ca_directory(directory), 0o750)
     for path, text in texts.items():
         yield path
-        replace_file(path, text, 0o666)
+        write_output(path, text, 0o644)
 
 
 def _ca_directory(directory: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm_cuse.cli.numbers import FD_MAX, number
 from vtpm_cuse.cli.setup_files import DISTRO_PROFILES
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import read_small
 from vtpm_cuse.service.config import ProfileConfig
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def _is_builtin(name: str, builtin: frozenset[str]) -> bool:
 
 def _read(source: str | int) -> str:
     try:
+        if isinstance(source, str):
+            return read_small(source, streams=True).decode().strip()
         with open(source, "rb") as file:
             return file.read(_TEXT_MAX).decode().strip()
     except (OSError, ValueError) as exc:
@@ -120,24 +123,26 @@ def _read(source: str | int) -> str:
 
 # Any: JSON whose shape is the profile's to choose.
 def profiles_text(config: ConfigFile, builtin: list[dict[str, Any]]) -> str:
-    """All profiles as JSON text: ``local``, ``distro`` and ``builtin``, as far as there are any."""
+    """All profiles as JSON text: ``local``, ``distro`` and ``builtin``, those that there are."""
     found = {
         "local": _in_directory(config.value("local_profiles_dir")),
         "distro": _in_directory(DISTRO_PROFILES),
-        "builtin": builtin,
+        "builtin": builtin or None,
     }
-    there = {where: profiles for where, profiles in found.items() if profiles}
+    there = {where: profiles for where, profiles in found.items() if profiles is not None}
     return json.dumps(there, separators=(",", ":"))
 
 
-def _in_directory(directory: str | None) -> list[dict[str, Any]]:
+def _in_directory(directory: str | None) -> list[dict[str, Any]] | None:
+    """The profiles of a folder, under the names by which they are asked for; None without it."""
+    if directory is None or not os.path.isdir(directory):
+        return None
     found = []
-    if directory is not None:
-        for path in sorted(Path(directory).glob("*.json")):
-            try:
-                profile = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
-                continue  # one bad file must not hide the others
-            if isinstance(profile, dict):
-                found.append(profile)
+    for path in sorted(Path(directory).glob("*.json")):
+        try:
+            profile = json.loads(read_small(str(path)))
+        except (OSError, ValueError, RecursionError):
+            continue  # one bad file must not hide the others
+        if isinstance(profile, dict) and "Name" in profile:
+            found.append({**profile, "Name": path.stem})
     return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-import stat
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.program import complain
+from vtpm_cuse.cli.program import complain, inform
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import open_log
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -39,6 +39,7 @@ class SetupReport:
         self._progress: TextIO | None = sys.stderr if terminal and not quiet else None
         self._plain = self._fd < 0 and not quiet and not (terminal and sys.stdout.isatty())
         self._shown = False
+        self._failed = False
 
     def line(self, text: str) -> None:
         """Something was done."""
@@ -46,14 +47,12 @@ class SetupReport:
             self._log(text)
         elif self._plain:
             self._clear()
-            sys.stdout.write(f"{text}\n")  # in one piece: two threads report
-            sys.stdout.flush()
+            inform(f"{text}\n")
 
     def step(self, text: str) -> None:
         """Something that may take a while begins."""
         if self._progress is not None:
-            self._progress.write(f"{_CLEAR_LINE}{text} ...")
-            self._progress.flush()
+            inform(f"{_CLEAR_LINE}{text} ...", self._progress)
             self._shown = True
 
     def error(self, text: str) -> None:
@@ -61,38 +60,34 @@ class SetupReport:
         self._clear()
         complain(text)
         if self._fd >= 0:
-            with contextlib.suppress(UsageError):  # which may be what is being told
-                self._log(text)
+            self._log(text)
 
     def done(self, text: str) -> None:
         """The last word, for people who have seen no other."""
         self._clear()
         if self._progress is not None and not self._plain:
-            print(text, file=self._progress, flush=True)
+            inform(f"{text}\n", self._progress)
 
     def _clear(self) -> None:
         if self._shown and self._progress is not None:
-            self._progress.write(_CLEAR_LINE)
-            self._progress.flush()
+            inform(_CLEAR_LINE, self._progress)
             self._shown = False
 
     def _log(self, text: str) -> None:
         try:
             os.write(self._fd, f"{text}\n".encode(errors="backslashreplace"))
-        except OSError as exc:
-            raise _unwritable(self._logfile, exc) from exc
+        except OSError as exc:  # the TPM is what counts, as in the C suite
+            if not self._failed:
+                self._failed = True
+                complain(str(_unwritable(self._logfile, exc)))
 
 
 def _open(path: str) -> int:
     try:
-        if stat.S_ISLNK(os.lstat(path).st_mode):
-            raise UsageError("Logfile must not be a symlink.")
-    except OSError:
-        pass  # what is wrong, if anything, is found out below
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, _MODE)
+        return open_log(path, _MODE)
     except OSError as exc:
+        if exc.errno == errno.ELOOP and os.path.islink(path):
+            raise UsageError("Logfile must not be a symlink.") from exc
         raise _unwritable(path, exc) from exc
 
 

@@ -81,7 +81,7 @@ def setup_config(
         key=_key_source(line, user),
         profile=profile,
         certificates=CertificateConfig(
-            tool=config.value("create_certs_tool"),
+            tool=config.certificate_tool() if plan.needs_certificates else None,
             configfile=config.value("create_certs_tool_config"),
             optsfile=config.value("create_certs_tool_options"),
             vmid=line.value("vmid"),

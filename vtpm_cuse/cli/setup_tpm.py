@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -40,8 +39,13 @@ class TpmMakers:
 
     def __init__(self, command: str | None) -> None:
         self.command = tuple((command or "").split())
-        if self.command and shutil.which(self.command[0]) is None:
-            raise UsageError(f"swtpm at {self.command[0]} is not an executable.")
+        if self.command:
+            from vtpm_cuse.service.manufacturing.programs import find_program
+
+            found = find_program(self.command[0])
+            if found is None:
+                raise UsageError(f"swtpm at {self.command[0]} is not an executable.")
+            self.command = (found, *self.command[1:])
 
     def need_version(self, *, tpm2: bool) -> None:
         """Raises UsageError when there are no TPMs of this version."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import complain, run_program, version_text
+from vtpm_cuse.cli.program import complain, inform, run_program, version_text
 from vtpm_cuse.cli.table import Example, Option, Program, Term
 from vtpm_cuse.cli.targets import split_tcp
 from vtpm_cuse.errors import FrontendError
@@ -112,6 +112,10 @@ def _run(words: list[str]) -> int:
             # PEER: -v shows the help, too, and ends with status 1.
             print(help_text(PROGRAM) if "help" in given else PROGRAM.banner + "\n", end="")
             return 0
+    if "u" in given:
+        from vtpm_cuse.service.secrecy import hide_process
+
+        hide_process()  # before there is a password for the platform
     tpm2 = "tpm2" in given
     try:
         return _send(_address(given), list(steps(_wanted(given), tpm2_=tpm2)), tpm2=tpm2)
@@ -162,7 +166,11 @@ def _send(address: TpmAddress, todo: list[Step], *, tpm2: bool) -> int:
     for step in todo:
         response = send_command(address, step.command, step.seconds)
         if code := response_code(response):
-            (print if tpm2 else complain)(f"{step.name} returned error code 0x{code:08x}")
+            text = f"{step.name} returned error code 0x{code:08x}"
+            if tpm2:
+                inform(f"{text}\n")
+            else:
+                complain(text)
             status = _TPM_ERROR
         elif step.asks_flags:
             try:
@@ -170,6 +178,6 @@ def _send(address: TpmAddress, todo: list[Step], *, tpm2: bool) -> int:
             except WireError as exc:
                 raise FrontendError("Malformed response.", str(exc)) from exc
         if step.activates and deactivated:
-            print("TPM requires a reset")
+            inform("TPM requires a reset\n")
             return _RESET_NEEDED
     return status

@@ -13,6 +13,7 @@ from vtpm_cuse.cli.numbers import number
 from vtpm_cuse.cli.program import PEER_VERSION, complain, run_program, version_text
 from vtpm_cuse.cli.table import Example, Option, Program, Term
 from vtpm_cuse.errors import CertificateError, UsageError
+from vtpm_cuse.service import secrecy
 
 if TYPE_CHECKING:
     from vtpm_cuse.manufacture.certificates import CertificateKind, CertificateRequest, Issuer
@@ -145,6 +146,7 @@ def _certify(line: CommandLine) -> None:
 
     from vtpm_cuse.manufacture.certificates import Validity, tcg_header, tpm_certificate
 
+    secrecy.hide_process()  # before keys and passwords are in memory
     request = _request(line)
     serial, days = _serial(line), _days(line)
     certificate = tpm_certificate(
@@ -218,11 +220,11 @@ def _public_key(line: CommandLine) -> PublicKey:
 
 
 def _key_of_file(path: str) -> PublicKey:
-    from vtpm_cuse.manufacture.files import read_small
+    from vtpm_cuse.files import read_small
     from vtpm_cuse.manufacture.keys import PublicKey
 
     try:
-        return PublicKey.from_pem(read_small(path))
+        return PublicKey.from_pem(read_small(path, streams=True))
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is no public key in PEM"
         raise CertificateError(f"Could not import EK. --pubkey {path}", str(reason)) from exc
@@ -278,7 +280,7 @@ def _issuer(line: CommandLine) -> Issuer:
     elif option is not None:
         password = os.fsencode(line.value(option) or "")
     pin = os.fsencode(os.environ.get("SWTPM_PKCS11_PIN", ""))
-    return open_issuer(certificate, key, password, password or pin or None)
+    return open_issuer(certificate, key, password, password or pin or None, streams=True)
 
 
 def _write(path: str | None, data: bytes) -> None:
@@ -286,10 +288,10 @@ def _write(path: str | None, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
-    from vtpm_cuse.manufacture.files import write_output
+    from vtpm_cuse.files import write_output
 
     try:
-        write_output(path, data, 0o600)
+        write_output(path, data, 0o600, streams=True)
     except OSError as exc:
         raise CertificateError(
             f"Could not open {path} for writing the certificate", exc.strerror or str(exc)

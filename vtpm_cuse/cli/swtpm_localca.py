@@ -15,8 +15,11 @@ from vtpm_cuse.cli.program import complain, run_program, version_text
 from vtpm_cuse.cli.setup_report import SetupReport
 from vtpm_cuse.cli.table import Example, Option, Program, Term
 from vtpm_cuse.errors import CertificateError, UsageError, VtpmError
+from vtpm_cuse.service import secrecy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vtpm_cuse.manufacture.keys import PublicKey
     from vtpm_cuse.manufacture.localca import Order
 
@@ -92,6 +95,7 @@ def _run(words: list[str]) -> int:
     if line.has("version"):
         print(version_text("local CA ", "TPM"))
         return 0
+    secrecy.hide_process()  # before keys and passwords are in memory
     report = SetupReport(line.value("logfile"))
     try:
         _issue(line, report)
@@ -103,14 +107,14 @@ def _run(words: list[str]) -> int:
 
 
 def _issue(line: CommandLine, report: SetupReport) -> None:
-    from vtpm_cuse.manufacture.files import write_output
+    from vtpm_cuse.files import write_output
     from vtpm_cuse.manufacture.localca import LocalCa
 
-    order = _order(line)
+    ca = LocalCa.from_files(line.value("configfile"), line.value("optsfile"), report.line)
+    order = _order(line, ca.tpm)
     folder = line.value("dir") or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"There is no folder {folder} that can be written to", hint="see --dir")
-    ca = LocalCa.from_files(line.value("configfile"), line.value("optsfile"), report.line)
     path = os.path.join(folder, f"{order.kind.value}.cert")
     certificate = ca.issue(order)
     try:
@@ -126,7 +130,8 @@ def _shown(kind: str) -> str:
     return "EK" if kind == "ek" else kind
 
 
-def _order(line: CommandLine) -> Order:
+def _order(line: CommandLine, tpm: Mapping[str, str]) -> Order:
+    """The order; *tpm* is what the CA's options say of TPMs. Raises UsageError."""
     from vtpm_cuse.manufacture.certificates import CertificateKind
     from vtpm_cuse.manufacture.localca import Order
 
@@ -141,8 +146,8 @@ def _order(line: CommandLine) -> Order:
     return Order(
         kind,
         _public_key(key),
-        common.required_tpm(line),
-        common.required_specification(line) if kind is CertificateKind.EK else None,
+        common.required_tpm(line, tpm),
+        common.required_specification(line, tpm) if kind is CertificateKind.EK else None,
         common.readable(line.value("vmid") or "", "--vmid"),
         line.has("tpm2"),
         line.has("allow-signing"),

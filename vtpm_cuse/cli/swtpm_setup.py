@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from vtpm_cuse.cli import setup_files, setup_settings
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import complain, run_program, version_text
+from vtpm_cuse.cli.program import complain, inform, run_program, version_text
 from vtpm_cuse.cli.setup_options import OPTIONS
 from vtpm_cuse.cli.setup_report import SetupReport
 from vtpm_cuse.cli.table import Example, Program, Term
 from vtpm_cuse.errors import UsageError, VtpmError
-from vtpm_cuse.service import logs
+from vtpm_cuse.service import logs, secrecy
 from vtpm_cuse.service.config import LogConfig
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if line.has("create-config-files"):
         for path in setup_files.create_config_files(line.value("create-config-files") or ""):
-            print(f"Writing {path}.")
+            inform(f"Writing {path}.\n")
         return 0
     for name in ("swtpm_ioctl", "tcsd-system-ps-file"):
         if line.has(name):
@@ -120,6 +120,7 @@ def _run(words: Sequence[str]) -> int:
 def _run_setup(line: CommandLine) -> int:
     from vtpm_cuse.cli.setup_tpm import TpmMakers
 
+    secrecy.hide_process()  # before keys and passwords are in memory
     makers = TpmMakers(line.value("tpm"))
     if line.has("print-capabilities"):
         print(makers.capabilities_text())
@@ -151,6 +152,7 @@ def _become(name: str) -> None:
     _ = setup_profiles, localca
     import_all()
     become(find_user(name), Exits())
+    secrecy.hide_process()
 
 
 def _profiles_text(line: CommandLine, makers: TpmMakers) -> str:

@@ -29,6 +29,12 @@ class ConfigFile(NamedTuple):
     see_also: tuple[str, ...] = ()
 
 
+_ROOT: Final = (
+    "Root does not use such a file if others could change it or a folder on its way, unless it "
+    "is named by an option or in another file that root uses."
+)
+
+
 def _places(name: str) -> tuple[Term, ...]:
     return (
         Term(f"$XDG_CONFIG_HOME/{name}", "The user's, by default in ~/.config; it wins."),
@@ -43,13 +49,15 @@ SETUP: Final = ConfigFile(
         "Says how swtpm_setup(8) makes certificates and which defaults a new TPM gets.",
         "A line is a name, an equals sign and a value, with blanks around the sign as you like; a "
         "number sign starts a comment. ${NAME} stands for an environment variable. The first of "
-        "several equal names counts, and lines of another form are skipped.",
+        "several equal names counts, and lines of another form are skipped; a file with nothing "
+        "but such lines is an error.",
+        _ROOT,
     ),
     (
         Term(
             "create_certs_tool",
-            "The program that makes certificates, usually swtpm_localca. Without it no "
-            "certificate can be made.",
+            "The program that makes certificates, usually swtpm_localca; for root by its absolute "
+            "path, or its name in PATH. Without it no certificate can be made.",
         ),
         Term(
             "create_certs_tool_config",
@@ -83,6 +91,7 @@ LOCALCA: Final = ConfigFile(
         "are not there are made at the first use.",
         "A line is a name, an equals sign and a value; a number sign starts a comment. The file "
         "may hold passwords: let nobody else read it.",
+        _ROOT,
     ),
     (
         Term("statedir", "Directory of the lock and the serial number. Needed; made if missing."),
@@ -118,12 +127,18 @@ LOCALCA_OPTIONS: Final = ConfigFile(
     (
         "Holds options of swtpm_cert(8) that swtpm_localca(8) adds to each of its calls, usually "
         "those about the platform.",
-        "Words are split at single blanks and there is no quoting: no value can have a blank.",
+        'Words are split at blanks; a value in quotation marks, "Fedora XYZ", may have some.',
+        _ROOT,
     ),
     (
         Term("--platform-manufacturer NAME", "Who made the platform."),
         Term("--platform-version VERSION", "Its version."),
         Term("--platform-model NAME", "Its model."),
+        Term(
+            "--tpm-manufacturer NAME, --tpm-model NAME, --tpm-version VERSION",
+            "The TPM, where what calls swtpm_localca does not say it; so with --tpm-spec-family, "
+            "--tpm-spec-level and --tpm-spec-revision.",
+        ),
     ),
     (
         Example(

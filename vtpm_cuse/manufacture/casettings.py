@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,8 @@ OPTIONS_NAME: Final = "swtpm-localca.options"
 STATE_FOLDER: Final = "var/lib/swtpm-localca"
 """Below the root folder for root, below the configuration folder for others."""
 
+_CONFIG_OPTION: Final = "--configfile or create_certs_tool_config"
+_OPTIONS_OPTION: Final = "--optsfile or create_certs_tool_options"
 _PKCS11_PIN: Final = "SWTPM_PKCS11_PIN"
 _PKCS11_PIN_DEFAULT: Final = "swtpm-tpmca"
 
@@ -26,13 +29,19 @@ FLAGS: Final = frozenset({"allow-signing", "decryption"})
 VALUES: Final = frozenset(
     {"subject", "platform-manufacturer", "platform-model", "platform-version"}
 )
-OVERRULED: Final = frozenset(
+OF_THE_TPM: Final = frozenset(
     {
         *{"tpm-manufacturer", "tpm-model", "tpm-version"},
-        *{"tpm-spec-family", "tpm-spec-level", "tpm-spec-revision", "days", "serial"},
+        *{"tpm-spec-family", "tpm-spec-level", "tpm-spec-revision"},
     }
 )
-"""Taken in the options file, but what the CA is called with counts."""
+"""Of the TPM, where what calls the CA does not say it."""
+
+IGNORED: Final = frozenset({"days", "serial"})
+"""Taken in the options file, but the CA knows better."""
+
+_WORD: Final = re.compile(r"""(--[\w-]+=)?(?:"([^"\n]*)"|'([^'\n]*)')(?!\S)|(\S+)""")
+"""A value in quotation marks may have blanks; any other mark is a character as others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ class CaSettings:
         if path is not None:
             return cls._parsed(path, environ)
         own = cls.in_folder(os.path.join(configfile.user_folder(environ), STATE_FOLDER))
-        if (found := configfile.find(CONFIG_NAME, environ)) is not None:
+        if (found := configfile.find(CONFIG_NAME, environ, _CONFIG_OPTION)) is not None:
             settings = cls._parsed(found, environ)
             is_users = os.path.dirname(found) != configfile.SYSTEM_FOLDER
             return settings if is_users or settings._may_be_used() else own
@@ -123,6 +132,7 @@ class CaProfile:
         subject: Instead of one from the name of the VM.
         allow_signing: Every EK may sign.
         decryption: Every EK may decrypt.
+        tpm: What TPMs are if nobody says it, by the names of the options.
         origin: The file that says so, for messages.
     """
 
@@ -130,6 +140,7 @@ class CaProfile:
     subject: str | None = None
     allow_signing: bool = False
     decryption: bool = False
+    tpm: Mapping[str, str] = field(default_factory=dict)
     origin: str = "the built-in options"
 
     @classmethod
@@ -139,10 +150,10 @@ class CaProfile:
         Raises:
             UsageError: The file cannot be read, or has words that are none of its options.
         """
-        path = path if path is not None else configfile.find(OPTIONS_NAME, environ)
+        path = path if path is not None else configfile.find(OPTIONS_NAME, environ, _OPTIONS_OPTION)
         if path is None:
             return cls(machine_maker())
-        return cls._parsed(_read(path, "options").split(), path)
+        return cls._parsed(_words(_read(path, "options")), path)
 
     @classmethod
     def _parsed(cls, words: list[str], path: str) -> CaProfile:
@@ -150,11 +161,11 @@ class CaProfile:
         rest = iter(words)
         for word in rest:
             name, equals, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or name not in FLAGS | VALUES | OVERRULED:
+            if not word.startswith("--") or name not in FLAGS | VALUES | OF_THE_TPM | IGNORED:
                 raise UsageError(
                     f"{path}: '{word}' is no option for a CA",
                     hint="there may be "
-                    + ", ".join(f"--{name}" for name in sorted(FLAGS | VALUES)),
+                    + ", ".join(f"--{name}" for name in sorted(FLAGS | VALUES | OF_THE_TPM)),
                 )
             if name in FLAGS:
                 if equals:
@@ -169,8 +180,16 @@ class CaProfile:
             given.get("subject"),
             "allow-signing" in given,
             "decryption" in given,
+            {name: given[name] for name in OF_THE_TPM & given.keys()},
             path,
         )
+
+
+def _words(text: str) -> list[str]:
+    return [
+        f"{match[1] or ''}{match[2] or match[3] or ''}" if match[4] is None else match[4]
+        for match in _WORD.finditer(text)
+    ]
 
 
 def machine_maker() -> Maker:

@@ -7,12 +7,14 @@ what is no setting is no error, as in the C suite.
 
 from __future__ import annotations
 
+import codecs
 import os
 import pwd
 import re
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import read_small, untrusted_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +24,6 @@ SYSTEM_FOLDER: Final = "/etc"
 _SETTING: Final = re.compile(r"([A-Za-z0-9_]+)[ \t]*=[ \t]*([^#]*)")
 _FOR_ENVIRONMENT: Final = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(.*)")
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_SIZE_MAX: Final = 1 << 20
 
 
 def user_folder(environ: Mapping[str, str]) -> str:
@@ -33,13 +34,29 @@ def user_folder(environ: Mapping[str, str]) -> str:
     return os.path.join(environ.get("HOME") or _home(), ".config")
 
 
-def find(name: str, environ: Mapping[str, str]) -> str | None:
-    """The user's file of that name, else the system's; None if neither can be read."""
+def find(name: str, environ: Mapping[str, str], named_by: str) -> str | None:
+    """The user's file of that name, else the system's; None if neither can be read.
+
+    Raises:
+        UsageError: This is root, and somebody else could have written the file, in the folder
+            that HOME names, say. It may name programs and libraries, paths of keys and a CA.
+    """
     for folder in (user_folder(environ), SYSTEM_FOLDER):
         path = os.path.join(folder, name)
         if os.path.isfile(path) and os.access(path, os.R_OK):
+            if others := changed_by_others(path):
+                raise UsageError(
+                    f"Root does not use {path}: {others}",
+                    hint=f"name it by {named_by} to use it all the same, or set HOME to root's own",
+                )
             return path
     return None
+
+
+def changed_by_others(path: str) -> str:
+    """For root: what of a path is in other hands, in words. Empty if nothing is, or for others."""
+    part = untrusted_part(path) if os.geteuid() == 0 else None
+    return "" if part is None else f"others than root can change {part}"
 
 
 def parse(text: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -60,10 +77,13 @@ def read_text(path: str) -> str:
         OSError: It cannot be read.
         UsageError: It is too large, or not text.
     """
-    with open(path, "rb") as file:
-        data = file.read(_SIZE_MAX + 1)
-    if len(data) > _SIZE_MAX:
-        raise UsageError(f"{path} is larger than any configuration file")
+    try:
+        data = read_small(path, streams=True)
+    except ValueError:
+        raise UsageError(f"{path} is larger than any configuration file") from None
+    if data.startswith(codecs.BOM_UTF8):
+        # It would hide the first setting, as in the C suite, which says nothing.
+        raise UsageError(f"{path} begins with a byte order mark", hint="save it without one")
     try:
         text = data.decode()
     except UnicodeDecodeError:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
-from vtpm_cuse.errors import CertificateError
+from vtpm_cuse.errors import CertificateError, VtpmError
 from vtpm_cuse.manufacture import der
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Self
 
 CURVES: Final[dict[str, type[ec.EllipticCurve]]] = {
@@ -22,10 +23,27 @@ CURVES: Final[dict[str, type[ec.EllipticCurve]]] = {
     "secp521r1": ec.SECP521R1,
 }
 
+_SAID_MAX: Final = 160  # of an error; OpenSSL's can be lists
 _RSA_ENCRYPTION: Final = "1.2.840.113549.1.1.1"
 _HASHES: Final = {"sha1": hashes.SHA1, "sha256": hashes.SHA256}
 _WITH_RSA: Final = {"sha1": "1.2.840.113549.1.1.5", "sha256": "1.2.840.113549.1.1.11"}
 _WITH_ECDSA: Final = {"sha1": "1.2.840.10045.4.1", "sha256": "1.2.840.10045.4.3.2"}
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Whatever `cryptography` raises for keys and certificates it does not like: ValueError.
+
+    It has no list of that: kinds it does not know and damage have classes of their own here and
+    there, some of them no ValueError, and some come late, with the first use.
+    """
+    try:
+        yield
+    except VtpmError:
+        raise
+    except Exception as exc:
+        said = " ".join(str(exc).split())
+        raise ValueError(said[:_SAID_MAX] or type(exc).__name__) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +84,13 @@ class PublicKey:
 
         Such a key counts as one for encipherment even if it is on a curve, as in the C suite.
         """
-        try:
+        with refusals():
             key = serialization.load_pem_public_key(pem)
-        except UnsupportedAlgorithm as exc:
-            raise ValueError(str(exc)) from None
-        return cls(
-            key.public_bytes(
-                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            return cls(
+                key.public_bytes(
+                    serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+                )
             )
-        )
 
     @property
     def key_id(self) -> bytes:
@@ -106,24 +122,23 @@ class PrivateKey:
         Raises:
             ValueError: It is no RSA or elliptic curve key, or the passphrase does not fit.
         """
-        try:
+        with refusals():
             key = _load_pem(pem, passphrase or None)
-        except UnsupportedAlgorithm as exc:
-            raise ValueError(str(exc)) from None
         if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
             raise ValueError("it is neither an RSA nor an elliptic curve key")
         return cls(key)
 
     def to_pem(self, passphrase: bytes | None) -> bytes:
-        """PKCS #8, encrypted if there is a passphrase."""
+        """PKCS #8, encrypted if there is a passphrase. Raises ValueError if that is too long."""
         encryption = (
             serialization.BestAvailableEncryption(passphrase)
             if passphrase
             else serialization.NoEncryption()
         )
-        return self._key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
-        )
+        with refusals():
+            return self._key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+            )
 
     @property
     def public(self) -> PublicKey:
@@ -138,10 +153,11 @@ class PrivateKey:
         """PKCS #1 v1.5, or ECDSA as DER. Raises CertificateError."""
         chosen = _HASHES[digest]()
         try:
-            if isinstance(self._key, rsa.RSAPrivateKey):
-                return self._key.sign(data, padding.PKCS1v15(), chosen)
-            return self._key.sign(data, ec.ECDSA(chosen))
-        except (ValueError, UnsupportedAlgorithm) as exc:
+            with refusals():
+                if isinstance(self._key, rsa.RSAPrivateKey):
+                    return self._key.sign(data, padding.PKCS1v15(), chosen)
+                return self._key.sign(data, ec.ECDSA(chosen))
+        except ValueError as exc:
             # Systems may forbid SHA-1, which the certificates of a TPM 1.2 are signed with.
             raise CertificateError("signing key", f"cannot sign with {digest}: {exc}") from exc
 

@@ -9,16 +9,20 @@ the serial file are its.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import secrets
+import stat
 import threading
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import CertificateError, UsageError
+from vtpm_cuse.files import make_folders, read_small, write_output
 from vtpm_cuse.manufacture.casettings import CaProfile, CaSettings
 from vtpm_cuse.manufacture.certificates import (
     SERIAL_MAX,
@@ -32,7 +36,6 @@ from vtpm_cuse.manufacture.certificates import (
     tcg_header,
     tpm_certificate,
 )
-from vtpm_cuse.manufacture.files import read_small, replace_file
 from vtpm_cuse.manufacture.issuers import open_issuer, pem_certificate
 from vtpm_cuse.manufacture.keys import PrivateKey
 from vtpm_cuse.manufacture.names import common_name, escaped
@@ -52,7 +55,10 @@ _CA_NAME: Final = "swtpm-localca"
 _CA_KEY_BITS: Final = 3072
 _KEY_MODE: Final = 0o640
 _PUBLIC_MODE: Final = 0o644
+_FOLDER_MODE: Final = 0o750
 _SERIAL_TEXT_MAX: Final = 49
+_LOCK_SECONDS: Final = 30.0
+_LOCK_POLL_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,7 @@ class LocalCa:
         self._settings, self._profile, self._report = settings, profile, report
         self._root_password = os.fsencode(environ.get("SWTPM_ROOTCA_PASSWORD", "")) or None
         self._issuer: Issuer | None = None
+        self._given_up = threading.Event()
 
     @classmethod
     def from_files(
@@ -119,6 +126,11 @@ class LocalCa:
         )
         ca.check()
         return ca
+
+    @property
+    def tpm(self) -> Mapping[str, str]:
+        """What its options say of TPMs: see `CaProfile`."""
+        return self._profile.tpm
 
     def check(self) -> None:
         """Opens the CA if it is there, and sees whether it can be made if not. Writes nothing.
@@ -243,7 +255,7 @@ class LocalCa:
         for path, new in zip(missing, _new_keys(len(missing)), strict=True):
             password = self._root_password if path == root_key else settings.password
             with _errors_of(path):
-                replace_file(path, new.to_pem(password), _KEY_MODE)
+                write_output(path, new.to_pem(password), _KEY_MODE, of_folder=True)
         root = self._pair(root_key, root_certificate, self._root_password, _ROOT_NAME, None)
         paths = (settings.signing_key, settings.issuer_certificate)
         self._issuer = self._pair(*paths, settings.password, _CA_NAME, root)
@@ -265,7 +277,7 @@ class LocalCa:
             serial = secrets.randbits(158) | 1 << 158  # 20 bytes, as RFC 5280 allows at most
             made = ca_certificate(subject, key.public, signing, serial, Validity(_now()))
             with _errors_of(certificate_path):
-                replace_file(certificate_path, pem_certificate(made), _PUBLIC_MODE)
+                write_output(certificate_path, pem_certificate(made), _PUBLIC_MODE, of_folder=True)
         return open_issuer(certificate_path, key_path, password)
 
     # -- lock and serial number -------------------------------------------------------------
@@ -276,43 +288,111 @@ class LocalCa:
         with _errors_of(folder):
             if not os.path.isdir(folder):
                 self._report(f"Creating swtpm-localca dir '{folder}'.")
-                os.makedirs(folder, 0o770, exist_ok=True)
+                make_folders(folder, _FOLDER_MODE, of_folder=True)
         path = os.path.join(folder, _LOCK_NAME)
         with _errors_of(path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o775)
+            fd = _open_lock(path)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            self._take(fd, path)
             yield
         finally:
             os.close(fd)
+
+    def _take(self, fd: int, path: str) -> None:
+        """Waits for the lock, and not for ever: whoever can open the file can hold it."""
+        end = time.monotonic() + _LOCK_SECONDS
+        with _errors_of(path):
+            while not _try_lock(fd):
+                if time.monotonic() >= end:
+                    raise CertificateError(
+                        path,
+                        f"{_holder(fd)} keeps this CA locked, for more than {_LOCK_SECONDS:.0f} s",
+                    )
+                if self._given_up.wait(_LOCK_POLL_SECONDS):
+                    raise CertificateError(path, "the wait for the CA's lock was ended")
+
+    def give_up(self) -> None:
+        """Ends a wait for the lock. From any thread."""
+        self._given_up.set()
 
     def _next_serial(self) -> int:
         """One more than the last, which the file keeps."""
         path = self._settings.serial_file
         with _errors_of(path):
             try:
-                with open(path, "rb") as file:
-                    text = file.read(_SERIAL_TEXT_MAX + 1)
+                text = read_small(path).strip()
             except FileNotFoundError:
                 text = b""
-            text = text.strip()
             usable = text.isdigit() and len(text) <= _SERIAL_TEXT_MAX and int(text) < SERIAL_MAX
             last = int(text) if usable else _random_serial()
-            replace_file(path, b"%d" % (last + 1), _PUBLIC_MODE)
+            write_output(path, b"%d" % (last + 1), _PUBLIC_MODE, of_folder=True)
         return last + 1
 
 
+def _open_lock(path: str) -> int:
+    """The lock file: for its owner and, where the folder is for a group, for that group.
+
+    The C suite has it open to all, and so anybody can keep all set-ups waiting. What root makes
+    in the folder of a user's CA is that user's.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+    except PermissionError:
+        fd = os.open(path, flags | os.O_RDONLY)  # enough for flock(2)
+    found, folder = os.fstat(fd), os.stat(os.path.dirname(path))
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no file", path)
+    if found.st_nlink != 1 or found.st_size:
+        return fd  # not made for this alone: it keeps owner and mode
+    group = folder.st_mode & stat.S_IWGRP
+    mode = 0o660 if group else 0o600
+    with contextlib.suppress(PermissionError):
+        if found.st_uid == os.geteuid() == 0:
+            os.fchown(fd, folder.st_uid, folder.st_gid)
+        elif group and found.st_gid != folder.st_gid:
+            os.fchown(fd, -1, folder.st_gid)
+        if stat.S_IMODE(found.st_mode) != mode:
+            os.fchmod(fd, mode)
+    return fd
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int) -> str:
+    """Who has the lock, as far as the kernel says."""
+    inode = b":%d" % os.fstat(fd).st_ino
+    with contextlib.suppress(OSError), open("/proc/locks", "rb") as table:
+        for line in table:
+            fields = line.split()
+            if len(fields) > 5 and fields[1] == b"FLOCK" and fields[5].endswith(inode):
+                return f"process {fields[4].decode()}"
+    return "another process"
+
+
 def _new_keys(count: int) -> list[PrivateKey]:
-    """So many at once, each on a processor of its own. Raises CertificateError."""
+    """So many at once, each on a processor of its own, if there are threads to be had."""
     made: list[PrivateKey] = []
-    threads = [
-        threading.Thread(target=lambda: made.append(PrivateKey.generate(_CA_KEY_BITS)))
-        for _ in range(count)
-    ]
+
+    def make() -> None:
+        made.append(PrivateKey.generate(_CA_KEY_BITS))
+
+    threads = [threading.Thread(target=make) for _ in range(count - 1)]
+    started = []
     for thread in threads:
-        thread.start()
-    for thread in threads:
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            started.append(thread)
+    for _ in range(count - len(started)):
+        make()
+    for thread in started:
         thread.join()
     if len(made) < count:
         raise CertificateError("CA key", "it cannot be generated")
@@ -320,8 +400,8 @@ def _new_keys(count: int) -> list[PrivateKey]:
 
 
 def _random_serial() -> int:
-    """Any of 63 bits: the C suite's older versions cannot count further."""
-    return secrets.randbits(62) | 1 << 62
+    """Of 20 digits, as the C suite's, and of 64 bits: its older versions cannot count further."""
+    return 10**19 + secrets.randbelow(8 * 10**18)
 
 
 def _subject(vmid: str) -> str:

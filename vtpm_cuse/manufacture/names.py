@@ -46,7 +46,11 @@ _ATTRIBUTES: Final[dict[str, tuple[str, Callable[[str], bytes]]]] = {
 
 _PART: Final = re.compile(r"(?:\\.|[^\\,])+", re.DOTALL)
 _PLAIN_PLUS: Final = re.compile(r'(?<!\\)(?:\\\\)*[+"]')
-_ESCAPE: Final = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPE: Final = re.compile(r"((?:\\[0-9a-fA-F]{2})+)|\\(.)", re.DOTALL)
+_ESCAPABLE: Final = frozenset(' "#+,;<=>\\')
+_HALF_ESCAPE: Final = re.compile(r"(?<!\\)(?:\\\\)*\\\Z")
+_ENCODED: Final = re.compile(r"#((?:[0-9a-fA-F]{2})+)")
+_STRING_TAGS: Final = {0x0C: "utf-8", 0x13: "ascii", 0x16: "ascii"}
 _MAX: Final = 4096
 
 
@@ -71,12 +75,14 @@ def common_name(value: str) -> bytes:
 
 def escaped(value: str) -> str:
     """*value* so that it stands for itself in the text of a name."""
-    return re.sub(r'([\\,+"])', r"\\\1", value)
+    return re.sub(r'([\\,+"]|^#)', r"\\\1", value)
 
 
 def _components(text: str) -> Iterator[tuple[str, bytes]]:
     if len(text) > _MAX:
         raise ValueError(f"longer than {_MAX} characters")
+    if _HALF_ESCAPE.search(text):
+        raise ValueError("a backslash at its end, with nothing behind it")
     parts = _PART.findall(text)
     if not parts:
         raise ValueError("it is empty")
@@ -88,13 +94,48 @@ def _components(text: str) -> Iterator[tuple[str, bytes]]:
             raise ValueError(f"unknown attribute '{name.strip()}'")
         if _PLAIN_PLUS.search(value):
             raise ValueError(f"'+' and '\"' need a backslash in '{part}'")
-        if not (plain := _ESCAPE.sub(r"\1", _stripped(value))):
-            raise ValueError(f"no value in '{part}'")
         identifier, encode = _ATTRIBUTES[name.strip().lower()]
+        if (bare := _stripped(value)).startswith("#"):
+            yield identifier, _encoded(bare)
+            continue
+        if not (plain := _ESCAPE.sub(_unescaped, bare)):
+            raise ValueError(f"no value in '{part}'")
         try:
             yield identifier, encode(plain)
         except UnicodeEncodeError:
             raise ValueError(f"characters that {name.strip()} cannot have, in '{part}'") from None
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    """One character after a backslash, or the bytes of UTF-8 that pairs of digits stand for."""
+    if match[1] is None:
+        if match[2] not in _ESCAPABLE:
+            raise ValueError(f"'\\{match[2]}' stands for nothing; a backslash is '\\\\'")
+        return match[2]
+    octets = bytes.fromhex(match[1].replace("\\", ""))
+    try:
+        text = octets.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"the bytes '{match[1]}' are no text in UTF-8") from None
+    if "\0" in text:
+        raise ValueError("a name cannot have a zero byte")
+    return text
+
+
+def _encoded(value: str) -> bytes:
+    """A value that is given as its encoding, in hex: a string."""
+    found = _ENCODED.fullmatch(value)
+    octets = bytes.fromhex(found[1]) if found else b""
+    charset = _STRING_TAGS.get(octets[0]) if octets else None
+    if charset is None:
+        raise ValueError(f"'{value}' is no string's encoding in hex; a number sign is '\\#'")
+    try:
+        text = octets[2:].decode(charset)
+    except UnicodeDecodeError:
+        text = ""
+    if not text or "\0" in text or octets != der.tlv(octets[0], octets[2:]):
+        raise ValueError(f"'{value}' is damaged, or encodes no text of up to 127 bytes")
+    return octets
 
 
 def _stripped(value: str) -> str:

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import read_small
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,16 +36,20 @@ def read_password(spec: str, option: str, environ: Mapping[str, str] = os.enviro
         raise UsageError(f"Bad file descriptor for password: '{rest}' of --{option}")
     what = f"file descriptor {rest}" if kind == "fd" else f"file {rest}"
     try:
-        return _read(int(rest) if kind == "fd" else rest, f"{what} of --{option}")
+        data = _of_descriptor(int(rest)) if kind == "fd" else read_small(rest, streams=True)
     except OSError as exc:
         raise UsageError(
             f"Could not read password from {what} of --{option}: {exc.strerror}"
         ) from exc
-
-
-def _read(source: str | int, what: str) -> bytes:
-    with open(source, "rb") as file:
-        data = file.read(PASSWORD_MAX + 1)
+    except ValueError as exc:
+        raise UsageError(f"Could not read password from {what} of --{option}: {exc}") from exc
     if len(data) > PASSWORD_MAX:
-        raise UsageError(f"The password in {what} is longer than {PASSWORD_MAX} bytes")
+        raise UsageError(
+            f"The password in {what} of --{option} is longer than {PASSWORD_MAX} bytes"
+        )
     return data
+
+
+def _of_descriptor(fd: int) -> bytes:
+    with open(fd, "rb") as file:
+        return file.read(PASSWORD_MAX + 1)

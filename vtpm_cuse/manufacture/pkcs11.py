@@ -8,12 +8,16 @@ does it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
+import shlex
+import sys
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote_to_bytes
 
-from vtpm_cuse.errors import CertificateError
+from vtpm_cuse.errors import CertificateError, VtpmError
+from vtpm_cuse.files import read_small
 from vtpm_cuse.manufacture import der
 from vtpm_cuse.manufacture.keys import signature_algorithm
 
@@ -107,7 +111,7 @@ class TokenKey:
         try:
             import pkcs11
         except ImportError as exc:
-            raise self._error("it needs python-pkcs11: pip install vtpm-cuse[pkcs11]") from exc
+            raise self._error(f"it needs python-pkcs11; type: {_installing()}") from exc
         try:
             for token in self._tokens():
                 pin = self._pin.decode() if self._pin is not None else None
@@ -120,6 +124,10 @@ class TokenKey:
             raise self._error(" ".join(filter(None, (type(exc).__name__, str(exc))))) from exc
         except UnicodeDecodeError as exc:
             raise self._error("its PIN is not text in UTF-8") from exc
+        except VtpmError:
+            raise
+        except Exception as exc:  # of a library that is none, and of a token's odd values
+            raise self._error(" ".join(str(exc).split()) or type(exc).__name__) from exc
         raise self._error("there is no such token, or no such private key in it")
 
     def _wanted(self) -> dict[Any, Any]:
@@ -154,14 +162,20 @@ class TokenKey:
             return None
         path = os.fsdecode(source).removeprefix("file://").removeprefix("file:")
         try:
-            with open(path, "rb") as file:
-                return file.read(256).rstrip(b"\n")
+            return read_small(path)[:256].rstrip(b"\n")
         except (OSError, ValueError) as exc:  # ValueError: a zero byte in it
             reason = exc.strerror if isinstance(exc, OSError) else str(exc)
             raise self._error(f"its pin-source cannot be read: {reason}") from exc
 
     def _error(self, reason: str) -> CertificateError:
         return CertificateError(f"Could not import pkcs11 key {self.name}", reason)
+
+
+def _installing() -> str:
+    python = shlex.quote(sys.executable)
+    own = importlib.util.find_spec("pip") is not None  # a deployed one has none
+    pip = f"{python} -m pip" if own else f"python3 -m pip --python {python}"
+    return f"{pip} install python-pkcs11"
 
 
 def _same(found: str | bytes, wanted: bytes) -> bool:

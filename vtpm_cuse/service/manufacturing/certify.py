@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,21 +13,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import read_small
 from vtpm_cuse.manufacture.plan import RsaKey
+from vtpm_cuse.service.manufacturing.programs import find_program, start_program
 
 if TYPE_CHECKING:
     from vtpm_cuse.manufacture.keys import PublicKey
     from vtpm_cuse.manufacture.localca import LocalCa
-    from vtpm_cuse.manufacture.plan import CertificateKind, EndorsementKey, Reporter, TpmFacts
+    from vtpm_cuse.manufacture.plan import (
+        CertificateKind,
+        EndorsementKey,
+        Reporter,
+        SetupPlan,
+        TpmFacts,
+    )
     from vtpm_cuse.service.manufacturing.config import CertificateConfig, SetupConfig
 
 _USUAL_PLACES: Final = ("", "/usr/bin", "/usr/local/bin", "/usr/share/swtpm")
 _OUR_TOOL: Final = ("swtpm_localca", "swtpm-localca")
-_CERTIFICATE_MAX: Final = 1 << 16
 
 
 class SetupCertifier(Protocol):
     """Makes certificates (`manufacture.plan.Certifier`), and is closed at the end."""
+
+    def begin(self) -> None:
+        """Begins what takes long."""
 
     def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
         """The certificate, as it goes into NV. Raises VtpmError."""
@@ -41,17 +52,25 @@ class SetupCertifier(Protocol):
 class LocalCertifier:
     """The local CA. It is opened, or made, in a thread, while the TPM makes its first key."""
 
-    def __init__(self, config: CertificateConfig, report: Reporter, *, tpm2: bool) -> None:
-        self._config, self._report, self._tpm2 = config, report, tpm2
+    def __init__(self, config: CertificateConfig, report: Reporter, plan: SetupPlan) -> None:
+        self._config, self._report, self._plan = config, report, plan
         self._ca: LocalCa | None = None
         self._failure: BaseException | None = None
         self._opening = threading.Thread(target=self._open)
-        self._opening.start()
+        self._canceled = False
+
+    def begin(self) -> None:
+        """See `SetupCertifier`."""
+        with contextlib.suppress(RuntimeError):  # no thread to be had: `certify` does it
+            self._opening.start()
 
     def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
         """A certificate of the CA. Raises VtpmError."""
-        self._opening.join()
-        if self._ca is None:
+        if self._opening.ident is None:
+            self._open()
+        else:
+            self._opening.join()
+        if self._ca is None or self._failure is not None:
             raise self._failure or UsageError("There is no local CA")
         from vtpm_cuse.manufacture import certificates, localca
 
@@ -61,7 +80,9 @@ class LocalCertifier:
             certificates.Maker(facts.manufacturer, facts.model, facts.version),
             certificates.TpmSpecification(facts.family, facts.level, facts.revision),
             vmid=self._config.vmid or "",
-            is_tpm2=self._tpm2,
+            is_tpm2=self._plan.tpm2,
+            allow_signing=self._plan.allow_signing,
+            decryption=self._plan.allow_signing and self._plan.decryption,
         )
         certificate = self._ca.issue(order)
         what = "EK" if kind == "ek" else kind
@@ -69,19 +90,24 @@ class LocalCertifier:
         return certificate
 
     def cancel(self) -> None:
-        """Nothing to end: a CA that is being made is of use the next time."""
+        """Ends a wait for the CA's lock. A CA that is being made is of use the next time."""
+        self._canceled = True
+        if (ca := self._ca) is not None:
+            ca.give_up()
 
     def close(self) -> None:
         """See `SetupCertifier`."""
-        self._opening.join()
+        if self._opening.ident is not None:
+            self._opening.join()
 
     def _open(self) -> None:
         try:
             from vtpm_cuse.manufacture.localca import LocalCa
 
             ca = LocalCa.from_files(self._config.configfile, self._config.optsfile, self._say)
-            ca.prepare()
             self._ca = ca
+            if not self._canceled:
+                ca.prepare()
         except BaseException as exc:
             self._failure = exc
 
@@ -106,11 +132,14 @@ class ToolCertifier:
     """Calls a program that leaves ``ek.cert`` or ``platform.cert`` in a directory."""
 
     def __init__(
-        self, tool: str, config: CertificateConfig, report: Reporter, *, tpm2: bool
+        self, tool: str, config: CertificateConfig, report: Reporter, plan: SetupPlan
     ) -> None:
-        self._tool, self._config, self._report, self._tpm2 = tool, config, report, tpm2
+        self._tool, self._config, self._report, self._plan = tool, config, report, plan
         self._directory = tempfile.mkdtemp(prefix="swtpm_setup.certs.")
         self._process: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> None:
+        """See `SetupCertifier`: nothing."""
 
     def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
         """The certificate that the program made. Raises UsageError."""
@@ -118,7 +147,7 @@ class ToolCertifier:
         self._report.line(f"  Invoking {' '.join(words)}")
         name = os.path.basename(self._tool)
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - from the user's configuration
+            self._process = start_program(
                 words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         except OSError as exc:
@@ -131,10 +160,9 @@ class ToolCertifier:
             self._report.line(f"{name}: {line}")
         path = Path(self._directory, f"{kind}.cert")
         try:
-            with path.open("rb") as file:
-                certificate = file.read(_CERTIFICATE_MAX)
+            certificate = read_small(str(path))
             path.unlink()
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             raise UsageError(f"{self._tool} made no certificate: {exc}") from exc
         return certificate
 
@@ -150,8 +178,10 @@ class ToolCertifier:
         words += ["--tpm-manufacturer", facts.manufacturer]
         words += ["--tpm-model", facts.model]
         words += ["--tpm-version", facts.version]
-        if self._tpm2:
+        if self._plan.tpm2:
             words.append("--tpm2")
+        if kind == "ek" and self._plan.allow_signing:
+            words += ["--allow-signing", *(["--decryption"] if self._plan.decryption else [])]
         for option, value in (("--configfile", config.configfile), ("--optsfile", config.optsfile)):
             if value is not None:
                 words += [option, value]
@@ -171,11 +201,14 @@ def make_certifier(config: SetupConfig, report: Reporter) -> SetupCertifier:
     """Whoever the configuration names. Raises VtpmError when it cannot work."""
     wanted = config.certificates
     if wanted.tool is None or is_local_ca(wanted.tool):
-        return LocalCertifier(wanted, report, tpm2=config.plan.tpm2)
-    tool = shutil.which(wanted.tool)
+        return LocalCertifier(wanted, report, config.plan)
+    if os.geteuid() == 0 and "/" in wanted.tool and not os.path.isabs(wanted.tool):
+        # Who wrote to the current folder would choose what root runs.
+        raise UsageError(f"create_certs_tool = {wanted.tool} must be an absolute path for root.")
+    tool = find_program(wanted.tool)
     if tool is None:
         raise UsageError(f"Could not find {wanted.tool} in PATH.")
-    return ToolCertifier(tool, wanted, report, tpm2=config.plan.tpm2)
+    return ToolCertifier(tool, wanted, report, config.plan)
 
 
 def is_local_ca(tool: str) -> bool:

@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.manufacture.files import replace_file
+from vtpm_cuse.files import write_output
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
 from vtpm_cuse.manufacture.tpm12 import Tpm12Setup
 from vtpm_cuse.service.manufacturing.certify import make_certifier
@@ -50,6 +50,8 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
         setup = kind(tpm, config.plan, certifier, report)
 
         def work() -> None:
+            if certifier is not None:
+                certifier.begin()
             tpm.start()
             setup.run()
 
@@ -94,7 +96,10 @@ def _interruptible(
     for number in handlers:
         signal.signal(number, end)
     thread = threading.Thread(target=guarded)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        failed.append(UsageError(f"{exc}; the limit of processes may be too low (ulimit -u)"))
     while thread.is_alive():  # a signal just before a join waits for the end of that
         thread.join(_JOIN_SECONDS)
     if came:
@@ -112,6 +117,6 @@ def write_copies(directory: str, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         path = os.path.join(directory, name)
         try:
-            replace_file(path, data, _FILE_MODE)
+            write_output(path, data, _FILE_MODE)
         except OSError as exc:
             raise UsageError(f"Error writing to {path}: {exc.strerror}") from exc

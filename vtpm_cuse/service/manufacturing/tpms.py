@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.errors import PtmError, StateMissing, UsageError, VtpmError, WireError
 from vtpm_cuse.service.config import VtpmConfig
+from vtpm_cuse.service.manufacturing.programs import start_program
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmRc, TpmSu
@@ -122,7 +123,7 @@ class ChildTpm:
             fds.append(fd)
         output = subprocess.DEVNULL if self._config.logfile else None
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - the user's own command
+            self._process = start_program(
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds
             )
         except OSError as exc:
@@ -266,20 +267,21 @@ def _text_fd(text: str) -> int:
 def ask_json(words: tuple[str, ...]) -> dict[str, Any]:
     """What an emulator says about itself. Raises UsageError when it says nothing of the kind."""
     try:
-        run = subprocess.run(  # noqa: S603 - the user's own command
-            words,
-            check=False,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=_ANSWER_SECONDS,
-        )
+        with start_program(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            try:
+                output, errors = process.communicate(timeout=_ANSWER_SECONDS)
+            except BaseException:
+                process.kill()
+                raise
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise UsageError(f"Could not start swtpm '{words[0]}': {exc}") from exc
     try:
-        answer = json.loads(run.stdout)
+        answer = json.loads(output)
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        said = run.stderr.decode(errors="replace").strip()
-        raise UsageError(f"{words[0]} exit with status {run.returncode}: {said}")
+        said = errors.decode(errors="replace").strip()
+        raise UsageError(f"{words[0]} exit with status {process.returncode}: {said}")
     return answer

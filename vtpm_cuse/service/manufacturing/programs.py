@@ -1,0 +1,39 @@
+"""Programs of the user's that a set-up calls: where they are found, and how they are started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SHELL: Final = "/bin/sh"
+
+
+def find_program(name: str) -> str | None:
+    """A program by its path, or by its name in PATH, of which only absolute folders count.
+
+    PEER: looks in the current folder, too, where PATH has an empty or relative part; whoever
+    wrote to that folder would choose what root runs.
+    """
+    folders = [folder for folder in os.get_exec_path() if os.path.isabs(folder)]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+# Any: the options are those of Popen.
+def start_program(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401
+    """Starts a program; a script that does not say by what is run by the shell, as a shell does it.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    try:
+        return subprocess.Popen(words, **options)  # noqa: S603 - the user's own command
+    except OSError as exc:
+        if exc.errno != errno.ENOEXEC:
+            raise
+    return subprocess.Popen([_SHELL, *words], **options)  # noqa: S603
