@@ -324,4 +324,6 @@ class _Same:
 
 def _status(inode: Inode) -> SimpleNamespace:
     kind = stat.S_IFBLK if inode.device else stat.S_IFREG
-    return SimpleNamespace(st_mode=kind | 0o640, st_size=len(inode.seen))
+    return SimpleNamespace(
+        st_mode=kind | 0o640, st_size=len(inode.seen), st_nlink=1, st_uid=os.geteuid()
+    )

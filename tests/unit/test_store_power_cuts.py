@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.disk import Disk, PowerCut
+from vtpm_cuse import files
 from vtpm_cuse.errors import StateMissing, StorageError
 from vtpm_cuse.storage import directory, linear
 from vtpm_cuse.storage.base import BLOB_NAMES
@@ -69,6 +70,7 @@ class Kind:
         return Disk(device=self.device)
 
     def store(self, disk: Disk, patch: pytest.MonkeyPatch) -> StateStore:
+        patch.setattr(files, "os", disk)
         if self.name == "directory":
             patch.setattr(directory, "os", disk)
             return DirectoryStore("/state", tpm2=True, lock=False, backup=self.backup)

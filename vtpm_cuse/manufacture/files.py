@@ -8,6 +8,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.files import flush_folder
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,7 +48,7 @@ def replace_file(path: str | Path, data: bytes, mode: int) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(aside, dir_fd=folder_fd)
             raise
-        os.fsync(folder_fd)
+        flush_folder(folder_fd)
     finally:
         os.close(folder_fd)
 
