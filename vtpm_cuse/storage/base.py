@@ -81,8 +81,11 @@ class StateStore(Protocol):
         """Bytes of each blob that exists, in the order of `BLOB_NAMES`. Raises StorageError."""
 
     def remains(self) -> str:
-        """What is left of a TPM whose permanent state is missing; empty when nothing is missing or
-        nothing is left. Raises StorageError."""
+        """What is left of a TPM whose permanent state is missing; empty where nothing is.
+
+        Raises:
+            StorageError: It cannot be looked at.
+        """
 
     def restore_backup(self) -> str:
         """Puts the backup in the place of a permanent state that is missing, if it is to.

@@ -278,12 +278,16 @@ class DirectoryStore:
         path, backup = self.where(name), self._file_name(name) + BACKUP_SUFFIX
         with contextlib.suppress(StorageError):
             if self._is_good(backup):
-                kept = f"nothing was changed; the last good generation was kept: {self._full(backup)}"
+                kept = (
+                    f"nothing was changed; the last good generation was kept: {self._full(backup)}"
+                )
                 if self._starts_from_backup:
                     return f"{kept}, but cannot be used either"
                 if self._prefix == "tpm2-00":
                     return f"{kept}; the option 'backup' of --tpmstate starts the TPM from it"
-                return f"{kept}; to return to it, end the TPM, keep {path} elsewhere and copy it there"
+                return (
+                    f"{kept}; to return to it, end the TPM, keep {path} elsewhere and copy it there"
+                )
         return "nothing was changed: put back a copy that you kept, or use another directory"
 
     def work_beside(self, beside: Beside) -> None:
