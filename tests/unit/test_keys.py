@@ -75,7 +75,7 @@ def test_old_format() -> None:
 @pytest.mark.parametrize(
     ("blob", "key", "kind", "result"),
     [
-        (FILE_128, None, StateDamaged, PtmResult.TPM_FAIL),
+        (FILE_128, None, StateKeyRejected, PtmResult.TPM_FAIL),
         (FILE_128, KEY_256, StateKeyRejected, PtmResult.TPM_BAD_KEY_PROPERTY),
         (FILE_256, KEY_128, StateKeyRejected, PtmResult.TPM_BAD_KEY_PROPERTY),
         (FILE_128, MIGRATION, StateKeyRejected, PtmResult.TPM_DECRYPT_ERROR),

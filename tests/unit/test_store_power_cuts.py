@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.disk import Disk, PowerCut
+from tests.support.disk import Disk, Inode, PowerCut
 from vtpm_cuse import files
 from vtpm_cuse.errors import StateMissing, StorageError
 from vtpm_cuse.storage import directory, linear
@@ -330,3 +330,119 @@ def test_no_space_is_told_by_errno(monkeypatch: pytest.MonkeyPatch) -> None:
     cause = caught.value.__cause__
     assert isinstance(cause, OSError)
     assert cause.errno == errno.ENOSPC
+
+
+# -- the backup in the place of the state ---------------------------------------------------
+
+STATE, BACKUP = "tpm2-00.permall", "tpm2-00.permall.bak"
+WITH_BACKUP = Kind("directory", backup=True)
+KEPT, REFUSED = SMALLER, LARGER  # both have a header that fits; libtpms refused the second
+
+
+def disk_with(**files: bytes) -> Disk:
+    """On it are, flushed, the permanent state and its backup, as far as they are given."""
+    disk = Disk()
+    for name, data in files.items():
+        contents_now = bytearray(data)
+        file = Inode(seen=contents_now, medium=bytearray(data))
+        disk.names[{"state": STATE, "backup": BACKUP}[name]] = file
+    return disk
+
+
+def states_on(disk: Disk) -> set[bytes]:
+    return {bytes(inode.seen) for inode in disk.names.values()}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An operation on a state and its backup, and what load may give at any time after it began."""
+
+    disk: Disk
+    step: Step
+    loads: set[bytes]
+    kept: set[bytes]
+
+
+EXCHANGES = {
+    "the backup alone": Exchange(
+        disk_with(backup=KEPT), lambda s: _done(s.restore_backup()), {KEPT}, {KEPT}
+    ),
+    "try": Exchange(
+        disk_with(state=REFUSED, backup=KEPT),
+        lambda s: _done(s.try_backup()),
+        {KEPT, REFUSED},
+        {KEPT, REFUSED},
+    ),
+    "undo": Exchange(
+        disk_with(state=KEPT, backup=REFUSED),
+        lambda s: s.undo_try(),
+        {KEPT, REFUSED},
+        {KEPT, REFUSED},
+    ),
+}
+exchanges = pytest.mark.parametrize("name", EXCHANGES)
+links = pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
+
+
+def _done(what: str) -> None:
+    assert what == f"/state/{BACKUP}"
+
+
+def loaded(disk: Disk, patch: pytest.MonkeyPatch) -> bytes:
+    """What the next process starts from: where only the backup is there it must say that."""
+    disk.restart()
+    store = WITH_BACKUP.store(disk, patch)
+    if STATE not in disk.names:
+        with pytest.raises(StorageError, match="permall.bak of an earlier TPM"):
+            store.load("permall")
+        assert store.restore_backup()
+    return store.load("permall")
+
+
+@links
+@exchanges
+def test_power_cut_while_backup_and_state_change_places(
+    name: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = EXCHANGES[name]
+    disk = exchange.disk.copied()
+    disk.links = links
+    looked = 0
+    for cut in cuts(WITH_BACKUP, disk, exchange.step, monkeypatch):
+        for after in [cut, *cut.after_power_cut()]:
+            looked += 1
+            assert states_on(after) >= exchange.kept, cut.trace
+            assert loaded(after, monkeypatch) in exchange.loads, cut.trace
+            WITH_BACKUP.store(after, monkeypatch).store("permall", LATER)
+            assert look(WITH_BACKUP, after, monkeypatch)["permall"] == LATER
+    assert looked > 10
+
+
+@links
+@exchanges
+def test_failed_step_while_backup_and_state_change_places(
+    name: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = EXCHANGES[name]
+    disk = exchange.disk.copied()
+    disk.links = links
+    calls = trace(WITH_BACKUP, disk, exchange.step, monkeypatch)
+    for at, call in enumerate(calls):
+        one = disk.copied()
+        one.restart(fault=at)
+        with pytest.raises(StorageError) as caught:
+            exchange.step(WITH_BACKUP.store(one, monkeypatch))
+        assert not isinstance(caught.value, StateMissing), call
+        assert states_on(one) >= exchange.kept, call
+        assert loaded(one, monkeypatch) in exchange.loads, call
+
+
+@operations
+def test_power_cut_without_hard_links(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, step, new = OPERATIONS[name]
+    disk = prepared(WITH_BACKUP, old, monkeypatch)
+    disk.links = False
+    for cut in cuts(WITH_BACKUP, disk, step, monkeypatch):
+        for after in cut.after_power_cut():
+            found = look(WITH_BACKUP, after, monkeypatch)
+            assert found in WITH_BACKUP.allowed(name, old, new), cut.trace

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.storage.base import OWNER_MODE
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
@@ -24,6 +25,11 @@ def open_store(
     Raises:
         UsageError: The scheme is unknown, or cannot do what is asked for.
     """
+    if mode is not None and mode & OWNER_MODE != OWNER_MODE:
+        raise UsageError(
+            f"The mode {mode:04o} would keep the TPM from its own state",
+            hint="give its owner the rights to read and write, as with mode=0600",
+        )
     scheme, separator, path = uri.partition("://")
     if scheme == "dir" and separator and path:
         from vtpm_cuse.storage.directory import DirectoryStore
