@@ -112,9 +112,7 @@ def test_way_back_to_the_last_good_generation(kind: str, tmp_path: Path) -> None
     assert "the option 'backup' of --tpmstate starts the TPM from it" in said
     assert backup.read_bytes() == kept
     with (
-        s.Server(
-            tmp_path / "after", *s.RUNNING, "--tpmstate", option, state=state
-        ) as server,
+        s.Server(tmp_path / "after", *s.RUNNING, "--tpmstate", option, state=state) as server,
         server.data() as data,
     ):
         assert tpm.nv_data(data.command(tpm.nv_read(FIRST, 8))) == b"8 octets"

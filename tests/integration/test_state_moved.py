@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import sockets as s
+from tests.support.files import umask
 from vtpm_cuse.service import landlock
 
 if TYPE_CHECKING:
@@ -195,3 +196,35 @@ def test_nothing_is_written_into_a_file_without_a_name(tmp_path: Path) -> None:
         os.unlink(state)
         assert command(server, tpm.nv_write(FIRST, b"a change")) != 0
         assert "was removed, or replaced" in server.log_text()
+
+
+# -- rights that a umask or a mode takes ----------------------------------------------------
+
+
+@kinds
+def test_new_tpm_under_a_umask_that_takes_everything(kind: str, tmp_path: Path) -> None:
+    """Its capabilities are gone when INIT opens the state: the owner must be able to."""
+    state = tmp_path / "state"
+    if kind == "dir":
+        state.mkdir()
+    folder = tmp_path / "server"
+    folder.mkdir()
+    (folder / "state").mkdir()
+    with umask(0o777):
+        server = serve(folder, f"{kind}://{state}")
+    with server:
+        for _ in range(2):
+            assert server.init() == 0
+            assert command(server, tpm.TPM2_STARTUP_CLEAR) == 0
+            assert server.request(s.STOP) == bytes(4)
+
+
+def test_mode_that_keeps_the_tpm_out_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = s.run_swtpm(
+        *("--tpm2", *s.RUNNING, "--tpmstate", f"dir={tmp_path},mode=0000"),
+        *("--server", f"type=unixio,path={tmp_path}/data"),
+    )
+    assert run.returncode == 1
+    assert "The mode 0000 would keep the TPM from its own state" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name != "data"] == []

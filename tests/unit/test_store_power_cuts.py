@@ -393,7 +393,7 @@ def loaded(disk: Disk, patch: pytest.MonkeyPatch) -> bytes:
     disk.restart()
     store = WITH_BACKUP.store(disk, patch)
     if STATE not in disk.names:
-        with pytest.raises(StorageError, match="permall.bak of an earlier TPM"):
+        with pytest.raises(StorageError, match=r"permall\.bak of an earlier TPM"):
             store.load("permall")
         assert store.restore_backup()
     return store.load("permall")

@@ -18,6 +18,7 @@ from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
 
+
 def check_access(uri: str, user: str) -> None:
     """Whether *user*, who runs this, can put a state there. Raises UsageError."""
     scheme, _, path = uri.partition("://")
