@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vtpm_cuse.errors import StateMissing, UsageError
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
+from vtpm_cuse.storage.locations import parse
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
@@ -21,14 +22,12 @@ if TYPE_CHECKING:
 
 def check_access(uri: str, user: str) -> None:
     """Whether *user*, who runs this, can put a state there. Raises UsageError."""
-    scheme, _, path = uri.partition("://")
-    if scheme == "file":
-        if os.path.exists(path):
-            if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
-                raise UsageError(f"User {user} cannot read/write {path}.")
-            return
-        path = os.path.dirname(path) or "."
-    check_directory(path, user)
+    where = parse(uri)
+    if where.scheme == "file" and os.path.exists(where.path):
+        if not os.access(where.path, os.R_OK | os.W_OK, effective_ids=True):
+            raise UsageError(f"User {user} cannot read/write {where.path}.")
+        return
+    check_directory(where.folder, user)
 
 
 def check_directory(path: str, user: str) -> None:

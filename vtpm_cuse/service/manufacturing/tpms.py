@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from vtpm_cuse.errors import PtmError, StateMissing, UsageError, VtpmError, WireError
 from vtpm_cuse.service.config import VtpmConfig
 from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.locations import parse
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmSu
 
@@ -111,9 +112,8 @@ class ChildTpm:
     def __init__(self, config: SetupConfig, blobs: dict[str, bytes]) -> None:
         self._config = config
         self._blobs = blobs
-        scheme, _, path = config.uri.partition("://")
         # Beside the state: confined emulators may write there, and perhaps nowhere else.
-        where = path if scheme == "dir" else None
+        where = parse(config.uri).folder_to_make or None
         self._directory = tempfile.mkdtemp(prefix=".swtpm_setup.", dir=where)
         self._closing = contextlib.ExitStack()
         self._closing.callback(shutil.rmtree, self._directory, ignore_errors=True)
