@@ -619,12 +619,15 @@ def test_backup_where_a_file_has_one_name_only(
     permanent, backup = tmp_path / "tpm2-00.permall", tmp_path / "tpm2-00.permall.bak"
     assert (permanent.read_bytes(), backup.read_bytes()) == (generation(3), generation(2))
     assert store.try_backup()
-    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(2), generation(3))
-    store.undo_try()
+    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(2), generation(2))
+    store.end_try(accepted=False)
     assert (permanent.read_bytes(), backup.read_bytes()) == (generation(3), generation(2))
+    assert store.try_backup()
+    store.end_try(accepted=True)
+    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(2), generation(3))
     permanent.unlink()
     assert store.restore_backup()
-    assert permanent.read_bytes() == generation(2)
+    assert permanent.read_bytes() == generation(3)
     assert {path.name for path in tmp_path.iterdir()} == {permanent.name, backup.name}
     store.close()
 

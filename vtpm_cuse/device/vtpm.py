@@ -192,11 +192,12 @@ class Vtpm:
             try:
                 self.engine.start()
             except VtpmError:
-                blobs.undo_try()
+                blobs.end_try(accepted=False)
                 return False
+            blobs.end_try(accepted=True)
         except StorageError as failure:
-            log.warning("The backup could not be tried: %s", failure)
-            return False
+            log.warning("The backup could not be tried in full: %s", failure)
+            return self.running
         log.warning("The TPM runs from its backup; the state that was refused is now %s", kept)
         return True
 

@@ -90,6 +90,8 @@ class StateStore(Protocol):
     def restore_backup(self) -> str:
         """Puts the backup in the place of a permanent state that is missing, if it is to.
 
+        And ends what a crash left of `try_backup`: the state that was refused is back.
+
         Returns:
             What was put there; empty where nothing was.
 
@@ -98,17 +100,19 @@ class StateStore(Protocol):
         """
 
     def try_backup(self) -> str:
-        """Lets the backup and a permanent state that was refused change places, if they are to.
+        """Puts the backup in the place of a permanent state that was refused, if it is to.
+
+        Until `end_try` both are kept.
 
         Returns:
-            What the refused one is called now; empty where nothing was done.
+            What the refused one will be called; empty where nothing was done.
 
         Raises:
-            StorageError: They could not; both are still there.
+            StorageError: It could not be; both are still there.
         """
 
-    def undo_try(self) -> None:
-        """Lets them change places again. Raises StorageError, as `try_backup`."""
+    def end_try(self, *, accepted: bool) -> None:
+        """The refused state is the backup from now on, or all is as it was. Raises StorageError."""
 
     def where(self, name: str) -> str:
         """What keeps a blob, for messages; another text for each blob."""

@@ -138,7 +138,7 @@ class DirectoryStore:
 
     def replace_all(self, blobs: Mapping[str, bytes]) -> None:
         """Makes *blobs* all there is: first goes what only fits the old permanent state."""
-        permanent = self._file_name(PERMANENT)
+        permanent = self._permanent
         with self._errors(permanent):
             for file_name in self._other_generations():
                 if self._is_there(file_name):
@@ -208,7 +208,7 @@ class DirectoryStore:
 
     def remains(self) -> str:
         """A backup, another state, or a whole file that was written aside."""
-        permanent = self._file_name(PERMANENT)
+        permanent = self._permanent
         with self._errors(permanent):
             try:
                 if self._is_there(permanent):
@@ -226,43 +226,47 @@ class DirectoryStore:
 
     def restore_backup(self) -> str:
         """The backup gets a second name, which the next write takes from it."""
-        permanent = self._file_name(PERMANENT)
-        backup = permanent + BACKUP_SUFFIX
+        permanent, backup = self._permanent, self._permanent + BACKUP_SUFFIX
+        if not self._starts_from_backup:
+            return ""
         with self._errors(permanent):
-            if (
-                not self._starts_from_backup
-                or self._is_there(permanent)
-                or not self._is_good(backup)
+            if not self._is_good(backup):
+                return ""
+            if self._is_there(permanent + _SWAP_SUFFIX) and (
+                not self._is_there(permanent) or self._is_same(permanent, backup)
             ):
+                log.warning("A start from %s was cut off", self._full(backup))
+                self.end_try(accepted=False)
+            if self._is_there(permanent):
                 return ""
             self._put(backup, permanent)
             self._flush_directory()
         return self._full(backup)
 
     def try_backup(self) -> str:
-        """At every moment both states have a name, and the permanent state is one of them."""
-        permanent = self._file_name(PERMANENT)
-        backup = permanent + BACKUP_SUFFIX
+        """The refused state is kept under a third name: a crash is then seen to be one."""
+        permanent, backup = self._permanent, self._permanent + BACKUP_SUFFIX
         if not self._starts_from_backup or not self._is_good(backup):
             return ""
         try:
-            if self._load(permanent) == self._load(backup):
+            if self._is_same(permanent, backup):
                 return ""
         except (StateMissing, StateDamaged):  # such as a directory in the place of the file
             return ""
-        self.undo_try()
+        with self._errors(permanent):
+            self._put(permanent, permanent + _SWAP_SUFFIX)
+            self._flush_directory()
+            self._put(backup, permanent)
+            self._flush_directory()
         return self._full(backup)
 
-    def undo_try(self) -> None:
-        """Changes two names by way of a third; where a power cut leaves that, it is not used."""
-        permanent = self._file_name(PERMANENT)
-        backup, between = permanent + BACKUP_SUFFIX, permanent + _SWAP_SUFFIX
-        self._keep_locked()
-        with self._errors(permanent):
-            for source, target in ((permanent, between), (backup, permanent), (between, backup)):
-                self._put(source, target)
-                self._flush_directory()
-            os.unlink(between, dir_fd=self._directory)
+    def end_try(self, *, accepted: bool) -> None:
+        """Gives the refused state its place."""
+        refused = self._permanent + _SWAP_SUFFIX
+        with self._errors(self._permanent):
+            self._put(refused, self._permanent + BACKUP_SUFFIX if accepted else self._permanent)
+            self._flush_directory()
+            os.unlink(refused, dir_fd=self._directory)
 
     def where(self, name: str) -> str:
         """The blob's file."""
@@ -320,6 +324,10 @@ class DirectoryStore:
     def _file_name(self, name: str) -> str:
         return f"{self._prefix}.{name}"
 
+    @property
+    def _permanent(self) -> str:
+        return self._file_name(PERMANENT)
+
     def _full(self, file_name: str) -> str:
         return os.path.join(self._path, file_name)
 
@@ -343,7 +351,7 @@ class DirectoryStore:
 
     def _other_generations(self) -> list[str]:
         """The names that another permanent state than the present one may have."""
-        permanent = self._file_name(PERMANENT)
+        permanent = self._permanent
         kept = [permanent, permanent + BACKUP_SUFFIX, permanent + _SWAP_SUFFIX]
         return [*kept[1:], *map(_aside, kept)]
 
@@ -425,7 +433,7 @@ class DirectoryStore:
         there is one, its name is on the disk before anything is written beside it: whoever gave it
         that name may have died before the flush.
         """
-        permanent = self._file_name(PERMANENT)
+        permanent = self._permanent
         aside = _aside(permanent)
         if not self._is_there(permanent):
             self._unlink(aside)
@@ -455,6 +463,10 @@ class DirectoryStore:
                 os.unlink(aside, dir_fd=directory)
             raise
         self._unlink(aside)  # left when both were one file already
+
+    def _is_same(self, one: str, other: str) -> bool:
+        """Whether both files hold the same. Raises StorageError."""
+        return self._load(one) == self._load(other)
 
     def _is_good(self, file_name: str) -> bool:
         """Whether the file is there and its header fits. Raises StorageError."""

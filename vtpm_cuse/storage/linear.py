@@ -178,8 +178,8 @@ class LinearStore:
         """There is none."""
         return ""
 
-    def undo_try(self) -> None:
-        """Nothing was done."""
+    def end_try(self, *, accepted: bool) -> None:
+        """Nothing was tried."""
 
     def where(self, name: str) -> str:
         """The file, and which of its blobs."""

@@ -69,8 +69,8 @@ class MemoryStore:
         """There is none."""
         return ""
 
-    def undo_try(self) -> None:
-        """Nothing was done."""
+    def end_try(self, *, accepted: bool) -> None:
+        """Nothing was tried."""
 
     def where(self, name: str) -> str:
         """Just the name."""
