@@ -152,6 +152,8 @@ def test_init_says_that_the_state_is_gone(kind: str, tmp_path: Path) -> None:
             return  # nothing is there: a new TPM begins
         assert server.init() != 0
         assert str(state) in server.log_text()
+        assert "put back what was there" in server.log_text()
+        assert "mkdir" not in server.log_text(), "an empty one would begin another TPM"
         assert not state.exists()
         (tmp_path / "away").rename(state)
         assert server.init() == 0

@@ -139,6 +139,8 @@ def left_over(store: StateStore, left: str) -> StorageError:
     permanent = store.where(PERMANENT)
     if left.endswith(BACKUP_SUFFIX):
         cure = "give the option 'backup' to start a TPM 2.0 from it, or copy it there"
+    elif PERMANENT in left:
+        cure = "copy it there to start from it"
     else:
         cure = "put back the permanent state that it belongs to"
     return StorageError(

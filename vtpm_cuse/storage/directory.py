@@ -173,6 +173,8 @@ class DirectoryStore:
             if os.path.lexists(self._path):
                 raise
             reason = f"No such file or directory; 'mkdir -m 700 {self._path}' makes it"
+            if self._replaced:
+                reason = "it is gone since this program started; put back what was there"
             raise StorageError(self._path, reason) from exc
         try:
             status = os.fstat(fd)
