@@ -1,4 +1,4 @@
-"""Files of the tools: read without waiting, written whole, by no link and with no one's umask.
+"""Files: read without waiting, written whole, by no link and with no one's umask.
 
 What somebody may have put in the way (a link, a pipe, a device) is an error that names it. Only
 what the user names on a command line may be a stream: a pipe or a device as `/dev/stdout`.
@@ -23,8 +23,10 @@ _OTHERS_MAY_WRITE: Final = 0o022
 _GROUP_MAY_WRITE: Final = 0o020
 _NO_ASIDE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY})
 """Of making or renaming a file, where one that is there may be written in place."""
-_NO_FLUSH: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-"""A file system has no fsync for folders: nothing was lost."""
+_NO_FLUSH: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
+"""What file systems answer that flush a folder by themselves, or cannot: CIFS, the shared folders
+of virtual machines, some in user space. (EBADF: the descriptor was not opened for writing, as no
+folder's can be.)"""
 
 _ONLY_FILES: Final = frozenset({stat.S_IFREG})
 _LOGS: Final = _ONLY_FILES | {stat.S_IFCHR}
@@ -145,6 +147,19 @@ def make_folders(path: str, mode: int, *, of_folder: bool = False) -> None:
             if of_folder and (owner := _folders_owner(above_fd)) is not None:
                 os.fchown(fd, *owner)
             os.fchmod(fd, mode)
+
+
+def flush_folder(fd: int) -> None:
+    """Puts the names in a folder on the disk, where its file system lets a program ask for that.
+
+    Raises:
+        OSError: The disk could not take them.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in _NO_FLUSH:
+            raise
 
 
 def untrusted_part(path: str) -> str | None:
@@ -272,11 +287,7 @@ def _flush_folder(folder_fd: int) -> None:
     except PermissionError:  # a folder that may be written to and not be listed
         return
     with _opened(fd):
-        try:
-            os.fsync(fd)
-        except OSError as exc:
-            if exc.errno not in _NO_FLUSH:
-                raise
+        flush_folder(fd)
 
 
 def _write_in_place(folder_fd: int, name: str, data: bytes, found: os.stat_result) -> None:

@@ -1,4 +1,4 @@
-"""One life of a TPM whose NVRAM counts: ``crash_child.py 2|1.2 URI``.
+"""One life of a TPM whose NVRAM counts: ``crash_child.py 2|1.2 URI [backup] [key=FILE]``.
 
 Says ``begin``, ``powered``, then ``start N`` with what it found, 0 in a new TPM. Then, for each
 line it is given, writes N+1 and says so; for the line ``run`` it goes on by itself until somebody
@@ -12,6 +12,7 @@ import sys
 from tests.support import commands as tpm
 from vtpm_cuse.service.compose import make_vtpm, power_on
 from vtpm_cuse.service.config import StartupConfig, StateConfig, VtpmConfig
+from vtpm_cuse.storage.keys import KeySource
 
 SIZE = 1024
 INDEX_12 = 0x1101
@@ -20,15 +21,21 @@ INDEX_12 = 0x1101
 class Counter:
     """A number in NVRAM, written many times over so that a torn write shows."""
 
-    def __init__(self, uri: str, *, tpm2: bool) -> None:
+    def __init__(
+        self, uri: str, *, tpm2: bool, backup: bool = False, key: str | None = None
+    ) -> None:
         self._tpm2 = tpm2
         config = VtpmConfig(
             tpm2=tpm2,
-            state=StateConfig(uri=uri),
+            state=StateConfig(uri=uri, backup=backup),
             startup=StartupConfig(not_need_init=True, startup="clear"),
+            key=None if key is None else KeySource(file=key),
         )
         self._vtpm = make_vtpm(config)
         power_on(self._vtpm, config)
+
+    def close(self) -> None:
+        self._vtpm.close()
 
     def run(self, command: bytes) -> bytes:
         response = self._vtpm.process(command)
@@ -75,9 +82,10 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    version, uri = sys.argv[1:]
+    version, uri, *options = sys.argv[1:]
+    key = next((word[4:] for word in options if word.startswith("key=")), None)
     say("begin")
-    counter = Counter(uri, tpm2=version == "2")
+    counter = Counter(uri, tpm2=version == "2", backup="backup" in options, key=key)
     say("powered")
     counter.prepare()
     number = counter.read()

@@ -93,6 +93,8 @@ def test_unreadable_volatile_state(tpm2: bool, result: int, flag: int, tmp_path:
     """Ignored by a TPM 2; a TPM 1.2 does not start before somebody has looked at it."""
     name = "tpm2-00" if tpm2 else "tpm-00"
     with Server(tmp_path, tpm2=tpm2) as server:
+        assert server.init() == 0
+        assert server.request(s.STOP) == bytes(4)
         file = server.state / f"{name}.volatilestate"
         file.write_bytes(b"no state")
         assert server.init(flag) == result

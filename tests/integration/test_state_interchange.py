@@ -340,3 +340,27 @@ def test_old_formats_are_taken_up_and_renewed(
     with life(tmp_path, 1, other, *words, tpm2=True) as one:
         one.check(0)
         one.end()
+
+
+@pytest.mark.parametrize("holder", [s.OURS, PEER], ids=["ours holds", "peer holds"])
+@pytest.mark.parametrize("rival", [s.OURS, PEER], ids=["ours comes", "peer comes"])
+def test_each_keeps_the_other_off_a_state(
+    holder: tuple[str, ...], rival: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = ("--tpmstate", f"backend-uri={uri('dir', tmp_path)}")
+    state = tmp_path / "state"
+    with life(tmp_path, 0, holder, *words, tpm2=True) as one:
+        one.prepare()
+        one.write(0)
+        before = (state / "tpm2-00.permall").read_bytes()
+        run = s.run_swtpm(
+            *("--tpm2", *s.RUNNING, *words),
+            *("--server", f"type=unixio,path={tmp_path}/rival"),
+            program=rival,
+        )
+        assert run.returncode == 1
+        assert "lock" in run.stderr
+        assert (state / "tpm2-00.permall").read_bytes() == before
+        one.end()
+    with life(tmp_path, 1, rival, *words, tpm2=True) as one:
+        one.end()

@@ -122,6 +122,7 @@ class Disk:
         stop: Number of the call before which the power goes; None for never.
         fault: Number of the call that fails.
         fault_errno: What it fails with.
+        links: Whether a file can have two names.
     """
 
     def __init__(self, *, device: int = 0, room: int | None = None) -> None:
@@ -132,6 +133,7 @@ class Disk:
         self.stop: int | None = None
         self.fault: int | None = None
         self.fault_errno = errno.EIO
+        self.links = True
         self._fds: dict[int, tuple[Inode | None, int]] = {}
         self._next_fd = 1000
         if device:
@@ -281,6 +283,8 @@ class Disk:
     def _do_link(self, old: str, new: str, **_directories: int) -> None:
         if new in self.names:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if not self.links:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         self._rename(new, self.names[old])
 
     def _do_unlink(self, name: str, **_directories: int) -> None:
@@ -324,4 +328,6 @@ class _Same:
 
 def _status(inode: Inode) -> SimpleNamespace:
     kind = stat.S_IFBLK if inode.device else stat.S_IFREG
-    return SimpleNamespace(st_mode=kind | 0o640, st_size=len(inode.seen))
+    return SimpleNamespace(
+        st_mode=kind | 0o640, st_size=len(inode.seen), st_nlink=1, st_uid=os.geteuid()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 
 from tests.support.files import open_descriptors, tmpfs, umask
 from tests.support.processes import in_child
+from tests.support.waiting import wait_until
 from vtpm_cuse.errors import StateDamaged, StateLocked, StateMissing, StorageError, UsageError
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.directory import DirectoryStore
@@ -428,7 +430,7 @@ def test_lock_can_be_turned_off(tmp_path: Path) -> None:
 
 
 def test_lock_is_the_c_suites(store: DirectoryStore, tmp_path: Path) -> None:
-    """A POSIX record lock for writing, on the whole file."""
+    """What conflicts with a POSIX record lock on the whole file; no process alone has it."""
     store.lock()
     code = (
         "import fcntl, struct, sys\n"
@@ -439,7 +441,105 @@ def test_lock_is_the_c_suites(store: DirectoryStore, tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", code, tmp_path / ".lock"], check=True, capture_output=True, text=True
     )
-    assert found.stdout.split() == [str(fcntl.F_WRLCK), "0", "0", "0", str(os.getpid())]
+    assert found.stdout.split() == [str(fcntl.F_WRLCK), "0", "0", "0", "-1"]
+    store.close()
+
+
+HANDED_ON = """
+import os, sys
+from vtpm_cuse.storage import open_store
+store = open_store(sys.argv[1], tpm2=True)
+store.lock()
+if sys.argv[2] == "fork":
+    keeps = os.fork() == 0
+else:  # to another program, as a descriptor
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            link = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if link.endswith((".lock", "state.bin")):
+            os.set_inheritable(fd, True)
+    keeps = os.fork() == 0
+    if keeps:
+        os.execvp("sh", ["sh", "-c", "echo kept; read line"])
+if keeps:
+    print("kept", flush=True)
+    sys.stdin.readline()
+os._exit(0)
+"""
+
+
+def posix_lock_fails(path: Path) -> bool:
+    """Whether a program that takes POSIX locks, as the C suite, is kept off."""
+    code = (
+        "import fcntl, sys\n"
+        "with open(sys.argv[1], 'r+') as file:\n"
+        "    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "    except OSError: sys.exit(7)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, path], check=False)
+    assert run.returncode in {0, 7}
+    return run.returncode == 7
+
+
+@pytest.mark.parametrize("how", ["fork", "descriptor"])
+@pytest.mark.parametrize("uri", ["dir://{}", "file://{}/state.bin"])
+def test_lock_goes_with_a_fork_and_with_a_descriptor(tmp_path: Path, uri: str, how: str) -> None:
+    """Whoever took it is gone; a POSIX lock would be, too."""
+    place = uri.format(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANDED_ON, place, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "kept\n"
+    assert process.wait() == 0
+    lock_file = tmp_path / (".lock" if uri.startswith("dir") else "state.bin")
+    assert posix_lock_fails(lock_file)
+    store = open_store(place, tpm2=True)
+    with pytest.raises(StateLocked):
+        store.lock()
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.stdout.read() == ""  # the last who had it has ended
+    process.stdout.close()
+    wait_until(lambda: not posix_lock_fails(lock_file), "a free lock")
+    store.lock()
+    assert posix_lock_fails(lock_file)
+    store.close()
+    assert not posix_lock_fails(lock_file)
+
+
+@pytest.mark.parametrize("uri", ["dir://{}", "file://{}/state.bin"])
+def test_lock_stays_when_another_descriptor_closes(tmp_path: Path, uri: str) -> None:
+    store = open_store(uri.format(tmp_path), tpm2=True)
+    store.lock()
+    lock_file = tmp_path / (".lock" if uri.startswith("dir") else "state.bin")
+    lock_file.open("rb").close()
+    assert posix_lock_fails(lock_file)
+    store.close()
+
+
+@pytest.mark.parametrize("uri", ["dir://{}", "file://{}/state.bin"])
+def test_lock_given_up_is_free_though_a_child_has_the_descriptor(tmp_path: Path, uri: str) -> None:
+    """The destination of a migration can take it."""
+    store = open_store(uri.format(tmp_path), tpm2=True)
+    store.lock()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    os.close(reading)
+    store.unlock()
+    lock_file = tmp_path / (".lock" if uri.startswith("dir") else "state.bin")
+    assert not posix_lock_fails(lock_file)
+    os.close(writing)
+    os.waitpid(child, 0)
     store.close()
 
 
@@ -499,6 +599,89 @@ def test_leftover_and_link_in_place_of_a_backup(tmp_path: Path) -> None:
     assert (tmp_path / "tpm2-00.permall.bak").read_bytes() == generation(2)
     assert (tmp_path / "victim").read_bytes() == b"precious"
     store.close()
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS], ids=errno.errorcode.get
+)
+def test_backup_where_a_file_has_one_name_only(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT, CIFS, shared folders of virtual machines."""
+
+    def link(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    store = DirectoryStore(str(tmp_path), tpm2=True, backup=True)
+    for value in range(1, 4):
+        store.store("permall", generation(value))
+    permanent, backup = tmp_path / "tpm2-00.permall", tmp_path / "tpm2-00.permall.bak"
+    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(3), generation(2))
+    assert store.try_backup()
+    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(2), generation(2))
+    store.end_try(accepted=False)
+    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(3), generation(2))
+    assert store.try_backup()
+    store.end_try(accepted=True)
+    assert (permanent.read_bytes(), backup.read_bytes()) == (generation(2), generation(3))
+    permanent.unlink()
+    assert store.restore_backup()
+    assert permanent.read_bytes() == generation(3)
+    assert {path.name for path in tmp_path.iterdir()} == {permanent.name, backup.name}
+    store.close()
+
+
+def test_backup_that_cannot_be_kept_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = DirectoryStore(str(tmp_path), tpm2=True, backup=True)
+    store.store("permall", generation(1))
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(StorageError, match="Input/output error"):
+        store.store("permall", generation(2))
+    assert store.load("permall") == generation(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["tpm2-00.permall"]
+    store.close()
+
+
+# -- a umask that takes everything ----------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody without capabilities")
+@pytest.mark.parametrize("uri", ["dir://{}", "file://{}/state.bin"])
+@in_child
+def test_umask_that_takes_the_rights_of_the_owner(uri: str) -> None:
+    """Whoever has no capabilities, or gave them up, must be able to open his own files again."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        os.seteuid(NOBODY)
+        try:
+            with umask(0o777):
+                for value in range(1, 4):
+                    store = open_store(uri.format(name), tpm2=True, backup=uri.startswith("dir"))
+                    store.lock()
+                    assert value == 1 or store.load("permall") == generation(value - 1)
+                    store.store("permall", generation(value))
+                    store.unlock()
+                    store.lock()
+                    assert store.load("permall") == generation(value)
+                    store.close()
+            for path in Path(name).iterdir():
+                assert mode_of(path) == 0o600
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0, 0o200, 0o400, 0o077])
+@pytest.mark.parametrize("uri", ["dir://{}", "file://{}/state.bin"])
+def test_mode_that_keeps_the_owner_out_is_refused(tmp_path: Path, uri: str, mode: int) -> None:
+    with pytest.raises(UsageError, match=f"mode {mode:04o} would keep the TPM from its own state"):
+        open_store(uri.format(tmp_path), tpm2=True, mode=mode)
+    assert not list(tmp_path.iterdir())
 
 
 def test_replace_all(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
+import random
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +17,16 @@ from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected, UsageErro
 from vtpm_cuse.storage.keys import Key, KeySource, read_key
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.wire.blob import (
+    BlobFlag,
+    BlobHeader,
+    BlobTag,
+    find_tlv_untrusted,
+    split_header_untrusted,
+    tlv,
+    with_header,
+)
+from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import PtmResult, PtmStateFlag
 
 if TYPE_CHECKING:
@@ -75,7 +89,7 @@ def test_old_format() -> None:
 @pytest.mark.parametrize(
     ("blob", "key", "kind", "result"),
     [
-        (FILE_128, None, StateDamaged, PtmResult.TPM_FAIL),
+        (FILE_128, None, StateKeyRejected, PtmResult.TPM_FAIL),
         (FILE_128, KEY_256, StateKeyRejected, PtmResult.TPM_BAD_KEY_PROPERTY),
         (FILE_256, KEY_128, StateKeyRejected, PtmResult.TPM_BAD_KEY_PROPERTY),
         (FILE_128, MIGRATION, StateKeyRejected, PtmResult.TPM_DECRYPT_ERROR),
@@ -89,6 +103,123 @@ def test_what_does_not_open(
     with pytest.raises(kind) as raised:
         load(blob, key)
     assert raised.value.result == result
+
+
+def padded(key: Key, plain: bytes) -> bytes:
+    """A version 1 blob, encrypted as it is: *plain* has its padding, good or bad."""
+    encryptor = Cipher(algorithms.AES(key.secret), modes.CBC(bytes(16))).encryptor()
+    body = encryptor.update(plain) + encryptor.finalize()
+    return BlobHeader(1, 1, 10, BlobFlag.ENCRYPTED, 10 + len(body)).pack(BIG) + body
+
+
+def authentic(key: Key, plain: bytes) -> bytes:
+    """A version 2 blob, sealed with *plain*, which has its padding, good or bad."""
+    iv = bytes(len(key.secret))
+    encryptor = Cipher(algorithms.AES(key.secret), modes.CBC(iv[:16])).encryptor()
+    ciphertext = encryptor.update(plain) + encryptor.finalize()
+    digest = hmac.digest(key.secret, ciphertext + iv, "sha256")
+    flags = BlobFlag.ENCRYPTED | (BlobFlag.KEY_256BIT if key.is_256bit else BlobFlag(0))
+    elements = (
+        (BlobTag.ENCRYPTED_DATA, ciphertext),
+        (BlobTag.HMAC, digest),
+        (BlobTag.IV_DATA, iv),
+    )
+    return with_header(flags, b"".join(tlv(tag, value) for tag, value in elements))
+
+
+@pytest.mark.parametrize("key", [KEY_128, KEY_256], ids=["128", "256"])
+def test_padding_is_looked_at_whole(key: Key) -> None:
+    """One to a key's length of bytes that all say how many they are."""
+    size = len(key.secret)
+    for pad in range(1, size + 1):
+        data = bytes(range(100, 100 + 2 * size - pad))
+        good = data + bytes([pad]) * pad
+        assert load(authentic(key, good), key) == data
+        for place in range(1, pad + 1):
+            bad = bytearray(good)
+            bad[-place] ^= 0x80
+            with pytest.raises(StateKeyRejected, match="padding of the decrypted data is bad"):
+                load(authentic(key, bytes(bad)), key)
+    for pad in (0, size + 1, 0xFF):
+        with pytest.raises(StateKeyRejected, match="padding of the decrypted data is bad"):
+            load(authentic(key, bytes(3 * size - 1) + bytes([pad])), key)
+        with pytest.raises(StateKeyRejected, match="padding of the decrypted data is bad"):
+            load(authentic(key, bytes([pad]) * (9 * size)), key)
+
+
+def test_both_errors_of_the_oldest_form_look_the_same() -> None:
+    """Who could tell padding from checksum could decrypt, by trying often."""
+    data = bytes(16)
+    plain = hashlib.sha256(data).digest() + data
+    good = padded(KEY_128, plain + bytes([16]) * 16)
+    assert load(good, KEY_128) == data
+    bad_padding = padded(KEY_128, plain + bytes(16))
+    bad_checksum = padded(KEY_128, b"x" + plain[1:] + bytes([16]) * 16)
+    said = set()
+    for blob in (bad_padding, bad_checksum, good[:-1] + b"\0"):
+        with pytest.raises(StateKeyRejected) as raised:
+            load(blob, KEY_128)
+        said.add((str(raised.value), raised.value.result))
+    assert len(said) == 1
+
+
+def test_the_oldest_form_encrypted_needs_a_key() -> None:
+    with pytest.raises(StateKeyRejected):
+        load(VERSION_1_128, None)
+
+
+# -- blobs without an IV --------------------------------------------------------------------
+
+STATE_OF_A_TPM = bytes.fromhex("0003ab3647230003") + bytes(range(200))
+
+
+def without_iv(key: Key, payload: bytes) -> bytes:
+    """As programs wrote it that knew no IV."""
+    size = len(key.secret)
+    pad = size - len(payload) % size
+    encryptor = Cipher(algorithms.AES(key.secret), modes.CBC(bytes(16))).encryptor()
+    ciphertext = encryptor.update(payload + bytes([pad]) * pad) + encryptor.finalize()
+    digest = hmac.digest(key.secret, ciphertext, "sha256")
+    flags = BlobFlag.ENCRYPTED | (BlobFlag.KEY_256BIT if key.is_256bit else BlobFlag(0))
+    body = tlv(BlobTag.ENCRYPTED_DATA, ciphertext) + tlv(BlobTag.HMAC, digest)
+    return with_header(flags, body)
+
+
+def forged(blob: bytes, *more: bytes) -> bytes:
+    """The IV of *blob* is put behind its ciphertext: the HMAC fits, and nobody needs the key."""
+    header, body = split_header_untrusted(blob)
+    found = [
+        find_tlv_untrusted(body, tag)
+        for tag in (BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA, BlobTag.HMAC)
+    ]
+    ciphertext, iv, digest = (value or b"" for value in found)
+    elements = tlv(BlobTag.ENCRYPTED_DATA, ciphertext + iv) + tlv(BlobTag.HMAC, digest)
+    return with_header(BlobFlag(header.flags), elements + b"".join(more))
+
+
+@pytest.mark.parametrize("key", [KEY_128, KEY_256], ids=["128", "256"])
+def test_blob_without_iv_is_read_and_a_forged_one_is_not(key: Key) -> None:
+    assert load(without_iv(key, STATE_OF_A_TPM), key) == STATE_OF_A_TPM
+    chance = random.Random(19)  # noqa: S311 - repeatable, not secret
+    sealed = SealedStore(MemoryStore(), key, None, chance.randbytes)
+    fitted = 0
+    for _ in range(3000):
+        sealed.store("permall", STATE_OF_A_TPM)
+        blob = forged(sealed.blobs.load("permall"))
+        with pytest.raises(StateKeyRejected) as raised:
+            load(blob, key)
+        fitted += "is no state of a TPM" in str(raised.value)
+    assert fitted, "the padding fitted never, so that nothing was tried"
+
+
+def test_other_elements_beside_a_missing_iv_are_refused() -> None:
+    """Such as an IV under another tag."""
+    good = without_iv(KEY_128, STATE_OF_A_TPM)
+    header, body = split_header_untrusted(good)
+    for more in (b"x", tlv(BlobTag.IV_MIGRATION_DATA, bytes(16)), tlv(BlobTag.HMAC, bytes(32))):
+        blob = with_header(BlobFlag(header.flags), body + more)
+        with pytest.raises(StateKeyRejected, match="no IV"):
+            load(blob, KEY_128)
 
 
 @pytest.mark.parametrize(

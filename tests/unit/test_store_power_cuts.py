@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.disk import Disk, PowerCut
+from tests.support.disk import Disk, Inode, PowerCut
+from vtpm_cuse import files
 from vtpm_cuse.errors import StateMissing, StorageError
 from vtpm_cuse.storage import directory, linear
 from vtpm_cuse.storage.base import BLOB_NAMES
@@ -69,6 +70,7 @@ class Kind:
         return Disk(device=self.device)
 
     def store(self, disk: Disk, patch: pytest.MonkeyPatch) -> StateStore:
+        patch.setattr(files, "os", disk)
         if self.name == "directory":
             patch.setattr(directory, "os", disk)
             return DirectoryStore("/state", tpm2=True, lock=False, backup=self.backup)
@@ -328,3 +330,114 @@ def test_no_space_is_told_by_errno(monkeypatch: pytest.MonkeyPatch) -> None:
     cause = caught.value.__cause__
     assert isinstance(cause, OSError)
     assert cause.errno == errno.ENOSPC
+
+
+# -- the backup in the place of the state ---------------------------------------------------
+
+STATE, BACKUP, TRIED = "tpm2-00.permall", "tpm2-00.permall.bak", "tpm2-00.permall.tmp"
+WITH_BACKUP = Kind("directory", backup=True)
+KEPT, REFUSED = SMALLER, LARGER  # both have a header that fits; libtpms refused the second
+
+
+def disk_with(state: bytes = b"", backup: bytes = b"", tried: bytes = b"") -> Disk:
+    """On it are, flushed, what is given."""
+    disk = Disk()
+    for name, data in ((STATE, state), (BACKUP, backup), (TRIED, tried)):
+        if data:
+            disk.names[name] = Inode(seen=bytearray(data), medium=bytearray(data))
+    return disk
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An operation on a state and its backup, and what a start may find at any time after it began."""
+
+    disk: Disk
+    step: Step
+    found: set[tuple[bytes, bytes]]  # state and backup
+
+
+BEFORE, AFTER = (REFUSED, KEPT), (KEPT, REFUSED)
+
+
+def try_it(store: StateStore) -> None:
+    assert store.try_backup() == f"/state/{BACKUP}"
+
+
+EXCHANGES = {
+    "the backup alone": Exchange(
+        disk_with(backup=KEPT), lambda s: none(s.restore_backup()), {(KEPT, KEPT)}
+    ),
+    "try": Exchange(disk_with(REFUSED, KEPT), try_it, {BEFORE}),
+    "refused, too": Exchange(
+        disk_with(KEPT, KEPT, REFUSED), lambda s: s.end_try(accepted=False), {BEFORE}
+    ),
+    "accepted": Exchange(
+        disk_with(KEPT, KEPT, REFUSED), lambda s: s.end_try(accepted=True), {BEFORE, AFTER}
+    ),
+    "cut off in the C suite, first step": Exchange(
+        disk_with(b"", KEPT, REFUSED), lambda s: none(s.restore_backup()), {BEFORE}
+    ),
+    "cut off in the C suite long ago": Exchange(
+        disk_with(FIRST["permall"], KEPT, REFUSED),
+        lambda s: none(s.load("permall")),
+        {(FIRST["permall"], KEPT)},
+    ),
+}
+exchanges = pytest.mark.parametrize("name", EXCHANGES)
+links = pytest.mark.parametrize("links", [True, False], ids=["with links", "without links"])
+
+
+def none(_result: object) -> None:
+    """For what need not say what it did."""
+
+
+def found_by_a_start(disk: Disk, patch: pytest.MonkeyPatch) -> tuple[bytes, bytes]:
+    disk.restart()
+    store = WITH_BACKUP.store(disk, patch)
+    store.restore_backup()
+    return store.load("permall"), bytes(disk.names[BACKUP].seen)
+
+
+@links
+@exchanges
+def test_power_cut_while_the_backup_is_tried(
+    name: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = EXCHANGES[name]
+    disk = exchange.disk.copied()
+    disk.links = links
+    for cut in cuts(WITH_BACKUP, disk, exchange.step, monkeypatch):
+        for after in [cut.copied(), *cut.after_power_cut()]:
+            assert found_by_a_start(after, monkeypatch) in exchange.found, cut.trace
+            WITH_BACKUP.store(after, monkeypatch).store("permall", LATER)
+            assert look(WITH_BACKUP, after, monkeypatch)["permall"] == LATER
+
+
+@links
+@exchanges
+def test_failed_step_while_the_backup_is_tried(
+    name: str, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange = EXCHANGES[name]
+    disk = exchange.disk.copied()
+    disk.links = links
+    calls = trace(WITH_BACKUP, disk, exchange.step, monkeypatch)
+    for at, call in enumerate(calls):
+        one = disk.copied()
+        one.restart(fault=at)
+        with pytest.raises(StorageError) as caught:
+            exchange.step(WITH_BACKUP.store(one, monkeypatch))
+        assert not isinstance(caught.value, StateMissing), call
+        assert found_by_a_start(one, monkeypatch) in exchange.found, call
+
+
+@operations
+def test_power_cut_without_hard_links(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, step, new = OPERATIONS[name]
+    disk = prepared(WITH_BACKUP, old, monkeypatch)
+    disk.links = False
+    for cut in cuts(WITH_BACKUP, disk, step, monkeypatch):
+        for after in cut.after_power_cut():
+            found = look(WITH_BACKUP, after, monkeypatch)
+            assert found in WITH_BACKUP.allowed(name, old, new), cut.trace

@@ -57,12 +57,13 @@ _TPMSTATE: Final = (
     SubOption("dir", "directory of the state files", metavar="DIR"),
     SubOption(
         "backend-uri",
-        "dir://DIR for a directory; file://PATH for one file or a block device",
+        "dir://DIR for a directory; file://PATH for one file or a block device; mem:// for a TPM "
+        "that is gone when the program ends",
         metavar="URI",
     ),
     SubOption(
         "mode",
-        "permissions of the state files in octal, by default 0640",
+        "permissions of the state files in octal, by default 0640; the owner must have 0600",
         Kind.MODE,
         metavar="0...",
     ),
@@ -75,7 +76,8 @@ _TPMSTATE: Final = (
     ),
     SubOption(
         "backup",
-        "keep the last good generation of the permanent state as *.bak, in a directory",
+        "keep the last good generation of the permanent state as *.bak, in a directory; a TPM 2.0 "
+        "starts from it where the state is missing or damaged, and says so",
         Kind.BOOL,
     ),
 )

@@ -30,6 +30,7 @@ from vtpm_cuse.service.config import (
     User,
     VtpmConfig,
 )
+from vtpm_cuse.storage.locations import absolute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -245,14 +246,14 @@ def state_config(line: CommandLine) -> StateConfig | None:
         if not path and line.knows("mount"):
             home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
             path = f"{home}/vtpm-cuse/{_file_name(line)}"
-        return StateConfig(_absolute(f"dir://{path}")) if path else None
+        return StateConfig(absolute(f"dir://{path}")) if path else None
     directory, uri = given.text("dir"), given.text("backend-uri")
     if directory is not None:
         uri = f"dir://{directory}"
     if uri is None:
         raise line.error("The dir or backend-uri parameters is required for the tpmstate option.")
     return StateConfig(
-        uri=_absolute(uri),
+        uri=absolute(uri),  # the service leaves the directory that it was started in
         mode=given.integer("mode"),
         lock=given.flag("lock", default=True),
         fsync=given.flag("fsync", default=True),
@@ -465,12 +466,6 @@ def _profile_text(line: CommandLine, given: SubValues) -> str | None:
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise line.error(f"Could not read the profile from '{source}': {reason}") from exc
-
-
-def _absolute(uri: str) -> str:
-    """The service leaves the directory it was started in, so relative paths must end here."""
-    scheme, separator, path = uri.partition("://")
-    return f"{scheme}://{os.path.abspath(path)}" if separator and path else uri
 
 
 def _descriptor(number_given: int | None) -> int | None:

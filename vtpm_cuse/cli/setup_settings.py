@@ -10,6 +10,7 @@ from vtpm_cuse.cli.numbers import FD_MAX, number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.plan import Ownership, SetupPlan
 from vtpm_cuse.service.manufacturing.config import CertificateConfig, Existing, SetupConfig
+from vtpm_cuse.storage.locations import absolute, parse
 
 if TYPE_CHECKING:
     from vtpm_cuse.cli.commandline import CommandLine
@@ -37,10 +38,12 @@ def state_uri(line: CommandLine) -> str:
     if given is None:
         raise UsageError("--tpm-state must be provided")
     text = line.value(given) or ""
-    scheme, separator, path = text.partition("://")
-    if separator and scheme in {"dir", "file"}:
-        return f"{scheme}://{os.path.abspath(path) if path else ''}"
-    return f"dir://{os.path.abspath(text) if text else ''}"
+    where = parse(text)
+    if where.scheme == "mem":
+        raise UsageError("A TPM in memory is gone at once", hint="give --tpm-state a directory")
+    if where.scheme:
+        return str(where)
+    return absolute("dir://" if text in {"dir://", "file://"} else f"dir://{text}")
 
 
 def check_options(line: CommandLine) -> None:

@@ -180,14 +180,15 @@ def _prepare(line: CommandLine, makers: TpmMakers, report: SetupReport) -> int:
     setup_settings.check_options(line)
     with contextlib.closing(Target(uri, tpm2=line.has("tpm2"))) as target:
         existing = setup_settings.existing(line)
-        if _is_kept(target, existing, report):
+        replace = existing is Existing.REPLACE  # then whatever is there goes
+        if not replace and _is_kept(target, existing, report):
             return 0
         config = setup_settings.setup_config(line, _config_file(line), makers, user, uri)
         if config.key is not None:
             report.line(setup_settings.key_message(config.key))
         target.lock()
         # Another process may have been at it before the lock was ours.
-        if existing is not Existing.REPLACE and _is_kept(target, existing, report):
+        if not replace and _is_kept(target, existing, report):
             return 0
         return _set_up(config, target, report)
 

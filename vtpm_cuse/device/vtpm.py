@@ -26,6 +26,7 @@ from vtpm_cuse.errors import (
     StorageError,
     VtpmError,
 )
+from vtpm_cuse.storage.base import left_over
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -56,10 +57,14 @@ _SHA1_THREAD: Final = {
     code.to_bytes(4, "big")
     for code in (TpmOrdinal.TPM_ORD_SHA1Start, TpmOrdinal.TPM_ORD_SHA1Update)
 }
+_PERMANENT: Final = StateType.PERMANENT.blob_name
 _LOCK_RETRY_SECONDS: Final = 0.01
 _HANDOVER_RETRIES: Final = 300
-_KNOWN_MAX: Final = 64
+"""3 s, as the C suite: the destination of a migration that came to nothing gives the lock back."""
 _LOCK_RETRIES_MAX: Final = 6000
+"""A minute: whoever asks for more waits for what will not come."""
+_KNOWN_MAX: Final = 64
+"""Headers kept: a guest uses about twenty, and no client may fill the memory with more."""
 _STATE_TYPES: Final = {
     PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
     PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
@@ -105,6 +110,7 @@ class Vtpm:
         self._known: dict[bytes, int] = {}
         self._last_header = b""
         self._incoming = self._lock_pending = self.options.incoming
+        self._is_given = False
         self._lock_retries = 0
         self._hurried = False
         self._hashing = False
@@ -137,21 +143,75 @@ class Vtpm:
 
     def _start(self, delete_volatile: bool) -> None:
         store = self.need_store()
-        if not self._incoming:
+        store.blobs.refresh()
+        # A state that is there can be looked at while its owner still has it; none begins so.
+        if not self._incoming or _PERMANENT not in store.blobs.sizes():
             # PEER: locks after a new TPM may have been made; two could do so at once.
             self.lock_storage(self._lock_retries)
         if self._profile is not None and self.tpm2:
             self._engine.set_profile(self._profile)
-        try:
-            self._engine.start()
-        except VtpmError as exc:
-            raise PtmError(self._start_result(exc), self._explained(exc)) from exc
+        self._start_engine(store)
         if self._profile is not None and self.tpm2 and not self._engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
         if delete_volatile and not self._lock_pending:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
+
+    def _start_engine(self, store: SealedStore) -> None:
+        """From what is stored, else from its backup, as far as the store keeps one."""
+        store.last_loaded, given, self._is_given = "", self._is_given, False
+        try:
+            if given:
+                self._need_vacancy(store)
+            elif not self._lock_pending and (backup := store.blobs.restore_backup()):
+                permanent = store.blobs.where(_PERMANENT)
+                log.warning("%s is missing: the TPM starts from %s", permanent, backup)
+            self._engine.start()
+        except VtpmError as exc:
+            refusal = PtmError(self._start_result(exc), self._explained(exc))
+            if not self._start_from_backup(store, exc):
+                raise refusal from exc
+
+    @staticmethod
+    def _need_vacancy(store: SealedStore) -> None:
+        """Before a TPM that another process gives: it may replace one, but not join what is left."""
+        if left := store.blobs.remains():
+            raise left_over(store.blobs, left)
+
+    def _start_from_backup(self, store: SealedStore, exc: VtpmError) -> bool:
+        """Whether the TPM runs after all; the state that was refused is the backup then."""
+        blobs = store.blobs
+        if self._lock_pending or not self._is_permanent_damaged(store, exc):
+            return False
+        try:
+            kept = blobs.try_backup()
+            if not kept:
+                return False
+            log.warning("%s", exc)
+            log.warning("Attempting to start with backup state file.")
+            try:
+                self._engine.start()
+            except VtpmError:
+                blobs.end_try(accepted=False)
+                return False
+            blobs.end_try(accepted=True)
+        except StorageError as failure:
+            log.warning("The backup could not be tried in full: %s", failure)
+            return self.running
+        log.warning("The TPM runs from its backup; the state that was refused is now %s", kept)
+        return True
+
+    @staticmethod
+    def _is_permanent_damaged(store: SealedStore, exc: VtpmError) -> bool:
+        """Whether a failed start can be the permanent state's fault, and not a missing key's."""
+        if isinstance(exc, EngineError):
+            return store.last_loaded == _PERMANENT
+        return (
+            isinstance(exc, (StateDamaged, StateKeyRejected))
+            and exc.path == store.blobs.where(_PERMANENT)
+            and (isinstance(exc, StateDamaged) or exc.result == PtmResult.TPM_DECRYPT_ERROR)
+        )
 
     def _start_result(self, exc: VtpmError) -> int:
         """One code for a TPM 2; for a TPM 1.2 the cause, but not of its volatile state."""
@@ -164,17 +224,28 @@ class Vtpm:
 
     def _explained(self, exc: VtpmError) -> str:
         """Which state is at fault for a failed start, why, and what can be done."""
-        blobs, name = self.need_store().blobs, StateType.PERMANENT.blob_name
+        store = self.need_store()
+        blobs, name = store.blobs, store.last_loaded
         if isinstance(exc, StateKeyRejected):
-            return f"{exc}; it needs the key that it was written with"
+            return f"{exc}; nothing was changed: {self._key_cure(store, exc)}"
         if isinstance(exc, StateDamaged):
             kinds = (kind.blob_name for kind in StateType)
-            name = next((kind for kind in kinds if blobs.where(kind) == exc.path), name)
+            name = next((kind for kind in kinds if blobs.where(kind) == exc.path), _PERMANENT)
             return f"{exc}; {blobs.remedy(name)}"
-        with contextlib.suppress(StorageError):
-            if isinstance(exc, EngineError) and name in blobs.sizes():
-                return f"{exc}: libtpms refuses {blobs.where(name)}; {blobs.remedy(name)}"
+        if isinstance(exc, EngineError) and name:
+            why = "it is damaged, of another TPM, or of a libtpms that is newer than this one"
+            return f"{exc}: libtpms refuses {blobs.where(name)}: {why}; {blobs.remedy(name)}"
         return str(exc)
+
+    @staticmethod
+    def _key_cure(store: SealedStore, exc: StateKeyRejected) -> str:
+        if not store.config_flags & PtmConfigFlag.PTM_CONFIG_FLAG_FILE_KEY:
+            return "it is encrypted and needs --key with the key that it was written with"
+        if exc.result == PtmResult.TPM_FAIL:
+            return "it is not encrypted, so leave out --key"
+        if exc.result == PtmResult.TPM_DECRYPT_ERROR:
+            return "it needs the key that it was written with, or is damaged"
+        return "it needs the key that it was written with"
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""
@@ -463,7 +534,11 @@ class Vtpm:
         state = self._state_type(kind, PtmResult.TPM_BAD_PARAMETER)
         store = self.need_store()
         try:
+            if not self.running:
+                store.blobs.refresh()
             self.lock_storage(self._lock_retries)
+            if state is StateType.PERMANENT:
+                self._need_vacancy(store)
         except StorageError as exc:
             raise PtmError(PtmResult.TPM_IOERROR, str(exc)) from exc
         payload = b""
@@ -473,7 +548,9 @@ class Vtpm:
             # PEER: the next start then ends the process. Here a stored TPM stays as it is.
             log.warning("An empty permanent state was given; the stored one stays in use")
             return
+        given, self._is_given = self._is_given, False  # as in the engine, should it refuse
         self._engine.set_state(state, payload or None)
+        self._is_given = given or state is StateType.PERMANENT
 
     @staticmethod
     def _state_type(kind: int, unknown: PtmResult) -> StateType:

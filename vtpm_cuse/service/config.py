@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from vtpm_cuse.storage.locations import Location, parse
+
 if TYPE_CHECKING:
     from vtpm_cuse.storage.keys import KeySource
 
@@ -88,7 +90,7 @@ class StateConfig:
     """Where the TPM's state is.
 
     Attributes:
-        uri: ``dir://PATH`` or ``file://PATH``.
+        uri: ``dir://PATH``, ``file://PATH`` or ``mem://``.
         mode: Permission bits of the state files; None leaves them to default and umask.
         lock: Whether a second process is kept out.
         fsync: Whether each change is on the disk before it is acknowledged.
@@ -100,6 +102,11 @@ class StateConfig:
     lock: bool = True
     fsync: bool = True
     backup: bool = False
+
+    @property
+    def location(self) -> Location:
+        """What the URI says."""
+        return parse(self.uri)
 
 
 @dataclass(frozen=True, slots=True)

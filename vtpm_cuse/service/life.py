@@ -94,8 +94,8 @@ def make_state_directory(
     config: VtpmConfig, mode: int, owner: User | None, exit_status: int
 ) -> None:
     """For the interfaces that make a missing one. Raises UsageError with the *exit_status*."""
-    scheme, _, path = config.state.uri.partition("://") if config.state else ("", "", "")
-    if scheme == "dir" and not os.path.isdir(path):
+    path = config.state.location.folder_to_make if config.state else ""
+    if path and not os.path.isdir(path):
         try:
             os.makedirs(path, mode, exist_ok=True)
             if owner is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.storage import locations
+from vtpm_cuse.storage.base import OWNER_MODE
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
@@ -24,18 +26,29 @@ def open_store(
     Raises:
         UsageError: The scheme is unknown, or cannot do what is asked for.
     """
-    scheme, separator, path = uri.partition("://")
-    if scheme == "dir" and separator and path:
+    if mode is not None and mode & OWNER_MODE != OWNER_MODE:
+        raise UsageError(
+            f"The mode {mode:04o} would keep the TPM from its own state",
+            hint="give its owner the rights to read and write, as with mode=0600",
+        )
+    where = locations.parse(uri)
+    if backup and where.scheme in {"file", "mem"}:
+        raise UsageError("backup is for states in a directory", hint="leave it out, or use dir")
+    if where.scheme == "dir":
         from vtpm_cuse.storage.directory import DirectoryStore
 
-        return DirectoryStore(path, tpm2=tpm2, mode=mode, lock=lock, fsync=fsync, backup=backup)
-    if scheme == "file" and separator and path:
+        return DirectoryStore(
+            where.path, tpm2=tpm2, mode=mode, lock=lock, fsync=fsync, backup=backup
+        )
+    if where.scheme == "file":
         from vtpm_cuse.storage.linear import LinearStore
 
-        if backup:
-            raise UsageError("backup is for states in a directory", hint="leave it out, or use dir")
-        return LinearStore(path, mode=mode, lock=lock, fsync=fsync)
+        return LinearStore(where.path, mode=mode, lock=lock, fsync=fsync)
+    if where.scheme == "mem":
+        from vtpm_cuse.storage.memory import MemoryStore
+
+        return MemoryStore()
     raise UsageError(
         f"Unsupported backend '{uri}'",
-        hint="use dir:///path/of/a/directory or file:///path/of/a/file as backend URI",
+        hint="use dir:///path/of/a/directory, file:///path/of/a/file or mem:// as backend URI",
     )

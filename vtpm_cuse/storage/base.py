@@ -6,11 +6,17 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
+from vtpm_cuse.errors import StorageError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 BLOB_NAMES: Final = ("permall", "volatilestate", "savestate")
+PERMANENT: Final = BLOB_NAMES[0]
+BACKUP_SUFFIX: Final = ".bak"
 DEFAULT_MODE: Final = 0o640
+OWNER_MODE: Final = 0o600
+"""What the owner of a state file needs: a later start may have no capabilities to do without."""
 LOCK_CONFLICT: Final = (errno.EAGAIN, errno.EACCES)
 
 Beside = Callable[[Callable[[], object]], None]
@@ -21,7 +27,13 @@ class StateStore(Protocol):
     """Keeps blobs, header and all, by name (one of `BLOB_NAMES`)."""
 
     def load(self, name: str) -> bytes:
-        """Returns the blob. Raises StateMissing only when there is none, else StorageError."""
+        """Returns the blob.
+
+        Raises:
+            StateMissing: There is none; for the permanent state also: nor is there anything that
+                is left of a TPM, so that a new one may begin.
+            StorageError: Anything else.
+        """
 
     def store(self, name: str, blob: bytes) -> None:
         """Replaces the blob: afterwards, or after a crash, the old or the new one is there whole.
@@ -45,6 +57,15 @@ class StateStore(Protocol):
             StorageError: As `store`.
         """
 
+    def refresh(self) -> None:
+        """Looks the path up again, before a start.
+
+        What was there before is let go when it is there no more, and so is a lock on it.
+
+        Raises:
+            StorageError: What is there now cannot be looked at.
+        """
+
     def lock(self) -> None:
         """Keeps other processes off this state until `unlock` or `close`; again is harmless.
 
@@ -58,6 +79,40 @@ class StateStore(Protocol):
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each blob that exists, in the order of `BLOB_NAMES`. Raises StorageError."""
+
+    def remains(self) -> str:
+        """What is left of a TPM whose permanent state is missing; empty where nothing is.
+
+        Raises:
+            StorageError: It cannot be looked at.
+        """
+
+    def restore_backup(self) -> str:
+        """Puts the backup in the place of a permanent state that is missing, if it is to.
+
+        And ends what a crash left of `try_backup`: the state that was refused is back.
+
+        Returns:
+            What was put there; empty where nothing was.
+
+        Raises:
+            StorageError: It could not be; the backup is as it was.
+        """
+
+    def try_backup(self) -> str:
+        """Puts the backup in the place of a permanent state that was refused, if it is to.
+
+        Until `end_try` both are kept.
+
+        Returns:
+            What the refused one will be called; empty where nothing was done.
+
+        Raises:
+            StorageError: It could not be; both are still there.
+        """
+
+    def end_try(self, *, accepted: bool) -> None:
+        """The refused state is the backup from now on, or all is as it was. Raises StorageError."""
 
     def where(self, name: str) -> str:
         """What keeps a blob, for messages; another text for each blob."""
@@ -77,3 +132,25 @@ def write_all(write: Callable[[memoryview, int], int], data: bytes) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += write(view[done:], done)
+
+
+def left_over(store: StateStore, left: str) -> StorageError:
+    """Why no TPM can begin where the permanent state is missing and *left* is there."""
+    permanent = store.where(PERMANENT)
+    if left.endswith(BACKUP_SUFFIX):
+        cure = "give the option 'backup' to start a TPM 2.0 from it, or copy it there"
+    elif PERMANENT in left:
+        cure = "copy it there to start from it"
+    else:
+        cure = "put back the permanent state that it belongs to"
+    return StorageError(
+        permanent,
+        f"is missing, but {left} of an earlier TPM is there, and no other TPM begins beside it; "
+        f"{cure}; for a new TPM use another place",
+    )
+
+
+REPLACED: Final = (
+    "it was replaced since this program started, and the sandbox lets nobody at what is there now; "
+    "end the program and start it again, or put back what was there"
+)

@@ -2,23 +2,34 @@
 
 A blob is replaced by writing aside, flushing, renaming and flushing the
 directory. With a backup, the permanent state that is replaced stays as
-``*.bak``. The lock is a POSIX record lock on ``.lock``: it belongs to the
-process and is lost when any of its descriptors of that file closes, so it is
-taken after daemonising and the file is opened nowhere else.
+``*.bak``. Whole files that were written aside are taken for a TPM's, too;
+so a first permanent state is written under another name than later ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import logging
 import os
 import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import PtmError, StateDamaged, StateLocked, StateMissing, StorageError
-from vtpm_cuse.storage.base import BLOB_NAMES, DEFAULT_MODE, LOCK_CONFLICT, write_all
+from vtpm_cuse.files import flush_folder
+from vtpm_cuse.storage.base import (
+    BACKUP_SUFFIX,
+    BLOB_NAMES,
+    DEFAULT_MODE,
+    LOCK_CONFLICT,
+    OWNER_MODE,
+    PERMANENT,
+    REPLACED,
+    left_over,
+    write_all,
+)
 from vtpm_cuse.storage.disposal import Disposal
+from vtpm_cuse.storage.locking import give_up_lock, take_lock
 from vtpm_cuse.wire.blob import BLOB_SIZE_MAX, split_header_untrusted
 from vtpm_cuse.wire.ptm import PtmResult
 
@@ -27,9 +38,17 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.storage.base import Beside
 
+log = logging.getLogger(__name__)
+
 _LOCK_NAME: Final = ".lock"
-_BACKUP_SUFFIX: Final = ".bak"
-_PERMANENT: Final = BLOB_NAMES[0]
+_SWAP_SUFFIX: Final = ".tmp"
+"""What the refused state is called, here and in the C suite, while it and the backup change places."""
+_FIRST_SUFFIX: Final = ".new"
+_NO_LINKS: Final = {
+    *(errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK),
+    *(errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EACCES),
+}
+"""How file systems, network servers and security modules refuse a second name for a file."""
 
 
 class DirectoryStore:
@@ -56,6 +75,7 @@ class DirectoryStore:
     ) -> None:
         self._path = os.path.abspath(path)
         self._prefix = "tpm2-00" if tpm2 else "tpm-00"
+        self._starts_from_backup = backup and tpm2  # as in the C suite; a TPM 1.2 is told of it
         self._mode = mode
         self._locking = lock
         self._fsync = fsync
@@ -63,10 +83,16 @@ class DirectoryStore:
         self._disposal = Disposal()
         self._directory_fd = -1
         self._lock_fd = -1
+        self._replaced = self._settled = False
 
     def load(self, name: str) -> bytes:
         """Returns the blob; a symbolic link or an absurdly large file is damage."""
-        return self._load(self._file_name(name))
+        try:
+            return self._load(self._file_name(name))
+        except StateMissing:
+            if name == PERMANENT and (left := self.remains()):
+                raise left_over(self, left) from None
+            raise
 
     def _load(self, file_name: str) -> bytes:
         with self._errors(file_name, reading=True), self._opened(file_name) as fd:
@@ -78,17 +104,21 @@ class DirectoryStore:
 
     def store(self, name: str, blob: bytes) -> None:
         """Replaces the blob, durably."""
+        self._keep_locked()
         file_name = self._file_name(name)
         aside = _aside(file_name)
-        backup = self._backup and name == _PERMANENT
+        backup = self._backup and name == PERMANENT
         with self._errors(file_name):
+            if name == PERMANENT:
+                aside = self._aside_of_permanent()
             try:
                 self._write_aside(aside, blob)
-                with self._outliving(file_name, *([file_name + _BACKUP_SUFFIX] if backup else [])):
-                    if backup:
-                        self._keep_backup()
+                with self._outliving(file_name, *([file_name + BACKUP_SUFFIX] if backup else [])):
+                    if backup and self._is_good(file_name):
+                        self._put(file_name, file_name + BACKUP_SUFFIX)
+                    self._settled = False
                     self._rename(aside, file_name)
-                    self._flush(self._directory)
+                    self._flush_directory()
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(aside, dir_fd=self._directory)
@@ -96,26 +126,43 @@ class DirectoryStore:
 
     def delete(self, name: str, *, must_exist: bool = False) -> None:
         """Removes the blob, durably."""
+        self._keep_locked()
         file_name = self._file_name(name)
         try:
             with self._errors(file_name, reading=True), self._outliving(file_name):
                 os.unlink(file_name, dir_fd=self._directory)
-                self._flush(self._directory)
+                self._flush_directory()
         except StateMissing:
             if must_exist:
                 raise
 
     def replace_all(self, blobs: Mapping[str, bytes]) -> None:
         """Makes *blobs* all there is: first goes what only fits the old permanent state."""
+        permanent = self._permanent
+        with self._errors(permanent):
+            for file_name in self._other_generations():
+                if self._is_there(file_name):
+                    os.unlink(file_name, dir_fd=self._directory)
         for name in reversed(BLOB_NAMES):
-            if name != _PERMANENT or name not in blobs:
+            if name != PERMANENT or name not in blobs:
                 self.delete(name)
         for name in BLOB_NAMES:
             if name in blobs:
                 self.store(name, blobs[name])
 
+    def refresh(self) -> None:
+        """The directory that the path leads to now, and the lock file that is in it."""
+        if self._directory_fd < 0:
+            return
+        if not self._is_at(self._path, self._directory_fd):
+            log.warning("The state directory %s is another one than before", self._path)
+            self.close()
+            self._replaced = True
+        elif self._lock_fd >= 0 and not self._is_at(_LOCK_NAME, self._lock_fd, self._directory):
+            self.unlock()
+
     def lock(self) -> None:
-        """Takes the record lock on ``.lock``, creating the file if need be."""
+        """Takes the lock on ``.lock``, creating the file if need be."""
         if not self._locking or self._lock_fd >= 0:
             return
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -126,10 +173,15 @@ class DirectoryStore:
             if os.path.lexists(self._path):
                 raise
             reason = f"No such file or directory; 'mkdir -m 700 {self._path}' makes it"
+            if self._replaced:
+                reason = "it is gone since this program started; put back what was there"
             raise StorageError(self._path, reason) from exc
         try:
-            self._checked_size(_LOCK_NAME, os.fstat(fd))
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
+            self._checked_size(_LOCK_NAME, status)
+            if status.st_uid == os.geteuid():
+                self._let_owner(fd)
+            take_lock(fd)
         except OSError as exc:
             os.close(fd)
             reason = f"Could not lock access to lockfile: {exc.strerror}"
@@ -143,6 +195,8 @@ class DirectoryStore:
     def unlock(self) -> None:
         """Releases the lock; the file stays."""
         if self._lock_fd >= 0:
+            with contextlib.suppress(OSError):  # then closing it must do
+                give_up_lock(self._lock_fd)
             os.close(self._lock_fd)
             self._lock_fd = -1
 
@@ -154,20 +208,93 @@ class DirectoryStore:
                 found[name] = self._size_of(self._file_name(name))
         return found
 
+    def remains(self) -> str:
+        """A backup, another state, or a whole file that was written aside."""
+        permanent = self._permanent
+        with self._errors(permanent):
+            try:
+                if self._is_there(permanent):
+                    return ""
+            except FileNotFoundError:  # the directory itself
+                return ""
+            for file_name in (
+                *(permanent + suffix for suffix in (BACKUP_SUFFIX, _SWAP_SUFFIX)),
+                *(self._file_name(name) for name in BLOB_NAMES[1:]),
+            ):
+                if self._is_there(file_name):
+                    return self._full(file_name)
+            asides = (name for name in self._other_generations() if self._is_good(name))
+            return next(map(self._full, asides), "")
+
+    def restore_backup(self) -> str:
+        """The backup gets a second name, which the next write takes from it."""
+        permanent, backup = self._permanent, self._permanent + BACKUP_SUFFIX
+        if not self._starts_from_backup:
+            return ""
+        with self._errors(permanent):
+            if not self._is_good(backup):
+                return ""
+            if self._is_there(permanent + _SWAP_SUFFIX) and (
+                not self._is_there(permanent) or self._is_same(permanent, backup)
+            ):
+                log.warning("A start from %s was cut off", self._full(backup))
+                self.end_try(accepted=False)
+            if self._is_there(permanent):
+                return ""
+            self._put(backup, permanent)
+            self._flush_directory()
+        return self._full(backup)
+
+    def try_backup(self) -> str:
+        """The refused state is kept under a third name: a crash is then seen to be one."""
+        permanent, backup = self._permanent, self._permanent + BACKUP_SUFFIX
+        if not self._starts_from_backup or not self._is_good(backup):
+            return ""
+        try:
+            if self._is_same(permanent, backup):
+                return ""
+        except (StateMissing, StateDamaged):  # such as a directory in the place of the file
+            return ""
+        with self._errors(permanent):
+            self._put(permanent, permanent + _SWAP_SUFFIX)
+            self._flush_directory()
+            self._put(backup, permanent)
+            self._flush_directory()
+        return self._full(backup)
+
+    def end_try(self, *, accepted: bool) -> None:
+        """Gives the refused state its place."""
+        refused = self._permanent + _SWAP_SUFFIX
+        with self._errors(self._permanent):
+            self._put(refused, self._permanent + BACKUP_SUFFIX if accepted else self._permanent)
+            self._flush_directory()
+            os.unlink(refused, dir_fd=self._directory)
+
     def where(self, name: str) -> str:
         """The blob's file."""
         return self._full(self._file_name(name))
 
     def remedy(self, name: str) -> str:
         """Names the last good generation where there is one."""
-        path, backup = self.where(name), self._file_name(name) + _BACKUP_SUFFIX
+        if name != PERMANENT:
+            return (
+                "nothing was changed, and the permanent state is not at fault: put back a copy "
+                "that you kept, or keep the file elsewhere: the TPM then starts as after a power cut"
+            )
+        path, backup = self.where(name), self._file_name(name) + BACKUP_SUFFIX
         with contextlib.suppress(StorageError):
-            if name == _PERMANENT and self._is_good(backup):
-                return (
-                    "nothing was changed; the last good generation was kept: to return to it, end "
-                    f"the TPM and move {self._full(backup)} to {path}"
+            if self._is_good(backup):
+                kept = (
+                    f"nothing was changed; the last good generation was kept: {self._full(backup)}"
                 )
-        return "nothing was changed: put back a copy that you kept, or move the file away"
+                if self._starts_from_backup:
+                    return f"{kept}, but cannot be used either"
+                if self._prefix == "tpm2-00":
+                    return f"{kept}; the option 'backup' of --tpmstate starts the TPM from it"
+                return (
+                    f"{kept}; to return to it, end the TPM, keep {path} elsewhere and copy it there"
+                )
+        return "nothing was changed: put back a copy that you kept, or use another directory"
 
     def work_beside(self, beside: Beside) -> None:
         """Replaced files are freed there."""
@@ -180,20 +307,67 @@ class DirectoryStore:
         if self._directory_fd >= 0:
             os.close(self._directory_fd)
             self._directory_fd = -1
+            self._settled = False
 
     # -- helpers --------------------------------------------------------------------------
 
     @property
     def _directory(self) -> int:
         if self._directory_fd < 0:
-            self._directory_fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                self._directory_fd = os.open(self._path, flags)
+            except PermissionError as exc:
+                if self._replaced:
+                    raise StorageError(self._path, REPLACED) from exc
+                raise
         return self._directory_fd
 
     def _file_name(self, name: str) -> str:
         return f"{self._prefix}.{name}"
 
+    @property
+    def _permanent(self) -> str:
+        return self._file_name(PERMANENT)
+
     def _full(self, file_name: str) -> str:
         return os.path.join(self._path, file_name)
+
+    def _is_there(self, file_name: str) -> bool:
+        """Whether anything has that name. Raises OSError, also where there is no directory."""
+        directory = self._directory
+        try:
+            os.stat(file_name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _is_at(self, path: str, fd: int, directory: int | None = None) -> bool:
+        """Whether *path* still leads to what *fd* is."""
+        with self._errors(path):
+            try:
+                found = os.stat(path, dir_fd=directory)
+            except FileNotFoundError:
+                return False
+            return os.path.samestat(found, os.fstat(fd))
+
+    def _other_generations(self) -> list[str]:
+        """The names that another permanent state than the present one may have."""
+        permanent = self._permanent
+        kept = [permanent, permanent + BACKUP_SUFFIX, permanent + _SWAP_SUFFIX]
+        return [*kept[1:], *map(_aside, kept)]
+
+    def _keep_locked(self) -> None:
+        """A lock file that somebody removed keeps nobody off: takes the lock on the one there now."""
+        if self._lock_fd < 0 or self._is_at(_LOCK_NAME, self._lock_fd, self._directory):
+            return
+        stale, self._lock_fd = self._lock_fd, -1
+        try:
+            self.lock()
+        except BaseException:
+            self._lock_fd = stale  # the next write tries again
+            raise
+        os.close(stale)
 
     @contextlib.contextmanager
     def _opened(self, file_name: str) -> Iterator[int]:
@@ -226,8 +400,11 @@ class DirectoryStore:
         try:
             if self._mode is not None:
                 os.fchmod(fd, self._mode)
+            else:
+                self._let_owner(fd)
             write_all(lambda rest, _done: os.write(fd, rest), blob)
-            self._flush(fd)
+            if self._fsync:
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -239,23 +416,59 @@ class DirectoryStore:
     def _rename(self, old: str, new: str) -> None:
         os.replace(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
-    def _flush(self, fd: int) -> None:
-        if self._fsync:
-            os.fsync(fd)
+    @staticmethod
+    def _let_owner(fd: int) -> None:
+        """Gives the owner of a new file what the umask took."""
+        mode = os.fstat(fd).st_mode & 0o777
+        if mode & OWNER_MODE != OWNER_MODE:
+            os.fchmod(fd, mode | OWNER_MODE)
 
-    def _keep_backup(self) -> None:
-        """A second name for the present file, which the next rename takes its own from."""
-        file_name = self._file_name(_PERMANENT)
-        if not self._is_good(file_name):
-            return
-        backup, aside = file_name + _BACKUP_SUFFIX, _aside(file_name + _BACKUP_SUFFIX)
-        directory = self._directory
+    def _flush_directory(self) -> None:
+        if self._fsync:
+            flush_folder(self._directory)
+        self._settled = True
+
+    def _aside_of_permanent(self) -> str:
+        """Where the permanent state is written first.
+
+        What a crash leaves of the very first one must not look like what is left of a TPM. Where
+        there is one, its name is on the disk before anything is written beside it: whoever gave it
+        that name may have died before the flush.
+        """
+        permanent = self._permanent
+        aside = _aside(permanent)
+        if not self._is_there(permanent):
+            self._unlink(aside)
+            return aside + _FIRST_SUFFIX
+        if not self._settled:
+            self._flush_directory()
+        return aside
+
+    def _unlink(self, file_name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside, dir_fd=directory)
-        os.link(file_name, aside, src_dir_fd=directory, dst_dir_fd=directory)
-        self._rename(aside, backup)
-        with contextlib.suppress(FileNotFoundError):  # left when both were one file already
-            os.unlink(aside, dir_fd=directory)
+            os.unlink(file_name, dir_fd=self._directory)
+
+    def _put(self, source: str, target: str) -> None:
+        """*target* becomes a second name of the file *source*, or a copy where there can be none."""
+        directory, aside = self._directory, _aside(target)
+        self._unlink(aside)
+        try:
+            try:
+                os.link(source, aside, src_dir_fd=directory, dst_dir_fd=directory)
+            except OSError as exc:
+                if exc.errno not in _NO_LINKS:
+                    raise
+                self._write_aside(aside, self._load(source))
+            self._rename(aside, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside, dir_fd=directory)
+            raise
+        self._unlink(aside)  # left when both were one file already
+
+    def _is_same(self, one: str, other: str) -> bool:
+        """Whether both files hold the same. Raises StorageError."""
+        return self._load(one) == self._load(other)
 
     def _is_good(self, file_name: str) -> bool:
         """Whether the file is there and its header fits. Raises StorageError."""

@@ -105,15 +105,22 @@ class Key:
             raise PtmError(PtmResult.TPM_DECRYPT_ERROR, reason)
         if iv is not None and len(iv) != len(self.secret):
             raise PtmError(PtmResult.TPM_DECRYPT_ERROR, f"IV has {len(iv)} bytes")
+        if iv is None and stream != tlv(data_tag, ciphertext) + tlv(BlobTag.HMAC, digest):
+            # Whoever wrote blobs without an IV wrote just this; an IV under another tag is no IV.
+            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The blob has no IV, but something else")
         return self._decrypt(ciphertext, iv or bytes(_BLOCK))
 
     def unseal_version_1_untrusted(self, body: bytes) -> bytes:
-        """The oldest form: no IV, no HMAC, a SHA-256 of the data before them. Raises PtmError."""
-        plain = self._decrypt(body, bytes(_BLOCK))
-        digest, data = plain[:_HMAC_SIZE], plain[_HMAC_SIZE:]
-        if not hmac.compare_digest(digest, hashlib.sha256(data).digest()):
-            raise PtmError(PtmResult.TPM_FAIL, "The checksum of the decrypted data is wrong")
-        return data
+        """The oldest form: no IV, no HMAC, a SHA-256 of the data before them. Raises PtmError.
+
+        PEER: says whether padding or checksum is wrong, by which who may try often can decrypt.
+        """
+        with contextlib.suppress(PtmError):
+            plain = self._decrypt(body, bytes(_BLOCK))
+            digest, data = plain[:_HMAC_SIZE], plain[_HMAC_SIZE:]
+            if hmac.compare_digest(digest, hashlib.sha256(data).digest()):
+                return data
+        raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The decrypted data is no state of a TPM")
 
     def _decrypt(self, ciphertext: bytes, iv: bytes) -> bytes:
         size = len(self.secret)

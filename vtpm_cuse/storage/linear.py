@@ -2,17 +2,14 @@
 
 A blob is replaced by writing the new one where nothing is, flushing, and writing
 the header, which is one sector. Before space is used again that a header has freed,
-that header is known to be on the disk.
-
-The lock is a POSIX record lock on the file itself: it is lost when any of the
-process' descriptors of the file closes, so there is just one.
+that header is known to be on the disk. The lock is on the file itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import logging
 import os
 import stat
 from typing import TYPE_CHECKING, Final
@@ -25,7 +22,18 @@ from vtpm_cuse.errors import (
     StateNoRoom,
     StorageError,
 )
-from vtpm_cuse.storage.base import BLOB_NAMES, DEFAULT_MODE, LOCK_CONFLICT, write_all
+from vtpm_cuse.files import flush_folder
+from vtpm_cuse.storage.base import (
+    BLOB_NAMES,
+    DEFAULT_MODE,
+    LOCK_CONFLICT,
+    OWNER_MODE,
+    PERMANENT,
+    REPLACED,
+    left_over,
+    write_all,
+)
+from vtpm_cuse.storage.locking import give_up_lock, take_lock
 from vtpm_cuse.wire.linear import (
     EMPTY_TABLE,
     LINEAR_END_MAX,
@@ -42,6 +50,8 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.storage.base import Beside
     from vtpm_cuse.wire.linear import Table
+
+log = logging.getLogger(__name__)
 
 _BLANK_CHECK: Final = 1 << 20
 """Bytes at either end that must be zero before a device counts as empty: where file systems,
@@ -66,7 +76,7 @@ class LinearStore:
         self._locking = lock
         self._fsync = fsync
         self._fd = -1
-        self._locked = self._settled = False
+        self._locked = self._settled = self._replaced = False
         self._checked: tuple[bytes, int, Table] = b"", 0, EMPTY_TABLE
 
     def load(self, name: str) -> bytes:
@@ -75,6 +85,8 @@ class LinearStore:
             fd = self._open(create=False)
             section = self._table(fd)[BLOB_NAMES.index(name)]
             if not section.used:
+                if name == PERMANENT and (left := self.remains()):
+                    raise left_over(self, left)
                 raise StateMissing(self._path, f"has no {name}")
             data = os.pread(fd, section.data_length, section.offset)
         if len(data) != section.data_length:
@@ -101,14 +113,26 @@ class LinearStore:
         """Makes *blobs* all there is, with one write of the header."""
         self._commit({name: blobs.get(name) for name in BLOB_NAMES})
 
+    def refresh(self) -> None:
+        """The file or device that the path leads to now."""
+        if self._fd < 0:
+            return
+        with self._errors():
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                    return
+            log.warning("The state file %s is another one than before", self._path)
+            self.close()
+            self._replaced = True
+
     def lock(self) -> None:
-        """Takes the record lock on the file, creating an empty one if need be."""
+        """Takes the lock on the file, creating an empty one if need be."""
         if not self._locking or self._locked:
             return
         with self._errors():
             fd = self._open(create=True)
         try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(fd)
         except OSError as exc:
             self.close()
             reason = f"Could not lock access: {exc.strerror}"
@@ -121,7 +145,7 @@ class LinearStore:
     def unlock(self) -> None:
         """Releases the lock."""
         if self._locked:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+            give_up_lock(self._fd)
             self._locked = self._settled = False
 
     def sizes(self) -> dict[str, int]:
@@ -141,12 +165,33 @@ class LinearStore:
         named = zip(BLOB_NAMES, table, strict=False)
         return {name: section.data_length for name, section in named if section.used}
 
+    def remains(self) -> str:
+        """Another blob without the permanent one."""
+        sizes = self.sizes()
+        return "" if PERMANENT in sizes or not sizes else self.where(next(iter(sizes)))
+
+    def restore_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def try_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def end_try(self, *, accepted: bool) -> None:
+        """Nothing was tried."""
+
     def where(self, name: str) -> str:
         """The file, and which of its blobs."""
         return f"{self._path} ({name})"
 
-    def remedy(self, _name: str) -> str:
+    def remedy(self, name: str) -> str:
         """What can be done about damage."""
+        if name != PERMANENT:
+            return (
+                "nothing was changed, and the permanent state is not at fault: put back a copy of "
+                "the whole file that you kept"
+            )
         return "nothing was changed: put back a copy that you kept, or use another file"
 
     def work_beside(self, _beside: Beside) -> None:
@@ -155,8 +200,11 @@ class LinearStore:
     def close(self) -> None:
         """Gives up lock and descriptor."""
         if self._fd >= 0:
+            with contextlib.suppress(OSError):  # then closing it must do
+                self.unlock()
             os.close(self._fd)
             self._fd = -1
+            self._checked = b"", 0, EMPTY_TABLE
             self._locked = self._settled = False
 
     # -- writing --------------------------------------------------------------------------
@@ -164,6 +212,9 @@ class LinearStore:
     def _commit(self, changes: Mapping[str, bytes | None]) -> None:
         with self._errors():
             fd = self._open(create=True)
+            if os.fstat(fd).st_nlink == 0:
+                reason = "the file was removed, or replaced: what is written there would be lost"
+                raise StorageError(self._path, reason)
             old = self._table(fd)
             self._settle(fd, old)
             size, fixed = os.lseek(fd, 0, os.SEEK_END), self._is_device(fd)
@@ -223,7 +274,7 @@ class LinearStore:
         except PermissionError:  # then it is not ours, and nor was it to make the file there
             return
         try:
-            os.fsync(directory)
+            flush_folder(directory)
         finally:
             os.close(directory)
 
@@ -233,13 +284,21 @@ class LinearStore:
         if self._fd < 0:
             fd = self._opened(os.O_RDWR | (os.O_CREAT if create else 0))
             try:
-                if self._mode is not None and not self._is_device(fd):
-                    os.fchmod(fd, self._mode)
+                if not self._is_device(fd):
+                    self._set_mode(fd)
             except BaseException:
                 os.close(fd)
                 raise
             self._fd = fd
         return self._fd
+
+    def _set_mode(self, fd: int) -> None:
+        status = os.fstat(fd)
+        mode = status.st_mode & 0o777
+        if self._mode is not None:
+            os.fchmod(fd, self._mode)
+        elif mode & OWNER_MODE != OWNER_MODE and status.st_uid == os.geteuid():
+            os.fchmod(fd, mode | OWNER_MODE)  # the umask took it
 
     def _opened(self, flags: int) -> int:
         flags |= os.O_NONBLOCK | os.O_CLOEXEC
@@ -248,6 +307,8 @@ class LinearStore:
             fd = os.open(self._path, flags | os.O_NOFOLLOW, mode)
             devices_only = False
         except OSError as exc:
+            if self._replaced and exc.errno == errno.EACCES:
+                raise StorageError(self._path, REPLACED) from exc
             if exc.errno != errno.ELOOP:
                 raise
             # /dev is full of links to block devices; a link to anything else is refused.

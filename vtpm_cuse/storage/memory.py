@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import StateMissing
-from vtpm_cuse.storage.base import BLOB_NAMES
+from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +25,8 @@ class MemoryStore:
         try:
             return self.blobs[name]
         except KeyError:
+            if name == PERMANENT and (left := self.remains()):
+                raise left_over(self, left) from None
             raise StateMissing(name, "no such state in memory") from None
 
     def store(self, name: str, blob: bytes) -> None:
@@ -40,6 +42,9 @@ class MemoryStore:
         """Makes *blobs* all there is."""
         self.blobs = dict(blobs)
 
+    def refresh(self) -> None:
+        """Memory has no path."""
+
     def lock(self) -> None:
         """Nobody else can reach this memory."""
         self.locked = True
@@ -51,6 +56,21 @@ class MemoryStore:
     def sizes(self) -> dict[str, int]:
         """Bytes of each blob."""
         return {name: len(self.blobs[name]) for name in BLOB_NAMES if name in self.blobs}
+
+    def remains(self) -> str:
+        """Another blob without the permanent one."""
+        return "" if PERMANENT in self.blobs else next(iter(self.sizes()), "")
+
+    def restore_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def try_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def end_try(self, *, accepted: bool) -> None:
+        """Nothing was tried."""
 
     def where(self, name: str) -> str:
         """Just the name."""

@@ -10,6 +10,7 @@ from vtpm_cuse.wire.blob import (
     BlobFlag,
     BlobTag,
     find_tlv_untrusted,
+    is_payload,
     split_header_untrusted,
     tlv,
     with_header,
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
     from vtpm_cuse.storage.keys import Key
 
-_KEY_RESULTS = (PtmResult.TPM_DECRYPT_ERROR, PtmResult.TPM_BAD_KEY_PROPERTY)
+_KEY_RESULTS = (
+    PtmResult.TPM_DECRYPT_ERROR,
+    PtmResult.TPM_BAD_KEY_PROPERTY,
+    PtmResult.TPM_KEYNOTFOUND,
+)
 
 
 class SealedStore:
@@ -33,6 +38,10 @@ class SealedStore:
         key: Encrypts what is stored.
         migration_key: Encrypts what goes to another TPM.
         random: Makes IVs.
+
+    Attributes:
+        last_loaded: The blob that was handed out last: the one at fault when libtpms then refuses
+            to start, for it looks at each before it asks for the next.
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class SealedStore:
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.blobs = blobs
+        self.last_loaded = ""
         self._key = key
         self._migration_key = migration_key
         self._random = random
@@ -66,12 +76,18 @@ class SealedStore:
         plain file where a key is given is an error.
         """
         blob = self.blobs.load(name)
+        body = b""
         try:
             header, body = split_header_untrusted(blob)
-            return self._open_inner(body, BlobFlag(header.flags), self._key, header.version)
+            payload = self._open_inner(
+                name, body, BlobFlag(header.flags), self._key, header.version
+            )
         except PtmError as exc:
-            kind = StateKeyRejected if exc.result in _KEY_RESULTS else StateDamaged
+            keys_fault = exc.result in _KEY_RESULTS or _is_other_way(body, self._key)
+            kind = StateKeyRejected if keys_fault else StateDamaged
             raise kind(self.blobs.where(name), exc.reason, exc.result) from exc
+        self.last_loaded = name
+        return payload
 
     def store(self, name: str, data: bytes) -> None:
         """Keeps the payload, durably. Raises StorageError."""
@@ -116,7 +132,7 @@ class SealedStore:
             if flags & BlobFlag.ENCRYPTED or wanted:
                 key = _need(self._key, "state", name)
             inner = self._open_outer(name, body, flags, header.version)
-            return self._open_inner(inner, flags, key, header.version)
+            return self._open_inner(name, inner, flags, key, header.version)
         except PtmError as exc:
             raise PtmError(exc.result, f"{name}: {exc.reason}") from exc
 
@@ -145,9 +161,15 @@ class SealedStore:
         return flags, key.seal(*tags, payload, self._random)
 
     @staticmethod
-    def _open_inner(stream: bytes, flags: BlobFlag, key: Key | None, version: int) -> bytes:
+    def _open_inner(
+        name: str, stream: bytes, flags: BlobFlag, key: Key | None, version: int
+    ) -> bytes:
         if version == 1:
-            return stream if key is None else key.unseal_version_1_untrusted(stream)
+            if key is not None:
+                return key.unseal_version_1_untrusted(stream)
+            if flags & BlobFlag.ENCRYPTED:  # PEER: gives libtpms what is encrypted
+                raise PtmError(PtmResult.TPM_KEYNOTFOUND, "The data is encrypted.")
+            return stream
         if key is None:
             payload = find_tlv_untrusted(stream, BlobTag.DATA)
             if payload is None:
@@ -155,7 +177,17 @@ class SealedStore:
             return payload
         if flags & BlobFlag.ENCRYPTED:
             _check_size(key, flags & BlobFlag.KEY_256BIT)
-        return key.unseal_untrusted(BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA, stream)
+        payload = key.unseal_untrusted(BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA, stream)
+        if find_tlv_untrusted(stream, BlobTag.IV_DATA) is None and not is_payload(name, payload):
+            # The same HMAC fits a blob whose IV somebody moved to the end of the ciphertext.
+            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The decrypted data is no state of a TPM")
+        return payload
+
+
+def _is_other_way(stream: bytes, key: Key | None) -> bool:
+    """Whether the state is encrypted and there is no key, or the other way round."""
+    found = BlobTag.ENCRYPTED_DATA if key is None else BlobTag.DATA
+    return find_tlv_untrusted(stream, found) is not None
 
 
 def _need(key: Key | None, kind: str, name: str) -> Key:

@@ -39,6 +39,19 @@ class BlobTag(IntEnum):
     IV_MIGRATION_DATA = 7
 
 
+_PAYLOAD_BEGINNINGS: Final[dict[str, tuple[tuple[int, bytes], ...]]] = {
+    "permall": ((2, b"\xab\x36\x47\x23"), (0, b"\x00\x01\x00\x22")),
+    "volatilestate": ((2, b"\x45\x63\x78\x89"), (0, b"\x00\x01\x00\x01")),
+    "savestate": ((0, b"\x00\x24"),),
+}
+"""Offset and bytes by which libtpms' states are known, of a TPM 2.0 and of a 1.2."""
+
+
+def is_payload(name: str, payload: bytes) -> bool:
+    """Whether *payload* begins as a state of that name does."""
+    return any(payload.startswith(mark, at) for at, mark in _PAYLOAD_BEGINNINGS[name])
+
+
 INCOMING_BLOB_MAX: Final = 512 << 10
 """Bytes of a blob that a client may set, as in the C suite's 0.11."""
 

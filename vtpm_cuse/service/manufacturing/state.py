@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import StateMissing, UsageError
 from vtpm_cuse.storage import open_store
-from vtpm_cuse.storage.base import BLOB_NAMES
+from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
+from vtpm_cuse.storage.locations import parse
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
 
-_PERMANENT: Final = StateType.PERMANENT.blob_name
-
 
 def check_access(uri: str, user: str) -> None:
     """Whether *user*, who runs this, can put a state there. Raises UsageError."""
-    scheme, _, path = uri.partition("://")
-    if scheme == "file":
-        if os.path.exists(path):
-            if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
-                raise UsageError(f"User {user} cannot read/write {path}.")
-            return
-        path = os.path.dirname(path) or "."
-    check_directory(path, user)
+    where = parse(uri)
+    if where.scheme == "file" and os.path.exists(where.path):
+        if not os.access(where.path, os.R_OK | os.W_OK, effective_ids=True):
+            raise UsageError(f"User {user} cannot read/write {where.path}.")
+        return
+    check_directory(where.folder, user)
 
 
 def check_directory(path: str, user: str) -> None:
@@ -52,8 +48,10 @@ class Target:
         self._store: StateStore = open_store(uri, tpm2=tpm2)
 
     def has_state(self) -> bool:
-        """Whether a TPM is there."""
-        return _PERMANENT in self._store.sizes()
+        """Whether a TPM is there. Raises StorageError also where only a part of one is left."""
+        if left := self._store.remains():
+            raise left_over(self._store, left)
+        return PERMANENT in self._store.sizes()
 
     def lock(self) -> None:
         """Keeps every other process off the state. Raises StateLocked."""
@@ -74,8 +72,8 @@ class Target:
     def update(self, before: dict[str, bytes], after: dict[str, bytes]) -> None:
         """Writes what was changed of the TPM that is there."""
         changed = {name: blob for name, blob in after.items() if before.get(name) != blob}
-        if _PERMANENT in changed:
-            self._store.store(_PERMANENT, changed.pop(_PERMANENT))
+        if PERMANENT in changed:
+            self._store.store(PERMANENT, changed.pop(PERMANENT))
         for name, blob in changed.items():
             self._store.store(name, blob)
         for name in before.keys() - after.keys():

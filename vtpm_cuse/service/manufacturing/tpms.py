@@ -15,6 +15,7 @@ from vtpm_cuse.errors import PtmError, StateMissing, UsageError, VtpmError, Wire
 from vtpm_cuse.service.config import VtpmConfig
 from vtpm_cuse.service.manufacturing.programs import start_program
 from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.locations import parse
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmRc, TpmSu
 
@@ -95,9 +96,8 @@ class ChildTpm:
         self._config = config
         self.tpm2 = config.plan.tpm2
         self._blobs = blobs
-        scheme, _, path = config.uri.partition("://")
         # Beside the state: confined emulators may write there, and perhaps nowhere else.
-        where = path if scheme == "dir" else None
+        where = parse(config.uri).folder_to_make or None
         self._directory = tempfile.mkdtemp(prefix=".swtpm_setup.", dir=where)
         self._closing = contextlib.ExitStack()
         self._closing.callback(shutil.rmtree, self._directory, ignore_errors=True)

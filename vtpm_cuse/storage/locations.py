@@ -1,0 +1,74 @@
+"""What a state's URI says: read here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Final
+
+SCHEMES: Final = ("dir", "file", "mem")
+_WITH_PATH: Final = ("dir", "file")
+
+
+class Access(Flag):
+    """What a store does at a path; for a folder, with the files in it."""
+
+    FLUSH = auto()
+    """Opens the folder, to put its names on the disk."""
+    FILES = auto()
+    """Reads, writes and cuts files."""
+    MAKE = auto()
+    REMOVE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a state is.
+
+    Attributes:
+        scheme: One of `SCHEMES`; empty for a URI that says nothing of the kind.
+        path: The directory, the file or the block device, absolute; empty for memory.
+    """
+
+    scheme: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.path}"
+
+    @property
+    def folder(self) -> str:
+        """The folder that must be there before the state is; empty for memory."""
+        return os.path.dirname(self.path) if self.scheme == "file" else self.path
+
+    @property
+    def folder_to_make(self) -> str:
+        """The folder that a program may make for the state alone; empty where there is none."""
+        return self.path if self.scheme == "dir" else ""
+
+    def access(self) -> dict[str, Access]:
+        """What a sandbox has to allow, by path; looks whether a file is there."""
+        if self.scheme == "dir":
+            return {self.path: Access.FLUSH | Access.FILES | Access.MAKE | Access.REMOVE}
+        if self.scheme != "file":
+            return {}
+        if os.path.exists(self.path):
+            return {self.folder: Access.FLUSH, self.path: Access.FILES}
+        return {self.folder: Access.FLUSH | Access.FILES | Access.MAKE}
+
+
+def parse(uri: str) -> Location:
+    """What *uri* says; a relative path is one below the present directory."""
+    scheme, separator, path = uri.partition("://")
+    if separator and path and scheme in _WITH_PATH:
+        return Location(scheme, os.path.abspath(path))
+    if separator and not path and scheme == "mem":
+        return Location(scheme, "")
+    return Location("", "")
+
+
+def absolute(uri: str) -> str:
+    """The same without a relative path, for who leaves the directory; others stay as they are."""
+    found = parse(uri)
+    return str(found) if found.scheme else uri
