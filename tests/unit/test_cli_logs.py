@@ -126,7 +126,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of the log, in the one item."""
     now = [1000.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("vtpm_cuse.service.logs.time.monotonic", lambda: now[0])
     return now
 
 
