@@ -22,6 +22,7 @@ from tests.kernel.harness import (
     OUR_IOCTL,
     PTM_HASH_END,
     PTM_HASH_START,
+    PTM_SHUTDOWN,
     Background,
     Server,
     errno_from,
@@ -36,6 +37,7 @@ from tests.kernel.harness import (
 )
 from tests.support.commands import TPM2_SHUTDOWN_CLEAR, code_of, get_random, pcr_extend, tpm12
 from tests.support.fuse import SWTPM_FUSE, FuseServer, User, mounts, needs_fuse, ordinary_user
+from tests.support.sockets import is_locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -453,3 +455,12 @@ def test_a_shutdown_stays_the_last_command(server: Server) -> None:
     text(server, "pcr-sha256/0")
     server.stop()
     assert server.permall.stat().st_mtime_ns == before
+
+
+def test_who_has_the_answer_to_ptm_shutdown_finds_pid_file_and_lock_gone(server: Server) -> None:
+    """The file itself goes when it is closed: the answer comes through it."""
+    with opened(server.device) as fd:
+        assert ptm_result(fd, PTM_SHUTDOWN) == 0
+        assert not server.pid_file.exists()
+        assert not is_locked(server.state)
+    server.gone()

@@ -411,6 +411,7 @@ def test_end_of_the_background(serve: Serve, zygote: Zygote, end: str) -> None:
     else:
         with opened(server.device) as fd:
             assert ptm_result(fd, PTM_SHUTDOWN) == 0
+            assert not server.pid_file.exists(), "gone before the answer, the state given up"
     server.gone()
     assert resumes(server, zygote)
 

@@ -30,7 +30,6 @@ from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
 
 if TYPE_CHECKING:
-    from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.channels import Channels
 
@@ -66,13 +65,12 @@ class SocketServer:
         self,
         nursery: trio.Nursery,
         channels: Channels,
-        vtpm: Vtpm,
         ptm: PtmService,
         worker: Worker,
     ) -> None:
         self._nursery = nursery
         self._channels = channels
-        self._vtpm = vtpm
+        self._vtpm = ptm.vtpm
         self._ptm = ptm
         self._worker = worker
         self._turn = trio.Lock()
