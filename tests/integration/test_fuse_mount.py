@@ -123,6 +123,10 @@ def test_allow_other(make: Callable[..., Server], user: User, tmp_path: Path) ->
     server.start()
     assert stat.S_IMODE(server.device.stat().st_mode) == 0o666
     user.run("tpm2_getrandom", "-T", f"device:{server.device}", "8")
+    save = (OUR_IOCTL, "--save", "permanent")
+    done = user.run(*save, user.folder / "blob", server.device, status=1)
+    assert "Operation not permitted" in done.stderr, "they may use the TPM, and not copy it"
+    run(*save, tmp_path / "blob", server.device)
     server.stop()
     assert str(mount) not in dict(mounts())
 

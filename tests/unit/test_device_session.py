@@ -148,7 +148,7 @@ class Gate:
     def read(self, size: int, *, nonblocking: bool) -> Callable[[], bytes | None]:
         return self._try
 
-    def ioctl(self, number: int, argument: bytes) -> Callable[[], bytes | None]:
+    def ioctl(self, number: int, argument: bytes, uid: int) -> Callable[[], bytes | None]:
         return self._try
 
     def poll(self) -> int:

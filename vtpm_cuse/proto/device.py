@@ -79,8 +79,8 @@ class DeviceFile(Protocol):
     def read(self, size: int, *, nonblocking: bool) -> bytes | Retry:
         """As read(2): data, empty at the end, or what to try again after a change."""
 
-    def ioctl(self, number: int, argument: bytes) -> bytes | Retry:
-        """As ioctl(2): the argument to give back, or what to try again after a change."""
+    def ioctl(self, number: int, argument: bytes, uid: int) -> bytes | Retry:
+        """As ioctl(2) by user *uid*: the argument to give back, or what to try again."""
 
     def poll(self) -> int:
         """Events of poll(2) that hold now."""
@@ -166,7 +166,8 @@ class DeviceSession:
         request = FuseIoctlIn.unpack_untrusted(message[_IN.size :], HOST)
         start = _IN.size + FuseIoctlIn.SIZE
         argument = bytes(message[start : start + request.in_size])
-        answer = self._file.ioctl(request.cmd, argument)
+        uid = _IN.unpack_from(message)[4]
+        answer = self._file.ioctl(request.cmd, argument, uid)
         if isinstance(answer, bytes):
             return reply_to(unique, _IOCTL_DONE + answer)
         retry = answer
