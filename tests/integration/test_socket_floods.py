@@ -69,6 +69,22 @@ def test_silent_connections_keep_nobody_out(server: Server) -> None:
         server.settle(before)
 
 
+@pytest.mark.parametrize("said", [b"", RANDOM[:4]])
+def test_data_client_that_says_nothing_makes_way(server: Server, said: bytes) -> None:
+    """Not one that has been served, whoever waits."""
+    with server.data() as stranger:
+        stranger.send(said)
+        with server.data() as client:
+            assert tpm.code_of(client.command(RANDOM)) == 0
+            assert stranger.ended()
+            with server.data() as waiting:
+                waiting.send(RANDOM)
+                assert not s.readable(waiting.socket, 1.5)
+                assert tpm.code_of(client.command(RANDOM)) == 0
+                client.close()
+                assert tpm.code_of(waiting.response()) == 0
+
+
 def test_of_the_silent_the_oldest_goes(server: Server) -> None:
     with strangers(server, 1) as [oldest], strangers(server, 10) as young:
         assert not s.readable(oldest.socket)

@@ -44,6 +44,9 @@ _CHECKPOINT_EVERY: Final = 32
 _DATA_REST_SECONDS: Final = 1.0
 """How long the rest of a command may take; then the TPM answers to what is there."""
 
+_DATA_FIRST_SECONDS: Final = 1.0
+"""How long a client may say nothing while another one waits for the data channel."""
+
 _CONTROL_REST_SECONDS: Final = 0.5
 _CONTROL_WHOLE_SECONDS: Final = 60.0
 """How long a request may take to come whole: a state blob at ten kilobytes a second."""
@@ -124,7 +127,7 @@ class SocketServer:
     async def _accept_data(self, listener: socket.socket) -> None:
         while True:
             with await self._accept(listener) as connection:
-                await self._serve_data(connection)
+                await self._serve_data(connection, listener)
             log.debug("Data client disconnected")
             if self._channels.terminate:
                 self._end()
@@ -145,15 +148,19 @@ class SocketServer:
         if self._channels.terminate:
             self._end()
 
-    async def _serve_data(self, connection: socket.socket | CharDevice) -> None:
+    async def _serve_data(
+        self, connection: socket.socket | CharDevice, listener: socket.socket | None = None
+    ) -> None:
         try:
-            await self._converse(connection)
+            await self._converse(connection, listener)
         except OSError as exc:
             log.info("Data client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A data client could not be served")
 
-    async def _converse(self, connection: socket.socket | CharDevice) -> None:
+    async def _converse(
+        self, connection: socket.socket | CharDevice, listener: socket.socket | None
+    ) -> None:
         vtpm, turn = self._vtpm, self._turn
         receive, send, process = connection.recv, connection.send, vtpm.process_known
         whole = isinstance(connection, CharDevice) and connection.messages
@@ -161,11 +168,14 @@ class SocketServer:
         stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2, strict=strict)
         plain = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
         quick = plain
-        served, quick_ones = False, 0
+        known, served, quick_ones = listener is None, False, 0
         while True:
             try:
                 data: bytes | None = receive(_DATA_READ_SIZE)
             except BlockingIOError:
+                known = known or served
+                if listener and not known and not stream.awaits_rest:
+                    await _first_word(connection, listener)
                 data = await _receive(connection, stream, linger=served)
             if quick and data and not turn.locked() and (response := process(data)) is not None:
                 # The general way below, shortened for the usual command.
@@ -343,10 +353,11 @@ def _from_network(connection: socket.socket | CharDevice) -> bool:
     return isinstance(connection, socket.socket) and connection.family in _NETWORK
 
 
-def _hang_up(connection: socket.socket) -> None:
+def _hang_up(connection: socket.socket | CharDevice) -> None:
     """Its task finds the end of the stream."""
-    with contextlib.suppress(OSError):  # it has gone itself
-        connection.shutdown(socket.SHUT_RDWR)
+    if isinstance(connection, socket.socket):
+        with contextlib.suppress(OSError):  # it has gone itself
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 async def _receive(
@@ -366,6 +377,23 @@ async def _receive(
             return connection.recv(_DATA_READ_SIZE)
         except BlockingIOError:
             continue
+
+
+async def _first_word(connection: socket.socket | CharDevice, listener: socket.socket) -> None:
+    """Waits for it, or the end; after a while only as long as nobody else waits for the TPM."""
+    if await _readable(connection, _DATA_FIRST_SECONDS):
+        return
+    async with trio.open_nursery() as nursery:
+
+        async def make_way() -> None:
+            await trio.lowlevel.wait_readable(listener)
+            log.warning("A data client that has said nothing made way for another one")
+            nursery.cancel_scope.cancel()
+            _hang_up(connection)
+
+        nursery.start_soon(make_way)
+        await trio.lowlevel.wait_readable(connection)
+        nursery.cancel_scope.cancel()
 
 
 async def _readable(connection: socket.socket | CharDevice, seconds: float | None) -> bool:
