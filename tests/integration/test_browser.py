@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from typing import TYPE_CHECKING
 
@@ -94,16 +96,19 @@ def served(text: str) -> Iterator[Page]:
         thread.join()
 
 
-def visit(page: Page, profile: Path) -> None:
+def visit(page: Page) -> None:
     """Until the page says that it has done its work."""
     options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run")
-    words = [str(BROWSER), *options, f"--user-data-dir={profile}", page.url]
     null = subprocess.DEVNULL
-    with subprocess.Popen(words, stdin=null, stdout=null, stderr=null) as browser:
-        try:
-            assert page.done.wait(PATIENCE_SECONDS), f"the page has said {page.said}"
-        finally:
-            browser.terminate()
+    # Not below pytest's folder: the browser has a socket in there, whose path must be short.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        own = {"PATH": os.environ["PATH"], "HOME": home, "TMPDIR": home}
+        words = [str(BROWSER), *options, f"--user-data-dir={home}", page.url]
+        with subprocess.Popen(words, stdin=null, stdout=null, stderr=null, env=own) as browser:
+            try:
+                assert page.done.wait(PATIENCE_SECONDS), f"the page has said {page.said}"
+            finally:
+                browser.terminate()
 
 
 def test_a_page_reaches_neither_the_tpm_nor_its_control(tmp_path: Path) -> None:
@@ -116,7 +121,7 @@ def test_a_page_reaches_neither_the_tpm_nor_its_control(tmp_path: Path) -> None:
         text = PAGE.replace("DATA", str(server.data_address))
         text = text.replace("CONTROL", str(server.control_address))
         with served(text.replace("BODIES", ",".join(map(str, bodies)))) as page:
-            visit(page, tmp_path / "profile")
+            visit(page)
         assert page.said == ["ended"] * 6 + ["done"]
         assert "does not speak this protocol" in server.log_text(), "the page has reached it"
         with server.control() as control, server.data() as data:
