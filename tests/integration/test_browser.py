@@ -27,22 +27,23 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="apt-get install chromiu
 
 INDEX = 0x01800001
 CLEAR = bytes.fromhex("80020000001b000001264000000c00000009400000090000000000")
-TIMES = 80  # a body of its own segment, and a command at its beginning
+TIMES = 8000
+"""The server's reads cut the body anywhere, and some of so many just before a command."""
 
 PAGE = """<!doctype html><title>page</title>
 <form id=form method=post enctype=text/plain target=frame><textarea name=x></textarea></form>
 <iframe name=frame></iframe>
 <script>
-const ports = [DATA, CONTROL], bodies = [BODIES];
+const ports = [DATA, CONTROL], bodies = [BODIES].map(body => Array(TIMES).fill(body).flat());
 const say = what => fetch('/said/' + what, {method: 'POST'});
 async function attack() {
   for (const port of ports) for (const body of bodies) {
     const stop = AbortSignal.timeout(5000);
     await fetch(`http://127.0.0.1:${port}/`,
-      {method: 'POST', mode: 'no-cors', body: new Uint8Array(body), signal: stop})
+      {method: 'POST', mode: 'no-cors', body: Uint8Array.from(body), signal: stop})
       .then(() => say('answered'), error => say('ended'));
     form.action = `http://127.0.0.1:${port}/`;
-    form.firstChild.value = String.fromCharCode(...body.filter(byte => byte < 128)).repeat(9);
+    form.firstChild.value = 'x' + String.fromCharCode(...body.slice(0, 900).filter(byte => byte < 128)).repeat(9);
     form.submit();
   }
   await say('done');
@@ -117,9 +118,9 @@ def test_a_page_reaches_neither_the_tpm_nor_its_control(tmp_path: Path) -> None:
         with server.data() as data:
             assert tpm.code_of(data.command(tpm.nv_define(INDEX, 8))) == 0
             assert tpm.code_of(data.command(tpm.nv_write(INDEX, b"12345678"))) == 0
-        bodies = [list(body * TIMES) for body in (CLEAR, u32(s.SHUTDOWN), u32(s.STOP))]
+        bodies = [list(body) for body in (CLEAR, u32(s.SHUTDOWN), u32(s.STOP))]
         text = PAGE.replace("DATA", str(server.data_address))
-        text = text.replace("CONTROL", str(server.control_address))
+        text = text.replace("CONTROL", str(server.control_address)).replace("TIMES", str(TIMES))
         with served(text.replace("BODIES", ",".join(map(str, bodies)))) as page:
             visit(page)
         assert page.said == ["ended"] * 6 + ["done"]
