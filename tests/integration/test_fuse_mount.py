@@ -22,6 +22,7 @@ from tests.kernel.harness import (
     OUR_IOCTL,
     PTM_HASH_END,
     PTM_HASH_START,
+    PTM_SHUTDOWN,
     Background,
     Server,
     errno_from,
@@ -36,6 +37,7 @@ from tests.kernel.harness import (
 )
 from tests.support.commands import TPM2_SHUTDOWN_CLEAR, code_of, get_random, pcr_extend, tpm12
 from tests.support.fuse import SWTPM_FUSE, FuseServer, User, mounts, needs_fuse, ordinary_user
+from tests.support.sockets import is_locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,6 +123,10 @@ def test_allow_other(make: Callable[..., Server], user: User, tmp_path: Path) ->
     server.start()
     assert stat.S_IMODE(server.device.stat().st_mode) == 0o666
     user.run("tpm2_getrandom", "-T", f"device:{server.device}", "8")
+    save = (OUR_IOCTL, "--save", "permanent")
+    done = user.run(*save, user.folder / "blob", server.device, status=1)
+    assert "Operation not permitted" in done.stderr, "they may use the TPM, and not copy it"
+    run(*save, tmp_path / "blob", server.device)
     server.stop()
     assert str(mount) not in dict(mounts())
 
@@ -453,3 +459,12 @@ def test_a_shutdown_stays_the_last_command(server: Server) -> None:
     text(server, "pcr-sha256/0")
     server.stop()
     assert server.permall.stat().st_mtime_ns == before
+
+
+def test_who_has_the_answer_to_ptm_shutdown_finds_pid_file_and_lock_gone(server: Server) -> None:
+    """The file itself goes when it is closed: the answer comes through it."""
+    with opened(server.device) as fd:
+        assert ptm_result(fd, PTM_SHUTDOWN) == 0
+        assert not server.pid_file.exists()
+        assert not is_locked(server.state)
+    server.gone()

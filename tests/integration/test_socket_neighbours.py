@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import sockets as s
 from tests.support.sockets import RUNNING, Server, run_swtpm
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,43 @@ def test_signals_after_the_end_has_begun(tmp_path: Path) -> None:
         while server.process.poll() is None:
             server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unixio"])
+def test_who_has_the_answer_to_shutdown_can_start_a_successor(tmp_path: Path, kind: str) -> None:
+    """On the same paths and state, while the process still lives, which then takes nothing away."""
+    pid_file, paths = tmp_path / "pid", [tmp_path / "own-ctrl", tmp_path / "own-data"]
+    port = s.free_ports()
+    words = [*RUNNING, "--pid", f"file={pid_file}"]
+    if kind == "tcp":
+        words += ["--server", f"type=tcp,port={port}", "--ctrl", f"type=tcp,port={port + 1}"]
+    else:
+        words += [
+            "--ctrl",
+            f"type=unixio,path={paths[0]}",
+            "--server",
+            f"type=unixio,path={paths[1]}",
+        ]
+    addresses = [port + 1, port] if kind == "tcp" else paths
+
+    def is_there() -> bool:
+        with s.connect(addresses[1]) as data:
+            return bool(data.command(b"\x80\x01" + s.u32(10, 0x144)))
+
+    state = tmp_path / "state"
+    with Server(tmp_path, *words, state=state, data=None, control=None) as first:
+        wait_until(pid_file.exists, "the first is there", process=first.process)
+        with s.connect(addresses[0]) as client:
+            assert client.result(s.SHUTDOWN) == 0
+            first.process.send_signal(signal.SIGSTOP)
+            left = [path.name for path in (pid_file, *paths) if path.exists()]
+            assert (left, s.is_locked(state)) == ([], False)
+        with Server(tmp_path, *words, state=state, data=None, control=None) as second:
+            wait_until(pid_file.exists, "the second is there", process=second.process)
+            first.process.send_signal(signal.SIGCONT)
+            assert first.wait() == 0
+            assert is_there()
+            assert pid_file.read_text() == str(second.process.pid)
 
 
 def test_shutdown_by_one_who_does_not_wait_for_the_answer(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.kernel.harness import (
     OUR_IOCTL,
     PATIENCE,
     PTM_CANCEL_TPM_CMD,
+    PTM_GET_STATEBLOB,
     PTM_INIT,
     PTM_SHUTDOWN,
     ROOT,
@@ -402,6 +403,30 @@ def test_signal_ends_the_foreground(serve: Serve, zygote: Zygote, number: signal
         assert pcr_value(exchange(fd, pcr_read(7))) == before
 
 
+def test_who_may_use_the_device_may_not_copy_the_tpm(serve: Serve, zygote: Zygote) -> None:
+    """udev gives it to a user of its own, whose programs need commands alone."""
+    server = serve("vtpmbg").start(zygote)
+    os.chown(server.device, 65534, -1)
+    code = (
+        "import fcntl, os, sys\n"
+        "fd = os.open(sys.argv[1], os.O_RDWR)\n"
+        "os.write(fd, bytes.fromhex('80010000000c0000017b0008'))\n"
+        "assert len(os.read(fd, 4096)) == 20\n"
+        "for number, size in ((0xCC10500B, 0xC10), (0xCC0C500C, 0xC0C)):\n"
+        "    try:\n"
+        "        fcntl.ioctl(fd, number, bytearray(size), True)\n"
+        "    except PermissionError:\n"
+        "        print('refused')\n"
+    )
+    words = ["/usr/bin/python3", "-c", code, str(server.device)]
+    done = subprocess.run(
+        words, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("refused\n" * 2, "")
+    with opened(server.device) as fd:
+        assert ptm_result(fd, PTM_GET_STATEBLOB, u32(0, 1, 0)) == 0
+
+
 @pytest.mark.parametrize("end", ["SIGTERM", "PTM_SHUTDOWN"])
 def test_end_of_the_background(serve: Serve, zygote: Zygote, end: str) -> None:
     server = serve("vtpmbg").start(zygote)
@@ -411,6 +436,7 @@ def test_end_of_the_background(serve: Serve, zygote: Zygote, end: str) -> None:
     else:
         with opened(server.device) as fd:
             assert ptm_result(fd, PTM_SHUTDOWN) == 0
+            assert not server.pid_file.exists(), "gone before the answer, the state given up"
     server.gone()
     assert resumes(server, zygote)
 

@@ -42,6 +42,10 @@ def ioctl_sizes(number: int) -> tuple[int, int]:
     return (size if direction & IOC_WRITE else 0), (size if direction & IOC_READ else 0)
 
 
+OWNER: Final = 1000
+"""The user who serves a `Machine`."""
+
+
 class FakeKernel:
     """Speaks to a session; `after` is what the frontend does behind each request."""
 
@@ -55,6 +59,7 @@ class FakeKernel:
         self._unique = 0
         self.node = 0
         self.handle = 0
+        self.uid = 0
         self._out_sizes: dict[int, int] = {}
         self.replies: dict[int, Reply] = {}
         self.notified: list[int] = []
@@ -66,7 +71,7 @@ class FakeKernel:
         self._unique += 2
         unique = self._unique
         self._out_sizes[unique] = out_size
-        self.send_raw(self.message(opcode, unique, body, self.node))
+        self.send_raw(self.message(opcode, unique, body, self.node, self.uid))
         return unique
 
     def send_raw(self, message: bytes) -> None:
@@ -81,8 +86,9 @@ class FakeKernel:
             self._after()
 
     @staticmethod
-    def message(opcode: int, unique: int, body: bytes, node: int = 0) -> bytes:
-        header = struct.pack("=IIQQIIIHH", 40 + len(body), opcode, unique, node, 0, 0, 4711, 0, 0)
+    def message(opcode: int, unique: int, body: bytes, node: int = 0, uid: int = 0) -> bytes:
+        size = 40 + len(body)
+        header = struct.pack("=IIQQIIIHH", size, opcode, unique, node, uid, 0, 4711, 0, 0)
         return header + body
 
     def take(self, reply: bytes) -> None:
@@ -195,7 +201,8 @@ class Machine:
         self.vtpm = Vtpm(self.engine, SealedStore(self.store), options)
         self.ptm = PtmService(self.vtpm)
         self.jobs = Jobs()
-        self.file = TpmDeviceFile(self.vtpm, self.ptm, self.jobs.submit, self._wake)
+        owners = frozenset({0, OWNER})
+        self.file = TpmDeviceFile(self.vtpm, self.ptm, self.jobs.submit, self._wake, owners)
         self.session = self.make_session()
         self.kernel = FakeKernel(self.session, self._after)
         if running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -116,3 +117,74 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
             logs.configure(LogConfig(fd=reader))
     finally:
         os.close(reader)
+
+
+# -- many messages of a kind --------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of the log, in the one item."""
+    now = [1000.0]
+    monkeypatch.setattr("vtpm_cuse.service.logs.time.monotonic", lambda: now[0])
+    return now
+
+
+def flood(count: int) -> None:
+    for number in range(count):
+        log.error("Unknown command: 0x%08x of %d", number, number)
+
+
+def test_messages_that_differ_in_numbers_alone_are_counted(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    path = tmp_path / "log"
+    logs.configure(LogConfig(path=str(path), prefix="T: "))
+    flood(1000)
+    log.error("The disk is full")
+    lines = path.read_text().splitlines()
+    assert len(lines) == 11
+    assert lines[9:] == ["T: Unknown command: 0x00000009 of 9", "T: The disk is full"]
+    clock[0] += 11
+    log.info("good news")
+    told = path.read_text().splitlines()[11:]
+    assert told == ["T: 990 more like this: Unknown command: N of N", "T: good news"]
+    flood(3)
+    assert len(path.read_text().splitlines()) == 16, "those that come later are written again"
+
+
+def test_what_was_left_out_is_said_at_the_end(tmp_path: Path, clock: list[float]) -> None:
+    path = tmp_path / "log"
+    logs.configure(LogConfig(path=str(path), prefix=""))
+    flood(12)
+    assert clock
+    logs.configure(LogConfig(path="-"))
+    assert path.read_text().splitlines()[10:] == ["2 more like this: Unknown command: N of N"]
+
+
+def test_different_errors_are_all_written(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.configure(LogConfig(path=str(path), prefix=""))
+    words = ["".join(pair) for pair in itertools.product("abcdefghijklmnop", repeat=2)]
+    flood(100)
+    for word in words:
+        log.error("Could not write %s", word)
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if "write" in line] == [f"Could not write {w}" for w in words]
+    assert "90 more like this: Unknown command: N of N" in lines
+
+
+def test_who_looks_closely_sees_all(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.configure(LogConfig(path=str(path), level=2, prefix=""))
+    for number in range(100):
+        log.debug("length %d", number)
+    assert len(path.read_text().splitlines()) == 100
+
+
+def test_recent_messages_are_not_crowded_out() -> None:
+    recent = logs.keep_recent()
+    logging.getLogger("vtpm_cuse").setLevel(logging.INFO)
+    log.error("The disk is full")
+    flood(1000)
+    assert b"The disk is full" in recent()

@@ -69,7 +69,7 @@ class JoinedDevice:
     def ioctl(self, _fd: int, number: int, argument: bytearray) -> None:
         self.transfers.append(PTM_IOCTLS[number].name)
         try:
-            answer = self.client.ioctl(number, bytes(argument), 0)
+            answer = self.client.ioctl(number, bytes(argument), 0, 0)
         except DeviceError as exc:
             raise OSError(exc.errno, os.strerror(exc.errno)) from exc
         assert isinstance(answer, bytes)

@@ -107,6 +107,36 @@ def test_endless_body_is_not_waited_for(number: int) -> None:
     assert stream.broken
 
 
+@pytest.mark.parametrize("start", [b"P", b"POST", u32(99), u32(0), b"\0\0\1"])
+def test_strict_stream_is_broken_by_what_is_no_request(start: bytes) -> None:
+    """Whatever stands behind it."""
+    for sent in (start, start + u32(s.SHUTDOWN)):
+        stream = ControlStream(strict=True)
+        stream.feed(sent)
+        assert stream.next_request() is None
+        assert stream.broken
+
+
+def test_strict_stream_takes_what_is_unknown_from_who_is_known() -> None:
+    stream = ControlStream(strict=True)
+    for number, command in ((s.GET_CONFIG, PtmCommand.PTM_GET_CONFIG), (99, None)):
+        stream.feed(u32(number))
+        assert stream.next_request() == ControlRequest(command, number, b"")
+    stream.feed(b"POST")
+    assert stream.next_request() is None
+    assert stream.broken
+
+
+def test_descriptor_may_come_with_one_request_alone() -> None:
+    stream = ControlStream()
+    for piece in (b"", b"\0\0", b"\0"):
+        stream.feed(piece)
+        assert stream.takes_descriptor
+    stream.feed(u32(s.SET_STATEBLOB)[3:])
+    assert stream.next_request() is None
+    assert not stream.takes_descriptor
+
+
 # -- answers --------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support import ptm
 from tests.support.engine import echo
-from tests.support.kernel import EIO, FakeKernel, Machine
+from tests.support.kernel import EIO, OWNER, FakeKernel, Machine
 from tests.support.ptm import PART, PERMANENT, VOLATILE, get_blob, result_of, set_blob, u32
 from vtpm_cuse.errors import StateLocked
 from vtpm_cuse.storage.sealed import SealedStore
@@ -18,6 +18,17 @@ from vtpm_cuse.storage.sealed import SealedStore
 RANDOM = tpm.get_random(8)
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
+
+
+@pytest.mark.parametrize(("uid", "error"), [(0, 0), (OWNER, 0), (OWNER + 1, errno.EPERM)])
+def test_state_is_for_root_and_its_owner_whoever_may_use_the_tpm(uid: int, error: int) -> None:
+    machine, kernel, _ = with_blob(100)
+    kernel.uid = uid
+    assert kernel.ioctl(ptm.GET_STATEBLOB, u32(0, PERMANENT, 0)).error == error
+    assert kernel.ioctl(ptm.GET_CONFIG).error == 0
+    kernel.write(RANDOM)
+    machine.vtpm.stop()
+    assert kernel.ioctl(ptm.SET_STATEBLOB, u32(0, PERMANENT, 4) + b"abcd").error == error
 
 
 # -- state blobs out ----------------------------------------------------------------------

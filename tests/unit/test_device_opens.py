@@ -42,7 +42,7 @@ class Note:
     def read(self, size: int, *, nonblocking: bool) -> bytes | None:
         return None if self._notes.held and not nonblocking else self.text[:size]
 
-    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
+    def ioctl(self, number: int, argument: bytes, call: int, uid: int) -> bytes | None:
         raise DeviceError(errno.ENOTTY)
 
     def poll(self) -> int:

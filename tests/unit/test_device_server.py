@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import select
 import socket
 import struct
 import threading
@@ -122,7 +123,8 @@ class Served:
         self.engine = FakeEngine()
         self.vtpm = Vtpm(self.engine, SealedStore(self.store))
         self.vtpm.start()
-        self.ptm = PtmService(self.vtpm)
+        self.give_up: Callable[[], None] = lambda: None
+        self.ptm = PtmService(self.vtpm, lambda: self.give_up())
         self.client = Client(end)
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
@@ -342,6 +344,34 @@ def test_shutdown_ends_it_at_release(pair: tuple[socket.socket, CuseChannel]) ->
         await client.release()
         await served.ended.wait()
         assert not served.engine.running
+
+    serve(pair, scenario)
+
+
+def test_what_a_successor_needs_is_given_up_before_shutdown_is_answered(
+    pair: tuple[socket.socket, CuseChannel],
+) -> None:
+    """And nothing that the client says then takes it back."""
+    end, _ = pair
+
+    async def scenario(served: Served) -> None:
+        client = served.client
+        answered_before: list[bool] = []
+
+        def give_up() -> None:
+            answered_before.append(bool(select.select([end], [], [], 0)[0]))
+            served.store.unlock()
+
+        served.give_up = give_up
+        served.store.lock()
+        await client.open()
+        assert await client.ioctl(ptm.SHUTDOWN) == 0
+        assert answered_before == [False]
+        for request in (ptm.INIT, ptm.STORE_VOLATILE, ptm.SET_STATEBLOB, ptm.LOCK_STORAGE):
+            assert await client.ioctl(request) == 0xA
+            assert not served.engine.running
+            assert not served.store.locked
+        assert answered_before == [False]
 
     serve(pair, scenario)
 

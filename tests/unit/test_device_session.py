@@ -151,7 +151,7 @@ class Gate:
     def read(self, size: int, *, nonblocking: bool) -> bytes | None:
         return self._try()
 
-    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
+    def ioctl(self, number: int, argument: bytes, call: int, uid: int) -> bytes | None:
         return self._try()
 
     def poll(self) -> int:

@@ -159,6 +159,24 @@ def test_tcp(host: str, family: str) -> None:
         socket.create_connection((host, port))
 
 
+@pytest.mark.parametrize("inherited", [True, False])
+def test_tcp_connections_answer_at_once_and_end_with_the_clients_machine(inherited: bool) -> None:
+    """They have it from the listening socket: nothing can be set in the sandbox."""
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        words = f"type=tcp,fd={os.dup(given.fileno())}" if inherited else "type=tcp,port=0"
+        channels = acquired(f"--ctrl {words}")
+        listener = channels.control_listener
+        assert listener is not None
+        listener.setblocking(True)
+        with socket.create_connection(listener.getsockname()):
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+                assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        channels.close()
+
+
 def test_tcp_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

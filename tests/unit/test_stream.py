@@ -150,3 +150,43 @@ def test_a_stream_is_empty_between_commands() -> None:
             seen.append(stream.empty)
         seen.append(stream.empty)
     assert seen == [True, False, False, True, True, False, False, True, True]
+
+
+# -- clients that may be anybody's ----------------------------------------------------------
+
+
+def strict(*pieces: bytes, flush: bool = False) -> tuple[list[bytes], bool]:
+    """The commands that come out of *pieces*, and whether the connection must end."""
+    stream = CommandStream(prefix=True, strict=True)
+    found = []
+    for piece in pieces:
+        stream.feed(piece)
+        while not stream.broken and (request := stream.next_request(flush=flush)):
+            found.append(request.command)
+    return found, stream.broken
+
+
+@pytest.mark.parametrize("start", [b"P", b"POST", b"\x80P", A[:2] + b"POST", A[:2] + bytes(4)])
+def test_what_begins_no_command_breaks_a_strict_stream(start: bytes) -> None:
+    assert strict(start) == ([], True)
+    assert strict(start + A) == ([], True)
+    assert strict(A, start) == ([A], True)
+    assert strict(PREFIX + start) == ([], True)
+
+
+@pytest.mark.parametrize("rest", [b"P", b"\n", b"POST / HTTP/1.1"])
+def test_surplus_breaks_a_strict_stream_before_the_command_is_executed(rest: bytes) -> None:
+    assert strict(A + rest) == ([], True)
+    assert strict(PREFIXED + rest) == ([], True)
+
+
+def test_rest_that_does_not_come_breaks_a_strict_stream_after_its_answer() -> None:
+    assert strict(A[:11], flush=True) == ([A[:11]], True)
+
+
+@given(st.lists(st.sampled_from([A, B, PREFIXED]), min_size=1), st.data())
+def test_commands_do_not_break_a_strict_stream(sent: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(sent)
+    cut = data.draw(st.integers(0, len(stream)))
+    expected = [part.removeprefix(PREFIX) for part in sent]
+    assert strict(stream[:cut], stream[cut:]) == (expected, False)

@@ -30,7 +30,7 @@ def _address(*, default_type: str) -> tuple[SubOption, ...]:
     needed = f", by default {default_type}" if default_type else ""
     return (
         SubOption("type", f"tcp or unixio{needed}", metavar="TYPE", choices=("tcp", "unixio")),
-        SubOption("port", "TCP port to listen on", Kind.INT, "PORT"),
+        SubOption("port", "TCP port to listen on, which is open to every user", Kind.INT, "PORT"),
         SubOption("bindaddr", "address to listen on, by default 127.0.0.1", metavar="ADDR"),
         SubOption("ifname", "interface, for an IPv6 link-local address", metavar="NAME"),
         SubOption("path", "path of the Unix socket", metavar="PATH"),
@@ -171,7 +171,8 @@ OPTIONS: Final[Sequence[Option]] = (
     ),
     Option(
         "port",
-        "listen on this TCP port of 127.0.0.1 and close a connection after each response",
+        "listen on this TCP port of 127.0.0.1, which is open to every user, and close a "
+        "connection after each response",
         letter="p",
         metavar="PORT",
         interfaces=SOCKET,

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OWNERS_ONLY: Final = frozenset({PtmCommand.PTM_GET_STATEBLOB, PtmCommand.PTM_SET_STATEBLOB})
 _SUCCESS: Final = PtmResultResponse(PtmResult.TPM_SUCCESS).pack(HOST)
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
@@ -79,6 +80,7 @@ class TpmDeviceFile:
         ptm: Answers the ioctls.
         submit: Runs a job elsewhere, then a function with its result here.
         on_change: Called when a waiting call may go on, or poll events changed.
+        owners: Users who may have the TPM's state, or give it one; the others may use the TPM.
 
     Attributes:
         busy: A job runs.
@@ -90,12 +92,18 @@ class TpmDeviceFile:
     """
 
     def __init__(
-        self, vtpm: Vtpm, ptm: PtmService, submit: Submit, on_change: Callable[[], None]
+        self,
+        vtpm: Vtpm,
+        ptm: PtmService,
+        submit: Submit,
+        on_change: Callable[[], None],
+        owners: frozenset[int] = frozenset({0}),
     ) -> None:
         self.vtpm = vtpm
         self.ptm = ptm
         self._submit = submit
         self._on_change = on_change
+        self.owners = owners
         self._open: TpmOpen | None = None
         self.busy = False
         self.cancelling = False
@@ -252,16 +260,19 @@ class TpmOpen:
 
     # -- ioctl ----------------------------------------------------------------------------
 
-    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
-        """A PTM request with its host-endian structure.
+    def ioctl(self, number: int, argument: bytes, call: int, uid: int) -> bytes | None:
+        """A PTM request with its host-endian structure, by user *uid*.
 
         Raises:
-            DeviceError: EINVAL for any other number.
+            DeviceError: EINVAL for any other number; EPERM for one of the owners only. PEER:
+                whoever may open the device may have the state, but there that is root alone.
             WireError: The argument is too short.
         """
         command = PTM_IOCTLS.get(number)
         if command is None or command is PtmCommand.PTM_SET_DATAFD:
             raise DeviceError(errno.EINVAL)
+        if command in _OWNERS_ONLY and uid not in self._file.owners:
+            raise DeviceError(errno.EPERM)
         request = PTM_SPECS[command].request.unpack_untrusted(argument, HOST)
         if isinstance(request, PtmLockStorageRequest):
             return self._file.lock_storage(request, call)

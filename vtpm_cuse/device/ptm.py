@@ -63,6 +63,11 @@ _NEED_RUNNING: Final = frozenset(
     }
 )
 
+_NEED_STATE: Final = frozenset(
+    {PtmCommand.PTM_INIT, PtmCommand.PTM_SET_STATEBLOB, PtmCommand.PTM_LOCK_STORAGE}
+)
+"""Requests that take the state, which after PTM_SHUTDOWN may be another process'."""
+
 CAPABILITIES: Final = (
     PtmCapability.PTM_CAP_INIT
     | PtmCapability.PTM_CAP_SHUTDOWN
@@ -84,10 +89,17 @@ CAPABILITIES: Final = (
 
 
 class PtmService:
-    """Answers the requests whose meaning does not depend on the transport."""
+    """Answers the requests whose meaning does not depend on the transport.
 
-    def __init__(self, vtpm: Vtpm) -> None:
+    Args:
+        vtpm: The TPM.
+        give_up: Called by PTM_SHUTDOWN before it is answered, for who has the answer may start
+            a successor at once.
+    """
+
+    def __init__(self, vtpm: Vtpm, give_up: Callable[[], None] = lambda: None) -> None:
         self.vtpm = vtpm
+        self._give_up = give_up
         self.shutdown_requested = False
         self._handlers: dict[PtmCommand, Callable[..., WireStruct | int | None]] = {
             PtmCommand.PTM_INIT: self._init,
@@ -122,8 +134,10 @@ class PtmService:
     def check_state(self, command: PtmCommand) -> None:
         """Raises PtmError when the TPM must run, or must not, for this command."""
         running = self.vtpm.running
-        if (command in _NEED_RUNNING and not running) or (
-            command is PtmCommand.PTM_SET_STATEBLOB and running
+        if (
+            (command in _NEED_STATE and self.shutdown_requested)
+            or (command in _NEED_RUNNING and not running)
+            or (command is PtmCommand.PTM_SET_STATEBLOB and running)
         ):
             raise PtmError(PtmResult.TPM_BAD_ORDINAL)
 
@@ -134,6 +148,7 @@ class PtmService:
     def _shutdown(self, _request: WireStruct) -> None:
         self.vtpm.stop()
         self.shutdown_requested = True
+        self._give_up()
 
     def _established(self, _request: WireStruct) -> WireStruct:
         return PtmEstablishedResponse(PtmResult.TPM_SUCCESS, int(self.vtpm.established()))

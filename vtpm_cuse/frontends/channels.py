@@ -34,6 +34,7 @@ class Channels:
     disconnect: bool = False
     terminate: bool = False
     control_terminate: bool = False
+    _reserve: int = -1
     _own: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def own(self, path: str) -> None:
@@ -45,21 +46,39 @@ class Channels:
         """The paths that `close` removes."""
         return list(self._own)
 
-    def close(self) -> None:
-        """Closes them; the paths of bound Unix sockets go too."""
-        for sock in (
-            self.data_listener,
-            self.data_stream,
-            self.control_listener,
-            self.control_stream,
-        ):
-            if sock is not None:
-                sock.close()
+    def regain_reserve(self) -> None:
+        """Keeps a descriptor, if it can, for the connection that comes when there is none left."""
+        listener = self.control_listener or self.data_listener
+        if self._reserve < 0 and listener is not None:
+            with contextlib.suppress(OSError):
+                self._reserve = os.dup(listener.fileno())
+
+    def spend_reserve(self) -> bool:
+        """Frees that descriptor; False if there is none."""
+        if self._reserve < 0:
+            return False
+        os.close(self._reserve)
+        self._reserve = -1
+        return True
+
+    def withdraw(self) -> None:
+        """Nobody can connect any more, and a successor can listen at the same addresses."""
+        self.spend_reserve()
+        for listener in (self.data_listener, self.control_listener):
+            if listener is not None:
+                listener.close()
         for path, identity in self._own.items():
             with contextlib.suppress(OSError):
                 if _identity(path) == identity:
                     os.unlink(path)
         self._own.clear()
+
+    def close(self) -> None:
+        """Closes all; the paths of bound Unix sockets go too."""
+        self.withdraw()
+        for stream in (self.data_stream, self.control_stream):
+            if stream is not None:
+                stream.close()
 
 
 def _identity(path: str) -> tuple[int, int]:

@@ -88,7 +88,8 @@ class DeviceServer:
         self._channel = channel
         self._vtpm = vtpm
         self._ptm = ptm
-        self._file = TpmDeviceFile(vtpm, ptm, worker.submit, self._wake)
+        owners = frozenset({0, os.geteuid()})
+        self._file = TpmDeviceFile(vtpm, ptm, worker.submit, self._wake, owners)
         self._session = make_session(self._file)
         self._scope = trio.CancelScope()
 

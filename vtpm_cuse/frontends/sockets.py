@@ -8,6 +8,9 @@ keeps everything else off the TPM that must not run beside it.
 from __future__ import annotations
 
 import array
+import contextlib
+import errno
+import functools
 import logging
 import os
 import socket
@@ -20,13 +23,13 @@ from vtpm_cuse.device import control
 from vtpm_cuse.device.ptm import ANSWERED_WHILE_BUSY, PtmService
 from vtpm_cuse.frontends.chardev import CharDevice
 from vtpm_cuse.proto.control import ControlRequest, ControlStream
+from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import CommandStream, MessageStream, Request, framed
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
 
 if TYPE_CHECKING:
-    from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.channels import Channels
 
@@ -41,9 +44,21 @@ _CHECKPOINT_EVERY: Final = 32
 _DATA_REST_SECONDS: Final = 1.0
 """How long the rest of a command may take; then the TPM answers to what is there."""
 
+_DATA_FIRST_SECONDS: Final = 1.0
+"""How long a client may say nothing while another one waits for the data channel."""
+
 _CONTROL_REST_SECONDS: Final = 0.5
+_CONTROL_WHOLE_SECONDS: Final = 60.0
+"""How long a request may take to come whole: a state blob at ten kilobytes a second."""
+
+_CONTROL_FIRST_SECONDS: Final = 0.01
+"""What a client has at least to say the first word, however many come after it."""
+
 _ACCEPT_AGAIN_SECONDS: Final = 0.1
-_MAX_FDS: Final = 16
+_NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
+_NETWORK: Final = frozenset({socket.AF_INET, socket.AF_INET6})
+_FOREIGN: Final = "A client that does not speak this protocol was turned away"
+_ROOM_FOR_ONE: Final = socket.CMSG_LEN(array.array("i").itemsize)
 
 
 class SocketServer:
@@ -53,18 +68,17 @@ class SocketServer:
         self,
         nursery: trio.Nursery,
         channels: Channels,
-        vtpm: Vtpm,
         ptm: PtmService,
         worker: Worker,
     ) -> None:
         self._nursery = nursery
         self._channels = channels
-        self._vtpm = vtpm
+        self._vtpm = ptm.vtpm
         self._ptm = ptm
         self._worker = worker
         self._turn = trio.Lock()
         self._served = 0
-        self._control_clients = 0
+        self._places = Places()
         self._passed: socket.socket | None = None
 
     def start(self) -> None:
@@ -75,19 +89,45 @@ class SocketServer:
         elif channels.data_listener is not None:
             start(self._accept_data, channels.data_listener)
         if channels.control_stream is not None:
-            start(self._serve_control, channels.control_stream)
+            place = self._take_place(channels.control_stream)
+            start(self._serve_control, channels.control_stream, place)
         elif channels.control_listener is not None:
             start(self._accept_control, channels.control_listener)
 
     def _end(self) -> None:
         self._nursery.cancel_scope.cancel()
 
+    async def _accept(self, listener: socket.socket) -> socket.socket:
+        channels = self._channels
+        channels.regain_reserve()
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(listener)
+            except OSError as exc:
+                if exc.errno in _NO_DESCRIPTOR:
+                    stranger = self._places.stranger()
+                    self._turn_away(stranger)
+                    if channels.spend_reserve():
+                        continue
+                    if stranger is not None:
+                        await trio.lowlevel.checkpoint()
+                        continue
+                # A client that has gone again, or the kernel's memory: neither lasts.
+                log.warning("Could not accept a connection: %s", exc.strerror)
+                await trio.sleep(_ACCEPT_AGAIN_SECONDS)
+            else:
+                connection.setblocking(False)
+                await trio.lowlevel.checkpoint()
+                return connection
+
     # -- data -----------------------------------------------------------------------------
 
     async def _accept_data(self, listener: socket.socket) -> None:
         while True:
-            with await _accept(listener) as connection:
-                await self._serve_data(connection)
+            with await self._accept(listener) as connection:
+                await self._serve_data(connection, listener)
             log.debug("Data client disconnected")
             if self._channels.terminate:
                 self._end()
@@ -108,26 +148,34 @@ class SocketServer:
         if self._channels.terminate:
             self._end()
 
-    async def _serve_data(self, connection: socket.socket | CharDevice) -> None:
+    async def _serve_data(
+        self, connection: socket.socket | CharDevice, listener: socket.socket | None = None
+    ) -> None:
         try:
-            await self._converse(connection)
+            await self._converse(connection, listener)
         except OSError as exc:
             log.info("Data client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A data client could not be served")
 
-    async def _converse(self, connection: socket.socket | CharDevice) -> None:
+    async def _converse(
+        self, connection: socket.socket | CharDevice, listener: socket.socket | None
+    ) -> None:
         vtpm, turn = self._vtpm, self._turn
         receive, send, process = connection.recv, connection.send, vtpm.process_known
         whole = isinstance(connection, CharDevice) and connection.messages
-        stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2)
+        strict = _from_network(connection)
+        stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2, strict=strict)
         plain = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
         quick = plain
-        served, quick_ones = False, 0
+        known, served, quick_ones = listener is None, False, 0
         while True:
             try:
                 data: bytes | None = receive(_DATA_READ_SIZE)
             except BlockingIOError:
+                known = known or served
+                if listener and not known and not stream.awaits_rest:
+                    await _first_word(connection, listener)
                 data = await _receive(connection, stream, linger=served)
             if quick and data and not turn.locked() and (response := process(data)) is not None:
                 # The general way below, shortened for the usual command.
@@ -150,6 +198,9 @@ class SocketServer:
                 response = await self._process(request)
                 await _send_all(connection, framed(response, request))
                 served = True
+            if stream.broken:
+                log.warning(_FOREIGN)
+                return
             quick = plain and stream.empty
             if data == b"" or (served and self._channels.disconnect):
                 return
@@ -182,51 +233,74 @@ class SocketServer:
     # -- control --------------------------------------------------------------------------
 
     async def _accept_control(self, listener: socket.socket) -> None:
-        """PEER: lets a second client wait for the first to go; here both are served."""
+        """PEER: lets a second client wait for the first to go; here all are served."""
+        places = self._places
         while True:
-            self._nursery.start_soon(self._serve_control, await _accept(listener))
+            connection = await self._accept(listener)
+            place = self._take_place(connection)
+            self._nursery.start_soon(self._serve_control, connection, place)
+            if (first := places.one_to_go(place)) is not None:
+                await trio.sleep_until(first.heard + _CONTROL_FIRST_SECONDS)
+                self._turn_away(places.one_to_go(place))
 
-    async def _serve_control(self, connection: socket.socket) -> None:
-        self._control_clients += 1
+    def _take_place(self, connection: socket.socket) -> Place:
+        place = Place(functools.partial(_hang_up, connection), trio.current_time())
+        self._places.take(place)
+        return place
+
+    @staticmethod
+    def _turn_away(place: Place | None) -> None:
+        if place is not None:
+            log.warning("Too many control clients: one was turned away")
+            place.end()
+
+    async def _serve_control(self, connection: socket.socket, place: Place) -> None:
         fds: list[int] = []
         try:
             with connection:
-                await self._obey(connection, fds)
+                await self._obey(connection, place, fds)
         except OSError as exc:
             log.info("Control client: %s", exc.strerror)
         except Exception:  # as for data
             log.exception("A control client could not be served")
         finally:
             _close_beyond(0, fds)
-            self._control_clients -= 1
-            if self._channels.control_terminate and not self._control_clients:
+            self._places.leave(place)
+            if self._channels.control_terminate and not len(self._places):
                 self._end()
 
-    async def _obey(self, connection: socket.socket, fds: list[int]) -> None:
-        """Answers requests; *fds* are those passed with one that may not be complete yet."""
-        stream = ControlStream()
-        deadline = float("inf")
-        while not stream.broken:
+    async def _obey(self, connection: socket.socket, place: Place, fds: list[int]) -> None:
+        """Answers requests; *fds* has the one passed with a request that is not complete yet."""
+        stream = ControlStream(strict=_from_network(connection))
+        begun = float("inf")
+        while True:
             data = b""
-            with trio.move_on_at(deadline) as scope:
-                data = await _receive_with_fds(connection, fds)
+            rest = _CONTROL_REST_SECONDS if stream.pressing else _CONTROL_WHOLE_SECONDS
+            with trio.move_on_at(begun + rest) as scope:
+                data = await _receive_with_fd(connection, fds)
+            place.heard = trio.current_time()
             stream.feed(data)
             request = stream.next_request(flush=not data)
+            place.held = stream.held
+            place.known = place.known or (request is not None and request.command is not None)
             answer = request and await self._answer_control(request, fds)
-            if request is not None:
+            if request is not None or not stream.takes_descriptor:
                 _close_beyond(0, fds)
-            try:
-                if answer:
-                    await _send_all(connection, answer)
-            finally:  # also for one who has not waited for the answer
-                if self._ptm.shutdown_requested:
-                    self._end()
+            if self._ptm.shutdown_requested:  # also for one who does not take the answer
+                self._end()
+            if answer:
+                await _send_all(connection, answer)
+            if stream.broken:
+                if request is None:
+                    log.warning(_FOREIGN)
+                return
             if not data and (request is None or not scope.cancelled_caught):
                 return
-            if not stream.pressing:
-                deadline = float("inf")
-            elif deadline == float("inf"):
-                deadline = trio.current_time() + _CONTROL_REST_SECONDS
+            if not stream.held:
+                begun = float("inf")
+            else:
+                begun = min(begun, place.heard)
+                self._turn_away(self._places.one_to_drop())
             await trio.lowlevel.checkpoint()
 
     async def _answer_control(self, request: ControlRequest, fds: list[int]) -> bytes:
@@ -277,22 +351,16 @@ def _at_end(connection: socket.socket) -> bool:
         return True
 
 
-async def _accept(listener: socket.socket) -> socket.socket:
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(listener)
-        except OSError as exc:
-            # A client that has gone again, or no descriptor free: neither lasts.
-            log.warning("Could not accept a connection: %s", exc.strerror)
-            await trio.sleep(_ACCEPT_AGAIN_SECONDS)
-        else:
-            connection.setblocking(False)
-            if connection.family in {socket.AF_INET, socket.AF_INET6}:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await trio.lowlevel.checkpoint()
-            return connection
+def _from_network(connection: socket.socket | CharDevice) -> bool:
+    """Whether it may come from a web browser, as nothing on a Unix socket does."""
+    return isinstance(connection, socket.socket) and connection.family in _NETWORK
+
+
+def _hang_up(connection: socket.socket | CharDevice) -> None:
+    """Its task finds the end of the stream."""
+    if isinstance(connection, socket.socket):
+        with contextlib.suppress(OSError):  # it has gone itself
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 async def _receive(
@@ -312,6 +380,23 @@ async def _receive(
             return connection.recv(_DATA_READ_SIZE)
         except BlockingIOError:
             continue
+
+
+async def _first_word(connection: socket.socket | CharDevice, listener: socket.socket) -> None:
+    """Waits for it, or the end; after a while only as long as nobody else waits for the TPM."""
+    if await _readable(connection, _DATA_FIRST_SECONDS):
+        return
+    async with trio.open_nursery() as nursery:
+
+        async def make_way() -> None:
+            await trio.lowlevel.wait_readable(listener)
+            log.warning("A data client that has said nothing made way for another one")
+            nursery.cancel_scope.cancel()
+            _hang_up(connection)
+
+        nursery.start_soon(make_way)
+        await trio.lowlevel.wait_readable(connection)
+        nursery.cancel_scope.cancel()
 
 
 async def _readable(connection: socket.socket | CharDevice, seconds: float | None) -> bool:
@@ -337,12 +422,16 @@ async def _send_all(connection: socket.socket | CharDevice, data: bytes) -> None
         await trio.lowlevel.wait_writable(connection)
 
 
-async def _receive_with_fds(connection: socket.socket, fds: list[int]) -> bytes:
-    """Bytes; the descriptors that came with them, now the caller's, are added to *fds*."""
-    room = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+async def _receive_with_fd(connection: socket.socket, fds: list[int]) -> bytes:
+    """Bytes; a descriptor that came with them, now the caller's, is added to *fds*, but one alone.
+
+    There is room for one: the kernel gives out none of the others.
+    """
     while True:
         try:
-            data, ancillary, _, _ = connection.recvmsg(_READ_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, *_ = connection.recvmsg(
+                _READ_SIZE, _ROOM_FOR_ONE, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             await trio.lowlevel.wait_readable(connection)
             continue
@@ -351,7 +440,7 @@ async def _receive_with_fds(connection: socket.socket, fds: list[int]) -> bytes:
                 passed = array.array("i")
                 passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
                 fds += passed
-        _close_beyond(_MAX_FDS, fds)
+        _close_beyond(1, fds)
         return data
 
 

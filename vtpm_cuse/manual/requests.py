@@ -36,8 +36,9 @@ _PURPOSES: Final = {
     PtmCommand.PTM_CANCEL_TPM_CMD: "cancel the command that is running",
     PtmCommand.PTM_STORE_VOLATILE: "write the volatile state beside the permanent state",
     PtmCommand.PTM_RESET_TPMESTABLISHED: "reset the tpmEstablished bit",
-    PtmCommand.PTM_GET_STATEBLOB: "a part of a state blob",
-    PtmCommand.PTM_SET_STATEBLOB: "a part of a state blob for a TPM that is off",
+    PtmCommand.PTM_GET_STATEBLOB: "a part of a state blob; on a device for root and the user who "
+    "serves it alone",
+    PtmCommand.PTM_SET_STATEBLOB: "a part of a state blob for a TPM that is off; as the one before",
     PtmCommand.PTM_STOP: "power the TPM off",
     PtmCommand.PTM_GET_CONFIG: "which keys are in use",
     PtmCommand.PTM_SET_DATAFD: "use the socket that comes with this message (SCM_RIGHTS) for TPM "

@@ -22,10 +22,12 @@ REQUEST_MAX: Final = 1 << 20
 """Bytes; a request that announces more is refused at once."""
 
 _COMMAND_SIZE: Final = 4
+_ZEROS: Final = 3  # that every number known begins with
 _FIRST_READ: Final = 4104
 """Bytes that must come soon. Once they are there, the rest of a long request may take its time."""
 
 _COMMANDS: Final = {command + 1: command for command in PtmCommand}
+_SET_DATAFD: Final = (PtmCommand.PTM_SET_DATAFD + 1).to_bytes(_COMMAND_SIZE, "big")
 _LENGTH_AT: Final = {
     PtmCommand.PTM_HASH_DATA: PtmHashDataRequest.SIZE,
     PtmCommand.PTM_SET_STATEBLOB: PtmSetStateRequest.SIZE,
@@ -47,13 +49,29 @@ class ControlRequest(NamedTuple):
 class ControlStream:
     """Requests of one control connection.
 
+    Args:
+        strict: Whoever is not known yet may be a web browser that somebody else has sent: what
+            begins no request that is known ends the connection, and nothing behind it is read.
+
     Attributes:
         broken: Nobody can tell where the next request begins: the connection must end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
         self._buffer = bytearray()
+        self._known = False
         self.broken = False
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept."""
+        return len(self._buffer)
+
+    @property
+    def takes_descriptor(self) -> bool:
+        """Whether what is kept may become a request that comes with a descriptor."""
+        return _SET_DATAFD.startswith(self._buffer)
 
     @property
     def pressing(self) -> bool:
@@ -71,10 +89,16 @@ class ControlStream:
             flush: Nothing more will come. The C suite answers some requests even so.
         """
         buffer = self._buffer
+        if self._strict and buffer[:_ZEROS] != bytes(_ZEROS)[: len(buffer)]:
+            self.broken = True
+            return None
         if len(buffer) < _COMMAND_SIZE:
             return None
         number = int.from_bytes(buffer[:_COMMAND_SIZE], "big")
         command = _COMMANDS.get(number)
+        if self._strict and command is None and not self._known:
+            self.broken = True
+            return None
         if command is not None:
             size = _COMMAND_SIZE + _body_size(command, buffer)
             self.broken = size > REQUEST_MAX
@@ -85,6 +109,7 @@ class ControlStream:
                 return None
         body = bytes(buffer[_COMMAND_SIZE:])
         buffer.clear()
+        self._known = True
         return ControlRequest(command, number, body)
 
 

@@ -78,8 +78,11 @@ class Open(Protocol[Saved_co]):
     def read(self, size: int, *, nonblocking: bool) -> bytes | None:
         """As read(2): data, empty at the end."""
 
-    def ioctl(self, number: int, argument: bytes, call: int) -> bytes | None:
-        """As ioctl(2): the argument to give back. *call* is the same when it is made again."""
+    def ioctl(self, number: int, argument: bytes, call: int, uid: int) -> bytes | None:
+        """As ioctl(2) by user *uid*: the argument to give back.
+
+        *call* is the same when it is made again.
+        """
 
     def poll(self) -> int:
         """Events of poll(2) that hold now."""
@@ -231,7 +234,8 @@ class DeviceSession(Generic[Saved]):
         request = FuseIoctlIn.unpack_untrusted(message[_IN.size :], HOST)
         start = _IN.size + FuseIoctlIn.SIZE
         argument = bytes(message[start : start + request.in_size])
-        answer = self._of(request.fh).ioctl(request.cmd, argument, unique)
+        uid = _IN.unpack_from(message)[4]
+        answer = self._of(request.fh).ioctl(request.cmd, argument, unique, uid)
         return None if answer is None else reply_to(unique, _IOCTL_DONE + answer)
 
     def _poll(self, message: memoryview, unique: int) -> bytes:

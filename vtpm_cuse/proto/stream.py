@@ -13,11 +13,12 @@ from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, SendCommandHeader
 
 _SEND_COMMAND: Final = (8).to_bytes(4, "big")
-_BEGINNINGS: Final = (
-    _SEND_COMMAND,
-    *(tag.to_bytes(2, "big") for tag in (0x8001, 0x8002, 0x00C1, 0x00C2, 0x00C3)),
-)
+_TAGS: Final = tuple(tag.to_bytes(2, "big") for tag in (0x8001, 0x8002, 0x00C1, 0x00C2, 0x00C3))
+_BEGINNINGS: Final = (_SEND_COMMAND, *_TAGS)
 """What a command starts with, of either version."""
+
+_SIZE_END: Final = 6
+_SIZES: Final = range(TPM_HEADER_SIZE, TPM_BUFFER_MAX + 1)
 
 
 class Request(NamedTuple):
@@ -32,11 +33,18 @@ class CommandStream:
 
     Args:
         prefix: Whether the send-command prefix is understood (TPM 2).
+        strict: The client may be a web browser that somebody else has sent: what cannot be a
+            command ends the connection, and nothing before or behind it is executed.
+
+    Attributes:
+        broken: Nobody can tell where the next command begins: the connection must end.
     """
 
-    def __init__(self, *, prefix: bool) -> None:
+    def __init__(self, *, prefix: bool, strict: bool = False) -> None:
         self._prefix = prefix
+        self._strict = strict
         self._buffer = b""
+        self.broken = False
 
     @property
     def empty(self) -> bool:
@@ -62,11 +70,18 @@ class CommandStream:
         """
         buffer, start = self._buffer, self._start()
         there = len(buffer) - start
+        if self._strict and not self._may_be_command(start):
+            self.broken = True
+            return None
         if there >= TPM_HEADER_SIZE:
             size = int.from_bytes(buffer[start + 2 : start + 6], "big")
             if size > there and size <= TPM_BUFFER_MAX and not flush:
                 return None
             if size != there and not self._ends_at(start + size, size):
+                if self._strict:
+                    self.broken = True
+                    if size < there:
+                        return None
                 size = there  # no command: let the TPM say so
         elif flush and start and there > 0:
             size = there
@@ -78,6 +93,16 @@ class CommandStream:
         self._buffer = buffer[start + size :]
         return Request(buffer[start : start + size] if start or size < there else buffer, locality)
 
+    def _may_be_command(self, start: int) -> bool:
+        """Whether what is there begins as a command does that begins at *start*."""
+        head = self._buffer[start : start + TPM_HEADER_SIZE]
+        tags = _BEGINNINGS if self._prefix and not start else _TAGS
+        return any(head[: len(tag)] == tag[: len(head)] for tag in tags) and (
+            len(head) < _SIZE_END
+            or head[:4] == _SEND_COMMAND
+            or int.from_bytes(head[2:_SIZE_END], "big") in _SIZES
+        )
+
     def _start(self) -> int:
         """Where the command itself begins."""
         prefixed = self._prefix and self._buffer[:4] == _SEND_COMMAND
@@ -87,7 +112,7 @@ class CommandStream:
         """Whether what follows is another command: surplus bytes are not cut off."""
         rest = self._buffer[end:]
         return (
-            TPM_HEADER_SIZE <= size <= TPM_BUFFER_MAX
+            size in _SIZES
             and bool(rest)
             and any(rest[: len(begin)] == begin[: len(rest)] for begin in _BEGINNINGS)
         )

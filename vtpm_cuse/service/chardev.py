@@ -77,6 +77,8 @@ class _Chardev(life.Interface):
         load_channels()
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        from vtpm_cuse.device.ptm import PtmService
+
         device = self._channels.data_stream
 
         async def announce() -> None:
@@ -84,10 +86,13 @@ class _Chardev(life.Interface):
                 await _shown(self._made)
             ready()
 
-        await serve_channels(self._channels, vtpm, worker, announce)
+        await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker, announce)
         if isinstance(device, ProxyDevice) and device.gone:
             # PEER: ends with status 0.
             raise FrontendError("The kernel has given the TPM device up", "see dmesg")
+
+    def withdraw(self) -> None:
+        self._channels.withdraw()
 
     def paths_to_remove(self) -> list[str]:
         return self._channels.paths

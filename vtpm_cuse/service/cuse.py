@@ -78,7 +78,7 @@ class _CuseDevice(life.Interface):
         from vtpm_cuse.device.ptm import PtmService
         from vtpm_cuse.frontends.device import DeviceServer
 
-        server = DeviceServer(self._channel, vtpm, PtmService(vtpm), worker)
+        server = DeviceServer(self._channel, vtpm, PtmService(vtpm, self.give_up), worker)
         ready()
         try:
             await server.serve()

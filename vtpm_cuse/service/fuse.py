@@ -67,7 +67,7 @@ class _FuseFile(life.Interface):
         server = DeviceServer(
             self._mount,
             vtpm,
-            PtmService(vtpm),
+            PtmService(vtpm, self.give_up),
             worker,
             lambda file: self._session(vtpm, file),
         )

@@ -8,6 +8,7 @@ end that leaves state and lock free for a successor.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -34,6 +35,8 @@ class Interface:
     """One way to serve a vTPM; the methods are called once each, in the order they have here."""
 
     exits = Exits()
+    give_up: Callable[[], None]
+    """For `serve`: gives up what a successor needs, before a requested end is answered."""
 
     def open(self) -> None:
         """Opens what needs the caller's privileges, such as a device.
@@ -70,6 +73,9 @@ class Interface:
             VtpmError: What is served has gone away.
         """
         raise NotImplementedError
+
+    def withdraw(self) -> None:
+        """Gives up the names it is found by, if a client can be answered without them."""
 
     def close(self) -> None:
         """Gives up everything; may be called at any time, and again.
@@ -180,6 +186,7 @@ class _Life:
         # Signals first: who finds the pid file may send one.
         with ending_signals(scope.cancel), self._pid_file.written():
             worker = self._enter_sandbox()
+            interface.give_up = functools.partial(self._give_up, vtpm)
             vtpm.work_beside(worker.beside)
             try:
                 with scope:
@@ -194,9 +201,14 @@ class _Life:
             finally:
                 notify.stopping()
                 worker.close()
-                # The pid file goes last: then interface, state and lock are a successor's to take.
                 vtpm.close()
                 interface.close()
+
+    def _give_up(self, vtpm: Vtpm) -> None:
+        """The pid file goes last: then names, state and lock are a successor's to take."""
+        vtpm.close()
+        self._interface.withdraw()
+        self._pid_file.remove()
 
     def _enter_sandbox(self) -> Worker:
         from vtpm_cuse.device.worker import Worker

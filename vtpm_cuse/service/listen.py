@@ -14,7 +14,8 @@ from vtpm_cuse.frontends.channels import Channels
 if TYPE_CHECKING:
     from vtpm_cuse.service.config import SocketAddress, SocketConfig
 
-_BACKLOG = 16
+_BACKLOG = 128
+_KEEPALIVE_SECONDS = 60
 _PATH_MAX = 107
 _ACCEPTCON = 1 << 16  # __SO_ACCEPTCON, linux/net.h
 
@@ -83,7 +84,18 @@ def inherit(fd: int, *, listening: bool) -> socket.socket:
     except OSError as exc:
         raise UsageError(f"Cannot use file descriptor {fd}: {exc.strerror}") from exc
     sock.setblocking(False)
+    _prepare_network(sock)
     return sock
+
+
+def _prepare_network(sock: socket.socket) -> None:
+    """What is accepted on a listening socket has these from it."""
+    if sock.family in {socket.AF_INET, socket.AF_INET6}:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A client whose machine has gone does not keep the data channel for ever.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 10)
 
 
 def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socket.socket:
@@ -174,4 +186,5 @@ def _tcp_target(
 def _listening(sock: socket.socket) -> socket.socket:
     sock.listen(_BACKLOG)
     sock.setblocking(False)
+    _prepare_network(sock)
     return sock

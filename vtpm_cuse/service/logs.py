@@ -11,8 +11,11 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
+import time
 from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
@@ -28,6 +31,10 @@ _ENGINE_LEVEL: Final = 5  # from here on libtpms logs too
 _SILENT: Final = logging.CRITICAL + 1
 _STDERR: Final = 2
 _RECENT_LINES: Final = 200
+_OF_A_KIND: Final = 10
+_KIND_SECONDS: Final = 10.0
+_KINDS_MAX: Final = 64
+_NUMBER: Final = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 
 class EngineDebug(NamedTuple):
@@ -43,17 +50,75 @@ def logging_level(level: int) -> int:
     return logging.INFO if level <= 1 else max(1, logging.DEBUG + 2 - level)
 
 
-class _LogHandler(logging.Handler):
+@dataclass(slots=True)
+class _Kind:
+    """Messages that are alike but for their numbers: since when, how many, how many left out."""
+
+    since: float
+    count: int = 0
+    left_out: int = 0
+
+
+class _Sparing(logging.Handler):
+    """Keeps clients from filling a disk: of many messages of a kind the first ones are written.
+
+    How many were left out is said when some seconds have passed, or at the end. What is asked
+    for by a level above 1 is for looking closely, and always written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[str, _Kind] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written, on a full disk say, must not stop the TPM."""
+        now = time.monotonic()
+        self._say_what_was_left_out(now - _KIND_SECONDS)
+        if record.levelno < logging.INFO or self._is_wanted(record, now):
+            self.write(self.format(record), record.levelno)
+
+    def write(self, text: str, level: int) -> None:
+        """Where the messages go."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._say_what_was_left_out(float("inf"))
+        super().close()
+
+    def _is_wanted(self, record: logging.LogRecord, now: float) -> bool:
+        name = _NUMBER.sub("N", record.getMessage())
+        if name not in self._kinds and len(self._kinds) == _KINDS_MAX:
+            self._forget(next(iter(self._kinds)))
+        kind = self._kinds.setdefault(name, _Kind(now))
+        kind.count += 1
+        kind.left_out += kind.count > _OF_A_KIND
+        return kind.count <= _OF_A_KIND
+
+    def _say_what_was_left_out(self, until: float) -> None:
+        """Of the kinds that began by *until*; they stand in the order in which they did."""
+        while self._kinds:
+            name, kind = next(iter(self._kinds.items()))
+            if kind.since > until:
+                break
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        kind = self._kinds.pop(name)
+        if kind.left_out:
+            text = f"{kind.left_out} more like this: {name}"
+            self.write(self.format(logging.makeLogRecord({"msg": text})), logging.INFO)
+
+
+class _LogHandler(_Sparing):
     """Writes each message with one system call, so that lines of two processes do not mix."""
 
     def __init__(self, fd: int, config: LogConfig) -> None:
         super().__init__()
         self.fd, self._config = fd, config
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written, on a full disk say, must not stop the TPM."""
-        start = self._config.prefix + " " * max(0, logging.DEBUG + 1 - record.levelno)
-        text = "".join(f"{start}{line}\n" for line in self.format(record).splitlines())
+    def write(self, text: str, level: int) -> None:
+        start = self._config.prefix + " " * max(0, logging.DEBUG + 1 - level)
+        text = "".join(f"{start}{line}\n" for line in text.splitlines())
         with suppress(OSError):
             os.write(self.fd, text.encode(errors="backslashreplace"))
 
@@ -67,13 +132,13 @@ class _LogHandler(logging.Handler):
             os.close(self.fd)
 
 
-class _RecentHandler(logging.Handler):
+class _RecentHandler(_Sparing):
     def __init__(self) -> None:
         super().__init__()
         self._lines: deque[str] = deque(maxlen=_RECENT_LINES)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(f"{self.format(record)}\n")
+    def write(self, text: str, _level: int) -> None:
+        self._lines.append(f"{text}\n")
 
     def text(self) -> bytes:
         return "".join(self._lines).encode(errors="backslashreplace")

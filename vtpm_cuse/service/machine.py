@@ -145,9 +145,10 @@ def diagnose(machine: Machine) -> Diagnosis:
         Offer(
             "socket",
             library,
-            "TPM commands over sockets, for QEMU and tpm2-tss",
+            "TPM commands over Unix sockets, for QEMU; a TCP port would be open to every user",
             "mkdir -p -m 700 ~/tpm && swtpm socket --tpm2 --tpmstate dir=$HOME/tpm "
-            "--flags startup-clear --server type=tcp,port=2321 --ctrl type=tcp,port=2322",
+            "--flags startup-clear --server type=unixio,path=$HOME/tpm/data "
+            "--ctrl type=unixio,path=$HOME/tpm/ctrl",
         ),
     )
     return Diagnosis(findings, offers, _next(findings, offers))

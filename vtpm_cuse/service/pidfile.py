@@ -55,9 +55,13 @@ class PidFile:
         try:
             yield
         finally:
-            for path in self.paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            self.remove()
+
+    def remove(self) -> None:
+        """Once: what is there later is a successor's."""
+        while self.paths:
+            with contextlib.suppress(OSError):
+                os.unlink(self.paths.pop())
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from vtpm_cuse.service import life
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from vtpm_cuse.device.ptm import PtmService
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
     from vtpm_cuse.frontends.channels import Channels
@@ -42,8 +43,13 @@ class _Sockets(life.Interface):
         load_channels()
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        from vtpm_cuse.device.ptm import PtmService
+
         ready()
-        await serve_channels(self._channels, vtpm, worker)
+        await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker)
+
+    def withdraw(self) -> None:
+        self._channels.withdraw()
 
     def paths_to_remove(self) -> list[str]:
         return self._channels.paths
@@ -62,18 +68,17 @@ def load_channels() -> None:
 
 async def serve_channels(
     channels: Channels,
-    vtpm: Vtpm,
+    ptm: PtmService,
     worker: Worker,
     beside: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serves data and control channel until one of them ends the service; calls *beside* then."""
     import trio
 
-    from vtpm_cuse.device.ptm import PtmService
     from vtpm_cuse.frontends.sockets import SocketServer
 
     async with trio.open_nursery() as nursery:
-        SocketServer(nursery, channels, vtpm, PtmService(vtpm), worker).start()
+        SocketServer(nursery, channels, ptm, worker).start()
         if beside is not None:
             nursery.start_soon(beside)
         await trio.sleep_forever()
