@@ -45,7 +45,8 @@ def find(name: str, environ: Mapping[str, str]) -> str | None:
 def parse(text: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The settings by their names; those of ``env:`` lines under "env:NAME"."""
     settings: dict[str, str] = {}
-    for line in text.splitlines():
+    # Not splitlines(): a form feed or U+2028 ends no line for any other program.
+    for line in text.replace("\r\n", "\n").split("\n"):
         if found := _SETTING.match(line):
             settings.setdefault(found[1], _resolved(found[2].rstrip(), environ))
         elif found := _FOR_ENVIRONMENT.match(line):

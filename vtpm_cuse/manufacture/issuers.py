@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
@@ -45,7 +45,11 @@ def open_issuer(
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    except (ValueError, x509.DuplicateExtension) as exc:
+        name = certificate.subject.public_bytes()
+    except (
+        *(ValueError, x509.DuplicateExtension, x509.InvalidVersion),
+        *(x509.UnsupportedGeneralNameType, UnsupportedAlgorithm),
+    ) as exc:
         raise CertificateError(
             f"Could not import issuer certificate {certificate_path}", str(exc)
         ) from exc
@@ -55,7 +59,7 @@ def open_issuer(
         ) from exc
     signer = _signer(key, password, pin, environment or {})
     _prove(certificate, signer, certificate_path, key)
-    return Issuer(certificate.subject.public_bytes(), key_id.digest, signer)
+    return Issuer(name, key_id.digest, signer)
 
 
 def pem_certificate(certificate: bytes) -> bytes:
@@ -85,8 +89,8 @@ def _signer(
 def _prove(certificate: x509.Certificate, signer: Signer, path: str, key: str) -> None:
     data = os.urandom(32)
     signature = signer.sign(data, "sha256")
-    public = certificate.public_key()
     try:
+        public = certificate.public_key()
         if isinstance(public, rsa.RSAPublicKey):
             public.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
         elif isinstance(public, ec.EllipticCurvePublicKey):
@@ -97,6 +101,8 @@ def _prove(certificate: x509.Certificate, signer: Signer, path: str, key: str) -
         raise CertificateError(
             f"{key} and {path}", "the key is not that of the certificate"
         ) from None
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise CertificateError(path, f"its key cannot be used: {exc}") from exc
 
 
 def _read(path: str, place: str) -> bytes:
