@@ -167,7 +167,14 @@ def _key_data(source: KeySource) -> bytes | None:
     if source.file is not None or source.fd is not None:
         return _read(source.file, source.fd, _KEY_FILE_MAX, "key")
     if source.credential is not None:
-        return _read(_credential_path(source.credential), None, _KEY_FILE_MAX, "key")
+        path = _credential_path(source.credential)
+        if not os.path.lexists(path):
+            folder, name = os.path.split(path)
+            raise UsageError(
+                f"There is no credential '{name}' in {folder}",
+                hint="with --chroot, that folder must be below the new root",
+            )
+        return _read(path, None, _KEY_FILE_MAX, "key")
     if source.keyring is not None:
         from vtpm_cuse.storage.keyring import read_user_key
 
