@@ -129,6 +129,7 @@ def test_credential_outside_of_the_new_root(root: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == (
-        f"swtpm: There is no credential 'tpm' in {outside}; with --chroot, that folder must be below the new root\n"
+        f"swtpm: Unable to open file {outside}/tpm: No such file or directory; "
+        "with --chroot, CREDENTIALS_DIRECTORY is looked for below the new root\n"
     )
     assert not list((root / "state").iterdir())

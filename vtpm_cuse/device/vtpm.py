@@ -171,8 +171,15 @@ class Vtpm:
             name = next((kind for kind in kinds if blobs.where(kind) == exc.path), name)
             return f"{exc}; {blobs.remedy(name)}"
         with contextlib.suppress(StorageError):
-            if isinstance(exc, EngineError) and name in blobs.sizes():
-                return f"{exc}: libtpms refuses {blobs.where(name)}; {blobs.remedy(name)}"
+            if isinstance(exc, EngineError) and name in (there := blobs.sizes()):
+                refused = f"{exc}: libtpms refuses {blobs.where(name)}"
+                volatile = StateType.VOLATILE.blob_name
+                if volatile in there:  # one from before a TPM2_Clear, say
+                    return (
+                        f"{refused} together with {blobs.where(volatile)}; nothing was changed: "
+                        "without the second, the TPM starts as after a power cut"
+                    )
+                return f"{refused}; {blobs.remedy(name)}"
         return str(exc)
 
     def need_store(self) -> SealedStore:

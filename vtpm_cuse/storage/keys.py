@@ -7,6 +7,7 @@ HMAC, of which CBC uses the first 16; padding goes to multiples of the key's len
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -169,10 +170,9 @@ def _key_data(source: KeySource) -> bytes | None:
     if source.credential is not None:
         path = _credential_path(source.credential)
         if not os.path.lexists(path):
-            folder, name = os.path.split(path)
             raise UsageError(
-                f"There is no credential '{name}' in {folder}",
-                hint="with --chroot, that folder must be below the new root",
+                f"Unable to open file {path}: {os.strerror(errno.ENOENT)}",
+                hint="with --chroot, CREDENTIALS_DIRECTORY is looked for below the new root",
             )
         return _read(path, None, _KEY_FILE_MAX, "key")
     if source.keyring is not None:
