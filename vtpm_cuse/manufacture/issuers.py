@@ -45,20 +45,17 @@ def open_issuer(
     try:
         certificate = x509.load_pem_x509_certificate(pem)
         key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        name = certificate.subject.public_bytes()
-    except (
-        *(ValueError, x509.DuplicateExtension, x509.InvalidVersion),
-        *(x509.UnsupportedGeneralNameType, UnsupportedAlgorithm),
-    ) as exc:
-        raise CertificateError(
-            f"Could not import issuer certificate {certificate_path}", str(exc)
-        ) from exc
+        name, public = certificate.subject.public_bytes(), certificate.public_key()
     except x509.ExtensionNotFound as exc:
         raise CertificateError(
             f"The issuer certificate {certificate_path}", "it has no subject key identifier"
         ) from exc
+    except Exception as exc:  # the library has no class for all that it cannot read
+        raise CertificateError(
+            f"Could not import issuer certificate {certificate_path}", str(exc)
+        ) from exc
     signer = _signer(key, password, pin, environment or {})
-    _prove(certificate, signer, certificate_path, key)
+    _prove(public, signer, certificate_path, key)
     return Issuer(name, key_id.digest, signer)
 
 
@@ -86,11 +83,10 @@ def _signer(
         raise CertificateError(f"Could not import signing key {key}", str(exc)) from exc
 
 
-def _prove(certificate: x509.Certificate, signer: Signer, path: str, key: str) -> None:
+def _prove(public: object, signer: Signer, path: str, key: str) -> None:
     data = os.urandom(32)
     signature = signer.sign(data, "sha256")
     try:
-        public = certificate.public_key()
         if isinstance(public, rsa.RSAPublicKey):
             public.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
         elif isinstance(public, ec.EllipticCurvePublicKey):
