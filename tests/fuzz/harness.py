@@ -44,7 +44,7 @@ class Target:
     run: Callable[[bytes], None]
     refusals: tuple[type[Exception], ...] = (VtpmError,)
     words: tuple[bytes, ...] = ()
-    rounds: int = 1000
+    rounds: int = 2000
 
 
 class TooSlow(BaseException):

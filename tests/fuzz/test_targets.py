@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.fuzz import __main__ as long_run
+from tests.fuzz import explore
 from tests.fuzz.harness import (
     CORPUS,
     Target,
@@ -190,3 +191,15 @@ def test_one_input_is_tried_again(name: str) -> None:
         done = subprocess.run(command, cwd=long_run.ROOT, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         break
+
+
+def test_without_atheris_the_long_run_is_blind_but_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert explore._with_mutations("names", 0, tmp_path) == 0
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(TARGETS, "names", Target(wrong_exception))
+    monkeypatch.setattr(explore, "corpus_of", lambda _name: {"one": b"\x04abcd"})
+    with pytest.raises(IndexError):
+        explore._with_mutations("names", 0, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["crash-0"]

@@ -182,6 +182,14 @@ def test_a_text_that_never_ends_is_refused(tmp_path: Path) -> None:
             tpm.info(1)
 
 
+def test_a_text_in_endless_pieces_is_refused(tmp_path: Path) -> None:
+    answer = bytes.fromhex("00000000 00008000 00000001") + b"x"
+    with ScriptedServer(tmp_path / "s", *[answer] * 64) as server:
+        tpm = channel.unix_channel(server.path)
+        with pytest.raises(PtmError, match="Text in more than 64 pieces"):
+            tpm.info(1)
+
+
 def test_an_answer_that_comes_byte_by_byte_ends_some_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

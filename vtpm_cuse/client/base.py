@@ -26,6 +26,7 @@ R = TypeVar("R", bound="WireStruct")
 EMPTY: Final = ptm.PtmEmpty()
 _INFO_MAX: Final = 1 << 16
 """Bytes; several times what any libtpms has to say."""
+_PIECES_MAX: Final = 64
 
 
 class Control(ABC):
@@ -126,7 +127,7 @@ class Control(ABC):
     def info(self, flags: int) -> str:
         """JSON text about what *flags* select, put together from its pieces."""
         text = bytearray()
-        while True:
+        for _ in range(_PIECES_MAX):
             body = ptm.PtmInfoRequest(flags, len(text))
             piece = self._request_for(ptm.PtmInfoResponse, PtmCommand.PTM_GET_INFO, body)
             check_size("Text", piece.totlength, _INFO_MAX)
@@ -134,6 +135,7 @@ class Control(ABC):
             # totlength counts the NUL, which may not be asked for alone; an empty piece has no end.
             if len(text) >= piece.totlength - 1 or not piece.length:
                 return text.rstrip(b"\0").decode(errors="replace")
+        raise PtmError(PtmResult.TPM_FAIL, f"Text in more than {_PIECES_MAX} pieces")
 
     def lock_storage(self, retries: int) -> None:
         """Takes the lock on the state, trying again *retries* times, each after 10 ms."""
