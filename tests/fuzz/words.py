@@ -6,10 +6,10 @@ import contextlib
 import io
 import json
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tests.support.engine import FakeEngine
-from vtpm_cuse.cli import registry, suboptions
+from vtpm_cuse.cli import registry, settings, suboptions
 from vtpm_cuse.cli.certificate_options import point_key, rsa_key
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.numbers import leading_number
@@ -22,6 +22,9 @@ from vtpm_cuse.manufacture.plan import TpmFacts
 from vtpm_cuse.service.config import ProfileConfig
 from vtpm_cuse.service.profiles import profile_text
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 PROGRAMS: Final = registry.programs()
 SUB_TABLES: Final = {
     f"{program.name} {option.name}": option.subs
@@ -30,6 +33,17 @@ SUB_TABLES: Final = {
     if option.subs
 }
 BUILTIN: Final = frozenset({"null", "default-v1", "custom"})
+_SETTINGS: Final[dict[str, Callable[[CommandLine], object]]] = {
+    "tpmstate": settings.state_config,
+    "pid": settings.pid_config,
+    "log": settings.log_config,
+    "flags": settings._startup_config,
+    "locality": settings._locality_config,
+    "seccomp": settings._seccomp_action,
+    "key": lambda line: settings._key_source(line, "key"),
+}
+"""What becomes of options; nothing that opens files."""
+
 _ALGORITHMS: Final = "rsa,rsa-min-size=1024,tdes,sha1,ecc,ecc-nist-p192,ecc-min-size=192"
 
 
@@ -53,6 +67,11 @@ def options(data: bytes) -> None:
             assert not text or text in " ".join(words) or option.repeats
         if option.subs:
             line.subs(option.name)
+    for name, read in _SETTINGS.items():
+        if line.knows(name):
+            read(line)
+    if line.has("name"):
+        (settings._file_name if line.knows("mount") else settings._device_name)(line)
 
 
 def sub_options(data: bytes) -> None:
