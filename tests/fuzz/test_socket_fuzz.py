@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.fuzz.harness import mutated
 from tests.support import commands as tpm
 from tests.support import sockets as s
 from tests.support.sockets import Server, u32
@@ -76,24 +77,6 @@ LASTING: Final = (u32(s.SHUTDOWN), u32(s.LOCK_STORAGE))
 
 LONG_CODES: Final = (0x131, 0x153, 0x191, 0x124, 0x125, 0x126, 0x0D, 0x1F, 0x78, 0x79, 0x7F)
 """Commands that make keys or begin anew: correct, but slow."""
-
-
-def mutated(chance: random.Random, seed: bytes) -> bytes:
-    """A relative of *seed*: some bytes other, cut off, doubled, lengthened; or nothing like it."""
-    data = bytearray(seed)
-    kind = chance.randrange(8)
-    if kind == 0:
-        return chance.randbytes(chance.randrange(60))
-    if kind <= 4:
-        for _ in range(chance.randrange(1, 4)):
-            data[chance.randrange(len(data))] = chance.choice(
-                (0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256))
-            )
-    if kind == 5:
-        del data[chance.randrange(len(data)) :]
-    if kind == 6:
-        data += chance.randbytes(chance.randrange(1, 40))
-    return bytes(data)
 
 
 def data_messages(chance: random.Random, *, tpm2: bool) -> Iterator[bytes]:

@@ -324,3 +324,11 @@ def test_help_fits_a_terminal(tool: Tool) -> None:
     _, out, _ = tool("--help")
     assert all(len(row) <= 80 for row in out.splitlines())
     assert "Examples:" in out
+
+
+@pytest.mark.parametrize("text", ["9" * 30, "4294967296", str(1 << 62)])
+def test_a_buffer_size_that_no_memory_has_is_cut(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWTPM_IOCTL_BUFFERSIZE", text)
+    assert 0 < swtpm_ioctl._buffer_size() <= 1 << 20

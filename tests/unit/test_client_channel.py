@@ -163,3 +163,38 @@ def test_any_answer_is_an_answer_or_an_error(answer: bytes) -> None:
             )
         except (VtpmError, ConnectionResetError):
             assert answer[:4] != bytes(4) or len(answer) < 16 + int.from_bytes(answer[12:16])
+
+
+def test_a_state_blob_that_is_larger_than_any_is_refused_at_once(tmp_path: Path) -> None:
+    """Four gigabytes would otherwise be taken into memory."""
+    answer = bytes.fromhex("00000000 00000000 ffffffff ffffffff") + bytes(100)
+    with ScriptedServer(tmp_path / "s", answer) as server:
+        tpm = channel.unix_channel(server.path)
+        with pytest.raises(PtmError, match="Answer of 4294967295 bytes: no vTPM has more than"):
+            tpm.get_state(PERMANENT, DECRYPTED)
+
+
+def test_a_text_that_never_ends_is_refused(tmp_path: Path) -> None:
+    answer = bytes.fromhex("00000000 7fffffff 00000001") + b"x"
+    with ScriptedServer(tmp_path / "s", answer) as server:
+        tpm = channel.unix_channel(server.path)
+        with pytest.raises(PtmError, match="Text of 2147483647 bytes"):
+            tpm.info(1)
+
+
+def test_a_text_in_endless_pieces_is_refused(tmp_path: Path) -> None:
+    answer = bytes.fromhex("00000000 00008000 00000001") + b"x"
+    with ScriptedServer(tmp_path / "s", *[answer] * 64) as server:
+        tpm = channel.unix_channel(server.path)
+        with pytest.raises(PtmError, match="Text in more than 64 pieces"):
+            tpm.info(1)
+
+
+def test_an_answer_that_comes_byte_by_byte_ends_some_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "_ANSWER_SECONDS", -1)
+    with ScriptedServer(tmp_path / "s", bytes(8)) as server:
+        tpm = channel.unix_channel(server.path)
+        with pytest.raises(TimeoutError, match="timed out"):
+            tpm.config()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +16,7 @@ from vtpm_cuse.client import ioctl as client
 from vtpm_cuse.client.ioctl import DeviceControl
 from vtpm_cuse.device.opens import TpmDeviceFile
 from vtpm_cuse.device.ptm import PtmService
-from vtpm_cuse.errors import DeviceError, PtmError
+from vtpm_cuse.errors import DeviceError, PtmError, WireError
 from vtpm_cuse.wire.ptm import PTM_IOCTLS, PtmBlobType, PtmCommand, PtmInitRequest, PtmStateFlag
 
 if TYPE_CHECKING:
@@ -158,3 +159,20 @@ def test_a_device_of_another_kind_refuses() -> None:
     with DeviceControl(os.devnull) as tpm, pytest.raises(OSError, match="Inappropriate ioctl"):
         tpm.request(PtmCommand.PTM_INIT, PtmInitRequest(0))
     tpm.close()  # again is harmless
+
+
+@pytest.mark.parametrize("buffer", [0, 100])
+def test_a_blob_that_ends_early_is_no_blob(buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that lacks its end would be found out when it is needed."""
+    with joined_device() as device, DeviceControl("/dev/x", buffer) as tpm:
+        device.tpm.blob = bytes(9000)
+        whole = device.ioctl
+
+        def cut(fd: int, number: int, argument: bytearray) -> None:
+            whole(fd, number, argument)
+            argument[12:16] = (100).to_bytes(4, sys.byteorder)
+
+        monkeypatch.setattr(device, "ioctl", cut)
+        monkeypatch.setattr(device, "read", lambda _fd, _size: b"")
+        with pytest.raises(WireError, match="State blob: 9000 bytes needed, 100 there"):
+            tpm.get_state(PERMANENT, DECRYPTED)

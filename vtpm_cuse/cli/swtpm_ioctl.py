@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.client.base import Control
 
 _DEFAULT_PORT: Final = 6546
+_BUFFER_MAX: Final = 1 << 20
 
 PROGRAM: Final = Program(
     "swtpm_ioctl",
@@ -167,4 +168,4 @@ def _buffer_size() -> int:
     from vtpm_cuse.cli.numbers import leading_number
 
     found = leading_number(text, base=10)
-    return max(1, found[0]) if found else 1
+    return min(max(1, found[0]), _BUFFER_MAX) if found else 1

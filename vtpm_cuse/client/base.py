@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from vtpm_cuse.errors import PtmError
 from vtpm_cuse.wire import ptm
-from vtpm_cuse.wire.ptm import PtmCommand
+from vtpm_cuse.wire.blob import BLOB_SIZE_MAX
+from vtpm_cuse.wire.ptm import PtmCommand, PtmResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="WireStruct")
 
 EMPTY: Final = ptm.PtmEmpty()
+_INFO_MAX: Final = 1 << 16
+"""Bytes; several times what any libtpms has to say."""
+_PIECES_MAX: Final = 64
 
 
 class Control(ABC):
@@ -122,14 +126,16 @@ class Control(ABC):
 
     def info(self, flags: int) -> str:
         """JSON text about what *flags* select, put together from its pieces."""
-        text = b""
-        while True:
+        text = bytearray()
+        for _ in range(_PIECES_MAX):
             body = ptm.PtmInfoRequest(flags, len(text))
             piece = self._request_for(ptm.PtmInfoResponse, PtmCommand.PTM_GET_INFO, body)
+            check_size("Text", piece.totlength, _INFO_MAX)
             text += piece.text[: piece.length]
             # totlength counts the NUL, which may not be asked for alone; an empty piece has no end.
             if len(text) >= piece.totlength - 1 or not piece.length:
                 return text.rstrip(b"\0").decode(errors="replace")
+        raise PtmError(PtmResult.TPM_FAIL, f"Text in more than {_PIECES_MAX} pieces")
 
     def lock_storage(self, retries: int) -> None:
         """Takes the lock on the state, trying again *retries* times, each after 10 ms."""
@@ -140,3 +146,9 @@ class Control(ABC):
         if not isinstance(answer, kind):
             raise TypeError(f"{command.name} is not answered by {kind.__name__}")
         return answer
+
+
+def check_size(what: str, size: int, most: int = BLOB_SIZE_MAX) -> None:
+    """Raises PtmError for an answer that no vTPM gives: all of it would be taken into memory."""
+    if size > most:
+        raise PtmError(PtmResult.TPM_FAIL, f"{what} of {size} bytes: no vTPM has more than {most}")

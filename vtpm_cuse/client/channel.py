@@ -6,10 +6,11 @@ import errno
 import os
 import socket
 import struct
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.client.base import Control
+from vtpm_cuse.client.base import Control, check_size
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import (
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from vtpm_cuse.wire.layout import WireStruct
 
 _PATIENCE_SECONDS: Final = 10
+_ANSWER_SECONDS: Final = 60
+"""For a whole answer: one that comes byte by byte must end some day, too."""
+
 _UNIX_PATH_BYTES: Final = 107  # of sun_path, without the NUL
 
 
@@ -64,7 +68,8 @@ class ChannelControl(Control):
         with connection:
             try:
                 connection.sendall(struct.pack(">I", command + 1) + body.pack(BIG))
-                return _receive(connection, PTM_SPECS[command].response)
+                until = time.monotonic() + _ANSWER_SECONDS
+                return _receive(connection, PTM_SPECS[command].response, until)
             except BlockingIOError as exc:
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from exc
 
@@ -125,25 +130,29 @@ def _limit_waiting(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
-def _receive(connection: socket.socket, kind: type[WireStruct]) -> WireStruct:
+def _receive(connection: socket.socket, kind: type[WireStruct], until: float) -> WireStruct:
     """One answer: just the result if that is not 0, else all of *kind*."""
-    data = _receive_exactly(connection, PtmResultResponse.SIZE)
+    data = _receive_exactly(connection, PtmResultResponse.SIZE, until)
     # GET_CAPABILITY has no result, but the upper half of its mask is 0 and takes that place.
     failed = PtmResultResponse.unpack_untrusted(data, BIG)
     if failed.result:
         return failed
-    data += _receive_exactly(connection, kind.SIZE - len(data))
+    data += _receive_exactly(connection, kind.SIZE - len(data), until)
     answer = kind.unpack_untrusted(data, BIG)
     if isinstance(answer, PtmGetStateResponse | PtmInfoResponse):
-        return kind.unpack_untrusted(data + _receive_exactly(connection, answer.length), BIG)
+        check_size("Answer", answer.length)
+        rest = _receive_exactly(connection, answer.length, until)
+        return kind.unpack_untrusted(data + rest, BIG)
     return answer
 
 
-def _receive_exactly(connection: socket.socket, size: int) -> bytes:
-    data = b""
+def _receive_exactly(connection: socket.socket, size: int, until: float) -> bytes:
+    data = bytearray()
     while len(data) < size:
         part = connection.recv(min(size - len(data), 1 << 16))
         if not part:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        if time.monotonic() > until:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         data += part
-    return data
+    return bytes(data)

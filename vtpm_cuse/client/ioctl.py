@@ -8,8 +8,8 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.client.base import Control
-from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.client.base import Control, check_size
+from vtpm_cuse.errors import FrontendError, WireError
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.ptm import (
     PTM_SPECS,
@@ -63,15 +63,18 @@ class DeviceControl(Control):
 
     def get_state(self, kind: PtmBlobType, flags: PtmStateFlag) -> bytes:
         """The whole state blob."""
-        blob = b""
+        blob = bytearray()
         while True:
             body = PtmGetStateRequest(flags, kind, len(blob))
             part = self._request_for(PtmGetStateResponse, PtmCommand.PTM_GET_STATEBLOB, body)
+            check_size("State blob", part.totlength)
             blob += part.data[: part.length]
-            if len(blob) >= part.totlength or not part.length:
-                return blob
-            if self._buffer_size:
-                return blob + self._read(part.totlength - len(blob))
+            if self._buffer_size and part.length and len(blob) < part.totlength:
+                blob += self._read(part.totlength - len(blob))
+            if len(blob) >= part.totlength:
+                return bytes(blob)
+            if self._buffer_size or part.length < PTM_STATE_BLOB_SIZE:  # no more will come
+                raise WireError("State blob", part.totlength, len(blob))
 
     def set_state(self, kind: PtmBlobType, blob: bytes) -> None:
         """Gives the vTPM a state blob."""
@@ -87,13 +90,13 @@ class DeviceControl(Control):
 
     def _read(self, size: int) -> bytes:
         """What the ioctl left of a blob; the device ends the transfer after a short read."""
-        rest = b""
+        rest = bytearray()
         while len(rest) < size:
             part = os.read(self._fd, self._buffer_size)
             rest += part
             if len(part) < self._buffer_size:
                 break
-        return rest
+        return bytes(rest)
 
     def _written(self, blob: bytes) -> Iterator[bytes]:
         yield b""  # a first piece that is empty means: write() brings the blob

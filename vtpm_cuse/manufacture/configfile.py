@@ -62,7 +62,8 @@ def changed_by_others(path: str) -> str:
 def parse(text: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The settings by their names; those of ``env:`` lines under "env:NAME"."""
     settings: dict[str, str] = {}
-    for line in text.splitlines():
+    # Not splitlines(): a form feed or U+2028 ends no line for any other program.
+    for line in text.replace("\r\n", "\n").split("\n"):
         if found := _SETTING.match(line):
             settings.setdefault(found[1], _resolved(found[2].rstrip(), environ))
         elif found := _FOR_ENVIRONMENT.match(line):

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.errors import WireError
+from vtpm_cuse.errors import UsageError, WireError
 from vtpm_cuse.manufacture.plan import RsaKey, find_facts
 from vtpm_cuse.wire import tpm12
 from vtpm_cuse.wire.tpm import TpmOrdinal
@@ -159,12 +159,14 @@ class Tpm12Setup:
 
 
 def _encrypt(key: RsaKey, secret: bytes) -> bytes:
-    """RSA-OAEP as TPM 1.2 does it (Main Part 1, section 31.1.1)."""
+    """RSA-OAEP as TPM 1.2 does it (Main Part 1, section 31.1.1). Raises UsageError."""
     from cryptography.hazmat.primitives.asymmetric import padding, rsa
     from cryptography.hazmat.primitives.hashes import SHA1
 
-    public = rsa.RSAPublicNumbers(65537, int.from_bytes(key.modulus, "big")).public_key()
     sha1 = SHA1()  # noqa: S303 - TPM 1.2 knows no other
-    return public.encrypt(
-        secret, padding.OAEP(mgf=padding.MGF1(sha1), algorithm=sha1, label=b"TCPA")
-    )
+    scheme = padding.OAEP(mgf=padding.MGF1(sha1), algorithm=sha1, label=b"TCPA")
+    try:
+        public = rsa.RSAPublicNumbers(65537, int.from_bytes(key.modulus, "big")).public_key()
+        return public.encrypt(secret, scheme)
+    except ValueError as exc:
+        raise UsageError(f"The TPM's endorsement key cannot be used: {exc}") from exc

@@ -35,6 +35,6 @@ def import_all() -> None:
 
 
 def _open_libraries() -> None:
-    for name in ("libtpms.so.0", "libseccomp.so.2"):
+    for name in ("libtpms.so.0", "libseccomp.so.2", "libkeyutils.so.1"):
         with contextlib.suppress(OSError):  # who needs it will say so
             ctypes.CDLL(name)  # stays loaded, and is then found by its name

@@ -7,6 +7,7 @@ HMAC, of which CBC uses the first 16; padding goes to multiples of the key's len
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -174,7 +175,13 @@ def _key_data(source: KeySource) -> bytes | None:
     if source.file is not None or source.fd is not None:
         return _read(source.file, source.fd, _KEY_FILE_MAX, "key")
     if source.credential is not None:
-        return _read(_credential_path(source.credential), None, _KEY_FILE_MAX, "key")
+        path = _credential_path(source.credential)
+        if not os.path.lexists(path):
+            raise UsageError(
+                f"Unable to open file {path}: {os.strerror(errno.ENOENT)}",
+                hint="with --chroot, CREDENTIALS_DIRECTORY is looked for below the new root",
+            )
+        return _read(path, None, _KEY_FILE_MAX, "key")
     if source.keyring is not None:
         from vtpm_cuse.storage.keyring import read_user_key
 
