@@ -187,7 +187,7 @@ class Vtpm:
             kept = blobs.try_backup()
             if not kept:
                 return False
-            log.warning("%s", exc)
+            log.warning("%s cannot be used: %s", blobs.where(_PERMANENT), exc)
             log.warning("Attempting to start with backup state file.")
             try:
                 self.engine.start()
