@@ -59,11 +59,11 @@ _SHA1_THREAD: Final = {
 _PERMANENT: Final = StateType.PERMANENT.blob_name
 _LOCK_RETRY_SECONDS: Final = 0.01
 _HANDOVER_RETRIES: Final = 300
-"""3 s, as the C suite: the destination of a migration that came to nothing gives the lock back."""
+"""Tries, 3 s of them, as in the C suite: the destination of a migration that came to nothing gives the lock back."""
 _LOCK_RETRIES_MAX: Final = 6000
-"""A minute: whoever asks for more waits for what will not come."""
+"""Tries, a minute of them: whoever asks for more waits for what will not come."""
 _KNOWN_MAX: Final = 64
-"""Headers kept: a guest uses about twenty, and no client may fill the memory with more."""
+"""Headers kept: no client may fill the memory with ever new ones."""
 _STATE_TYPES: Final = {
     PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
     PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
