@@ -60,11 +60,11 @@ _SHA1_THREAD: Final = {
 _PERMANENT: Final = StateType.PERMANENT.blob_name
 _LOCK_RETRY_SECONDS: Final = 0.01
 _HANDOVER_RETRIES: Final = 300
-"""3 s, as the C suite: the destination of a migration that came to nothing gives the lock back."""
+"""Tries, 3 s of them, as in the C suite: the destination of a migration that came to nothing gives the lock back."""
 _LOCK_RETRIES_MAX: Final = 6000
-"""A minute: whoever asks for more waits for what will not come."""
+"""Tries, a minute of them: whoever asks for more waits for what will not come."""
 _KNOWN_MAX: Final = 64
-"""Headers kept: a guest uses about twenty, and no client may fill the memory with more."""
+"""Headers kept: no client may fill the memory with ever new ones."""
 _STATE_TYPES: Final = {
     PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
     PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
@@ -188,7 +188,7 @@ class Vtpm:
             kept = blobs.try_backup()
             if not kept:
                 return False
-            log.warning("%s", exc)
+            log.warning("%s cannot be used: %s", blobs.where(_PERMANENT), exc)
             log.warning("Attempting to start with backup state file.")
             try:
                 self._engine.start()

@@ -287,9 +287,7 @@ class DirectoryStore:
                 kept = (
                     f"nothing was changed; the last good generation was kept: {self._full(backup)}"
                 )
-                if self._starts_from_backup:
-                    return f"{kept}, but cannot be used either"
-                if self._prefix == "tpm2-00":
+                if self._prefix == "tpm2-00" and not self._starts_from_backup:
                     return f"{kept}; the option 'backup' of --tpmstate starts the TPM from it"
                 return (
                     f"{kept}; to return to it, end the TPM, keep {path} elsewhere and copy it there"

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vtpm_cuse.storage.base import Beside
 
 _LONG_SECONDS: Final = 200e-6
-"""More than all the rest of a write that is not flushed takes; file systems need 20 us or 1 ms."""
+"""Between what it takes where files are freed at once and the millisecond where they are not."""
 _WAITING_MAX: Final = 64
-"""Files, of some KiB each: a bound for what a full thread can keep of descriptors and disk."""
+"""Files: a bound for what a busy thread can keep of descriptors and disk."""
 
 
 class Disposal:
