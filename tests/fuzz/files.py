@@ -25,7 +25,7 @@ from vtpm_cuse.wire.pcapng import TPM_PORT, Conversation, file_header
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ENVIRONMENT: Final = {"HOME": "/home/alice", "XDG_CONFIG_HOME": "/srv/alice/.config"}
+ENVIRONMENT: Final = {"HOME": "/people/alice", "XDG_CONFIG_HOME": "/people/alice/.config"}
 KEYS: Final = (None, Key(bytes(range(16))), Key(bytes(range(32))))
 
 

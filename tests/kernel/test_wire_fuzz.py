@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 SEED: Final = 20261129
 CLIENTS: Final = 3
-OPERATIONS: Final = 250
+OPERATIONS: Final = 120
 GROWTH_KIB: Final = 16 << 10
 CONTENTS: Final = b"what must survive"
 COMMANDS: Final = (
