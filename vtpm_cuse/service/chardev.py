@@ -49,6 +49,8 @@ def run(config: ChardevConfig, announce: Callable[[str], None]) -> int:
 
 
 class _Chardev(life.Interface):
+    sockets = True
+
     def __init__(self, config: ChardevConfig, announce: Callable[[str], None]) -> None:
         self._config = config
         self._announce = announce
@@ -89,8 +91,8 @@ class _Chardev(life.Interface):
             # PEER: ends with status 0.
             raise FrontendError("The kernel has given the TPM device up", "see dmesg")
 
-    def paths_to_remove(self) -> list[str]:
-        return self._channels.paths
+    def give_up_paths(self) -> list[str]:
+        return self._channels.give_up_paths()
 
     def close(self) -> None:
         self._channels.close()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PidFile:
-    """The file to come; `open` may need privileges that `written` has no more.
+    """The file to come; `open` may need privileges that `write` has no more.
 
     Args:
         config: Where; None for nowhere.
@@ -29,35 +29,29 @@ class PidFile:
         self._fd = -1 if config is None or config.fd is None else config.fd
         self.paths = _path_of(self._fd) if self._path is None else [os.path.abspath(self._path)]
         """What is removed at the end."""
+        self.ours = False
+        """Whether it has been made, or written to, and so is to be removed."""
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        if self._path is not None:
+        if self._path is not None and self._fd < 0:
             with self._errors():
+                self.ours = not os.path.lexists(self._path)
                 self._fd = open_for(self._path, flags, 0o644, owner)
+        elif self._fd >= 0:
+            with contextlib.suppress(OSError):  # said when it is written to
+                os.set_inheritable(self._fd, False)
 
-    @contextlib.contextmanager
-    def written(self) -> Iterator[None]:
-        """While entered, the process id is in the file; then it is removed.
-
-        Raises:
-            UsageError: It cannot be written.
-        """
-        if self._fd < 0:
-            self.open(None)
+    def write(self) -> None:
+        """Puts the process id there. Raises UsageError: It cannot be written."""
         if self._fd >= 0:
+            self.ours = True
             with self._errors():
                 os.ftruncate(self._fd, 0)
                 os.write(self._fd, b"%d" % os.getpid())
         if self._path is not None:
             os.close(self._fd)
-        try:
-            yield
-        finally:
-            for path in self.paths:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
