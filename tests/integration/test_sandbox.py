@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
 from tests.support import sockets as s
-from tests.support.attacks import ATTACKS, CALLS, STILL, UNFILTERED, attack, subverted, sweep
+from tests.support.attacks import (
+    ATTACKS,
+    CALLS,
+    STILL,
+    UNFILTERED,
+    WITNESS,
+    attack,
+    subverted,
+    sweep,
+)
 from tests.support.commands import get_random
 from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
@@ -21,13 +34,13 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 class Victim(s.Server):
     """A subverted TPM, and what is none of its business beside its state."""
 
-    def __init__(self, folder: Path, *words: str, **more: Any) -> None:
+    def __init__(self, folder: Path, *words: str) -> None:
         self.secret = folder / "secret"
         self.secret.write_text("none of its business")
         for name in ("folder", "folder2", "below"):
             (folder / name).mkdir()
         (folder / "below" / "thesis").touch()
-        super().__init__(folder, *s.RUNNING, *words, program=subverted(str(self.secret)), **more)
+        super().__init__(folder, *s.RUNNING, *words, program=subverted(str(self.secret)))
 
     def suffer(self, name: str, *, on_worker: bool = False) -> str:
         """How it went."""
@@ -139,6 +152,61 @@ def test_every_thread_has_no_rights(tmp_path: Path) -> None:
     for thread in threads:
         assert {thread[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
         assert (thread["NoNewPrivs"], thread["Seccomp"]) == ("1", "2")
+
+
+@pytest.mark.parametrize("flags", [s.RUNNING, s.NOT_NEED_INIT, ()], ids=["startup", "on", "off"])
+def test_no_state_is_touched_outside_the_sandbox(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """A state that somebody has prepared meets libtpms where it can do nothing."""
+    told = tmp_path / "told"
+    with open(told, "w") as file, redirected_errors(file):
+        server = s.Server(tmp_path, *flags, program=WITNESS)
+    with server:
+        assert flags or server.init() == 0
+        assert server.request(s.STORE_VOLATILE) in {s.u32(0), s.u32(9)}
+    lines = told.read_text().splitlines()
+    assert "libtpms: in the sandbox" in lines
+    assert "state: in the sandbox" in lines
+    assert set(lines) == {"libtpms: in the sandbox", "state: in the sandbox"}
+
+
+@contextlib.contextmanager
+def redirected_errors(file: IO[str]) -> Iterator[None]:
+    """What is started within writes its errors there."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def test_a_state_file_that_is_not_there_yet_opens_no_folder(tmp_path: Path) -> None:
+    """QEMU's way: the TPM is switched on later, in the sandbox."""
+    secret = tmp_path / "secret"
+    secret.touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "thesis").touch()
+    state = f"backend-uri=file://{tmp_path / 'tpm.state'}"
+    with s.Server(tmp_path, "--tpmstate", state, program=subverted(str(secret))) as server:
+        assert server.init() == 0
+        with server.data() as client:
+            for name in ("read-neighbour", "append", "write", "list", "rename", "remove-below"):
+                client.send(attack(name))
+                assert client.socket.recv(100) == b"refused: EACCES", name
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+    assert (tmp_path / "tpm.state").stat().st_size > 0
+
+
+def test_a_link_in_place_of_the_state_file_opens_nothing(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("none of its business")
+    (tmp_path / "tpm.state").symlink_to(secret)
+    state = f"backend-uri=file://{tmp_path / 'tpm.state'}"
+    with s.Server(tmp_path, "--tpmstate", state, *s.NOT_NEED_INIT) as server:
+        assert server.wait() == 1
+        assert "is a symbolic link" in server.log_text()
+    assert secret.read_text() == "none of its business"
 
 
 @needs_root

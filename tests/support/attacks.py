@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _PROGRAM: Final = r"""
-import ctypes, errno, fcntl, mmap, os, signal, socket, struct, subprocess, sys, tempfile
-import termios, threading
+import ctypes, errno, fcntl, mmap, os, signal, socket, struct, sys, tempfile, termios, threading
 from tests.support.attacks import ATTACKS, NEW_CALLS, STILL
 from vtpm_cuse.cli.swtpm import main
 from vtpm_cuse.device import vtpm
@@ -113,6 +112,63 @@ def hostile(self, command):
 vtpm.Vtpm._execute = hostile
 sys.exit(main())
 """
+
+_WITNESS: Final = r"""
+import ctypes, errno, os, sys
+from vtpm_cuse.cli.swtpm import main
+from vtpm_cuse.engine.libtpms import LibtpmsEngine
+
+libc = ctypes.CDLL(None, use_errno=True)
+start = LibtpmsEngine.start
+
+
+def look(what):
+    sandboxed = libc.prctl(21, 0, 0, 0, 0) < 0 and ctypes.get_errno() == errno.ENOSYS
+    try:
+        os.close(os.open("/etc/passwd", os.O_RDONLY))
+    except PermissionError:
+        pass
+    else:
+        sandboxed = False
+    os.write(2, f"{what}: {'in' if sandboxed else 'out of'} the sandbox\n".encode())
+
+
+def on_event(event, arguments):
+    path = arguments[0] if event == "open" else None
+    if isinstance(path, str) and path.startswith((".lock", "tpm2-00", "tpm-00", "TMP")):
+        look("state")
+
+
+def looking(self):
+    look("libtpms")
+    start(self)
+
+
+LibtpmsEngine.start = looking
+sys.addaudithook(on_event)
+sys.exit(main())
+"""
+
+WITNESS: Final = (sys.executable, "-c", _WITNESS)
+"""The program, which tells on descriptor 2 whether it is in the sandbox when state is touched."""
+
+_UNDER_FILTER: Final = r"""
+import ctypes, os, sys
+library = ctypes.CDLL("libseccomp.so.2")
+library.seccomp_init.restype = ctypes.c_void_p
+context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(0x7FFF0000)))
+for number in sys.argv[2].split(","):
+    action = ctypes.c_uint32(0x50000 | int(sys.argv[1]))
+    assert library.seccomp_rule_add_array(context, action, int(number), 0, None) == 0
+assert library.seccomp_load(context) == 0
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def under_filter(error: int, *calls: int) -> tuple[str, ...]:
+    """Starts a program, which follows, below a filter that answers *calls* with *error*."""
+    return (sys.executable, "-c", _UNDER_FILTER, str(error), ",".join(map(str, calls)))
+
 
 _SWEEP: Final = r"""
 import ctypes, errno, json, os, resource, sys
@@ -375,7 +431,7 @@ ATTACKS: Final = {
     "listen": _deadly("LISTENER.listen()", "done"),
     "pair": _deadly("[end.close() for end in socket.socketpair()]"),
     "exec": Attack("os.execv('/bin/true', ['true'])", "killed", ()),
-    "program": _deadly("subprocess.run(['/bin/true'])"),
+    "program": _deadly("os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)"),
     "fork": _deadly("os.waitpid(os.fork() or os._exit(0), 0)"),
     "thread": _deadly("thread()"),
     "ptrace": _deadly("sc('ptrace', 3, PARENT, None, None)", "ESRCH", "EPERM", "EIO"),
