@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Final
@@ -181,11 +182,8 @@ def started(folder: Path, *words: str) -> s.Server:
 
 
 def _listens(path: Path) -> bool:
-    try:
-        s.connect(path).close()
-    except OSError:
-        return False
-    return True
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 def children(pid: int) -> list[int]:
