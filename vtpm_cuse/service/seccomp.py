@@ -81,6 +81,7 @@ _IOCTLS: Final = (
 _FCNTLS: Final = (
     *(fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC),
     *(fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
+    *(fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW),
 )
 _FUTEXES: Final = (0, 1, 4, 5, 9, 10)  # waiting and waking; none that lends priorities
 _FUTEX_COMMAND: Final = 0x7F
