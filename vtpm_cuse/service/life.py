@@ -39,8 +39,6 @@ class Interface:
     exits = Exits()
     sockets = False
     """Whether it accepts clients on sockets."""
-    ioctls: tuple[int, ...] = ()
-    """Requests that `appear` and `serve` make, in the sandbox."""
 
     def open(self) -> None:
         """Opens what needs the caller's privileges, such as a device.
@@ -223,9 +221,7 @@ class _Life:
 
         process, interface = self._process, self._interface
         try:
-            rules = seccomp.make_filter(
-                process.seccomp, sockets=interface.sockets, ioctls=interface.ioctls
-            )
+            rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
             sandbox.restrict(process, sandbox.state_paths(self._config.state))
             worker = Worker()  # restricted as this thread is, and the last that is started
             try:

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vtpm_cuse.service.config import SeccompAction
 
 FILE_SIZE_MAX: Final = 1 << 30
@@ -192,9 +190,7 @@ class Filter:
             raise _refused(os.strerror(-result))
 
 
-def make_filter(
-    action: SeccompAction, *, sockets: bool, ioctls: Iterable[int] = ()
-) -> Filter | None:
+def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
     """The filter, made while its library can still be opened; none for the action "none".
 
     With "log" nothing is refused: what "kill" would refuse is in the kernel's audit log.
@@ -202,7 +198,6 @@ def make_filter(
     Args:
         action: What becomes of other calls.
         sockets: Whether there are sockets to accept clients on.
-        ioctls: Requests that this interface makes later.
 
     Raises:
         FrontendError: There is no libseccomp.
@@ -215,7 +210,7 @@ def make_filter(
         rules.add(_ALLOW, name)
     for name, arguments in _WITH_ARGUMENTS + (_SOCKETS_WITH_ARGUMENTS if sockets else ()):
         rules.add(_ALLOW, name, *arguments)
-    for request in (*_IOCTLS, *ioctls):
+    for request in _IOCTLS:
         rules.add(_ALLOW, "ioctl", _is(1, request))
     if kill:
         for name in _DEADLY.split():
