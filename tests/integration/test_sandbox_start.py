@@ -165,15 +165,16 @@ def test_a_log_that_may_grow_no_more_costs_nothing_else(tmp_path: Path) -> None:
 # -- what removes files in the end ---------------------------------------------------------------
 
 
-def started(folder: Path, *words: str) -> s.Server:
+def started(folder: Path, *, state: Path | None = None) -> s.Server:
     """On sockets and with a pid file by path; it answers."""
     data, control = folder / "d", folder / "c"
     made = s.Server(
         folder,
         *(*s.RUNNING, "--server", f"type=unixio,path={data}"),
-        *("--ctrl", f"type=unixio,path={control}", "--pid", f"file={folder / 'pid'}", *words),
+        *("--ctrl", f"type=unixio,path={control}", "--pid", f"file={folder / 'pid'}"),
         data=None,
         control=None,
+        state=state,
     )
     made.data_address, made.control_address = data, control
     wait_until(lambda: _listens(control), "the control socket", process=made.process)
@@ -250,6 +251,15 @@ def test_there_is_no_remover_where_nothing_is_to_be_removed(tmp_path: Path) -> N
     with s.Server(tmp_path, *s.RUNNING) as server:
         assert server.request(s.GET_CAPABILITY, size=8)
         assert children(server.process.pid) == []
+
+
+def test_there_is_no_remover_where_all_is_in_the_folder_of_the_state(tmp_path: Path) -> None:
+    with started(tmp_path / "state", state=tmp_path / "state") as server:
+        assert children(server.process.pid) == []
+        assert {"c", "d", "pid"} <= names(tmp_path / "state")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not {"c", "d", "pid"} & names(tmp_path / "state")
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ class _Life:
         self._process = process
         self._config = config
         self._pid_file = PidFile(process.pid, interface.exits.pid)
-        self._remover = Remover()
+        scheme, _, path = config.state.uri.partition("://") if config.state else ("", "", "")
+        self._remover = Remover(path if scheme == "dir" else None)
 
     def live(self, ready: Callable[[], None]) -> int:
         """From acquiring to the end; returns the exit status. *ready* is called in between."""
