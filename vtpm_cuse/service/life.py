@@ -184,37 +184,42 @@ class _Life:
     async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
         import trio
 
-        from vtpm_cuse.service.compose import power_on
         from vtpm_cuse.service.signals import ending_signals
 
-        interface = self._interface
-        worker = self._enter_sandbox()
+        scope = trio.CancelScope()
+        # Signals first: who sees the device, or finds the pid file, may send one.
+        with ending_signals(scope.cancel):
+            worker = self._enter_sandbox()
+            try:
+                with scope:
+                    await self._serve_in_sandbox(vtpm, worker, ready)
+            finally:
+                worker.close()
+                vtpm.close()
+                self._interface.close()
+
+    async def _serve_in_sandbox(
+        self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]
+    ) -> None:
+        from vtpm_cuse.service.compose import power_on
+
+        if vtpm.store is not None:
+            vtpm.store.blobs.work_beside(worker.beside)
+        if not power_on(vtpm, self._config):
+            return
+        await self._interface.appear()
+        self._pid_file.write()
+        gc.freeze()  # what start-up made stays
+        gc.enable()
+
+        def announce() -> None:
+            notify.ready()
+            ready()
+
         try:
-            if vtpm.store is not None:
-                vtpm.store.blobs.work_beside(worker.beside)
-            if not power_on(vtpm, self._config):
-                return
-            await interface.appear()
-            scope = trio.CancelScope()
-            # Signals first: who finds the pid file may send one.
-            with ending_signals(scope.cancel):
-                self._pid_file.write()
-                try:
-                    with scope:
-                        gc.freeze()  # what start-up made stays
-                        gc.enable()
-
-                        def announce() -> None:
-                            notify.ready()
-                            ready()
-
-                        await interface.serve(vtpm, worker, announce)
-                finally:
-                    notify.stopping()
+            await self._interface.serve(vtpm, worker, announce)
         finally:
-            worker.close()
-            vtpm.close()
-            interface.close()
+            notify.stopping()
 
     def _enter_sandbox(self) -> Worker:
         from vtpm_cuse.device.worker import Worker
