@@ -114,7 +114,7 @@ sys.exit(main())
 """
 
 _WITNESS: Final = r"""
-import ctypes, errno, os, sys
+import ctypes, errno, fcntl, os, sys
 from vtpm_cuse.cli.swtpm import main
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 
@@ -139,8 +139,22 @@ def on_event(event, arguments):
         look("state")
 
 
+def writes_to(path):
+    for fd in range(3, 64):
+        try:
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            if os.path.samestat(os.fstat(fd), os.stat(path)) and not mode & os.O_PATH:
+                return True
+        except OSError:
+            pass
+    return False
+
+
 def looking(self):
     look("libtpms")
+    if "PID_FILE" in os.environ:
+        can = "can" if writes_to(os.environ["PID_FILE"]) else "cannot"
+        os.write(2, f"libtpms: {can} write to the pid file\n".encode())
     start(self)
 
 
@@ -150,7 +164,10 @@ sys.exit(main())
 """
 
 WITNESS: Final = (sys.executable, "-c", _WITNESS)
-"""The program, which tells on descriptor 2 whether it is in the sandbox when state is touched."""
+"""The program, which tells on descriptor 2 whether it is in the sandbox when state is touched.
+
+And, if PID_FILE names one in its environment, whether it could write another number there.
+"""
 
 _UNDER_FILTER: Final = r"""
 import ctypes, os, sys

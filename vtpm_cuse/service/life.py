@@ -179,7 +179,8 @@ class _Life:
         # Before anything that takes time: who polls for a socket need not wait.
         self._interface.acquire()
         self._pid_file.open(None)
-        self._remover.start(self._interface.give_up_paths(), self._pid_file.paths)
+        pid_file = self._pid_file
+        self._remover.start(self._interface.give_up_paths(), pid_file.paths, pid_file.fd)
 
     async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
         import trio
@@ -208,7 +209,7 @@ class _Life:
         if not power_on(vtpm, self._config):
             return
         await self._interface.appear()
-        self._pid_file.write()
+        self._pid_file.write(self._remover.write_pid)
         gc.freeze()  # what start-up made stays
         gc.enable()
 

@@ -1,8 +1,9 @@
-"""Removes sockets and pid file in the end, by a process of its own where the sandbox takes one.
+"""Writes the pid file, and removes it and the sockets in the end.
 
-Landlock knows rights of whole folders only, and the folder of a socket may be /run, or somebody's
-home: whoever serves may remove nothing there. It can tell another process when; what is removed was
-settled before. Files in the state's own folder take no such process.
+A process of its own does that where the files are not in the state's folder. Landlock knows rights
+of whole folders only, and the folder of a socket may be /run, or somebody's home: whoever serves may
+remove nothing there. Nor may he write another number into the pid file, by which others are killed.
+He can tell that process when; what it does was settled before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from vtpm_cuse.frontends.keeper import settle_down
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_PID_FILES_TOO: Final = b"P"
+_WRITE: Final = b"W"
+_REMOVE_SOCKETS: Final = b"S"
+_REMOVE_ALL: Final = b"A"
 _HELD: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -35,18 +38,20 @@ class Remover:
     pid file: a successor may have begun to write to that very file.
 
     Args:
-        own_folder: The state's, where who serves can remove files itself.
+        own_folder: The state's, where who serves can do all this himself.
     """
 
     def __init__(self, own_folder: str | None) -> None:
         self._own_folder = own_folder
         self._near: list[_File] = []
-        self._orders = self._done = -1
+        self._pid_fd = -1
+        self._orders = self._answers = -1
 
-    def start(self, sockets: Iterable[str], pid_files: Iterable[str]) -> None:
-        """From now on these are this one's to remove."""
+    def start(self, sockets: Iterable[str], pid_files: Iterable[str], pid_fd: int) -> None:
+        """From now on these are this one's to remove, and *pid_fd* (-1 for none) to write to."""
         files = [*_hold(sockets, is_pid_file=False), *_hold(pid_files, is_pid_file=True)]
         self._near = [file for file in files if self._is_near(file.path)]
+        self._pid_fd = pid_fd
         if far := [file for file in files if file not in self._near]:
             self._fork(far)
 
@@ -57,20 +62,32 @@ class Remover:
         return os.path.realpath(os.path.dirname(path)) == folder
 
     def _fork(self, files: list[_File]) -> None:
-        read_end, self._orders = os.pipe()
-        self._done, done_end = os.pipe()
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
         server = os.getpid()
-        keep = {read_end, done_end, *(file.held for file in files)}
+        handed_over = {orders, answers, *(file.held for file in files)}
+        if any(file.is_pid_file for file in files):
+            handed_over.add(self._pid_fd)
         if os.fork() == 0:
             try:
-                settle_down(f"vtpm-remover: clears up after {server}", keep)
+                settle_down(f"vtpm-remover: clears up after {server}", handed_over)
                 _restrict({os.path.dirname(file.path) for file in files})
-                order = os.read(read_end, 1)  # or the end
-                _remove(files, pid_files=order == _PID_FILES_TOO)
+                _obey(orders, answers, files, self._pid_fd, server)
             finally:
                 os._exit(0)
-        for fd in keep:
+        for fd in handed_over:
             os.close(fd)
+        if self._pid_fd in handed_over:
+            self._pid_fd = -1
+
+    def write_pid(self) -> None:
+        """Puts the process id into the pid file. Raises OSError."""
+        if self._pid_fd >= 0:
+            _write(self._pid_fd, os.getpid())
+            os.close(self._pid_fd)
+            self._pid_fd = -1
+        elif number := self._ask(_WRITE):
+            raise OSError(number, os.strerror(number))
 
     def end(self, *, pid_files: bool) -> None:
         """Removes them, and returns when that is done; again is harmless."""
@@ -78,15 +95,41 @@ class Remover:
         for file in self._near:
             os.close(file.held)
         self._near.clear()
+        if self._orders >= 0:
+            self._ask(_REMOVE_ALL if pid_files else _REMOVE_SOCKETS)
+            os.close(self._orders)
+            os.close(self._answers)
+            self._orders = self._answers = -1
+
+    def _ask(self, order: bytes) -> int:
+        """The number of an error; nobody can tell of any when somebody has killed the process."""
         if self._orders < 0:
+            return 0
+        try:
+            os.write(self._orders, order)
+        except BrokenPipeError:
+            return 0
+        return (os.read(self._answers, 1) or b"\0")[0]
+
+
+def _obey(orders: int, answers: int, files: list[_File], pid_fd: int, server: int) -> None:
+    while True:
+        order, error = os.read(orders, 1), 0  # nothing: it has ended
+        if order == _WRITE:
+            try:
+                _write(pid_fd, server)
+            except OSError as exc:
+                error = exc.errno or 0
+        else:
+            _remove(files, pid_files=order == _REMOVE_ALL)
+        if not order:
             return
-        if pid_files:
-            with contextlib.suppress(OSError):  # somebody has killed it
-                os.write(self._orders, _PID_FILES_TOO)
-        os.close(self._orders)
-        os.read(self._done, 1)
-        os.close(self._done)
-        self._orders = self._done = -1
+        os.write(answers, bytes([error]))
+
+
+def _write(fd: int, process_id: int) -> None:
+    os.ftruncate(fd, 0)
+    os.write(fd, b"%d" % process_id)
 
 
 def _hold(paths: Iterable[str], *, is_pid_file: bool) -> list[_File]:
