@@ -279,7 +279,7 @@ ATTACKS: Final = {
     "rename-out": Attack(
         "os.close(made('out')); os.rename(STATE + '/out', HERE + '/out')", "EACCES", ("done",)
     ),
-    "link-in": _refused("os.link(SECRET, STATE + '/in')"),
+    "link-in": _refused("sc('link', SECRET.encode(), (STATE + '/in').encode())"),
     "link-in-at": Attack(
         "sc('linkat', -100, SECRET.encode(), -100, (STATE + '/in2').encode(), 0)", "EXDEV"
     ),
@@ -437,7 +437,6 @@ ATTACKS: Final = {
     "terminal-high-bits": _refused("sc('ioctl', PIPE[0], 1 << 32 | 0x5412, b'x')", "ENOTTY"),
     "terminal-size": _refused("fcntl.ioctl(PIPE[0], termios.TIOCGWINSZ, bytes(8))", "ENOTTY"),
     "attributes-of-file": _refused("fcntl.ioctl(made(), 0x80086601, bytes(8))", "done", "ENOTTY"),
-    "close-all": _refused("os.closerange(1000, 1010) or sc('close_range', 1000, 1010, 0)"),
     "new-process": _refused("sc('clone3', None, 0)", "EINVAL"),
     "new-connection-ring": _deadly("sc('io_uring_setup', 0, None)", "EINVAL", "EFAULT", "EPERM"),
     # -- others, by what only an intruder does ---------------------------------------------------

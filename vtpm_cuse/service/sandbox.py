@@ -134,5 +134,5 @@ def _holds_lock(fd: int) -> bool:
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
             return any(line.startswith("lock:") for line in file)
-    except FileNotFoundError:
+    except OSError:
         return True  # nobody can tell

@@ -25,7 +25,7 @@ FILE_SIZE_MAX: Final = 1 << 30
 
 _ALLOWED: Final = (
     # descriptors that are open
-    "read readv pread64 preadv write writev pwrite64 pwritev lseek close "
+    "read readv pread64 preadv write writev pwrite64 pwritev lseek close close_range "
     "fstat fsync fdatasync fadvise64 getdents64 dup2 dup3 poll ppoll select pselect6 "
     "epoll_wait epoll_pwait epoll_pwait2 epoll_ctl recv recvfrom "
     # paths: the state, see landlock.py
