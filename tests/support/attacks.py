@@ -478,95 +478,20 @@ STILL: Final = {
     "answers its clients what it likes": "CONNECTED[0].send(b'x')",
 }
 
-CALLS: Final = frozenset(
-    [
-        "accept",
-        "accept4",
-        "brk",
-        "clock_getres",
-        "clock_gettime",
-        "clock_nanosleep",
-        "close",
-        "dup2",
-        "dup3",
-        "epoll_ctl",
-        "epoll_pwait",
-        "epoll_pwait2",
-        "epoll_wait",
-        "exit",
-        "exit_group",
-        "fadvise64",
-        "fdatasync",
-        "fstat",
-        "fsync",
-        "futex_wait",
-        "futex_waitv",
-        "futex_wake",
-        "getcwd",
-        "getdents64",
-        "getegid",
-        "geteuid",
-        "getgid",
-        "getgroups",
-        "getpeername",
-        "getpid",
-        "getppid",
-        "getrandom",
-        "getresgid",
-        "getresuid",
-        "getrusage",
-        "getsockname",
-        "gettid",
-        "gettimeofday",
-        "getuid",
-        "lseek",
-        "lstat",
-        "madvise",
-        "membarrier",
-        "mremap",
-        "munmap",
-        "nanosleep",
-        "newfstatat",
-        "pause",
-        "poll",
-        "ppoll",
-        "pread64",
-        "preadv",
-        "pselect6",
-        "pwrite64",
-        "pwritev",
-        "read",
-        "readv",
-        "recvfrom",
-        "recvmsg",
-        "rename",
-        "renameat",
-        "restart_syscall",
-        "rseq",
-        "rt_sigaction",
-        "rt_sigpending",
-        "rt_sigprocmask",
-        "rt_sigreturn",
-        "sched_getaffinity",
-        "sched_getparam",
-        "sched_getscheduler",
-        "sched_yield",
-        "select",
-        "set_robust_list",
-        "set_tid_address",
-        "shutdown",
-        "sigaltstack",
-        "stat",
-        "statx",
-        "sysinfo",
-        "time",
-        "times",
-        "uname",
-        "unlink",
-        "write",
-        "writev",
-    ]
+_ANY_ARGUMENTS: Final = (
+    "accept accept4 brk clock_getres clock_gettime clock_nanosleep close close_range dup2 "
+    "dup3 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait exit exit_group fadvise64 fdatasync "
+    "fstat fsync futex_wait futex_waitv futex_wake getcwd getdents64 getegid geteuid getgid "
+    "getgroups getpeername getpid getppid getrandom getresgid getresuid getrusage getsockname "
+    "gettid gettimeofday getuid lseek lstat madvise membarrier mremap munmap nanosleep "
+    "newfstatat pause poll ppoll pread64 preadv pselect6 pwrite64 pwritev read readv recvfrom "
+    "recvmsg rename renameat restart_syscall rseq rt_sigaction rt_sigpending rt_sigprocmask "
+    "rt_sigreturn sched_getaffinity sched_getparam sched_getscheduler sched_yield select "
+    "set_robust_list set_tid_address shutdown sigaltstack stat statx sysinfo time times uname "
+    "unlink write writev"
 )
+
+CALLS: Final = frozenset(_ANY_ARGUMENTS.split())
 """What an intruder may call with any arguments, on a machine of this kind."""
 
 UNFILTERED: Final = frozenset({"335", "336", "uretprobe", "uprobe"})
