@@ -169,6 +169,17 @@ def test_no_state_is_touched_outside_the_sandbox(flags: tuple[str, ...], tmp_pat
     assert set(lines) == {"libtpms: in the sandbox", "state: in the sandbox"}
 
 
+def test_no_state_is_touched_outside_the_sandbox_to_print_facts(tmp_path: Path) -> None:
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path}", "--print-info", "1"]
+    done = s.run_swtpm(*words, program=WITNESS)
+    assert done.returncode == 0
+    assert '"TPMSpecification"' in done.stdout
+    assert set(done.stderr.splitlines()) == {
+        "libtpms: in the sandbox",
+        "state: in the sandbox",
+    }
+
+
 @contextlib.contextmanager
 def redirected_errors(file: IO[str]) -> Iterator[None]:
     """What is started within writes its errors there."""
