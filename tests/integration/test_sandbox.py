@@ -40,6 +40,7 @@ class Victim(s.Server):
         for name in ("folder", "folder2", "below"):
             (folder / name).mkdir()
         (folder / "below" / "thesis").touch()
+        (folder / "spare").touch()
         super().__init__(folder, *s.RUNNING, *words, program=subverted(str(self.secret)))
 
     def suffer(self, name: str, *, on_worker: bool = False) -> str:
@@ -57,7 +58,7 @@ def unharmed(victim: Victim) -> bool:
     """Whether everything beside the state is as it was."""
     there = {path.name for path in victim.secret.parent.iterdir()}
     return (
-        there <= {"ctrl", "data", "log", "secret", "state", "folder", "folder2", "below", "pid"}
+        there == {"ctrl", "data", "log", "secret", "spare", "state", "folder", "folder2", "below"}
         and (victim.secret.parent / "below" / "thesis").exists()
         and victim.secret.read_text() == "none of its business"
         and victim.secret.stat().st_mode == 0o100600

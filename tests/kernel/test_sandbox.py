@@ -56,7 +56,8 @@ def started(folder: Path, program: Sequence[str]) -> Iterator[subprocess.Popen[b
 @pytest.fixture
 def victim(tmp_path: Path, cuse: None) -> Iterator[subprocess.Popen[bytes]]:
     """A subverted TPM on CUSE."""
-    (tmp_path / "secret").touch()
+    for name in ("secret", "spare"):
+        (tmp_path / name).touch()
     for name in ("folder", "folder2", "below"):
         (tmp_path / name).mkdir()
     (tmp_path / "below" / "thesis").touch()

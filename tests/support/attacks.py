@@ -41,6 +41,7 @@ PIPE = os.pipe()
 LISTENER = socket.create_server(("127.0.0.1", 0))
 CONNECTED = socket.socketpair()
 DATAGRAM = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+FOLDER = os.open(HERE, os.O_RDONLY | os.O_DIRECTORY)
 with tempfile.TemporaryFile(dir=HERE) as file:
     # By the kernel's entry for programs of 32 bits: mov eax, getpid; int 0x80; ret
     file.write(bytes.fromhex("b814000000cd80c3"))
@@ -275,6 +276,9 @@ ATTACKS: Final = {
     "remove-folder": _refused("os.rmdir(HERE + '/folder')"),
     "remove-folder-at": _refused("sc('unlinkat', -100, (HERE + '/folder2').encode(), 0x200)"),
     "remove-below": _forbidden("os.unlink(HERE + '/below/thesis')"),
+    # A descriptor from before gives its own content, and none of what is in the folder.
+    "read-by-folder": _forbidden("os.close(os.open('secret', os.O_RDONLY, dir_fd=FOLDER))"),
+    "remove-by-folder": _forbidden("os.unlink('spare', dir_fd=FOLDER)"),
     "rename": _forbidden("os.rename(SECRET, SECRET + '2'); os.rename(SECRET + '2', SECRET)"),
     "rename-out": Attack(
         "os.close(made('out')); os.rename(STATE + '/out', HERE + '/out')", "EACCES", ("done",)

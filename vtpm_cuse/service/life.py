@@ -185,29 +185,24 @@ class _Life:
     async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
         import trio
 
+        from vtpm_cuse.service.compose import power_on
         from vtpm_cuse.service.signals import ending_signals
 
+        worker = self._enter_sandbox()
         scope = trio.CancelScope()
-        # Signals first: who sees the device, or finds the pid file, may send one.
-        with ending_signals(scope.cancel):
-            worker = self._enter_sandbox()
-            try:
-                with scope:
-                    await self._serve_in_sandbox(vtpm, worker, ready)
-            finally:
-                worker.close()
-                vtpm.close()
-                self._interface.close()
+        try:
+            if vtpm.store is not None:
+                vtpm.store.blobs.work_beside(worker.beside)
+            if power_on(vtpm, self._config):
+                # Signals first: who sees the device, or finds the pid file, may send one.
+                with ending_signals(scope.cancel), scope:
+                    await self._serve_running(vtpm, worker, ready)
+        finally:
+            worker.close()
+            vtpm.close()
+            self._interface.close()
 
-    async def _serve_in_sandbox(
-        self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]
-    ) -> None:
-        from vtpm_cuse.service.compose import power_on
-
-        if vtpm.store is not None:
-            vtpm.store.blobs.work_beside(worker.beside)
-        if not power_on(vtpm, self._config):
-            return
+    async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         await self._interface.appear()
         self._pid_file.write(self._remover.write_pid)
         gc.freeze()  # what start-up made stays
