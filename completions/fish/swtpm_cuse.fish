@@ -14,7 +14,7 @@ complete -c swtpm_cuse -l pid -x -a '(__fish_complete_list , "string split \\" \
 complete -c swtpm_cuse -l key -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= fd= credential= keyring= pwdfile= pwdfd= mode= format= kdf= remove\\"")' -d 'key that encrypts the state files'
 complete -c swtpm_cuse -l migration-key -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= fd= credential= keyring= pwdfile= pwdfd= mode= format= kdf= remove\\"")' -d 'key that encrypts state blobs on their way'
 complete -c swtpm_cuse -l pcap -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= fd= truncate mode= checksums\\"")' -d 'capture all commands and responses, secrets included, as packets for Wireshark'
-complete -c swtpm_cuse -l seccomp -x -a '(__fish_complete_list , "string split \\" \\" -- \\"action=\\"")' -d 'what becomes of the process if it leaves its sandbox'
+complete -c swtpm_cuse -l seccomp -x -a '(__fish_complete_list , "string split \\" \\" -- \\"action= landlock=\\"")' -d 'what becomes of the process if it leaves its sandbox'
 complete -c swtpm_cuse -s r -l runas -x -a '(__fish_complete_users)' -d 'run as this user, by name with its groups or by number; what needs the caller\'s privileges, such as a device, the log and the pid file, is opened before'
 complete -c swtpm_cuse -s R -l chroot -x -a '(__fish_complete_directories)' -d 'take this directory as the root of all paths, also of those in the other options'
 complete -c swtpm_cuse -l print-capabilities -f -d 'print what this program can do, as JSON, and end'

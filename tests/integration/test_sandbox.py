@@ -2,80 +2,135 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
 from tests.support import sockets as s
-from tests.support.attacks import DEADLY, REFUSED, attack, subverted
+from tests.support.attacks import (
+    ATTACKS,
+    CALLS,
+    STILL,
+    UNFILTERED,
+    WITNESS,
+    attack,
+    subverted,
+    sweep,
+)
 from tests.support.commands import get_random
 from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 
 
 class Victim(s.Server):
+    """A subverted TPM, and what is none of its business beside its state."""
+
     def __init__(self, folder: Path, *words: str) -> None:
         self.secret = folder / "secret"
         self.secret.write_text("none of its business")
+        for name in ("folder", "folder2", "below"):
+            (folder / name).mkdir()
+        (folder / "below" / "thesis").touch()
+        (folder / "spare").touch()
         super().__init__(folder, *s.RUNNING, *words, program=subverted(str(self.secret)))
 
-    def suffer(self, name: str, *, on_worker: bool = False) -> bytes:
-        """The answer; none when the process ended."""
+    def suffer(self, name: str, *, on_worker: bool = False) -> str:
+        """How it went."""
         with self.data() as client:
             client.send(attack(name, on_worker=on_worker))
             try:
-                return client.socket.recv(100)
+                answer = client.socket.recv(1000)
             except ConnectionResetError:
-                return b""
+                answer = b""
+        return answer.decode().removeprefix("refused: ") or "no answer"
+
+
+def unharmed(victim: Victim) -> bool:
+    """Whether everything beside the state is as it was."""
+    there = {path.name for path in victim.secret.parent.iterdir()}
+    return (
+        there == {"ctrl", "data", "log", "secret", "spare", "state", "folder", "folder2", "below"}
+        and (victim.secret.parent / "below" / "thesis").exists()
+        and victim.secret.read_text() == "none of its business"
+        and victim.secret.stat().st_mode == 0o100600
+        and not any(path.stat().st_mode & 0o7000 for path in victim.state.iterdir())
+    )
+
+
+SURVIVED = [
+    name for name, attack in ATTACKS.items() if attack.inside not in {"killed", "no answer"}
+]
+DEADLY = [name for name, attack in ATTACKS.items() if attack.inside == "killed"]
 
 
 @pytest.mark.parametrize("on_worker", [False, True], ids=["inline", "worker"])
 def test_refused(tmp_path: Path, on_worker: bool) -> None:
     with Victim(tmp_path) as victim:
-        for name, error in REFUSED.items():
-            answer = victim.suffer(name, on_worker=on_worker)
-            assert answer == f"refused: {error}".encode(), name
+        victim.secret.chmod(0o600)
+        found = {name: victim.suffer(name, on_worker=on_worker) for name in SURVIVED}
+        assert found == {name: ATTACKS[name].inside for name in SURVIVED}
         # It lives, writes its state, and ends in order.
-        assert victim.suffer("nothing", on_worker=on_worker) == b"done"
+        assert victim.suffer("nothing", on_worker=on_worker) == "done"
         assert victim.request(s.STORE_VOLATILE) == s.u32(0)
         victim.process.send_signal(signal.SIGTERM)
         assert victim.wait() == 0
-    assert victim.secret.read_text() == "none of its business"
+        assert unharmed(victim)
     assert (victim.state / "tpm2-00.volatilestate").exists()
 
 
 def test_a_bug_is_logged_and_survived(tmp_path: Path) -> None:
     with Victim(tmp_path) as victim:
-        assert victim.suffer("bug") == b""
-        assert victim.suffer("nothing") == b"done"
+        assert victim.suffer("bug") == "no answer"
+        assert victim.suffer("nothing") == "done"
         assert "RuntimeError: a bug of ours" in victim.log_text()
 
 
 @pytest.mark.parametrize("name", DEADLY)
 def test_deadly(name: str, tmp_path: Path) -> None:
     with Victim(tmp_path) as victim:
-        assert victim.suffer(name, on_worker=name in DEADLY[::2]) == b""
+        victim.secret.chmod(0o600)
+        assert victim.suffer(name, on_worker=name in DEADLY[::2]) == "no answer"
         assert victim.wait() == -signal.SIGSYS
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "ctrl",
-        "data",
-        "log",
-        "secret",
-        "state",
-    ]
+        assert unharmed(victim)
 
 
 @pytest.mark.parametrize("action", ["none", "log"])
 def test_no_sandbox_on_request(action: str, tmp_path: Path) -> None:
     """Also shows that the attacks are some."""
+    wanted = {name: attack.outside for name, attack in ATTACKS.items() if attack.outside}
     with Victim(tmp_path, "--seccomp", f"action={action}") as victim:
-        for name in ("read", "list", "write", "code", "pair", "program", "thread", "kill"):
-            assert victim.suffer(name) == b"done", name
-        assert victim.suffer("connect-tcp") == b"refused: ECONNREFUSED"
+        found = {name: victim.suffer(name) for name in wanted}
+    assert {name: found[name] for name in wanted if found[name] not in wanted[name]} == {}
+
+
+DANGEROUS = {"vhangup", "fork", "vfork", "rt_sigreturn", "reboot"}
+
+
+def test_every_system_call() -> None:
+    """Whatever is not in the list of what serving takes is refused, or the end."""
+    left_out = CALLS | UNFILTERED
+    inside = sweep("kill", left_out=left_out)
+    assert {name: answer for name, answer in inside.items() if answer not in {0, -31}} == {}
+    # Without a sandbox most of them are answered otherwise.
+    outside = sweep("none", left_out=left_out | DANGEROUS)
+    assert sum(answer > 0 for answer in outside.values()) > 150
+
+
+def test_what_it_still_can(tmp_path: Path) -> None:
+    """The whole list, as the documents have it."""
+    with Victim(tmp_path) as victim:
+        victim.secret.chmod(0o600)
+        assert {name: victim.suffer(name) for name in STILL} == dict.fromkeys(STILL, "done")
+        assert unharmed(victim)
 
 
 def status_of(pid: int) -> list[dict[str, str]]:
@@ -98,6 +153,72 @@ def test_every_thread_has_no_rights(tmp_path: Path) -> None:
     for thread in threads:
         assert {thread[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
         assert (thread["NoNewPrivs"], thread["Seccomp"]) == ("1", "2")
+
+
+@pytest.mark.parametrize("flags", [s.RUNNING, s.NOT_NEED_INIT, ()], ids=["startup", "on", "off"])
+def test_no_state_is_touched_outside_the_sandbox(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """A state that somebody has prepared meets libtpms where it can do nothing."""
+    told = tmp_path / "told"
+    with open(told, "w") as file, redirected_errors(file):
+        server = s.Server(tmp_path, *flags, program=WITNESS)
+    with server:
+        assert flags or server.init() == 0
+        assert server.request(s.STORE_VOLATILE) in {s.u32(0), s.u32(9)}
+    lines = told.read_text().splitlines()
+    assert "libtpms: in the sandbox" in lines
+    assert "state: in the sandbox" in lines
+    assert set(lines) == {"libtpms: in the sandbox", "state: in the sandbox"}
+
+
+def test_no_state_is_touched_outside_the_sandbox_to_print_facts(tmp_path: Path) -> None:
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path}", "--print-info", "1"]
+    done = s.run_swtpm(*words, program=WITNESS)
+    assert done.returncode == 0
+    assert '"TPMSpecification"' in done.stdout
+    assert set(done.stderr.splitlines()) == {
+        "libtpms: in the sandbox",
+        "state: in the sandbox",
+    }
+
+
+@contextlib.contextmanager
+def redirected_errors(file: IO[str]) -> Iterator[None]:
+    """What is started within writes its errors there."""
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def test_a_state_file_that_is_not_there_yet_opens_no_folder(tmp_path: Path) -> None:
+    """QEMU's way: the TPM is switched on later, in the sandbox."""
+    secret = tmp_path / "secret"
+    secret.touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "thesis").touch()
+    state = f"backend-uri=file://{tmp_path / 'tpm.state'}"
+    with s.Server(tmp_path, "--tpmstate", state, program=subverted(str(secret))) as server:
+        assert server.init() == 0
+        with server.data() as client:
+            for name in ("read-neighbour", "append", "write", "list", "rename", "remove-below"):
+                client.send(attack(name))
+                assert client.socket.recv(100) == b"refused: EACCES", name
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+    assert (tmp_path / "tpm.state").stat().st_size > 0
+
+
+def test_a_link_in_place_of_the_state_file_opens_nothing(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("none of its business")
+    (tmp_path / "tpm.state").symlink_to(secret)
+    state = f"backend-uri=file://{tmp_path / 'tpm.state'}"
+    with s.Server(tmp_path, "--tpmstate", state, *s.NOT_NEED_INIT) as server:
+        assert server.wait() == 1
+        assert "is a symbolic link" in server.log_text()
+    assert secret.read_text() == "none of its business"
 
 
 @needs_root

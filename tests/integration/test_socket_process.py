@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -84,15 +86,21 @@ def test_daemon_that_cannot_start_tells_its_caller(tmp_path: Path) -> None:
     assert not (tmp_path / "pid").exists()
 
 
-def test_inherited_descriptors_stay_open(tmp_path: Path) -> None:
+_LOCKED_FIRST = (
+    "import fcntl, os, sys; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX);"
+    " os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def test_a_file_that_the_caller_has_locked_stays_so(tmp_path: Path) -> None:
     """libvirt looks whether its locked pid file still is."""
     with open(tmp_path / "held", "w") as held:
         fd = held.fileno()
-        server = Server(tmp_path, *RUNNING, pass_fds=[fd])
-    with server:
-        server.request(s.GET_CAPABILITY, size=8)
-        link = os.readlink(f"/proc/{server.process.pid}/fd/{fd}")
-        assert link == str(tmp_path / "held")
+        program = (sys.executable, "-c", _LOCKED_FIRST, str(fd), *s.OURS)
+        with Server(tmp_path, *RUNNING, pass_fds=[fd], program=program) as server:
+            assert server.request(s.GET_CAPABILITY, size=8)
+            with pytest.raises(BlockingIOError):
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_sockets_listen_before_the_state_is_looked_at(tmp_path: Path) -> None:

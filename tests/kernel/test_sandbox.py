@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,43 +12,64 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.test_sandbox import (  # noqa: F401  the same tests on another kernel
+    DEADLY,
+    SURVIVED,
+    test_a_state_file_that_is_not_there_yet_opens_no_folder,
     test_another_root,
-    test_deadly,
+    test_every_system_call,
     test_every_thread_has_no_rights,
     test_refused,
     test_runs_as_another_user,
 )
+from tests.integration.test_sandbox_start import (  # noqa: F401
+    test_an_orderly_end_removes_sockets_and_pid_file,
+    test_what_the_caller_left_open_is_closed,
+    test_who_is_killed_leaves_no_socket_and_no_process,
+)
 from tests.support import sockets as s
-from tests.support.attacks import REFUSED, attack, subverted
+from tests.support.attacks import ATTACKS, WITNESS, attack, subverted
+from tests.support.commands import get_random
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.service import landlock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 NAME = "vtpm-attacked"
+
+
+@contextlib.contextmanager
+def started(folder: Path, program: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A TPM on CUSE, whose device is there."""
+    words = ["cuse", "-n", NAME, "--tpm2", "--tpmstate", f"dir={folder / 'state'}"]
+    words += ["--log", f"file={folder / 'log'}", "--flags", "startup-clear", "--foreground"]
+    with subprocess.Popen(
+        [*program, *words], env=s.environment(), stderr=subprocess.PIPE
+    ) as process:
+        try:
+            wait_until(Path(f"/dev/{NAME}").exists, "the device is there", process=process)
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
 def victim(tmp_path: Path, cuse: None) -> Iterator[subprocess.Popen[bytes]]:
     """A subverted TPM on CUSE."""
-    (tmp_path / "secret").touch()
-    words = ["cuse", "-n", NAME, "--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}"]
-    process = subprocess.Popen(
-        [*subverted(str(tmp_path / "secret")), *words, "--flags", "startup-clear", "--foreground"],
-        env=s.environment(),
-    )
-    wait_until(Path(f"/dev/{NAME}").exists, "the device is there", process=process)
-    yield process
-    process.kill()
-    process.wait()
+    for name in ("secret", "spare"):
+        (tmp_path / name).touch()
+    for name in ("folder", "folder2", "below"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "below" / "thesis").touch()
+    with started(tmp_path, subverted(str(tmp_path / "secret"))) as process:
+        yield process
 
 
-def suffer(name: str) -> bytes:
+def suffer(name: str) -> str:
     device = os.open(f"/dev/{NAME}", os.O_RDWR)
     try:
         os.write(device, attack(name))
-        return os.read(device, 100)
+        return os.read(device, 1000).decode().removeprefix("refused: ")
     finally:
         os.close(device)
 
@@ -57,14 +79,36 @@ def test_this_kernel_has_landlock() -> None:
 
 
 def test_refused_on_cuse(victim: subprocess.Popen[bytes]) -> None:
-    for name, error in REFUSED.items():
-        assert suffer(name) == f"refused: {error}".encode(), name
-    assert suffer("nothing") == b"done"
+    found = {name: suffer(name) for name in SURVIVED}
+    assert found == {name: ATTACKS[name].inside for name in SURVIVED}
+    assert suffer("nothing") == "done"
     victim.send_signal(signal.SIGTERM)
     assert victim.wait(PATIENCE_SECONDS) == 0
 
 
-def test_deadly_on_cuse(victim: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("name", DEADLY[::4])  # all of them over sockets
+def test_deadly_on_cuse(name: str, victim: subprocess.Popen[bytes]) -> None:
     with pytest.raises(OSError, match=r"abort|not connected|No such device|I/O error"):
-        suffer("exec")
+        suffer(name)
     assert victim.wait(PATIENCE_SECONDS) == -signal.SIGSYS
+
+
+def test_no_state_is_touched_outside_the_sandbox_on_cuse(tmp_path: Path, cuse: None) -> None:
+    with started(tmp_path, WITNESS) as process:
+        with open(f"/dev/{NAME}", "rb+", buffering=0) as device:
+            device.write(get_random(8))
+            assert len(device.read(100)) == 20
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=PATIENCE_SECONDS)
+    assert set(told.decode().splitlines()) == {
+        "libtpms: in the sandbox",
+        "state: in the sandbox",
+    }
+
+
+def test_no_process_is_left_beside_a_device(tmp_path: Path, cuse: None) -> None:
+    """It has no file to remove, and so nothing that removes any."""
+    with started(tmp_path, s.OURS) as process:
+        assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 0

@@ -9,13 +9,11 @@ import pytest
 from tests.support import sockets as s
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.storage import locations, open_store
-from vtpm_cuse.storage.locations import Access, Location
+from vtpm_cuse.storage.locations import Location
 from vtpm_cuse.storage.memory import MemoryStore
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-ALL = Access.FLUSH | Access.FILES | Access.MAKE | Access.REMOVE
 
 
 @pytest.mark.parametrize(
@@ -52,14 +50,11 @@ def test_what_is_needed(tmp_path: Path) -> None:
     file = tmp_path / "state.bin"
     directory = locations.parse(f"dir://{tmp_path}/state")
     assert (directory.folder, directory.folder_to_make) == (f"{tmp_path}/state",) * 2
-    assert directory.access() == {f"{tmp_path}/state": ALL}
     linear = locations.parse(f"file://{file}")
     assert (linear.folder, linear.folder_to_make) == (str(tmp_path), "")
-    assert linear.access() == {str(tmp_path): Access.FLUSH | Access.FILES | Access.MAKE}
     file.touch()
-    assert linear.access() == {str(tmp_path): Access.FLUSH, str(file): Access.FILES}
     memory = locations.parse("mem://")
-    assert (memory.folder, memory.folder_to_make, memory.access()) == ("", "", {})
+    assert (memory.folder, memory.folder_to_make) == ("", "")
 
 
 def test_state_in_memory() -> None:

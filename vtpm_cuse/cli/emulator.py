@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 def info_of_state(line: CommandLine, flags: int) -> str | None:
     """``--print-info`` of the TPM that *line* describes; None after an error that was said."""
-    return prints.info_of_state(flags, settings.vtpm_config(line))
+    process = settings.process_config(line, background=False)
+    return prints.info_of_state(flags, settings.vtpm_config(line), process)
 
 
 def run_emulator(

@@ -329,6 +329,13 @@ OPTIONS: Final[Sequence[Option]] = (
                 "kill would refuse; none makes no sandbox",
                 metavar="ACTION",
             ),
+            SubOption(
+                "landlock",
+                "require ends the program where the kernel has no Landlock, without which all "
+                "files of its user stay open to it; try (the default) says so in the log and "
+                "serves; only with action=kill",
+                metavar="try|require",
+            ),
         ),
     ),
     Option("migration", "", metavar="WHAT", available=False, interfaces=ALL - STREAMS),

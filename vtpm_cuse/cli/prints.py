@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.cli.commandline import CommandLine
     from vtpm_cuse.cli.table import Program
     from vtpm_cuse.engine.base import Engine
-    from vtpm_cuse.service.config import VtpmConfig
+    from vtpm_cuse.service.config import ProcessConfig, VtpmConfig
 
 _FEATURES: Final = 0x04
 _ALGORITHMS: Final = 0x08
@@ -78,20 +78,25 @@ def info(flags: int, *, tpm2: bool) -> str:
     return bare_engine(tpm2=tpm2).info(flags) + "\n"
 
 
-def info_of_state(flags: int, config: VtpmConfig) -> str | None:
+def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str | None:
     """``--print-info``. With a state location of the TPM there, which is made if there is none.
 
-    None after an error that was said already.
+    From then on this process is in the sandbox. None after an error that was said already.
 
     Raises:
         VtpmError: There is no such TPM to be had.
     """
     if config.state is None:
         return info(flags, tpm2=config.tpm2)
+    from vtpm_cuse.service import sandbox, seccomp
     from vtpm_cuse.service.compose import make_vtpm
 
     vtpm = make_vtpm(config)
     try:
+        rules = seccomp.make_filter(process.seccomp, sockets=False)
+        sandbox.restrict(process, sandbox.state_paths(config.state))
+        if rules is not None:
+            rules.load()
         vtpm.start()
         return vtpm.info(flags) + "\n"
     except PtmError:  # said by the vTPM itself

@@ -15,6 +15,7 @@ from vtpm_cuse.service.config import (
     ChardevConfig,
     CuseConfig,
     FuseConfig,
+    LandlockUse,
     LocalityConfig,
     LogConfig,
     PcapConfig,
@@ -133,6 +134,7 @@ def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
         pid=pid_config(line),
         runas=user(line),
         seccomp=_seccomp_action(line),
+        landlock=_landlock_use(line),
     )
 
 
@@ -168,6 +170,18 @@ def _seccomp_action(line: CommandLine) -> SeccompAction:
         if action in {known, None}:
             return known
     raise line.error(f"Unsupported seccomp log action {action}")
+
+
+def _landlock_use(line: CommandLine) -> LandlockUse:
+    given = line.subs("seccomp")
+    use = given.text("landlock") if given else None
+    if use in {"try", None}:
+        return "try"
+    if use != "require":
+        raise line.error(f"Unsupported seccomp landlock value {use}")
+    if _seccomp_action(line) != "kill":
+        raise line.error("landlock=require needs action=kill: no other action uses Landlock")
+    return "require"
 
 
 def vtpm_config(line: CommandLine) -> VtpmConfig:

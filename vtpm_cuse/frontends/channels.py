@@ -35,16 +35,17 @@ class Channels:
     terminate: bool = False
     control_terminate: bool = False
     _reserve: int = -1
-    _own: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _own: dict[str, tuple[int, int] | None] = field(default_factory=dict)
 
     def own(self, path: str) -> None:
         """The path of a bound socket, to be removed in the end if it is still this one."""
         self._own[path] = _identity(path)
 
-    @property
-    def paths(self) -> list[str]:
-        """The paths that `close` removes."""
-        return list(self._own)
+    def give_up_paths(self) -> list[str]:
+        """The paths that `close` would remove: from now on they are somebody else's to remove."""
+        paths = [path for path, identity in self._own.items() if _identity(path) == identity]
+        self._own.clear()
+        return paths
 
     def regain_reserve(self) -> None:
         """Keeps a descriptor, if it can, for the connection that comes when there is none left."""
@@ -81,6 +82,9 @@ class Channels:
                 stream.close()
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
     return status.st_dev, status.st_ino

@@ -48,6 +48,7 @@ class CharDevice:
     def __init__(self, fd: int) -> None:
         """Takes *fd* over."""
         self._fd = fd
+        os.set_inheritable(fd, False)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -173,5 +174,4 @@ def make_proxy_device(*, tpm2: bool) -> tuple[ProxyDevice, VtpmProxyNewDev]:
     finally:
         os.close(control)
     made = VtpmProxyNewDev.unpack_untrusted(argument, HOST)
-    os.set_inheritable(made.fd, False)
     return ProxyDevice(made.fd), made

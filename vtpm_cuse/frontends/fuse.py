@@ -124,6 +124,7 @@ class FuseMount:
         if not fds:
             raise FrontendError(f"{_FUSERMOUNT} gave no descriptor of the mount")
         self.fd = fds[0]
+        os.set_inheritable(self.fd, False)  # Python's recv_fds() forgets its flags
         os.set_blocking(self.fd, False)
         if self._keeper is not None:
             self._keeper.note((_mounted_on(self._folder) or "").encode())

@@ -17,6 +17,7 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 _CAP_DAC_OVERRIDE: Final = 1
 _CAP_FOWNER: Final = 3
 _PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITIES_MAX: Final = 64
@@ -42,8 +43,19 @@ def drop_capabilities(needed: Iterable[str]) -> None:
         _set_capabilities(libc, effective=0, permitted=0)
 
 
+def gain_nothing() -> None:
+    """No program and no file gives this process rights that it has not. Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+
+
 def _is_ours(path: str) -> bool:
-    """Whether *path*, and the files that a directory holds, can be written to without capabilities."""
+    """Whether *path*, and the files that a directory holds, can be written to without capabilities.
+
+    What is not there is nobody's.
+    """
+    if not os.path.lexists(path):
+        return True
     try:
         # Files alone: a folder in it may be our own FUSE mount, which nobody serves yet.
         inside = list(os.scandir(path)) if os.path.isdir(path) else []

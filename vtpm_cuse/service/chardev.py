@@ -49,6 +49,8 @@ def run(config: ChardevConfig, announce: Callable[[str], None]) -> int:
 
 
 class _Chardev(life.Interface):
+    sockets = True
+
     def __init__(self, config: ChardevConfig, announce: Callable[[str], None]) -> None:
         self._config = config
         self._announce = announce
@@ -94,8 +96,8 @@ class _Chardev(life.Interface):
     def withdraw(self) -> None:
         self._channels.withdraw()
 
-    def paths_to_remove(self) -> list[str]:
-        return self._channels.paths
+    def give_up_paths(self) -> list[str]:
+        return self._channels.give_up_paths()
 
     def close(self) -> None:
         self._channels.close()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 StartupKind = Literal["none", "clear", "state", "deactivated"]
 SeccompAction = Literal["kill", "log", "none"]
+LandlockUse = Literal["try", "require"]
 
 
 class User(NamedTuple):
@@ -76,6 +77,7 @@ class ProcessConfig:
         runas: Whom it runs as once it has what needs the caller's privileges.
         seccomp: What becomes of a process that leaves its sandbox: "kill" ends it, "log" has the
             kernel write it down, "none" makes no sandbox.
+        landlock: "require" does not serve where the kernel has no Landlock for the sandbox.
     """
 
     background: bool = False
@@ -83,6 +85,7 @@ class ProcessConfig:
     pid: PidConfig | None = None
     runas: User | None = None
     seccomp: SeccompAction = "kill"
+    landlock: LandlockUse = "try"
 
 
 @dataclass(frozen=True, slots=True)

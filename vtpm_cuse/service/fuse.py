@@ -53,10 +53,10 @@ class _FuseFile(life.Interface):
 
         _ = attributes, ptm, device, fuse
         time.localtime()  # reads the time zone, which the log of recent messages shows
+        # Last, and yet before the TPM is on, for which a client who is quick waits.
+        self._mount.mount()
 
     async def appear(self) -> None:
-        """The mount comes last: before, a client would wait for the TPM's start."""
-        self._mount.mount()
         await self._mount.answer_init()
         log.info("The TPM is %s/%s.", self._config.mount, self._config.name)
 

@@ -6,6 +6,7 @@ By system call: the C library has no functions for it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from typing import TYPE_CHECKING, Final
@@ -32,13 +33,26 @@ TRUNCATE: Final = 1 << 14
 _FILE_RIGHTS: Final = ((1, 13), (2, 14), (3, 15), (5, 16))
 _NET_VERSION: Final = 4
 _NET_RIGHTS: Final = 0b11
+_MISSING: Final = {
+    errno.ENOSYS: "this kernel has none",
+    errno.EOPNOTSUPP: "it is not among the kernel's lsm= modules",
+    errno.EPERM: "this process may not use it, perhaps because of a container's filter",
+}
 _SCOPE_VERSION: Final = 6
 _SCOPES: Final = 0b11
 
 
+class LandlockMissing(Exception):
+    """The kernel has no Landlock, or this process may not use it; the text says which."""
+
+
 def version() -> int:
-    """Of the kernel's Landlock; 0 where there is none."""
-    return max(0, _call(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION))
+    """Of the kernel's Landlock. Raises LandlockMissing."""
+    found = _call(_SYS_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+    if found > 0:
+        return found
+    reason = _MISSING.get(ctypes.get_errno()) or os.strerror(ctypes.get_errno())
+    raise LandlockMissing(reason)
 
 
 def restrict(paths: Mapping[str, int]) -> None:
@@ -48,6 +62,7 @@ def restrict(paths: Mapping[str, int]) -> None:
     not there now is refused as well. Needs no-new-privileges.
 
     Raises:
+        LandlockMissing: Nothing is restricted.
         OSError: The kernel refuses.
     """
     abi = version()

@@ -1,7 +1,8 @@
 """The life of a process that serves a vTPM, the same for every interface.
 
-Acquire, drop privileges, sandbox, serve. An interface says what it does at each step as a
-subclass of `Interface`; `run` sees to the order, to background, signals and pid file, and to an
+Acquire, drop privileges, sandbox, power on, serve: whoever takes over libtpms by a state that he has
+prepared finds himself in the sandbox. An interface says what it does at each step as a subclass of
+`Interface`; `run` sees to the order, to background, signals and pid file, and to an
 end that leaves state and lock free for a successor.
 """
 
@@ -14,11 +15,13 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from vtpm_cuse import faults
 from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
 from vtpm_cuse.service import notify
 from vtpm_cuse.service.config import Exits
 from vtpm_cuse.service.daemon import run_in_background
 from vtpm_cuse.service.pidfile import PidFile
+from vtpm_cuse.service.remover import Remover
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class Interface:
     exits = Exits()
     give_up: Callable[[], None]
     """For `serve`: gives up what a successor needs, before a requested end is answered."""
+    sockets = False
+    """Whether it accepts clients on sockets."""
 
     def open(self) -> None:
         """Opens what needs the caller's privileges, such as a device.
@@ -53,10 +58,10 @@ class Interface:
         """
 
     def load(self) -> None:
-        """Imports all that the later steps take: nothing can be imported in the sandbox."""
+        """Does the last of what the sandbox refuses: it imports and starts what later steps take."""
 
     async def appear(self) -> None:
-        """Shows the device, if that takes a TPM which is there and on.
+        """Shows the device, in the sandbox, if that takes a TPM which is there and on.
 
         Raises:
             VtpmError: It cannot be made.
@@ -80,12 +85,12 @@ class Interface:
     def close(self) -> None:
         """Gives up everything; may be called at any time, and again.
 
-        In the end it is called within the sandbox: it can close, remove `paths_to_remove`, and
-        start nothing.
+        In the end it is called within the sandbox: it can close, and neither remove nor start
+        anything.
         """
 
-    def paths_to_remove(self) -> list[str]:
-        """The files that `close` removes."""
+    def give_up_paths(self) -> list[str]:
+        """The sockets that `close` would remove; it no longer does, a `Remover` will."""
         return []
 
     def confirm(self) -> None:
@@ -131,36 +136,42 @@ class _Life:
         self._process = process
         self._config = config
         self._pid_file = PidFile(process.pid, interface.exits.pid)
+        self._remover = Remover(
+            config.state.location.folder_to_make or None if config.state else None
+        )
 
     def live(self, ready: Callable[[], None]) -> int:
         """From acquiring to the end; returns the exit status. *ready* is called in between."""
         gc.disable()  # until the service runs: start-up makes no garbage, 8 of 90 ms
         try:
             with contextlib.ExitStack() as stack:
+                # Goes last: then interface, state and lock are a successor's to take.
+                stack.callback(self.remove_files)
                 stack.callback(self._interface.close)
                 self._acquire()
 
                 import trio
 
-                from vtpm_cuse.service.compose import make_vtpm, power_on
+                from vtpm_cuse.service.compose import make_vtpm
 
                 vtpm = make_vtpm(self._config)
                 stack.callback(vtpm.close)
                 self._interface.load()
-                if power_on(vtpm, self._config):
-                    trio.run(self._serve, vtpm, ready)
+                trio.run(self._serve, vtpm, ready)
                 if vtpm.state_lost:  # PEER: ends with status 0
                     raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
         except PtmError:  # said by the vTPM itself
             return self._interface.exits.start
         except VtpmError as exc:
-            from vtpm_cuse import faults
-
             log.error("%s", exc)
             return faults.exit_status(exc)
         finally:
             gc.enable()
         return 0
+
+    def remove_files(self) -> None:
+        """Removes sockets and pid file, and returns when that is done; again is harmless."""
+        self._remover.end(pid_files=self._pid_file.ours)
 
     def _acquire(self) -> None:
         notify.connect()
@@ -174,53 +185,62 @@ class _Life:
             become(user, self._interface.exits)
         # Before anything that takes time: who polls for a socket need not wait.
         self._interface.acquire()
+        self._pid_file.open(None)
+        pid_file = self._pid_file
+        self._remover.start(self._interface.give_up_paths(), pid_file.paths, pid_file.fd)
 
     async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
         import trio
 
+        from vtpm_cuse.service.compose import power_on
         from vtpm_cuse.service.signals import ending_signals
 
-        interface = self._interface
-        await interface.appear()
+        worker = self._enter_sandbox()
+        self._interface.give_up = functools.partial(self._give_up, vtpm)
         scope = trio.CancelScope()
-        # Signals first: who finds the pid file may send one.
-        with ending_signals(scope.cancel), self._pid_file.written():
-            worker = self._enter_sandbox()
-            interface.give_up = functools.partial(self._give_up, vtpm)
+        try:
             vtpm.work_beside(worker.beside)
-            try:
-                with scope:
-                    gc.freeze()  # what start-up made stays
-                    gc.enable()
+            if power_on(vtpm, self._config):
+                # Signals first: who sees the device, or finds the pid file, may send one.
+                with ending_signals(scope.cancel), scope:
+                    await self._serve_running(vtpm, worker, ready)
+        finally:
+            worker.close()
+            vtpm.close()
+            self._interface.close()
 
-                    def announce() -> None:
-                        notify.ready()
-                        ready()
+    async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        await self._interface.appear()
+        self._pid_file.write(self._remover.write_pid)
+        gc.freeze()  # what start-up made stays
+        gc.enable()
 
-                    await interface.serve(vtpm, worker, announce)
-            finally:
-                notify.stopping()
-                worker.close()
-                vtpm.close()
-                interface.close()
+        def announce() -> None:
+            notify.ready()
+            ready()
+
+        try:
+            await self._interface.serve(vtpm, worker, announce)
+        finally:
+            notify.stopping()
 
     def _give_up(self, vtpm: Vtpm) -> None:
         """The pid file goes last: then names, state and lock are a successor's to take."""
         vtpm.close()
         self._interface.withdraw()
-        self._pid_file.remove()
+        self.remove_files()
 
     def _enter_sandbox(self) -> Worker:
         from vtpm_cuse.device.worker import Worker
         from vtpm_cuse.service import sandbox, seccomp
 
         process, interface = self._process, self._interface
-        removed = [*self._pid_file.paths, *interface.paths_to_remove()]
         try:
-            rules = seccomp.make_filter(process.seccomp)
-            sandbox.restrict(process, sandbox.allowed_paths(self._config.state, removed))
+            rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
+            sandbox.restrict(process, sandbox.state_paths(self._config.state))
             worker = Worker()  # restricted as this thread is, and the last that is started
             try:
+                sandbox.forbid_threads(process)
                 if rules is not None:
                     rules.load()
             except BaseException:

@@ -84,6 +84,7 @@ def inherit(fd: int, *, listening: bool) -> socket.socket:
     except OSError as exc:
         raise UsageError(f"Cannot use file descriptor {fd}: {exc.strerror}") from exc
     sock.setblocking(False)
+    sock.set_inheritable(False)  # taken over
     _prepare_network(sock)
     return sock
 
@@ -133,7 +134,8 @@ def _remove_leftover(path: str) -> None:
         return
     if _is_served(path):
         raise UsageError(f"{path} is in use by another process")
-    os.unlink(path)
+    with contextlib.suppress(FileNotFoundError):  # what clears up after that process was faster
+        os.unlink(path)
 
 
 def _is_served(path: str) -> bool:

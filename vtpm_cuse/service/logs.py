@@ -195,4 +195,6 @@ def _writable(fd: int) -> int:
         raise UsageError(f"Could not log to file descriptor {fd}: {exc.strerror}") from exc
     if access == os.O_RDONLY:
         raise UsageError(f"Could not log to file descriptor {fd}: it is open for reading only")
+    if fd > _STDERR:
+        os.set_inheritable(fd, False)  # taken over
     return fd

@@ -10,13 +10,13 @@ from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.files import open_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from vtpm_cuse.service.config import PidConfig
 
 
 class PidFile:
-    """The file to come; `open` may need privileges that `written` has no more.
+    """The file to come; `open` may need privileges that `write` has no more.
 
     Args:
         config: Where; None for nowhere.
@@ -26,49 +26,37 @@ class PidFile:
     def __init__(self, config: PidConfig | None, exit_status: int) -> None:
         self._exit_status = exit_status
         self._path = config.path if config else None
-        self._fd = -1 if config is None or config.fd is None else config.fd
-        self.paths = _path_of(self._fd) if self._path is None else [os.path.abspath(self._path)]
+        self.fd = -1 if config is None or config.fd is None else config.fd
+        """Open once `open` has been called; -1 where there is to be no pid file."""
+        self.paths = _path_of(self.fd) if self._path is None else [os.path.abspath(self._path)]
         """What is removed at the end."""
+        self.ours = False
+        """Whether it has been made, or written to, and so is to be removed."""
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        if self._path is not None:
+        if self._path is not None and self.fd < 0:
             with self._errors():
-                self._fd = open_for(self._path, flags, 0o644, owner)
+                self.ours = not os.path.lexists(self._path)
+                self.fd = open_for(self._path, flags, 0o644, owner)
+        elif self.fd >= 0:
+            with contextlib.suppress(OSError):  # said when it is written to
+                os.set_inheritable(self.fd, False)
 
-    @contextlib.contextmanager
-    def written(self) -> Iterator[None]:
-        """While entered, the process id is in the file; then it is removed.
-
-        Raises:
-            UsageError: It cannot be written.
-        """
-        if self._fd < 0:
-            self.open(None)
-        if self._fd >= 0:
+    def write(self, put: Callable[[], None]) -> None:
+        """Has *put* write the process id there, to `fd`. Raises UsageError: It cannot be written."""
+        if self.fd >= 0:
+            self.ours = True
             with self._errors():
-                os.ftruncate(self._fd, 0)
-                os.write(self._fd, b"%d" % os.getpid())
-        if self._path is not None:
-            os.close(self._fd)
-        try:
-            yield
-        finally:
-            self.remove()
-
-    def remove(self) -> None:
-        """Once: what is there later is a successor's."""
-        while self.paths:
-            with contextlib.suppress(OSError):
-                os.unlink(self.paths.pop())
+                put()
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as exc:
-            target = self._fd if self._path is None else self._path
+            target = self.fd if self._path is None else self._path
             reason = f"Could not write pid file {target}: {exc.strerror}"
             raise UsageError(reason, self._exit_status) from exc
 

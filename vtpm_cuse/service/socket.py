@@ -27,6 +27,7 @@ def run(config: SocketConfig) -> int:
 
 
 class _Sockets(life.Interface):
+    sockets = True
     _channels: Channels
 
     def __init__(self, config: SocketConfig) -> None:
@@ -51,8 +52,8 @@ class _Sockets(life.Interface):
     def withdraw(self) -> None:
         self._channels.withdraw()
 
-    def paths_to_remove(self) -> list[str]:
-        return self._channels.paths
+    def give_up_paths(self) -> list[str]:
+        return self._channels.give_up_paths()
 
     def close(self) -> None:
         self._undo.close()

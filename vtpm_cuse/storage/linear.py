@@ -312,6 +312,8 @@ class LinearStore:
             if exc.errno != errno.ELOOP:
                 raise
             # /dev is full of links to block devices; a link to anything else is refused.
+            if not stat.S_ISBLK(os.stat(self._path).st_mode):
+                raise self._damaged("is a symbolic link") from None
             fd = os.open(self._path, flags & ~os.O_CREAT)
             devices_only = True
         kind = os.fstat(fd).st_mode

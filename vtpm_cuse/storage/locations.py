@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from enum import Flag, auto
 from typing import Final
 
 SCHEMES: Final = ("dir", "file", "mem")
 _WITH_PATH: Final = ("dir", "file")
-
-
-class Access(Flag):
-    """What a store does at a path; for a folder, with the files in it."""
-
-    FLUSH = auto()
-    """Opens the folder, to put its names on the disk."""
-    FILES = auto()
-    """Reads, writes and cuts files."""
-    MAKE = auto()
-    REMOVE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +34,6 @@ class Location:
     def folder_to_make(self) -> str:
         """The folder that a program may make for the state alone; empty where there is none."""
         return self.path if self.scheme == "dir" else ""
-
-    def access(self) -> dict[str, Access]:
-        """What a sandbox has to allow, by path; looks whether a file is there."""
-        if self.scheme == "dir":
-            return {self.path: Access.FLUSH | Access.FILES | Access.MAKE | Access.REMOVE}
-        if self.scheme != "file":
-            return {}
-        if os.path.exists(self.path):
-            return {self.folder: Access.FLUSH, self.path: Access.FILES}
-        return {self.folder: Access.FLUSH | Access.FILES | Access.MAKE}
 
 
 def parse(uri: str) -> Location:

@@ -1,0 +1,158 @@
+"""Writes the pid file, and removes it and the sockets in the end.
+
+A process of its own does that where the files are not in the state's folder. Landlock knows rights
+of whole folders only, and the folder of a socket may be /run, or somebody's home: whoever serves may
+remove nothing there. Nor may he write another number into the pid file, by which others are killed.
+He can tell that process when; what it does was settled before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.frontends.keeper import settle_down
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_WRITE: Final = b"W"
+_REMOVE_SOCKETS: Final = b"S"
+_REMOVE_ALL: Final = b"A"
+_HELD: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _File(NamedTuple):
+    """To be removed if it still is what *held* is: while that is open, its number is no other's."""
+
+    path: str
+    held: int
+    is_pid_file: bool
+
+
+class Remover:
+    """Removes files at `end`.
+
+    When who serves is killed, the process that there may be removes the sockets all the same. Not a
+    pid file: a successor may have begun to write to that very file.
+
+    Args:
+        own_folder: The state's, where who serves can do all this himself.
+    """
+
+    def __init__(self, own_folder: str | None) -> None:
+        self._own_folder = own_folder
+        self._near: list[_File] = []
+        self._pid_fd = -1
+        self._orders = self._answers = -1
+
+    def start(self, sockets: Iterable[str], pid_files: Iterable[str], pid_fd: int) -> None:
+        """From now on these are this one's to remove, and *pid_fd* (-1 for none) to write to."""
+        files = [*_hold(sockets, is_pid_file=False), *_hold(pid_files, is_pid_file=True)]
+        self._near = [file for file in files if self._is_near(file.path)]
+        self._pid_fd = pid_fd
+        if far := [file for file in files if file not in self._near]:
+            self._fork(far)
+
+    def _is_near(self, path: str) -> bool:
+        if self._own_folder is None:
+            return False
+        folder = os.path.realpath(self._own_folder)
+        return os.path.realpath(os.path.dirname(path)) == folder
+
+    def _fork(self, files: list[_File]) -> None:
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
+        server = os.getpid()
+        handed_over = {orders, answers, *(file.held for file in files)}
+        if any(file.is_pid_file for file in files):
+            handed_over.add(self._pid_fd)
+        if os.fork() == 0:
+            try:
+                settle_down(f"vtpm-remover: clears up after {server}", handed_over)
+                _restrict({os.path.dirname(file.path) for file in files})
+                _obey(orders, answers, files, self._pid_fd, server)
+            finally:
+                os._exit(0)
+        for fd in handed_over:
+            os.close(fd)
+        if self._pid_fd in handed_over:
+            self._pid_fd = -1
+
+    def write_pid(self) -> None:
+        """Puts the process id into the pid file. Raises OSError."""
+        if self._pid_fd >= 0:
+            _write(self._pid_fd, os.getpid())
+            os.close(self._pid_fd)
+            self._pid_fd = -1
+        elif number := self._ask(_WRITE):
+            raise OSError(number, os.strerror(number))
+
+    def end(self, *, pid_files: bool) -> None:
+        """Removes them, and returns when that is done; again is harmless."""
+        _remove(self._near, pid_files=pid_files)
+        for file in self._near:
+            os.close(file.held)
+        self._near.clear()
+        if self._orders >= 0:
+            self._ask(_REMOVE_ALL if pid_files else _REMOVE_SOCKETS)
+            os.close(self._orders)
+            os.close(self._answers)
+            self._orders = self._answers = -1
+
+    def _ask(self, order: bytes) -> int:
+        """The number of an error; nobody can tell of any when somebody has killed the process."""
+        if self._orders < 0:
+            return 0
+        try:
+            os.write(self._orders, order)
+        except BrokenPipeError:
+            return 0
+        return (os.read(self._answers, 1) or b"\0")[0]
+
+
+def _obey(orders: int, answers: int, files: list[_File], pid_fd: int, server: int) -> None:
+    while True:
+        order, error = os.read(orders, 1), 0  # nothing: it has ended
+        if order == _WRITE:
+            try:
+                _write(pid_fd, server)
+            except OSError as exc:
+                error = exc.errno or 0
+        else:
+            _remove(files, pid_files=order == _REMOVE_ALL)
+        if not order:
+            return
+        os.write(answers, bytes([error]))
+
+
+def _write(fd: int, process_id: int) -> None:
+    os.ftruncate(fd, 0)
+    os.write(fd, b"%d" % process_id)
+
+
+def _hold(paths: Iterable[str], *, is_pid_file: bool) -> list[_File]:
+    held = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            held.append(_File(path, os.open(path, _HELD), is_pid_file))
+    return held
+
+
+def _restrict(folders: set[str]) -> None:
+    from vtpm_cuse.service import capabilities, landlock
+
+    rights = dict.fromkeys(folders, landlock.REMOVE_FILE)
+    with contextlib.suppress(OSError, landlock.LandlockMissing):
+        capabilities.drop_capabilities(rights)
+        capabilities.gain_nothing()
+        landlock.restrict(rights)
+
+
+def _remove(files: list[_File], *, pid_files: bool) -> None:
+    for path, held, is_pid_file in files:
+        if is_pid_file <= pid_files:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(held), os.lstat(path)):
+                    os.unlink(path)
