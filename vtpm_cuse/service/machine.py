@@ -191,10 +191,11 @@ def _findings(machine: Machine) -> Iterator[Finding]:
 
 
 def _library() -> Finding:
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
     from vtpm_cuse.storage.memory import MemoryStore
 
     try:
+        from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
+
         engine = LibtpmsEngine(tpm2=True, nvram=MemoryStore())
         versions = " and ".join(sorted(supported_versions()))
     except EngineUnavailable as exc:
