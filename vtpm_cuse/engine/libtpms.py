@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SONAME = "libtpms.so.0"
+_NOWHERE = 0x7FFFFFFF  # a number that no descriptor can have
 _TPM_FAIL = 0x9
 _TPM_RETRY = 0x800
 
@@ -44,6 +45,9 @@ def _open_library() -> Libtpms:
         library: Libtpms = ffi.dlopen(_SONAME)
     except OSError as exc:
         raise EngineUnavailable(f"cannot load {_SONAME}", "apt-get install libtpms0") from exc
+    # Of itself libtpms writes to descriptor 2, at any level: the whole command after which it
+    # is in failure mode, with what is secret in it.
+    library.TPMLIB_SetDebugFD(_NOWHERE)
     return library
 
 
@@ -108,8 +112,8 @@ class LibtpmsEngine:
         return int(value[0])
 
     def set_debug(self, fd: int, level: int, prefix: str) -> None:
-        """Lets libtpms log to *fd*; level 0 is off."""
-        self._lib.TPMLIB_SetDebugFD(fd)
+        """Lets libtpms log to *fd*, secrets too; level 0 is off."""
+        self._lib.TPMLIB_SetDebugFD(fd if level else _NOWHERE)
         self._lib.TPMLIB_SetDebugLevel(level)
         self._lib.TPMLIB_SetDebugPrefix(os.fsencode(prefix))
 
