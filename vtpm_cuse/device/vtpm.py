@@ -11,8 +11,7 @@ import contextlib
 import errno
 import logging
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
@@ -70,8 +69,7 @@ _STATE_TYPES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class VtpmOptions:
+class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
