@@ -107,13 +107,15 @@ def _seal(addresses: Collection[int]) -> None:
             if _libc.mprotect(ctypes.c_void_p(mapping.start), ctypes.c_size_t(size), rights):
                 raise OSError(ctypes.get_errno(), "mprotect")
     if shared:
-        _replace_descriptors({inode for _, inode in shared})
+        _replace_descriptors(shared)
 
 
-def _replace_descriptors(inodes: set[str]) -> None:
+def _replace_descriptors(files: set[tuple[str, str]]) -> None:
     """Closes libffi's descriptor of its file; the number stays taken, for libffi remembers it."""
     with open(os.devnull, "rb") as nothing:
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
-                if str(os.fstat(int(name)).st_ino) in inodes:
+                found = os.fstat(int(name))
+                device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+                if (device, str(found.st_ino)) in files:
                     os.dup2(nothing.fileno(), int(name), inheritable=False)
