@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from dataclasses import fields
+from inspect import get_annotations
 from typing import Any
 
 import pytest
@@ -28,14 +28,14 @@ _BITS = {"B": 8, "H": 16, "I": 32, "Q": 64}
 
 def values_of(kind: type[WireStruct]) -> st.SearchStrategy[WireStruct]:
     strategies: dict[str, Any] = {}
-    for field in fields(kind):
-        code = field.type.__metadata__[0]  # type: ignore[union-attr]
+    for name, hint in get_annotations(kind).items():
+        code = hint.__metadata__[0]
         if not code:
-            strategies[field.name] = st.binary(max_size=kind.TAIL)
+            strategies[name] = st.binary(max_size=kind.TAIL)
         elif code == "i":
-            strategies[field.name] = st.integers(-(1 << 31), (1 << 31) - 1)
+            strategies[name] = st.integers(-(1 << 31), (1 << 31) - 1)
         else:
-            strategies[field.name] = st.integers(0, (1 << _BITS[code]) - 1)
+            strategies[name] = st.integers(0, (1 << _BITS[code]) - 1)
     return st.builds(kind, **strategies)
 
 

@@ -181,3 +181,14 @@ def test_wrong_command_line(arguments: list[str]) -> None:
     done = lab(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: lab ")
+
+
+@boots
+def test_no_command_runs_by_a_clock_that_is_wrong(tmp_path: Path) -> None:
+    """The frequency of the clock, which the guest guesses otherwise, is a tenth of the true one."""
+    words = "clocksource=tsc tsc_early_khz=100000"
+    done = lab("--append", words, "--scratch", tmp_path, "--", "touch", tmp_path / "made")
+    assert done.returncode == 125
+    assert done.stderr.count("; booting again") == 2
+    assert "its clock is wrong" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "made").exists()

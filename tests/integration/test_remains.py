@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import socket
 import subprocess
@@ -372,9 +371,7 @@ def test_missing_key_does_not_exchange_state_and_backup(tmp_path: Path) -> None:
         pass
     (state / "tpm2-00.permall").rename(state / "tpm2-00.permall.bak")
     (tmp_path / "encrypted").mkdir()
-    keyed = dataclasses.replace(
-        vtpm_of(tmp_path / "encrypted")[1], key=KeySource(file=str(tmp_path / "key"))
-    )
+    keyed = vtpm_of(tmp_path / "encrypted")[1]._replace(key=KeySource(file=str(tmp_path / "key")))
     vtpm = make_vtpm(keyed)
     vtpm.start()
     vtpm.close()

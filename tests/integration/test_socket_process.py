@@ -397,3 +397,17 @@ def test_secrets_are_not_logged(tmp_path: Path) -> None:
     assert " SWTPM_IO_Read: length " in log
     assert secret.decode() not in log
     assert secret.hex(" ").upper() not in log
+
+
+def test_a_start_runs_no_other_program(tmp_path: Path) -> None:
+    """Each costs as long as the whole start of a TPM in C."""
+    told = (
+        "import os, sys\n"
+        "from vtpm_cuse.cli.swtpm import main\n"
+        "sys.addaudithook(lambda name, _: name == 'subprocess.Popen' and os._exit(99))\n"
+        "sys.exit(main())\n"
+    )
+    with s.Server(tmp_path, *s.RUNNING, program=(sys.executable, "-c", told)) as server:
+        assert server.request(s.GET_CONFIG, size=8)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0

@@ -51,3 +51,8 @@ def test_shared_memory_terminals_and_random_numbers() -> None:
     os.close(main)
     os.close(other)
     assert len(os.getrandom(32, os.GRND_NONBLOCK)) == 32
+
+
+def test_the_clock_is_counted_by_the_machine_and_not_guessed() -> None:
+    source = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+    assert source.read_text() == "acpi_pm\n"

@@ -1,6 +1,6 @@
 """FUSE structures against the sizes and offsets of linux/fuse.h, protocol 7.38."""
 
-from dataclasses import fields
+from inspect import get_annotations
 
 import pytest
 
@@ -101,7 +101,7 @@ def test_offset(kind: type[WireStruct], field: str, offset: int, size: int) -> N
     data[offset : offset + size] = b"\xff" * size
     value = kind.unpack_untrusted(data, HOST)
     ones = -1 if field == "error" else (1 << 8 * size) - 1
-    for name in (declared.name for declared in fields(kind)):
+    for name in get_annotations(kind):
         expected = ones if name == field else b"" if name in {"info", "attr", "name"} else 0
         assert getattr(value, name) == expected, name
 

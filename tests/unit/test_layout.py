@@ -1,7 +1,6 @@
 """The declaration helper: one field list, two byte orders, nothing read beyond the bytes."""
 
 import sys
-from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -109,7 +108,7 @@ def test_empty_structure() -> None:
 
 
 def test_values_are_frozen() -> None:
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         MIXED.a = 2  # type: ignore[misc]
     assert not hasattr(MIXED, "__dict__")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,10 +13,12 @@ import pytest
 from vtpm_cuse.cli import swtpm_doctor
 from vtpm_cuse.engine import libtpms
 from vtpm_cuse.errors import EngineUnavailable
-from vtpm_cuse.service import machine
+from vtpm_cuse.service import flaws, machine
 from vtpm_cuse.service.machine import Diagnosis, Finding, Machine, State, diagnose
+from vtpm_cuse.storage.memory import MemoryStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ALL_CAPABILITIES = "CapEff:\t000001ffffffffff\n"
@@ -145,3 +150,80 @@ def test_both_forms_say_the_same(
     assert found["interfaces"]["socket"]["works"] is True
     assert swtpm_doctor.main(["extra"], "swtpm doctor") == 1
     assert "Unknown parameter 'extra'" in capsys.readouterr().err
+
+
+# -- known flaws of libtpms ---------------------------------------------------------------
+
+FLAW = flaws.Flaw(("CVE-1",), "a client can do harm", (0, 0, 0), ((0, 9, 7), (99, 10, 1)))
+CHANGELOG = "libtpms (%d.%d.%d-3) unstable; urgency=medium\n\n  * CVE-1 (Closes: #1)\n"
+
+
+def falls(_tpm: object) -> bool:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def cannot_be_tried(_tpm: object) -> bool:
+    raise ValueError
+
+
+def flaw_findings(made_up: MadeUp) -> list[tuple[str, str, str]]:
+    return [
+        (found.name, found.state, found.detail)
+        for found in diagnose(made_up).findings
+        if found.name in {"CVE-1", "known flaws"}
+    ]
+
+
+def test_the_flaws_of_this_libtpms_are_told_from_those_mended(made_up: MadeUp) -> None:
+    """What is installed where this runs is mended, and what can be tried was tried."""
+    for verdict in flaws.verdicts(made_up, (0, 9, 2)):
+        if verdict.flaw.tried:
+            assert (verdict.there, verdict.why) == (False, "it was tried"), verdict.flaw.names
+        else:
+            assert verdict.there is None, verdict.flaw.names
+    assert [verdict.flaw.names[0] for verdict in flaws.verdicts(made_up, (0, 10, 0))] == [
+        "CVE-2026-21444",
+        "CVE-2025-49133",
+    ]
+    assert not list(flaws.verdicts(made_up, (0, 10, 2)))
+
+
+@pytest.mark.parametrize(
+    ("tried", "state", "said"),
+    [
+        (falls, "flawed", "in this libtpms (it was tried): a client can do harm; mended in"),
+        (lambda _: True, "flawed", "in this libtpms (it was tried): a client can do harm"),
+        (lambda _: False, "ok", "mended in this libtpms: CVE-1 (it was tried)"),
+        (cannot_be_tried, "flawed", "perhaps in this libtpms (its version; your distribution"),
+        (None, "flawed", "perhaps in this libtpms (its version; your distribution"),
+    ],
+    ids=["dies", "has-it", "mended", "cannot-be-tried", "no-test"],
+)
+def test_a_flaw_is_told_as_surely_as_it_is_known(
+    made_up: MadeUp,
+    monkeypatch: pytest.MonkeyPatch,
+    tried: Callable[[object], bool] | None,
+    state: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(flaws, "FLAWS", (FLAW._replace(tried=tried),))
+    [(_, found, detail)] = flaw_findings(made_up)
+    assert found == state
+    assert detail.startswith(said)
+
+
+def test_a_flaw_that_the_distribution_mended(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flaws, "FLAWS", (FLAW,))
+    version = libtpms.LibtpmsEngine(tpm2=True, nvram=MemoryStore()).version
+    log = made_up.file("/usr/share/doc/libtpms0/changelog.Debian.gz")
+    log.parent.mkdir(parents=True)
+    log.write_bytes(gzip.compress((CHANGELOG % version).encode()))
+    assert flaw_findings(made_up) == [
+        ("known flaws", "ok", "mended in this libtpms: CVE-1 (its package's changelog)")
+    ]
+    for other in (gzip.compress((CHANGELOG % (0, 1, 2)).encode()), b"damaged"):
+        log.write_bytes(other)
+        assert flaw_findings(made_up)[0][:2] == ("CVE-1", "flawed")

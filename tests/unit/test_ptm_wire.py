@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -137,7 +137,7 @@ def test_any_bytes_are_a_structure_or_an_error(
 def test_round_trip(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(STRUCTS))
     limits = {"B": 0xFF, "I": 0xFFFFFFFF, "Q": (1 << 64) - 1}
-    values = {
+    values: dict[str, Any] = {
         name: data.draw(st.binary(max_size=20) if code == "" else st.integers(0, limits[code]))
         for name, hint in get_type_hints(kind, include_extras=True).items()
         for code in getattr(hint, "__metadata__", ())

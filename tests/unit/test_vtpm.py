@@ -527,6 +527,21 @@ def test_store_volatile() -> None:
         vtpm.store_volatile()
 
 
+@pytest.mark.parametrize(("tpm2", "code"), [(True, "00000101"), (False, "0000001c")])
+def test_failure_mode_is_said_once_a_start(
+    tpm2: bool, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    vtpm, engine, _ = make(tpm2=tpm2)
+    engine.script[0x17B] = bytes.fromhex("80010000000a" + code)
+    for _ in range(2):
+        vtpm.process(tpm.get_random(8))
+    assert [line.levelname for line in caplog.records] == ["ERROR"]
+    assert "failure mode" in caplog.text
+    vtpm.start()
+    vtpm.process(tpm.get_random(8))
+    assert len(caplog.records) == 2
+
+
 # -- the lock's retries ---------------------------------------------------------------------
 
 

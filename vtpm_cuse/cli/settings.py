@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.commandline import CuseExit
@@ -75,7 +74,7 @@ def fuse_config(line: CommandLine) -> FuseConfig:
         mount=os.path.abspath(mount),
         allow_other=line.has("allow-other"),
         process=process_config(line, background=not line.has("foreground")),
-        vtpm=replace(vtpm, startup=replace(vtpm.startup, not_need_init=True, startup=kind)),
+        vtpm=vtpm._replace(startup=vtpm.startup._replace(not_need_init=True, startup=kind)),
     )
 
 
@@ -121,9 +120,9 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
 
 def _ready_for_the_kernel(vtpm: VtpmConfig) -> VtpmConfig:
     """The kernel's driver uses the TPM as soon as there is a device, and sets its locality."""
-    startup = replace(vtpm.startup, not_need_init=True, startup=vtpm.startup.startup or "clear")
-    locality = replace(vtpm.locality, allow_set_locality=True)
-    return replace(vtpm, startup=startup, locality=locality)
+    startup = vtpm.startup._replace(not_need_init=True, startup=vtpm.startup.startup or "clear")
+    locality = vtpm.locality._replace(allow_set_locality=True)
+    return vtpm._replace(startup=startup, locality=locality)
 
 
 def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
@@ -330,7 +329,7 @@ def _server_address(line: CommandLine, given: SubValues, port: int | None) -> So
         port = port if port is not None else number(os.environ.get("TPM_PORT", ""), 0, _PORT_MAX)
         if port is None:
             raise line.error("No valid port number provided for TCP socket.")
-        return replace(address, port=port)
+        return address._replace(port=port)
     if address.kind == "unixio" and address.path is None and address.fd is None:
         raise line.error("Missing path and file descriptor option for UnixIO socket")
     return address
@@ -394,7 +393,7 @@ def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
 def _vtpm_with_migration(line: CommandLine) -> VtpmConfig:
     migration = line.subs("migration")
     incoming = migration is not None and migration.flag("incoming")
-    return replace(vtpm_config(line), incoming=incoming)
+    return vtpm_config(line)._replace(incoming=incoming)
 
 
 def _key_source(line: CommandLine, option: str) -> KeySource | None:

@@ -23,10 +23,11 @@ PROGRAM: Final = Program(
         Option("help", "print this help and end", letter="h"),
     ),
     description=(
-        "Looks at kernel modules, device nodes and permissions, libtpms, FUSE, sandboxing and "
-        "the kernel lab, changes nothing, and ends with the next command to type.",
+        "Looks at kernel modules, device nodes and permissions, libtpms and its known flaws, FUSE, "
+        "sandboxing and the kernel lab, changes nothing, and ends with the next command to type.",
         "Each finding has a state: ok; loadable, for a kernel module that root can load; denied, "
-        "for what is there but not for this user; missing.",
+        "for what is there but not for this user; missing; flawed, for a libtpms that has a known "
+        "flaw, or perhaps has one: the text says how that is known.",
     ),
     examples=(
         Example("", "swtpm doctor"),
@@ -43,7 +44,7 @@ PROGRAM: Final = Program(
     see_also=("swtpm(8)", "swtpm_cuse(8)", "swtpm_socket(8)"),
 )
 
-_MARKS: Final = {"ok": "+", "loadable": "o", "denied": "!", "missing": "-"}
+_MARKS: Final = {"ok": "+", "loadable": "o", "denied": "!", "missing": "-", "flawed": "!"}
 
 
 def main(words: Sequence[str], program: str) -> int:

@@ -11,8 +11,7 @@ import contextlib
 import errno
 import logging
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
@@ -58,6 +57,10 @@ _SHA1_THREAD: Final = {
     for code in (TpmOrdinal.TPM_ORD_SHA1Start, TpmOrdinal.TPM_ORD_SHA1Update)
 }
 _PERMANENT: Final = StateType.PERMANENT.blob_name
+_FAILURE_MODE: Final = {
+    False: TpmRc.TPM_FAILEDSELFTEST.to_bytes(4, "big"),
+    True: TpmRc.TPM_RC_FAILURE.to_bytes(4, "big"),
+}
 _LOCK_RETRY_SECONDS: Final = 0.01
 _HANDOVER_RETRIES: Final = 300
 """Tries, 3 s of them, as in the C suite: the destination of a migration that came to nothing gives the lock back."""
@@ -72,8 +75,7 @@ _STATE_TYPES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class VtpmOptions:
+class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
@@ -109,6 +111,8 @@ class Vtpm:
         self._long = long_commands(tpm2=self.tpm2)
         self._known: dict[bytes, int] = {}
         self._last_header = b""
+        self._failure_mode = _FAILURE_MODE[self.tpm2]
+        self._failure_said = False
         self._incoming = self._lock_pending = self.options.incoming
         self._is_given = False
         self._lock_retries = 0
@@ -155,6 +159,7 @@ class Vtpm:
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
+        self._failure_said = False
         if delete_volatile and not self._lock_pending:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
 
@@ -321,12 +326,27 @@ class Vtpm:
 
     def _execute(self, command: bytes) -> bytes:
         try:
-            return self._engine.process(command)
-        except (StorageError, EngineError) as exc:
+            answer = self._engine.process(command)
+            if answer[6:TPM_HEADER_SIZE] == self._failure_mode:
+                self._say_failure("by itself: with --log level=5 libtpms says more")
+            return answer
+        except StorageError as exc:
+            self._say_failure(f"for it could not store its state: {exc}")
+        except EngineError as exc:
             log.error("The TPM could not finish a command: %s", exc)
         except Exception:  # a bug of ours must not take the device away
             log.exception("The TPM could not finish a command")
         return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+
+    def _say_failure(self, reason: str) -> None:
+        """Once a start. Nobody but a client may end it: a reset empties the PCRs that it trusts."""
+        if not self._failure_said:
+            self._failure_said = True
+            log.error(
+                "The TPM is in failure mode and refuses all commands, %s; mend that if need be, "
+                "then reset it: restart its VM or this program, or 'swtpm_ioctl -i'",
+                reason,
+            )
 
     def query(self, command: bytes) -> bytes:
         """The response to a command of ours that only asks, in locality 0: no client notices it.

@@ -1,6 +1,6 @@
-"""libtpms bound by cffi. No other module touches cffi or a C buffer.
+"""libtpms bound by cffi, but for the way back (`callbacks`). No other module sees a C buffer.
 
-libtpms keeps its TPM in process globals: one `LibtpmsEngine` at a time.
+libtpms keeps its TPM in process globals: one `LibtpmsEngine` at a time, the last one made.
 
 A callback never lets an exception into C. The seven steps: libtpms calls back
 in the thread of the outer call; the callback runs our code; an exception is
@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse import faults
+from vtpm_cuse.engine import callbacks
 from vtpm_cuse.engine._libtpms import ffi
 from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SONAME = "libtpms.so.0"
+_NOWHERE = 0x7FFFFFFF  # a number that no descriptor can have
 _TPM_FAIL = 0x9
 _TPM_RETRY = 0x800
 
@@ -43,10 +45,14 @@ def _open_library() -> Libtpms:
         library: Libtpms = ffi.dlopen(_SONAME)
     except OSError as exc:
         raise EngineUnavailable(f"cannot load {_SONAME}", "apt-get install libtpms0") from exc
+    # Of itself libtpms writes to descriptor 2, at any level: the whole command after which it
+    # is in failure mode, with what is secret in it.
+    library.TPMLIB_SetDebugFD(_NOWHERE)
     return library
 
 
 _unpack = ffi.unpack
+_cast, _WORDS = ffi.cast, ffi.typeof("uint32_t *")
 
 
 class LibtpmsEngine:
@@ -59,6 +65,7 @@ class LibtpmsEngine:
         self._nvram = nvram
         self._fault: BaseException | None = None
         self._volatile_fault: BaseException | None = None
+        _served[:] = [self]
         self._lib = _open_library()
         self._libc = ffi.dlopen(None)
         self._process = self._lib.TPMLIB_Process
@@ -67,7 +74,8 @@ class LibtpmsEngine:
         self._response_chars = ffi.cast("char **", self._response)  # chars are unpacked to bytes
         self._response_size = ffi.new("uint32_t *")
         self._response_room = ffi.new("uint32_t *")
-        self._callbacks, self._ask_locality, *self._kept = self._make_callbacks()
+        self._callbacks = _callback_table()
+        self._ask_locality = self._callbacks.tpm_io_getlocality
         self._register_callbacks()
         self._choose_version()
 
@@ -104,8 +112,8 @@ class LibtpmsEngine:
         return int(value[0])
 
     def set_debug(self, fd: int, level: int, prefix: str) -> None:
-        """Lets libtpms log to *fd*; level 0 is off."""
-        self._lib.TPMLIB_SetDebugFD(fd)
+        """Lets libtpms log to *fd*, secrets too; level 0 is off."""
+        self._lib.TPMLIB_SetDebugFD(fd if level else _NOWHERE)
         self._lib.TPMLIB_SetDebugLevel(level)
         self._lib.TPMLIB_SetDebugPrefix(os.fsencode(prefix))
 
@@ -116,7 +124,8 @@ class LibtpmsEngine:
         self.stop()
         self._choose_version()
         try:
-            rc = self._lib.TPMLIB_MainInit()
+            with callbacks.uninterrupted():
+                rc = self._lib.TPMLIB_MainInit()
             if rc == 0 and self._fault is not None and self._fault is self._volatile_fault:
                 # libtpms' own choice for a TPM 2 with an unusable volatile state: a cold start.
                 log.warning("Ignoring a stored state: %s", self._fault)
@@ -248,34 +257,20 @@ class LibtpmsEngine:
         self._callbacks.tpm_io_getlocality = self._ask_locality if ask else ffi.NULL
         self._lib.TPMLIB_RegisterCallbacks(self._callbacks)
 
-    def _make_callbacks(self) -> list[CData]:
-        """The table, the question for the locality, and what must live as long as the engine."""
-        table = ffi.new("struct libtpms_callbacks *")
-        table.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
-        kept: list[CData] = [table]
-        for name, function in (
-            ("tpm_io_getlocality", self._on_locality),
-            ("tpm_nvram_init", lambda: 0),
-            ("tpm_nvram_loaddata", self._on_load),
-            ("tpm_nvram_storedata", self._on_store),
-            ("tpm_nvram_deletename", self._on_delete),
-            ("tpm_io_init", lambda: 0),
-        ):
-            pointer = ffi.callback(ffi.typeof(getattr(table, name)), function, error=_TPM_FAIL)
-            setattr(table, name, pointer)
-            kept.append(pointer)
-        return kept
-
-    def _on_load(self, data: CData, length: CData, _number: int, name: CData) -> int:
-        data[0], length[0] = ffi.NULL, 0
-        blob_name = ffi.string(name).decode()
+    def on_load(self, data_at: int, length_at: int, _number: int, name: bytes) -> int:
+        """Answers libtpms, which wants a blob."""
         try:
+            data = ffi.cast("unsigned char **", data_at)
+            length = _cast(_WORDS, length_at)
+            data[0], length[0] = ffi.NULL, 0
+            blob_name = name.decode()
             blob = self._nvram.load(blob_name)
             # OWNER: libtpms, which frees it with free().
             memory = self._libc.malloc(max(1, len(blob)))
             if not memory:
                 raise MemoryError
             ffi.memmove(memory, blob, len(blob))
+            data[0], length[0] = ffi.cast("unsigned char *", memory), len(blob)
         except StateMissing:
             return _TPM_RETRY  # the only answer after which libtpms makes a new TPM
         except (StateDamaged, StateKeyRejected) as exc:
@@ -284,25 +279,28 @@ class LibtpmsEngine:
             return self._failed(exc)
         except BaseException as exc:
             return self._failed(exc)
-        data[0], length[0] = ffi.cast("unsigned char *", memory), len(blob)
         return 0
 
-    def _on_store(self, data: CData, length: int, _number: int, name: CData) -> int:
+    def on_store(self, data_at: int, length: int, _number: int, name: bytes) -> int:
+        """Keeps a blob of libtpms."""
         try:
-            self._nvram.store(ffi.string(name).decode(), ffi.buffer(data, length)[:])
+            data = ffi.cast("unsigned char *", data_at)
+            self._nvram.store(name.decode(), ffi.buffer(data, length)[:])
         except BaseException as exc:
             return self._failed(exc)
         return 0
 
-    def _on_delete(self, _number: int, name: CData, must_exist: int) -> int:
+    def on_delete(self, _number: int, name: bytes, must_exist: int) -> int:
+        """Removes a blob for libtpms."""
         try:
-            self._nvram.delete(ffi.string(name).decode(), must_exist=bool(must_exist))
+            self._nvram.delete(name.decode(), must_exist=bool(must_exist))
         except BaseException as exc:
             return self._failed(exc)
         return 0
 
-    def _on_locality(self, locality: CData, _number: int) -> int:
-        locality[0] = self._locality
+    def on_locality(self, locality_at: int, _number: int) -> int:
+        """Tells libtpms the locality of a command."""
+        _cast(_WORDS, locality_at)[0] = self._locality
         return 0
 
     def _failed(self, exc: BaseException) -> int:
@@ -348,6 +346,40 @@ class LibtpmsEngine:
         if rc:
             version = "2" if self.tpm2 else "1.2"
             raise EngineUnavailable(f"Error: TPM {version} is not supported by libtpms.")
+
+
+# libtpms has one table, and so have we: closures are made once, and never freed.
+_served: list[LibtpmsEngine] = []
+_ADDRESSES = callbacks.make(
+    {
+        "tpm_nvram_init": (lambda: 0, ()),
+        "tpm_nvram_loaddata": (
+            lambda *arguments: _served[0].on_load(*arguments),
+            (callbacks.POINTER, callbacks.POINTER, callbacks.WORD, callbacks.TEXT),
+        ),
+        "tpm_nvram_storedata": (
+            lambda *arguments: _served[0].on_store(*arguments),
+            (callbacks.POINTER, callbacks.WORD, callbacks.WORD, callbacks.TEXT),
+        ),
+        "tpm_nvram_deletename": (
+            lambda *arguments: _served[0].on_delete(*arguments),
+            (callbacks.WORD, callbacks.TEXT, callbacks.FLAG),
+        ),
+        "tpm_io_init": (lambda: 0, ()),
+        "tpm_io_getlocality": (
+            lambda at, number: _served[0].on_locality(at, number),
+            (callbacks.POINTER, callbacks.WORD),
+        ),
+    }
+)
+
+
+def _callback_table() -> CData:
+    table = ffi.new("struct libtpms_callbacks *")
+    table.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
+    for name, address in _ADDRESSES.items():
+        setattr(table, name, ffi.cast(ffi.typeof(getattr(table, name)), address))
+    return table
 
 
 def supported_versions() -> frozenset[str]:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, cast
 
 from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
+from vtpm_cuse.engine.callbacks import uninterrupted
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import PtmError, UsageError
 from vtpm_cuse.service import logs
@@ -136,7 +137,8 @@ def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:
     if config.startup.not_need_init:
         vtpm.start()
         if kind in _STARTUP_KINDS[config.tpm2]:
-            vtpm.startup(_STARTUP_KINDS[config.tpm2][kind])
+            with uninterrupted():
+                vtpm.startup(_STARTUP_KINDS[config.tpm2][kind])
         if vtpm.state_lost:
             raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
     return True

@@ -150,6 +150,9 @@ class _Life:
                 stack.callback(self._interface.close)
                 self._acquire()
 
+                from vtpm_cuse.service.preload import import_trio
+
+                import_trio()
                 import trio
 
                 from vtpm_cuse.service.compose import make_vtpm

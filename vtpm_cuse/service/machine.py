@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import EngineUnavailable
-from vtpm_cuse.service import landlock
+from vtpm_cuse.service import flaws, landlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +27,7 @@ class State(StrEnum):
     LOADABLE = "loadable"  # a kernel module that root can load
     DENIED = "denied"  # there, but not for this user
     MISSING = "missing"
+    FLAWED = "flawed"  # there, with a known flaw
 
 
 class Finding(NamedTuple):
@@ -169,7 +170,10 @@ def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
 
 def _findings(machine: Machine) -> Iterator[Finding]:
     yield Finding("kernel", State.OK, machine.release)
-    yield _library()
+    library, version = _library()
+    yield library
+    if version is not None:
+        yield from _flaws(machine, version)
     for path, module, purpose in _DEVICES:
         yield _device(machine, path, module, purpose)
     yield _capability(machine)
@@ -191,17 +195,37 @@ def _findings(machine: Machine) -> Iterator[Finding]:
     yield _devices_there(machine)
 
 
-def _library() -> Finding:
-    from vtpm_cuse.service.compose import bare_engine, supported_versions
-
+def _library() -> tuple[Finding, flaws.Version | None]:
     try:
+        from vtpm_cuse.service.compose import bare_engine, supported_versions
+
         engine = bare_engine(tpm2=True)
         versions = " and ".join(sorted(supported_versions()))
     except EngineUnavailable as exc:
-        return Finding("libtpms", State.MISSING, str(exc), "sudo apt-get install libtpms0")
+        return Finding("libtpms", State.MISSING, str(exc), "sudo apt-get install libtpms0"), None
     profiles = "with profiles" if engine.has_profiles else "no profiles (they need 0.10)"
     number = ".".join(map(str, engine.version))
-    return Finding("libtpms", State.OK, f"{number}, TPM {versions}, {profiles}")
+    detail = f"{number}, TPM {versions}, {profiles}"
+    return Finding("libtpms", State.OK, detail), engine.version
+
+
+_UPGRADE: Final = "sudo apt-get install --only-upgrade libtpms0"
+
+
+def _flaws(machine: Machine, version: flaws.Version) -> Iterator[Finding]:
+    """One for each flaw that the library has or may have; one that says there is none."""
+    mended = []
+    for flaw, there, why in flaws.verdicts(machine, version):
+        names = " ".join(flaw.names)
+        if there is False:
+            mended.append(f"{names} ({why})")
+            continue
+        sure = "" if there else "perhaps "
+        versions = " or ".join(".".join(map(str, version)) for version in flaw.mended[-2:])
+        detail = f"{sure}in this libtpms ({why}): {flaw.harm}; mended in {versions}"
+        yield Finding(names, State.FLAWED, detail, _UPGRADE)
+    if mended:
+        yield Finding("known flaws", State.OK, f"mended in this libtpms: {', '.join(mended)}")
 
 
 def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:

@@ -6,9 +6,8 @@ That is so below another root, and as a user who may not read where this program
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import ctypes.util
 import importlib
-import pkgutil
 import sys
 
 import vtpm_cuse
@@ -16,15 +15,33 @@ import vtpm_cuse
 _OTHER_PROGRAMS = ("vtpm_cuse.cli", "vtpm_cuse.manual", "vtpm_cuse.manufacture")
 _LAZY = (
     "cryptography.hazmat.primitives.ciphers",
-    "trio",
     "encodings.idna",
     "tokenize",
 )
 """Modules that ours, or Python itself, import when they are first used."""
 
 
+def import_trio() -> None:
+    """Imports trio; first, for it then has ctypes look for libpthread, by running ldconfig or gcc.
+
+    That is a tenth of a start, for the names of threads. It takes None for an answer.
+    """
+
+    def find_nothing(name: str) -> str | None:
+        return None
+
+    find, ctypes.util.find_library = ctypes.util.find_library, find_nothing
+    try:
+        importlib.import_module("trio")
+    finally:
+        ctypes.util.find_library = find
+
+
 def import_all() -> None:
     """Imports every module that a service may come to; nothing more can be imported afterwards."""
+    import pkgutil
+
+    import_trio()
     for module in pkgutil.walk_packages(vtpm_cuse.__path__, "vtpm_cuse."):
         if not module.name.startswith(_OTHER_PROGRAMS) and not module.name.endswith("._build"):
             importlib.import_module(module.name)

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected
+from vtpm_cuse.storage.reserve import Reserve
 from vtpm_cuse.wire.blob import (
     BlobFlag,
     BlobTag,
@@ -56,6 +57,7 @@ class SealedStore:
         self._key = key
         self._migration_key = migration_key
         self._random = random
+        self._reserve = Reserve()
 
     @property
     def config_flags(self) -> PtmConfigFlag:
@@ -75,7 +77,7 @@ class SealedStore:
         Whether a key is there decides what is expected, not the header's flag: a
         plain file where a key is given is an error.
         """
-        blob = self.blobs.load(name)
+        blob = self._reserve.help(lambda: self.blobs.load(name))
         body = b""
         try:
             header, body = split_header_untrusted(blob)
@@ -92,7 +94,7 @@ class SealedStore:
     def store(self, name: str, data: bytes) -> None:
         """Keeps the payload, durably. Raises StorageError."""
         flags, body = self._seal_inner(data, self._key)
-        self.blobs.store(name, with_header(flags, body))
+        self._reserve.help(lambda: self.blobs.store(name, with_header(flags, body)))
 
     def delete(self, name: str, *, must_exist: bool) -> None:
         """Removes the blob. Raises StorageError."""

@@ -7,9 +7,8 @@ control command is the ioctl number plus one. Source: the C suite's public
 header tpm_ioctl.h.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Final, NamedTuple
 
 from vtpm_cuse.wire.layout import U8, U32, U64, Tail, WireStruct, wire
 
@@ -258,8 +257,7 @@ class PtmLockStorageRequest(WireStruct):
 _IOC_WRITE, _IOC_READ = 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class PtmSpec:
+class PtmSpec(NamedTuple):
     """One row of the table: what travels for a command, and its ioctl number."""
 
     request: type[WireStruct]
