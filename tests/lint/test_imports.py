@@ -20,21 +20,22 @@ MODULES: Final = sorted(
 # needs no vTPM; the service asks its own device through it whether it answers.
 MAY_IMPORT: Final[dict[str, set[str]]] = {
     "errors": set(),
+    "files": set(),
     "wire": {"errors"},
     "faults": {"errors", "wire"},
     "proto": {"errors", "faults", "wire"},
-    "storage": {"errors", "faults", "wire"},
+    "storage": {"errors", "faults", "files", "wire"},
     "engine": {"errors", "faults", "wire"},
     "device": {"errors", "faults", "wire", "proto", "storage", "engine"},
-    "client": {"errors", "faults", "wire", "proto"},
-    "frontends": {"errors", "faults", "wire", "proto", "device"},
-    "manufacture": {"errors", "faults", "wire", "proto", "device"},
+    "client": {"errors", "faults", "files", "wire", "proto"},
+    "frontends": {"errors", "faults", "files", "wire", "proto", "device"},
+    "manufacture": {"errors", "faults", "files", "wire", "proto", "device"},
     "service": {
-        *{"errors", "faults", "wire", "proto", "storage", "engine", "device"},
+        *{"errors", "faults", "files", "wire", "proto", "storage", "engine", "device"},
         *{"frontends", "client", "manufacture"},
     },
     "cli": {
-        *{"errors", "faults", "wire", "proto", "storage", "engine", "device"},
+        *{"errors", "faults", "files", "wire", "proto", "storage", "engine", "device"},
         *{"frontends", "client", "service", "manufacture"},
     },
     "manual": {"cli", "wire"},

@@ -21,6 +21,7 @@ from typing import Final
 import trio
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.files import make_folder
 from vtpm_cuse.frontends.keeper import Keeper
 from vtpm_cuse.proto.device import READ_BUFFER_SIZE
 from vtpm_cuse.proto.fuse import init_reply
@@ -94,12 +95,12 @@ class FuseMount:
     def _open_folder(self) -> int:
         try:
             if not os.path.isdir(self._folder):
-                os.makedirs(self._folder, 0o700)
+                make_folder(self._folder, 0o700)
                 self._made = True
             return os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileExistsError:
-            raise FrontendError(f"{self._folder} is no directory") from None
         except OSError as exc:
+            if os.path.exists(self._folder) and not os.path.isdir(self._folder):
+                raise FrontendError(f"{self._folder} is no directory") from None
             reason = f"Could not use {self._folder}: {exc.strerror}"
             raise FrontendError(reason, "choose another with --mount DIR") from exc
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service.files import open_for
+from vtpm_cuse.files import open_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
