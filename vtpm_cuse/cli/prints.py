@@ -31,7 +31,7 @@ _VERBS: Final = (
     ("tpm-send-command-header", "fd", ""),  # a stream can be handed over, and headers with it
     ("flags-opt-startup", "flags", "startup-clear"),
     ("flags-opt-disable-auto-shutdown", "flags", "disable-auto-shutdown"),
-    ("ctrl-opt-terminate", "ctrl", "terminate"),
+    ("ctrl-opt-terminate", "flags", ""),  # libvirt asks any interface, for that of sockets
     ("cmdarg-seccomp", "seccomp", ""),
     ("cmdarg-key-fd", "key", "fd"),
     ("cmdarg-pwd-fd", "key", "pwdfd"),
@@ -82,7 +82,7 @@ def info_of_state(flags: int, config: VtpmConfig) -> str | None:
     Raises:
         VtpmError: There is no such TPM to be had.
     """
-    if config.state is None:
+    if config.state is None or config.state.own_place:
         return info(flags, tpm2=config.tpm2)
     from vtpm_cuse.service.compose import make_vtpm
 

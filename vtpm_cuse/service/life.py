@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
+from vtpm_cuse.files import check_private, make_folder
 from vtpm_cuse.service import notify
 from vtpm_cuse.service.config import Exits
 from vtpm_cuse.service.daemon import run_in_background
@@ -21,7 +22,7 @@ from vtpm_cuse.service.pidfile import PidFile
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.device.worker import Worker
@@ -95,14 +96,30 @@ def make_state_directory(
 ) -> None:
     """For the interfaces that make a missing one. Raises UsageError with the *exit_status*."""
     scheme, _, path = config.state.uri.partition("://") if config.state else ("", "", "")
-    if scheme == "dir" and not os.path.isdir(path):
+    if config.state is None or scheme != "dir":
+        return
+    try:
+        if config.state.own_place:
+            mode = 0o700
+        make_folder(path, mode, (owner.uid, owner.gid) if owner else None)
+    except OSError as exc:
+        reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
+        raise UsageError(reason, exit_status) from exc
+    if config.state.own_place:
         try:
-            os.makedirs(path, mode, exist_ok=True)
-            if owner is not None:
-                os.chown(path, owner.uid, owner.gid)
+            check_private(path, owner.uid if owner else os.geteuid())
         except OSError as exc:
-            reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
-            raise UsageError(reason, exit_status) from exc
+            reason = f"Error: The state directory {path} cannot be used: {exc.strerror}"
+            raise UsageError(
+                reason, exit_status, "mend that, or name another by --tpmstate dir=DIR"
+            ) from exc
+
+
+def introduce(device: str, config: VtpmConfig) -> None:
+    """Says what has come to be: the device, the version of the TPM, where its state is."""
+    where = config.state.uri.removeprefix("dir://") if config.state else "nowhere"
+    version = "2.0" if config.tpm2 else "1.2"
+    log.info("%s is a TPM %s, whose state is in %s.", device, version, where)
 
 
 def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
@@ -115,7 +132,7 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
     """
     life = _Life(interface, process, vtpm)
     if process.background:
-        return run_in_background(life.live, interface.confirm)
+        return run_in_background(life.live, life.part)
     return life.live(lambda: None)
 
 
@@ -125,6 +142,21 @@ class _Life:
         self._process = process
         self._config = config
         self._pid_file = PidFile(process.pid, interface.exits.pid)
+
+    def part(self, child: int) -> None:
+        """Ends the process that has started *child* in the background, which is ready.
+
+        Who finds the pid file shall find one process.
+        """
+        self._interface.confirm()
+        self._pid_file.open(self._owner)
+        self._pid_file.write(child)
+        os._exit(0)
+
+    @property
+    def _owner(self) -> tuple[int, int] | None:
+        user = self._process.runas
+        return None if user is None else (user.uid, user.gid)
 
     def live(self, ready: Callable[[], None]) -> int:
         """From acquiring to the end; returns the exit status. *ready* is called in between."""
@@ -163,7 +195,8 @@ class _Life:
             from vtpm_cuse.service.preload import import_all
             from vtpm_cuse.service.privileges import become
 
-            self._pid_file.open((user.uid, user.gid))
+            if not self._process.background:
+                self._pid_file.open(self._owner)
             import_all()
             become(user, self._interface.exits)
         # Before anything that takes time: who polls for a socket need not wait.
@@ -178,7 +211,7 @@ class _Life:
         await interface.appear()
         scope = trio.CancelScope()
         # Signals first: who finds the pid file may send one.
-        with ending_signals(scope.cancel), self._pid_file.written():
+        with ending_signals(scope.cancel), self._with_pid_file():
             worker = self._enter_sandbox()
             if vtpm.store is not None:
                 vtpm.store.blobs.work_beside(worker.beside)
@@ -198,6 +231,18 @@ class _Life:
                 # The pid file goes last: then interface, state and lock are a successor's to take.
                 vtpm.close()
                 interface.close()
+
+    @contextlib.contextmanager
+    def _with_pid_file(self) -> Iterator[None]:
+        """While entered, there is a pid file, which `part` writes for a background process."""
+        if not self._process.background:
+            if self._process.runas is None:
+                self._pid_file.open(None)
+            self._pid_file.write(os.getpid())
+        try:
+            yield
+        finally:
+            self._pid_file.remove()
 
     def _enter_sandbox(self) -> Worker:
         from vtpm_cuse.device.worker import Worker

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service.files import open_for
+from vtpm_cuse.files import open_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PidFile:
-    """The file to come; `open` may need privileges that `written` has no more.
+    """The file to come; `open` may need privileges that `write` has no more.
 
     Args:
         config: Where; None for nowhere.
@@ -32,31 +33,26 @@ class PidFile:
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         if self._path is not None:
             with self._errors():
                 self._fd = open_for(self._path, flags, 0o644, owner)
 
-    @contextlib.contextmanager
-    def written(self) -> Iterator[None]:
-        """While entered, the process id is in the file; then it is removed.
-
-        Raises:
-            UsageError: It cannot be written.
-        """
-        if self._fd < 0:
-            self.open(None)
+    def write(self, pid: int) -> None:
+        """Puts a process id into the file that is open. Raises UsageError."""
         if self._fd >= 0:
             with self._errors():
-                os.ftruncate(self._fd, 0)
-                os.write(self._fd, b"%d" % os.getpid())
+                if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                    os.ftruncate(self._fd, 0)
+                os.write(self._fd, b"%d" % pid)
         if self._path is not None:
             os.close(self._fd)
-        try:
-            yield
-        finally:
-            for path in self.paths:
-                with contextlib.suppress(OSError):
+
+    def remove(self) -> None:
+        """Removes the file, if it is one."""
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                if stat.S_ISREG(os.lstat(path).st_mode):
                     os.unlink(path)
 
     @contextlib.contextmanager
