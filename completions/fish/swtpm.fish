@@ -9,7 +9,7 @@ complete -c swtpm -n __fish_use_subcommand -s h -l help -f -d 'print this help a
 complete -c swtpm -n '__fish_seen_subcommand_from socket chardev cuse doctor fuse' -f
 complete -c swtpm -n '__fish_seen_subcommand_from socket' -l server -x -a '(__fish_complete_list , "string split \\" \\" -- \\"type= port= bindaddr= ifname= path= mode= uid= gid= fd= disconnect\\"")' -d 'where clients connect to send TPM commands'
 complete -c swtpm -n '__fish_seen_subcommand_from socket' -s p -l port -x -d 'listen on this TCP port of 127.0.0.1 and close a connection after each response'
-complete -c swtpm -n '__fish_seen_subcommand_from socket' -s f -l fd -x -d 'use this connected socket for TPM commands, and end with it'
+complete -c swtpm -n '__fish_seen_subcommand_from socket' -s f -l fd -x -d 'take TPM commands from this connected socket or this terminal, and end with it'
 complete -c swtpm -n '__fish_seen_subcommand_from socket chardev' -l ctrl -x -a '(__fish_complete_list , "string split \\" \\" -- \\"type= port= bindaddr= ifname= path= mode= uid= gid= fd= clientfd= terminate\\"")' -d 'where the control channel is'
 complete -c swtpm -n '__fish_seen_subcommand_from socket' -s t -l terminate -f -d 'end when the client that sends TPM commands goes away'
 complete -c swtpm -n '__fish_seen_subcommand_from socket chardev' -s d -l daemon -f -d 'go to the background; the program returns when clients can connect'

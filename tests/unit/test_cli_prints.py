@@ -55,6 +55,13 @@ def test_capabilities_with_profiles() -> None:
 
 
 @pytest.mark.usefixtures("libtpms_with_profiles")
+@pytest.mark.parametrize("verb", ["cmdarg-migration", "ctrl-opt-terminate", "cmdarg-chroot"])
+def test_capabilities_of_the_device_are_those_of_sockets(verb: str) -> None:
+    """As in the C suite, whose callers ask any interface."""
+    assert f'"{verb}"' in text_for("--print-capabilities")
+
+
+@pytest.mark.usefixtures("libtpms_with_profiles")
 def test_profiles() -> None:
     assert text_for("--print-profiles", "--tpm2") == json.dumps(INFO)
     assert text_for("--print-profiles") == "{}"

@@ -194,7 +194,7 @@ OPTIONS: Final[Sequence[Option]] = (
     ),
     Option(
         "fd",
-        "use this connected socket for TPM commands, and end with it",
+        "take TPM commands from this connected socket or this terminal, and end with it",
         letter="f",
         metavar="FD",
         interfaces=SOCKET,

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.frontends.channels import Channels
-from vtpm_cuse.frontends.chardev import (
-    CharDevice,
-    ProxyDevice,
-    ProxyMaker,
-    open_device,
-    take_device,
-)
+from vtpm_cuse.frontends.chardev import ProxyDevice, ProxyMaker, open_device
 from vtpm_cuse.service import life
-from vtpm_cuse.service.listen import acquire_control, inherit
+from vtpm_cuse.service.listen import acquire_control, take_stream
 from vtpm_cuse.service.socket import load_channels, serve_channels
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from vtpm_cuse.device.vtpm import Vtpm
@@ -61,7 +53,7 @@ class _Chardev(life.Interface):
         if config.path is not None:
             self._channels.data_stream = open_device(config.path)
         elif config.fd is not None:
-            self._channels.data_stream = _take(config.fd)
+            self._channels.data_stream = take_stream(config.fd)
         else:
             self._maker = ProxyMaker(tpm2=config.vtpm.tpm2)
             if config.vtpm.state is not None and config.vtpm.state.own_place:
@@ -129,11 +121,3 @@ async def _shown(name: str) -> None:
 
 def _exists(path: str) -> bool:
     return os.path.lexists(path)
-
-
-def _take(fd: int) -> CharDevice | socket.socket:
-    try:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
-        is_socket = False  # said below
-    return inherit(fd, listening=False) if is_socket else take_device(fd)
