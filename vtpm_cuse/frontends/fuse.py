@@ -63,7 +63,11 @@ class FuseMount:
         _check_fuse()
         self._lock = self._locked_folder()
         # It holds the lock too, so a successor waits for it.
-        self._keeper = Keeper(self._clear_up, {self._lock})
+        try:
+            self._keeper = Keeper(self._clear_up, {self._lock})
+        except OSError:
+            self._clear_up(b"")
+            raise
 
     def _locked_folder(self) -> int:
         """Locks the folder below the mount, so that two never mount over each other.

@@ -11,7 +11,8 @@ import contextlib
 import gc
 import logging
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
 from vtpm_cuse.files import check_private, make_folder
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from vtpm_cuse.service.config import ProcessConfig, User, VtpmConfig
 
 log = logging.getLogger(__name__)
+
+_LIMIT_HINT: Final = "raise the limit: 'ulimit -u', or TasksMax= of a unit"
 
 
 class Interface:
@@ -131,9 +134,22 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
         VtpmError: What was wrong.
     """
     life = _Life(interface, process, vtpm)
-    if process.background:
-        return run_in_background(life.live, life.part)
-    return life.live(lambda: None)
+    try:
+        if process.background:
+            return run_in_background(life.live, life.part)
+        return life.live(lambda: None)
+    except BlockingIOError as exc:  # of fork()
+        raise UsageError("Error: No other process can be started", hint=_LIMIT_HINT) from exc
+
+
+def _check_threads() -> None:
+    """One is needed later on, when a client may be there already. Raises UsageError."""
+    thread = threading.Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        raise UsageError("Error: No thread can be started", hint=_LIMIT_HINT) from exc
+    thread.join()
 
 
 class _Life:
@@ -199,6 +215,7 @@ class _Life:
                 self._pid_file.open(self._owner)
             import_all()
             become(user, self._interface.exits)
+        _check_threads()
         # Before anything that takes time: who polls for a socket need not wait.
         self._interface.acquire()
 
