@@ -77,8 +77,8 @@ def test_defaults_where_a_place_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         (0, "/ignored", ("-n", "/dev/vtpm0"), "/var/lib/vtpm-cuse/vtpm0"),
         (0, "/ignored", ("-n", "a/b"), "/var/lib/vtpm-cuse/a!b"),
         (1000, "/mine", ("-n", "vtpm0"), "/mine/vtpm-cuse/vtpm0"),
-        (1000, "relative", ("-n", "vtpm0"), "/home/me/.local/state/vtpm-cuse/vtpm0"),
-        (1000, "", ("-n", "vtpm0"), "/home/me/.local/state/vtpm-cuse/vtpm0"),
+        (1000, "relative", ("-n", "vtpm0"), "/my/home/.local/state/vtpm-cuse/vtpm0"),
+        (1000, "", ("-n", "vtpm0"), "/my/home/.local/state/vtpm-cuse/vtpm0"),
     ],
 )
 def test_place_for_a_name(
@@ -89,7 +89,7 @@ def test_place_for_a_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/my/home")
     monkeypatch.setenv("XDG_STATE_HOME", home)
     state = settings.cuse_config(line_of(*words)).vtpm.state
     assert state == StateConfig(f"dir://{folder}", own_place=True)
