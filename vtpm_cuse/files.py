@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_AT_EMPTY_PATH: Final = 0x1000  # the descriptor itself
 _ABOVE_MODE: Final = 0o755
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOOK: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -114,6 +116,26 @@ def _device_of_pipes() -> int:
 
 def _no_file(path: str) -> OSError:
     return OSError(errno.ENXIO, "Neither a file nor a terminal", path)
+
+
+def give_socket(path: str, uid: int, gid: int) -> None:
+    """Changes owner and group (-1: not) of a socket just made there, and of nothing else.
+
+    Raises:
+        OSError: It cannot be, or something else has come in its place.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        ours = stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid()
+        if not ours or found.st_nlink != 1:
+            raise OSError(errno.EEXIST, "Somebody else has put something there", path)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fchownat(fd, b"", ctypes.c_uint(uid), ctypes.c_uint(gid), _AT_EMPTY_PATH):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

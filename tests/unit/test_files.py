@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.files import check_private, make_folder, open_for, open_plain
+from vtpm_cuse.files import check_private, give_socket, make_folder, open_for, open_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -179,6 +179,23 @@ def test_place_is_no_link(tmp_path: Path) -> None:
     (tmp_path / "vtpm0").symlink_to("elsewhere")
     with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
         check_private(str(tmp_path / "vtpm0"), os.getuid())
+
+
+@needs_root
+def test_socket_is_given_away_and_nothing_else(tmp_path: Path) -> None:
+    path, file = tmp_path / "socket", tmp_path / "file"
+    file.write_text("root's")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        give_socket(str(path), 12345, -1)
+        assert (path.stat().st_uid, path.stat().st_gid) == (12345, os.getgid())
+    for link in (os.symlink, os.link):
+        path.unlink()
+        link(file, path)
+        with pytest.raises(OSError, match="Somebody else has put something there"):
+            give_socket(str(path), 12345, 12345)
+        assert file.stat().st_uid == 0
+        assert path.lstat().st_uid == 0
 
 
 def _write(fd: int) -> None:

@@ -9,6 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import give_socket
 from vtpm_cuse.frontends.channels import Channels
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socke
             keep = -1
             uid = keep if address.uid is None else address.uid
             gid = keep if address.gid is None else address.gid
-            os.chown(path, uid, gid, follow_symlinks=False)
+            give_socket(path, uid, gid)
         return _listening(sock)
     except BaseException:
         sock.close()

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 import sys
 import time
+from importlib.machinery import BuiltinImporter, FrozenImporter
 
 import vtpm_cuse
 
@@ -41,7 +42,8 @@ def import_all() -> list[str]:
     for name in _LAZY:
         importlib.import_module(name)
     time.localtime()  # reads the time zone
-    sys.path.clear()  # what lies below the new root is not ours
+    # What lies below the new root is not ours. The path alone would not do: packages have their own.
+    sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
     return [name for name in _LIBRARIES if not _load(name)]
 
 
