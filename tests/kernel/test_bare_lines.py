@@ -131,8 +131,15 @@ def test_cuse_below_another_root(more: tuple[str, ...], tmp_path: Path) -> None:
     state = root / "var/lib/vtpm-cuse/vtpmbare"
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_until(
-            lambda: (root / "pid").exists() and (root / "pid").read_text() != "", "the pid file"
+            lambda: (
+                bool((root / "pid").exists() and (root / "pid").read_text())
+                or process.poll() is not None
+            ),
+            "the pid file",
+            log=root / "log",
         )
+        said = (root / "log").read_text() if (root / "log").exists() else "no log"
+        assert process.poll() in {None, 0}, (process.communicate(), said)
         pid = int((root / "pid").read_text())
         assert processes("vtpmbare") == [pid]
         if not more:
@@ -155,7 +162,7 @@ def test_proxy_alone(start: tuple[str, ...], tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         found = LINE.fullmatch(process.stdout.readline())
-        assert found
+        assert found, process.communicate(timeout=PATIENCE)
         line = process.stderr.readline()
         assert line == f"swtpm: /dev/tpm{found[1]} is a TPM 2.0, whose state is in {state}.\n"
         device = Path(f"/dev/tpmrm{found[1]}")

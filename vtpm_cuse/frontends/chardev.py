@@ -195,12 +195,13 @@ class ProxyMaker:
             FrontendError: The kernel refuses.
         """
         os.write(self._ours.fileno(), _GO)
-        answer, fds, told, _ = socket.recv_fds(self._ours, _ANSWER_MAX, 1, socket.MSG_CMSG_CLOEXEC)
+        answer, fds, told, _ = socket.recv_fds(self._ours, _ANSWER_MAX, 1)
         self.close()
         if not fds:
             number = errno.EMFILE if told & socket.MSG_CTRUNC else int(answer or errno.EIO)
             reason = f"Ioctl to create vtpm proxy failed: {os.strerror(number)}"
             raise FrontendError(reason, _IOCTL_HINTS.get(number, ""))
+        os.set_inheritable(fds[0], False)
         return ProxyDevice(fds[0]), VtpmProxyNewDev.unpack_untrusted(answer, HOST)
 
     def close(self) -> None:

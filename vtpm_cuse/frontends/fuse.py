@@ -117,10 +117,11 @@ class FuseMount:
             theirs.close()
             if done.returncode:
                 raise FrontendError(f"Could not mount on {self._folder}: {_said(done)}")
-            _, fds, _, _ = socket.recv_fds(ours, _FD_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
+            _, fds, _, _ = socket.recv_fds(ours, _FD_SIZE, 1)
         if not fds:
             raise FrontendError(f"{_FUSERMOUNT} gave no descriptor of the mount")
         self.fd = fds[0]
+        os.set_inheritable(self.fd, False)  # recv_fds() takes flags, and does nothing with them
         os.set_blocking(self.fd, False)
         if self._keeper is not None:
             self._keeper.note((_mounted_on(self._folder) or "").encode())
