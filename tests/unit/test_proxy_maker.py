@@ -61,9 +61,10 @@ def test_device_comes_from_the_other_process(
     here = os.getpid()
 
     def ioctl(_fd: int, number: int, argument: bytearray, _mutate: bool) -> int:
-        assert os.getpid() != here
         assert number == VTPM_PROXY_IOC_NEW_DEV
         asked = VtpmProxyNewDev.unpack_untrusted(argument, HOST)
+        if os.getpid() == here:
+            refuse_flag(asked)
         assert asked.flags == (VTPM_PROXY_FLAG_TPM2 if tpm2 else 0)
         fd = os.open("/dev/null", os.O_RDWR)
         argument[:] = VtpmProxyNewDev(asked.flags, 7, fd, 10, 224).pack(HOST)
@@ -81,15 +82,22 @@ def test_device_comes_from_the_other_process(
     maker.close()
 
 
+def refuse_flag(asked: VtpmProxyNewDev) -> None:
+    """As the kernel does, for a caller who may have a device."""
+    assert asked.flags & ~VTPM_PROXY_FLAG_TPM2
+    raise OSError(errno.EOPNOTSUPP, "no such flag")
+
+
 @in_child
-def test_refusal_is_told(vtpmx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_right_is_told_before_there_is_a_tpm(
+    vtpmx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ioctl(*_: object) -> int:
         raise PermissionError(errno.EPERM, "no")
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
-    maker = ProxyMaker(tpm2=True)
     with pytest.raises(FrontendError) as caught:
-        maker.make()
+        ProxyMaker(tpm2=True)
     assert str(caught.value) == (
         "Ioctl to create vtpm proxy failed: Operation not permitted; "
         "it takes root, or the capability CAP_SYS_ADMIN"
@@ -97,9 +105,24 @@ def test_refusal_is_told(vtpmx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @in_child
+def test_refusal_is_told(vtpmx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ioctl(_fd: int, _number: int, argument: bytearray, _mutate: bool) -> int:
+        asked = VtpmProxyNewDev.unpack_untrusted(argument, HOST)
+        if asked.flags & ~VTPM_PROXY_FLAG_TPM2:
+            refuse_flag(asked)
+        raise OSError(errno.ENFILE, "no")
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    maker = ProxyMaker(tpm2=True)
+    with pytest.raises(FrontendError, match="open files in system; the system's limit"):
+        maker.make()
+
+
+@in_child
 def test_it_ends_with_the_server_and_not_by_signals(
     vtpmx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chardev, "_check_right", lambda _control: None)
     pids = forked(monkeypatch)
     maker = ProxyMaker(tpm2=True)
     with open(f"/proc/{pids[0]}/status", encoding="ascii") as status:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 VTPMX_PATH: Final = "/dev/vtpmx"
 
+_NO_SUCH_FLAG: Final = 1 << 31
 _GO: Final = b"G"
 _ANSWER_MAX: Final = 64
 _PROXY: Final = "anon_inode:[vtpms]"
@@ -178,6 +179,11 @@ class ProxyMaker:
         except OSError as exc:
             reason = f"Could not open {VTPMX_PATH}: {exc.strerror}"
             raise FrontendError(reason, _OPEN_HINTS.get(exc.errno or 0, "")) from exc
+        try:
+            _check_right(control)
+        except FrontendError:
+            os.close(control)
+            raise
         self._ours, theirs = socket.socketpair()
         # Nobody waits for the other one, which must not stay behind when it has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -198,15 +204,28 @@ class ProxyMaker:
         answer, fds, told, _ = socket.recv_fds(self._ours, _ANSWER_MAX, 1)
         self.close()
         if not fds:
-            number = errno.EMFILE if told & socket.MSG_CTRUNC else int(answer or errno.EIO)
-            reason = f"Ioctl to create vtpm proxy failed: {os.strerror(number)}"
-            raise FrontendError(reason, _IOCTL_HINTS.get(number, ""))
+            raise _refused(errno.EMFILE if told & socket.MSG_CTRUNC else int(answer or errno.EIO))
         os.set_inheritable(fds[0], False)
         return ProxyDevice(fds[0]), VtpmProxyNewDev.unpack_untrusted(answer, HOST)
 
     def close(self) -> None:
         """Ends the other process; again is harmless."""
         self._ours.close()
+
+
+def _check_right(control: int) -> None:
+    """Raises FrontendError where the kernel would refuse later, when a new TPM has been made."""
+    argument = bytearray(VtpmProxyNewDev(_NO_SUCH_FLAG, 0, 0, 0, 0).pack(HOST))
+    try:
+        fcntl.ioctl(control, VTPM_PROXY_IOC_NEW_DEV, argument, True)
+    except OSError as exc:
+        if exc.errno != errno.EOPNOTSUPP:  # for the flag, so the rest is right
+            raise _refused(exc.errno or errno.EIO) from exc
+
+
+def _refused(number: int) -> FrontendError:
+    reason = f"Ioctl to create vtpm proxy failed: {os.strerror(number)}"
+    return FrontendError(reason, _IOCTL_HINTS.get(number, ""))
 
 
 def _make_when_asked(
