@@ -110,7 +110,7 @@ def _states(line: CommandLine) -> str:
     state = settings.state_config(line)
     if state is None:
         raise UsageError("Error: --tpmstate option is required for --print-states")
-    sizes = open_store(state.uri, tpm2=settings.is_tpm2(line), lock=False).sizes()
+    sizes = open_store(state.uri, tpm2=settings.is_tpm2_in(state, line), lock=False).sizes()
     found = ", ".join(f'{{"name": "{name}", "size": {size}}}' for name, size in sizes.items())
     return f'{{ "type": "swtpm", "states": [{f" {found} " if found else ""}] }}'
 

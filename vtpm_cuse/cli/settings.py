@@ -195,9 +195,10 @@ def _seccomp_action(line: CommandLine) -> SeccompAction:
 
 def vtpm_config(line: CommandLine) -> VtpmConfig:
     """The options about the TPM itself. Raises VtpmError."""
-    state, startup, tpm2 = state_config(line), _startup_config(line), is_tpm2(line)
+    state, startup = state_config(line), _startup_config(line)
+    tpm2 = is_tpm2(line) if state is None else is_tpm2_in(state, line)
     if state is not None and state.own_place:
-        startup, tpm2 = _ready(startup), _is_tpm2_there(line, state)
+        startup = _ready(startup)
     migration = line.subs("migration")
     return VtpmConfig(
         tpm2=tpm2,
@@ -220,13 +221,16 @@ def is_tpm2(line: CommandLine) -> bool:
     return line.has("tpm2") or (line.knows("mount") and not line.has("tpm12"))
 
 
-def _is_tpm2_there(line: CommandLine, state: StateConfig) -> bool:
-    """Whether a TPM 2.0 is meant where nobody has named a place: it is, unless a 1.2 is there.
+def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
+    """Whether a TPM 2.0 is meant; where nobody has named a place it is, unless a 1.2 is there.
 
     Raises:
         UsageError: There is another one than is asked for.
         StorageError: The place cannot be looked into.
     """
+    meant = is_tpm2(line)
+    if not state.own_place:
+        return meant
     from vtpm_cuse.storage import open_store
 
     there = [v for v in (True, False) if open_store(state.uri, tpm2=v, lock=False).sizes()]
