@@ -82,8 +82,9 @@ def test_it_just_works(user: User) -> None:
     assert user.run("id", "-u").stdout != "0\n"
     done = user.run(*SWTPM_FUSE, "-n", "vtpm0")
     mount = user.folder / "run/vtpm"
-    assert done.stderr == f"swtpm: The TPM is {mount}/vtpm0.\n"
     device = mount / "vtpm0"
+    state = user.folder / "state/vtpm-cuse/vtpm0"
+    assert done.stderr == f"swtpm: {device} is a TPM 2.0, whose state is in {state}.\n"
     assert str(mount) in dict(mounts())
     try:
         random = user.run("tpm2_getrandom", "-T", f"device:{device}", "--hex", "8").stdout
@@ -91,7 +92,6 @@ def test_it_just_works(user: User) -> None:
         assert user.run("cat", mount / "tpm_version_major").stdout == "2\n"
         pcr = user.run("cat", mount / "pcr-sha256/7").stdout
         assert re.fullmatch("[0-9A-F]{64}\n", pcr)
-        state = user.folder / "state/vtpm-cuse/vtpm0"
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
         if user.prefix:  # root is another user
             assert errno_from(lambda: os.open(device, os.O_RDWR)) == errno.EACCES
@@ -103,6 +103,60 @@ def test_it_just_works(user: User) -> None:
         os.close(with_pid)
     assert not mount.exists()
     assert (state / "tpm2-00.permall").exists()
+
+
+@pytest.mark.parametrize("umask", [0, 0o077], ids=["000", "077"])
+def test_folders_are_nobody_elses(user: User, umask: int) -> None:
+    """Those of the state and of the mount, and what is made on the way there."""
+    mount = user.folder / "a/b/mount"
+    words = (*SWTPM_FUSE, "-n", "x", "--mount", str(mount))
+    user.run("sh", "-c", f'umask {umask:o}; exec "$@"', "sh", *words)
+    try:
+        made = [mount.parent, mount.parent.parent, *(user.folder / "state").glob("**/")]
+        assert not [path for path in made if path.stat().st_mode & 0o022]
+        leaf = user.folder / "state/vtpm-cuse/x"
+        assert stat.S_IMODE(leaf.stat().st_mode) == 0o700
+    finally:
+        user.run(OUR_IOCTL, "-s", mount / "x")
+
+
+def test_the_same_tpm_again_and_never_twice(user: User) -> None:
+    """A name finds its TPM again; a second program that wants it is told so, and makes none."""
+    mounts_of = [user.folder / "m0", user.folder / "m1"]
+    words = [(*SWTPM_FUSE, "-n", "x", "--mount", str(mount)) for mount in mounts_of]
+    permall = user.folder / "state/vtpm-cuse/x/tpm2-00.permall"
+    user.run(*words[0])
+    try:
+        before = permall.read_bytes()
+        second = user.run(*words[1], status=1)
+        assert "another process" in second.stderr
+        assert not mounts_of[1].exists()
+        assert permall.read_bytes() == before
+    finally:
+        user.run(OUR_IOCTL, "-s", mounts_of[0] / "x")
+    other = user.run(*words[0], "--tpm12", status=1)
+    assert "holds a TPM 2.0; give --tpm2" in other.stderr
+
+
+def test_tpm_1_2_stays_one(user: User) -> None:
+    mount = user.folder / "mount"
+    words = (*SWTPM_FUSE, "-n", "x", "--mount", str(mount))
+    for more in (["--tpm12"], []):
+        assert "is a TPM 1.2" in user.run(*words, *more).stderr
+        assert user.run("cat", mount / "tpm_version_major").stdout == "1\n"
+        user.run(OUR_IOCTL, "-s", mount / "x")
+
+
+def test_place_that_others_may_write_to_is_not_used(user: User) -> None:
+    place = user.folder / "state/vtpm-cuse/x"
+    place.mkdir(parents=True)
+    for path in (place, place.parent, place.parent.parent):
+        user.own(path)
+    place.chmod(0o777)
+    words = (*SWTPM_FUSE, "-n", "x", "--mount", str(user.folder / "mount"))
+    done = user.run(*words, status=1)
+    assert f"{place} cannot be used: it can be written to by everybody" in done.stderr
+    assert not list(place.iterdir())
 
 
 def test_allow_other_must_be_permitted(user: User) -> None:
@@ -161,7 +215,8 @@ def test_foreground(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
-    assert (said, process.stderr.read()) == (f"swtpm: The TPM is {mount}/x.\n", "")
+    line = f"swtpm: {mount}/x is a TPM 2.0, whose state is in {tmp_path}.\n"
+    assert (said, process.stderr.read()) == (line, "")
     process.stderr.close()
     assert not mount.exists()
 
@@ -350,7 +405,7 @@ def test_status_and_log(server: Server) -> None:
         status = json.loads(text(server, "status"))
         assert (status["open"], status["busy"], status["running"]) == (True, True, True)
         cancelled(fd)
-    assert text(server, "log").endswith(f"The TPM is {server.device}.\n")
+    assert f"{server.device} is a TPM 2.0" in text(server, "log")
 
 
 def test_nothing_can_be_written(server: Server) -> None:

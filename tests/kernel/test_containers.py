@@ -184,7 +184,19 @@ def test_podman(image: Path, proxy: Proxy) -> None:
     assert "/dev/tpmrm0" in done.stderr
 
 
-def test_server_in_the_container(image: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def own_place() -> Iterator[Path]:
+    """Where a container that writes to the lab's own file system keeps the state."""
+    place = Path("/var/lib/vtpm-cuse")
+    needs(not place.exists(), f"{place} is there already")
+    yield place / "proxy0"
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "words", ["", f"--tpm2 --tpmstate dir={WORK}/state"], ids=["one line", "a place of its own"]
+)
+def test_server_in_the_container(words: str, image: Path, own_place: Path, tmp_path: Path) -> None:
     """Given /dev/vtpmx, a container makes its TPM itself; the helper makes the nodes there."""
     control = os.stat("/dev/vtpmx").st_rdev
     vtpmx = {"type": "c", "major": os.major(control), "minor": os.minor(control)}
@@ -192,7 +204,7 @@ def test_server_in_the_container(image: Path, tmp_path: Path) -> None:
         "devices": [{"path": "/dev/vtpmx", **vtpmx, "fileMode": 0o600, "uid": 0, "gid": 0}],
         "resources": {"devices": [{"allow": True, "type": "c", "access": "rwm"}]},
     }
-    server = f"{SWTPM} chardev --vtpm-proxy --tpm2 --tpmstate dir={WORK}/state -d"
+    server = f"{SWTPM} chardev --vtpm-proxy {words} -d"
     script = (
         f"mkdir state && {HELPER} --owner 0:4712 --mode 0640 -- {server} --pid file={WORK}/pid "
         "&& tpm2_getrandom --hex 8 -T device:$(echo /dev/tpmrm*) "
@@ -201,10 +213,14 @@ def test_server_in_the_container(image: Path, tmp_path: Path) -> None:
     bundle = Bundle(tmp_path / "own", "crun", image).give(granted)
     bundle.may("CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_CHOWN", "CAP_FOWNER")
     bundle.config["process"]["cwd"] = WORK
+    bundle.config["root"]["readonly"] = bool(words)
     number = next_number()
     done = bundle.run("sh", "-c", script)
     assert done.returncode == 0, done
     assert done.stdout.endswith(" 0 4712 640\n 0 4712 640\n")
+    if not words:
+        assert f" is a TPM 2.0, whose state is in {own_place}." in done.stderr
+    assert (own_place / "tpm2-00.permall").exists() is not bool(words)
     assert not Path(f"/sys/class/tpm/tpm{number}").exists()
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.kernel.harness import ROOT, run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
     "LAB_SCRATCH" not in os.environ, reason="it hides /dev/cuse, so in the lab alone"
@@ -22,7 +19,9 @@ def run_once(folder: Path) -> str:
     done = run(ROOT / "setup", "run", "--once", "vtpmonce", env={"XDG_STATE_HOME": str(folder)})
     assert "BEGIN PUBLIC KEY" in done.stdout
     assert "The TPM has ended, " in done.stdout
-    assert (folder / "vtpm-cuse/vtpmonce/tpm2-00.permall").exists()
+    assert "is a TPM 2.0, whose state is in /var/lib/vtpm-cuse/vtpmonce." in done.stderr
+    assert Path("/var/lib/vtpm-cuse/vtpmonce/tpm2-00.permall").exists()
+    assert not list(folder.iterdir())
     return done.stderr
 
 

@@ -27,8 +27,8 @@ MAY_IMPORT: Final[dict[str, set[str]]] = {
     "storage": {"errors", "faults", "files", "wire"},
     "engine": {"errors", "faults", "wire"},
     "device": {"errors", "faults", "wire", "proto", "storage", "engine"},
-    "client": {"errors", "faults", "wire", "proto"},
-    "frontends": {"errors", "faults", "wire", "proto", "device"},
+    "client": {"errors", "faults", "files", "wire", "proto"},
+    "frontends": {"errors", "faults", "files", "wire", "proto", "device"},
     "manufacture": {"errors", "faults", "files", "wire", "engine"},
     "service": {
         *{"errors", "faults", "files", "wire", "proto", "storage", "engine", "device"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +14,9 @@ from vtpm_cuse.cli import prints
 from vtpm_cuse.cli.commandline import CommandLine
 from vtpm_cuse.cli.swtpm_cuse import PROGRAM
 from vtpm_cuse.service import compose
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 INFO = {
     "TPMFeatures": {"RSAKeySizes": [1024, 2048]},
@@ -55,6 +60,13 @@ def test_capabilities_with_profiles() -> None:
 
 
 @pytest.mark.usefixtures("libtpms_with_profiles")
+@pytest.mark.parametrize("verb", ["cmdarg-migration", "ctrl-opt-terminate", "cmdarg-chroot"])
+def test_capabilities_of_the_device_are_those_of_sockets(verb: str) -> None:
+    """As in the C suite, whose callers ask any interface."""
+    assert f'"{verb}"' in text_for("--print-capabilities")
+
+
+@pytest.mark.usefixtures("libtpms_with_profiles")
 def test_profiles() -> None:
     assert text_for("--print-profiles", "--tpm2") == json.dumps(INFO)
     assert text_for("--print-profiles") == "{}"
@@ -77,3 +89,17 @@ def test_info() -> None:
     assert text.endswith("}\n")
     assert json.loads(text)["TPMSpecification"]["family"] == "2.0"
     assert set(json.loads(prints.info(3, tpm2=False))) == {"TPMSpecification", "TPMAttributes"}
+
+
+def test_states_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody names a place, those of the TPM that is in the place for it."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("TPM_PATH", raising=False)
+    place = tmp_path / "vtpm-cuse/x"
+    place.mkdir(parents=True)
+    for name in ("tpm2-00.permall", "tpm-00.permall"):
+        (place / name).write_bytes(b"12345")
+        assert '"size": 5' in text_for("--print-states", "-n", "x")
+        (place / name).unlink()
+    assert "size" not in text_for("--print-states", "-n", "x")

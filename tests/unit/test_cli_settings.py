@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TPM_PATH", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_STATE_HOME", "/no/such/folder")
     monkeypatch.chdir("/usr")
 
 
@@ -48,9 +50,134 @@ def error_of(*words: str) -> tuple[str, int]:
 
 
 def test_defaults() -> None:
+    """A name is enough for a TPM that is ready."""
     assert config_of() == CuseConfig(
-        name="vtpm0", vtpm=VtpmConfig(), process=ProcessConfig(background=True)
+        name="vtpm0",
+        vtpm=VtpmConfig(
+            tpm2=True,
+            state=StateConfig("dir:///no/such/folder/vtpm-cuse/vtpm0", own_place=True),
+            startup=StartupConfig(not_need_init=True, startup="clear"),
+        ),
+        process=ProcessConfig(background=True),
     )
+
+
+def test_defaults_where_a_place_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the C suite, which does not start without one."""
+    expected = VtpmConfig(state=StateConfig("dir:///usr/s"))
+    assert config_of("--tpmstate", "dir=s").vtpm == expected
+    monkeypatch.setenv("TPM_PATH", "s")
+    assert config_of().vtpm == expected
+
+
+@pytest.mark.parametrize(
+    ("user", "home", "words", "folder"),
+    [
+        (0, "/ignored", ("-n", "vtpm0"), "/var/lib/vtpm-cuse/vtpm0"),
+        (0, "/ignored", ("-n", "/dev/vtpm0"), "/var/lib/vtpm-cuse/vtpm0"),
+        (0, "/ignored", ("-n", "a/b"), "/var/lib/vtpm-cuse/a!b"),
+        (1000, "/mine", ("-n", "vtpm0"), "/mine/vtpm-cuse/vtpm0"),
+        (1000, "relative", ("-n", "vtpm0"), "/my/home/.local/state/vtpm-cuse/vtpm0"),
+        (1000, "", ("-n", "vtpm0"), "/my/home/.local/state/vtpm-cuse/vtpm0"),
+    ],
+)
+def test_place_for_a_name(
+    user: int,
+    home: str,
+    words: tuple[str, ...],
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setenv("HOME", "/my/home")
+    monkeypatch.setenv("XDG_STATE_HOME", home)
+    state = settings.cuse_config(line_of(*words)).vtpm.state
+    assert state == StateConfig(f"dir://{folder}", own_place=True)
+
+
+@pytest.mark.parametrize(
+    ("there", "words", "tpm2"),
+    [
+        ((), (), True),
+        ((), ("--tpm12",), False),
+        (("tpm-00.permall",), (), False),
+        (("tpm-00.permall",), ("--tpm12",), False),
+        (("tpm2-00.permall",), (), True),
+        (("tpm-00.permall", "tpm2-00.permall"), (), True),
+        (("tpm-00.permall", "tpm2-00.permall"), ("--tpm12",), False),
+    ],
+)
+def test_version_of_what_is_in_the_place(
+    there: tuple[str, ...],
+    words: tuple[str, ...],
+    tpm2: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = tmp_path / "vtpm-cuse" / "vtpm0"
+    place.mkdir(parents=True)
+    for name in there:
+        (place / name).write_bytes(b"state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert config_of(*words).vtpm.tpm2 is tpm2
+
+
+@pytest.mark.parametrize(
+    ("there", "word", "says"),
+    [("tpm-00.permall", "--tpm2", "TPM 1.2"), ("tpm2-00.permall", "--tpm12", "TPM 2.0")],
+)
+def test_no_new_tpm_beside_one_of_another_version(
+    there: str, word: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "vtpm-cuse" / "vtpm0"
+    place.mkdir(parents=True)
+    (place / there).write_bytes(b"state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    reason, status = error_of("-n", "vtpm0", word)
+    assert (reason, status) == (f"Error: {place} holds a {says}", 1)
+
+
+def test_proxy_without_a_word_more() -> None:
+    line = CommandLine(swtpm_chardev.PROGRAM, ["--vtpm-proxy"], "swtpm chardev")
+    vtpm = settings.chardev_config(line).vtpm
+    assert vtpm.state == StateConfig("dir:///no/such/folder/vtpm-cuse/proxy0", own_place=True)
+    assert (vtpm.tpm2, vtpm.startup.not_need_init, vtpm.startup.startup) == (True, True, "clear")
+    line = CommandLine(swtpm_chardev.PROGRAM, ["--vtpm-proxy", "-n", "x"], "swtpm chardev")
+    assert settings.state_config(line) == StateConfig(
+        "dir:///no/such/folder/vtpm-cuse/x", own_place=True
+    )
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "\n"])
+def test_proxy_names_that_cannot_be(name: str) -> None:
+    line = CommandLine(swtpm_chardev.PROGRAM, ["--vtpm-proxy", "-n", name], "swtpm chardev")
+    with pytest.raises(UsageError, match="cannot be the name of a TPM"):
+        settings.chardev_config(line)
+
+
+def test_no_place_without_a_name() -> None:
+    """Nor where the C suite has none, and ends later on."""
+    assert settings.state_config(line_of()) is None
+    device = CommandLine(swtpm_chardev.PROGRAM, ["--chardev", "/dev/x"], "swtpm chardev")
+    assert settings.state_config(device) is None
+
+
+@pytest.mark.parametrize("name", ["vtpm0", "/dev/vtpm0"])
+def test_device_may_be_named_by_its_path(name: str) -> None:
+    assert settings.cuse_config(line_of("-n", name)).name == "vtpm0"
+
+
+@pytest.mark.parametrize(
+    ("words", "flags"),
+    [
+        ((), (False, False)),
+        (("--migration", "incoming"), (True, False)),
+        (("--migration", "incoming,release-lock-outgoing"), (True, True)),
+    ],
+)
+def test_migration(words: tuple[str, ...], flags: tuple[bool, bool]) -> None:
+    vtpm = config_of(*words).vtpm
+    assert (vtpm.incoming, vtpm.release_outgoing) == flags
 
 
 def test_everything() -> None:
@@ -119,7 +246,7 @@ def test_tpm_path_is_the_default_state(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_startup(flags: str, not_need_init: bool, startup: StartupKind | None) -> None:
     expected = StartupConfig(not_need_init, startup)
-    assert config_of("--flags", flags).vtpm.startup == expected
+    assert config_of("--tpmstate", "dir=s", "--flags", flags).vtpm.startup == expected
 
 
 def test_log_without_level_or_prefix() -> None:

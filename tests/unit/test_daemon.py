@@ -40,7 +40,7 @@ def serve(ready):
     }).encode())
     return 0
 
-def confirm():
+def confirm(child):
     if what == "refused":
         raise FrontendError("it does not answer")
     print("confirmed", flush=True)

@@ -12,6 +12,7 @@ from tests.support import ptm
 from tests.support.engine import echo
 from tests.support.kernel import EIO, OWNER, FakeKernel, Machine
 from tests.support.ptm import PART, PERMANENT, VOLATILE, get_blob, result_of, set_blob, u32
+from vtpm_cuse.device.vtpm import VtpmOptions
 from vtpm_cuse.errors import StateLocked
 from vtpm_cuse.storage.sealed import SealedStore
 
@@ -283,3 +284,47 @@ def test_blobs_go_from_one_tpm_to_another() -> None:
             assert set_blob(to, kind, blob[start : start + PART]) == 0
     assert target.engine.given["permall"] == SealedStore(source.store).load("permall")
     assert target.engine.given["volatilestate"] == b"v" * 9000
+
+
+SAVESTATE = 3
+
+
+def holder(size: int, *, release: bool) -> tuple[Machine, FakeKernel]:
+    """Has a last blob of about so many bytes, and the lock."""
+    machine = Machine(tpm2=False, options=VtpmOptions(release_outgoing=release))
+    SealedStore(machine.store).store("savestate", bytes(size))
+    return machine, machine.opened()
+
+
+@pytest.mark.parametrize("size", [100, 2 * PART + 1])
+@pytest.mark.parametrize("release", [True, False])
+def test_lock_goes_with_the_last_blob_by_ioctls(size: int, release: bool) -> None:
+    """If that is wanted, behind its last byte; a command takes it back."""
+    machine, kernel = holder(size, release=release)
+    got, total = 0, 1
+    while got < total:
+        assert machine.vtpm.holds_lock
+        _, _, total, part = get_blob(kernel, SAVESTATE, got)
+        got += len(part)
+    assert got > size
+    assert machine.vtpm.holds_lock is not release
+    kernel.write(RANDOM)
+    while machine.jobs.waiting:
+        machine.jobs.run()
+    assert machine.vtpm.holds_lock
+
+
+def test_lock_goes_with_the_last_blob_by_read() -> None:
+    machine, kernel = holder(2 * PART, release=True)
+    get_blob(kernel, SAVESTATE)
+    while machine.vtpm.holds_lock:
+        part = kernel.read(1000).body
+        assert part
+    assert kernel.read(1000).body == b""
+
+
+def test_lock_stays_for_other_blobs() -> None:
+    machine, kernel = holder(100, release=True)
+    SealedStore(machine.store).store("permall", bytes(100))
+    get_blob(kernel, PERMANENT)
+    assert machine.vtpm.holds_lock

@@ -118,7 +118,7 @@ def test_port_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             "Could not convert interface name 'no-such' to index: No such device",
         ),
         ("--server port=1,bindaddr=192.0.2.1", "Cannot assign requested address"),
-        ("-f 987", "Cannot use file descriptor 987: Bad file descriptor"),
+        ("-f 987", "Cannot stat file descriptor: Bad file descriptor"),
         ("--ctrl type=unixio,path=/no/such/folder/x", "No such file or directory"),
         (f"--ctrl type=unixio,path=/{'x' * 107}", "Path for UnixIO socket is too long"),
     ],
@@ -278,7 +278,6 @@ def test_listening_where_connected_is_wanted(words: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "words",
     [
-        "-f {}",
         "--server type=unixio,fd={}",
         "--ctrl type=tcp,fd={}",
         "--ctrl type=unixio,clientfd={}",
@@ -287,3 +286,18 @@ def test_listening_where_connected_is_wanted(words: str, tmp_path: Path) -> None
 def test_descriptor_of_a_file(words: str, tmp_path: Path) -> None:
     with open(tmp_path / "file", "w") as file:
         assert "is not a socket" in complaint(words.format(file.fileno()))
+
+
+@pytest.mark.parametrize("words", ["-f {}", "--server type=tcp,fd={}"])
+def test_data_may_come_from_a_terminal_but_from_no_file(words: str, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    channels = acquired(words.format(theirs))
+    stream = channels.data_stream
+    assert stream is not None
+    assert stream.fileno() == theirs
+    channels.close()
+    os.close(ours)
+    with open(tmp_path / "file", "w") as file:
+        fd = os.dup(file.fileno())
+    with pytest.raises(UsageError, match="Given file descriptor type is not supported"):
+        acquired(words.format(fd))

@@ -42,6 +42,7 @@ class CommandLine:
         self.program, self._name = program, name or program.name
         self._table = {option.name: option for option in program.options}
         self._given: dict[str, list[str]] = {}
+        self._subs: dict[str, SubValues] = {}
         self.operands: list[str] = []
         words_of = Getopt(
             self._name.split()[-1], words, program.options, long_only=program.long_only
@@ -79,10 +80,18 @@ class CommandLine:
         if value is None:
             return None
         option = self._table[name]
-        try:
-            return suboptions.parse(value, option.subs)
-        except suboptions.SubOptionError as exc:
-            raise self.error(f"Error parsing {option.noun} options: {exc}") from None
+        if name not in self._subs:
+            try:
+                self._subs[name] = suboptions.parse(value, option.subs)
+            except suboptions.SubOptionError as exc:
+                raise self.error(f"Error parsing {option.noun} options: {exc}") from None
+        return self._subs[name]
+
+    def look_up(self) -> None:
+        """Reads all sub-options, and with them users and groups. Raises UsageError."""
+        for name in self._given:
+            if self._table[name].subs:
+                self.subs(name)
 
     def last_of(self, *names: str) -> str | None:
         """Which of these options was given last, None if none was."""

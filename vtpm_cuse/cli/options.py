@@ -91,6 +91,16 @@ _FLAGS: Final = _switches(
     disable_auto_shutdown="send no TPM2_Shutdown when a client omitted it",
 )
 
+_OWN_PLACE: Final = (
+    "in /var/lib/vtpm-cuse/NAME for root, and in $XDG_STATE_HOME/vtpm-cuse/NAME "
+    "(~/.local/state/vtpm-cuse/NAME) for others"
+)
+_ITS_TPM: Final = (
+    "Where nobody names a place, the directory is made with permissions for its owner alone, and "
+    "the TPM is powered on and started at once: a TPM 2.0, unless a TPM 1.2 is there already or "
+    "--tpm12 is given. Only one program can have it at a time."
+)
+
 OPTIONS: Final[Sequence[Option]] = (
     Option(
         "name",
@@ -100,6 +110,14 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=CUSE,
         # PEER: so does its loop, for this option alone.
         first_counts=True,
+    ),
+    Option(
+        "name",
+        "name of the TPM, by default proxy0; with --vtpm-proxy, its state is kept under it if no "
+        "other place is named",
+        letter="n",
+        metavar="NAME",
+        interfaces=CHARDEV,
     ),
     Option(
         "name",
@@ -179,7 +197,7 @@ OPTIONS: Final[Sequence[Option]] = (
     ),
     Option(
         "fd",
-        "use this connected socket for TPM commands, and end with it",
+        "take TPM commands from this connected socket or this terminal, and end with it",
         letter="f",
         metavar="FD",
         interfaces=SOCKET,
@@ -208,25 +226,40 @@ OPTIONS: Final[Sequence[Option]] = (
         letter="d",
         interfaces=STREAMS,
     ),
-    Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2", interfaces=ALL - FUSE),
+    Option("tpm2", "be a TPM 2.0; otherwise the TPM is a TPM 1.2", interfaces=SOCKET),
+    Option(
+        "tpm2",
+        "be a TPM 2.0, which it is by default if neither --tpmstate nor TPM_PATH is given; "
+        "otherwise the TPM is a TPM 1.2",
+        interfaces=CUSE | CHARDEV,
+    ),
     Option("tpm2", "be a TPM 2.0, which it is by default", interfaces=FUSE),
-    Option("tpm12", "be a TPM 1.2", interfaces=FUSE),
+    Option("tpm12", "be a TPM 1.2", interfaces=ALL - SOCKET),
     Option(
         "tpmstate",
         "where the state of the TPM is kept; needed unless the environment variable TPM_PATH "
         "names a directory",
         noun="tpmstate",
         subs=_TPMSTATE,
-        interfaces=ALL - FUSE,
+        interfaces=SOCKET,
     ),
     Option(
         "tpmstate",
         "where the state of the TPM is kept; by default in the directory that the environment "
-        "variable TPM_PATH names, else in $XDG_STATE_HOME/vtpm-cuse/NAME "
-        "(~/.local/state/vtpm-cuse/NAME)",
+        f"variable TPM_PATH names, else {_OWN_PLACE}",
         noun="tpmstate",
         subs=_TPMSTATE,
-        interfaces=FUSE,
+        interfaces=CUSE | FUSE,
+        more=_ITS_TPM,
+    ),
+    Option(
+        "tpmstate",
+        "where the state of the TPM is kept; by default in the directory that the environment "
+        f"variable TPM_PATH names, else, with --vtpm-proxy, {_OWN_PLACE}",
+        noun="tpmstate",
+        subs=_TPMSTATE,
+        interfaces=CHARDEV,
+        more=_ITS_TPM,
     ),
     Option(
         "flags",
@@ -302,9 +335,9 @@ OPTIONS: Final[Sequence[Option]] = (
         noun="migration",
         subs=_switches(
             incoming="another host still holds the state: lock it when it has arrived",
-            release_lock_outgoing="accepted; the lock is always released with the last blob",
+            release_lock_outgoing="release the lock with the last blob, which the control channel "
+            "always does",
         ),
-        interfaces=STREAMS,
     ),
     Option(
         "pcap",
@@ -338,7 +371,6 @@ OPTIONS: Final[Sequence[Option]] = (
             ),
         ),
     ),
-    Option("migration", "", metavar="WHAT", available=False, interfaces=ALL - STREAMS),
     Option(
         "runas",
         "run as this user, by name with its groups or by number; what needs the caller's "
@@ -351,6 +383,7 @@ OPTIONS: Final[Sequence[Option]] = (
         "take this directory as the root of all paths, also of those in the other options",
         letter="R",
         metavar="DIR",
+        interfaces=ALL - FUSE,
     ),
     Option("print-capabilities", "print what this program can do, as JSON, and end"),
     Option("print-states", "print which state there is, as JSON, and end"),

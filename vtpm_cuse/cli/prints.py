@@ -31,7 +31,7 @@ _VERBS: Final = (
     ("tpm-send-command-header", "fd", ""),  # a stream can be handed over, and headers with it
     ("flags-opt-startup", "flags", "startup-clear"),
     ("flags-opt-disable-auto-shutdown", "flags", "disable-auto-shutdown"),
-    ("ctrl-opt-terminate", "ctrl", "terminate"),
+    ("ctrl-opt-terminate", "flags", ""),  # libvirt asks any interface, for that of sockets
     ("cmdarg-seccomp", "seccomp", ""),
     ("cmdarg-key-fd", "key", "fd"),
     ("cmdarg-pwd-fd", "key", "pwdfd"),
@@ -86,7 +86,7 @@ def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str
     Raises:
         VtpmError: There is no such TPM to be had.
     """
-    if config.state is None:
+    if config.state is None or config.state.own_place:
         return info(flags, tpm2=config.tpm2)
     from vtpm_cuse.service import sandbox, seccomp
     from vtpm_cuse.service.compose import make_vtpm
@@ -112,7 +112,7 @@ def _states(line: CommandLine) -> str:
     state = settings.state_config(line)
     if state is None:
         raise UsageError("Error: --tpmstate option is required for --print-states")
-    sizes = open_store(state.uri, tpm2=settings.is_tpm2(line), lock=False).sizes()
+    sizes = open_store(state.uri, tpm2=settings.is_tpm2_in(state, line), lock=False).sizes()
     found = ", ".join(f'{{"name": "{name}", "size": {size}}}' for name, size in sizes.items())
     return f'{{ "type": "swtpm", "states": [{f" {found} " if found else ""}] }}'
 

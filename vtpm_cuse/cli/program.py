@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,8 @@ def version_text(what: str, of: str = "TPM emulator") -> str:
 def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
     """Calls *work* and returns the exit status; *report* shows the one line about an error."""
     _hold_standard_files()
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody hears how a child has ended
     try:
         status = work()
         sys.stdout.flush()

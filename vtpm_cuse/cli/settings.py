@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.commandline import CuseExit
 from vtpm_cuse.cli.numbers import FD_MAX, number
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import open_plain
 from vtpm_cuse.service.config import (
     ChardevConfig,
     CuseConfig,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _PORT_MAX: Final = 0xFFFF
 _FIRST_FD: Final = 3
 _NAME_MAX: Final = 255
+_PROXY_NAME: Final = "proxy0"
 _SOCKET_MODE: Final = 0o770
 _PCAP_MODE: Final = 0o640
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
@@ -50,6 +52,7 @@ _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile f
 def cuse_config(line: CommandLine) -> CuseConfig:
     """All of ``swtpm cuse``. Raises UsageError."""
     return CuseConfig(
+        node_in_sight=not line.has("chroot"),
         major=line.number("maj", 0xFFFF),
         minor=line.number("min", 0xFFFF),
         name=_device_name(line),
@@ -68,13 +71,12 @@ def fuse_config(line: CommandLine) -> FuseConfig:
             raise UsageError("Error: XDG_RUNTIME_DIR is not set", hint="give --mount DIR")
         mount = f"{runtime}/vtpm"
     vtpm = vtpm_config(line)
-    kind = vtpm.startup.startup or "clear"
     return FuseConfig(
         name=name,
         mount=os.path.abspath(mount),
         allow_other=line.has("allow-other"),
         process=process_config(line, background=not line.has("foreground")),
-        vtpm=vtpm._replace(startup=vtpm.startup._replace(not_need_init=True, startup=kind)),
+        vtpm=vtpm._replace(startup=_ready(vtpm.startup)),
     )
 
 
@@ -83,7 +85,7 @@ def socket_config(line: CommandLine) -> SocketConfig:
     data, disconnect = _data_channel(line)
     control, control_terminate = _control_channel(line)
     return SocketConfig(
-        vtpm=_vtpm_with_migration(line),
+        vtpm=vtpm_config(line),
         data=_passed("data", data),
         control=_passed("ctrl", control),
         disconnect=disconnect,
@@ -106,7 +108,7 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
     if not (proxy or given):
         raise line.error("Error: Missing character device or file descriptor")
     control, control_terminate = _control_channel(line)
-    vtpm = _vtpm_with_migration(line)
+    vtpm = vtpm_config(line)
     return ChardevConfig(
         vtpm=_ready_for_the_kernel(vtpm) if proxy else vtpm,
         proxy=proxy,
@@ -120,9 +122,13 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
 
 def _ready_for_the_kernel(vtpm: VtpmConfig) -> VtpmConfig:
     """The kernel's driver uses the TPM as soon as there is a device, and sets its locality."""
-    startup = vtpm.startup._replace(not_need_init=True, startup=vtpm.startup.startup or "clear")
     locality = vtpm.locality._replace(allow_set_locality=True)
-    return vtpm._replace(startup=startup, locality=locality)
+    return vtpm._replace(startup=_ready(vtpm.startup), locality=locality)
+
+
+def _ready(startup: StartupConfig) -> StartupConfig:
+    """On as soon as it is there, and started."""
+    return startup._replace(not_need_init=True, startup=startup.startup or "clear")
 
 
 def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
@@ -138,14 +144,32 @@ def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
 
 
 def enter_root(line: CommandLine) -> None:
-    """``--chroot``, with everything imported that is out of reach afterwards. Raises UsageError."""
+    """``--chroot``, with all looked up and imported before that is out of reach afterwards.
+
+    It has to be: what lies below the new root is not ours, and the C library would take from there
+    who a user is, and run the code that says so.
+
+    Raises:
+        UsageError: This process may not, there is no such directory, or an option is wrong.
+    """
     path = line.value("chroot")
     if path is not None:
-        from vtpm_cuse.service.preload import import_all
+        from vtpm_cuse.service import notify
+        from vtpm_cuse.service.preload import KEYRING, import_all
         from vtpm_cuse.service.privileges import change_root
 
-        import_all()
+        line.look_up()
+        user(line)
+        notify.connect()
+        for name in import_all():
+            if name != KEYRING or _takes_keyring(line):
+                raise UsageError(f"{name} is missing, which --chroot needs", hint="install it")
         change_root(path)
+
+
+def _takes_keyring(line: CommandLine) -> bool:
+    keys = (line.subs("key"), line.subs("migration-key"))
+    return any(given.has("keyring") for given in keys if given is not None)
 
 
 def user(line: CommandLine) -> User | None:
@@ -184,24 +208,54 @@ def _landlock_use(line: CommandLine) -> LandlockUse:
 
 
 def vtpm_config(line: CommandLine) -> VtpmConfig:
-    """The options about the TPM itself. Raises UsageError."""
+    """The options about the TPM itself. Raises VtpmError."""
+    state, startup = state_config(line), _startup_config(line)
+    tpm2 = is_tpm2(line) if state is None else is_tpm2_in(state, line)
+    if state is not None and state.own_place:
+        startup = _ready(startup)
+    migration = line.subs("migration")
     return VtpmConfig(
-        tpm2=is_tpm2(line),
-        state=state_config(line),
-        startup=_startup_config(line),
+        tpm2=tpm2,
+        state=state,
+        startup=startup,
         locality=_locality_config(line),
         profile=_profile_config(line),
         key=_key_source(line, "key"),
         migration_key=_key_source(line, "migration-key"),
+        incoming=migration is not None and migration.flag("incoming"),
+        release_outgoing=migration is not None and migration.flag("release-lock-outgoing"),
         pcap=_pcap_config(line),
     )
 
 
 def is_tpm2(line: CommandLine) -> bool:
-    """Whether a TPM 2.0 is meant: where ``--tpm12`` exists it is the default. Raises UsageError."""
+    """Whether a TPM 2.0 is meant, which it is by default in a FUSE mount. Raises UsageError."""
     if line.has("tpm2") and line.has("tpm12"):
         raise line.error("Error: --tpm2 and --tpm12 exclude each other")
-    return line.has("tpm2") or (line.knows("tpm12") and not line.has("tpm12"))
+    return line.has("tpm2") or (line.knows("mount") and not line.has("tpm12"))
+
+
+def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
+    """Whether a TPM 2.0 is meant; where nobody has named a place it is, unless a 1.2 is there.
+
+    Raises:
+        UsageError: There is another one than is asked for.
+        StorageError: The place cannot be looked into.
+    """
+    meant = is_tpm2(line)
+    if not state.own_place:
+        return meant
+    from vtpm_cuse.storage import open_store
+
+    there = [v for v in (True, False) if open_store(state.uri, tpm2=v, lock=False).sizes()]
+    asked = [v for v, option in ((True, "tpm2"), (False, "tpm12")) if line.has(option)]
+    tpm2 = [*asked, *there, True][0]
+    if there and tpm2 not in there:
+        raise UsageError(
+            f"Error: {state.uri.removeprefix('dir://')} holds a TPM {'1.2' if tpm2 else '2.0'}",
+            hint=f"give --{'tpm12' if tpm2 else 'tpm2'}, or another place by --tpmstate dir=DIR",
+        )
+    return tpm2
 
 
 def log_config(line: CommandLine) -> LogConfig:
@@ -252,14 +306,11 @@ def pid_config(line: CommandLine) -> PidConfig | None:
 
 
 def state_config(line: CommandLine) -> StateConfig | None:
-    """``--tpmstate``, else TPM_PATH, else the user's own folder or nothing. Raises UsageError."""
+    """``--tpmstate``, else TPM_PATH, else the place for the TPM's name. Raises UsageError."""
     given = line.subs("tpmstate")
     if given is None:
         path = os.environ.get("TPM_PATH")
-        if not path and line.knows("mount"):
-            home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-            path = f"{home}/vtpm-cuse/{_file_name(line)}"
-        return StateConfig(absolute(f"dir://{path}")) if path else None
+        return StateConfig(absolute(f"dir://{path}")) if path else _own_place(line)
     directory, uri = given.text("dir"), given.text("backend-uri")
     if directory is not None:
         uri = f"dir://{directory}"
@@ -274,10 +325,32 @@ def state_config(line: CommandLine) -> StateConfig | None:
     )
 
 
+def _own_place(line: CommandLine) -> StateConfig | None:
+    """Where the state is if nobody says; nowhere for a TPM without a name."""
+    if line.knows("maj"):
+        name = _device_name(line) if line.has("name") else None
+    elif line.knows("mount"):
+        name = _file_name(line)
+    else:
+        name = _proxy_name(line) if line.has("vtpm-proxy") else None
+    if name is None:
+        return None
+    folder = os.environ.get("XDG_STATE_HOME", "")
+    if os.geteuid() == 0:
+        folder = "/var/lib"
+    elif not folder.startswith("/"):
+        folder = os.path.expanduser("~/.local/state")
+    # As sysfs has it, so that no TPM is within another's folder.
+    return StateConfig(
+        absolute(f"dir://{folder}/vtpm-cuse/{name.replace('/', '!')}"), own_place=True
+    )
+
+
 def _device_name(line: CommandLine) -> str:
     name = line.value("name")
     if name is None:
         raise UsageError("Error: device name missing", CuseExit.NO_NAME)
+    name = name.removeprefix("/dev/")
     # "a/b" is fine, the kernel makes the directory; blanks it would strip or choke on.
     parts = name.split("/")
     if not name.isascii() or not name.isprintable() or " " in name or {"", ".", ".."} & {*parts}:
@@ -292,10 +365,24 @@ def _file_name(line: CommandLine) -> str:
     name = line.value("name")
     if name is None:
         raise UsageError("Error: device name missing", hint="give -n NAME")
-    fits = name.isascii() and name.isprintable() and " " not in name and "/" not in name
-    if not fits or name in {"", ".", ".."} or len(name) > _NAME_MAX or is_attribute(name):
+    if not _is_simple(name) or is_attribute(name):
         raise UsageError(f"Error: '{name}' cannot be the name of the TPM's file")
     return name
+
+
+def _proxy_name(line: CommandLine) -> str:
+    """The kernel numbers its devices as they come; the TPM needs a name to be found again."""
+    name = line.value("name")
+    if name is None:
+        return _PROXY_NAME
+    if not _is_simple(name):
+        raise UsageError(f"Error: '{name}' cannot be the name of a TPM")
+    return name
+
+
+def _is_simple(name: str) -> bool:
+    fits = name.isascii() and name.isprintable() and " " not in name and "/" not in name
+    return fits and name not in {"", ".", ".."} and len(name) <= _NAME_MAX
 
 
 def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
@@ -390,12 +477,6 @@ def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
     )
 
 
-def _vtpm_with_migration(line: CommandLine) -> VtpmConfig:
-    migration = line.subs("migration")
-    incoming = migration is not None and migration.flag("incoming")
-    return vtpm_config(line)._replace(incoming=incoming)
-
-
 def _key_source(line: CommandLine, option: str) -> KeySource | None:
     given = line.subs(option)
     if given is None:
@@ -474,7 +555,7 @@ def _profile_text(line: CommandLine, given: SubValues) -> str | None:
     if source is None:
         return given.text("profile")
     try:
-        with open(source, "rb") as file:
+        with open(source if path is None else open_plain(path, os.O_RDONLY), "rb") as file:
             return file.read(_PROFILE_LIMIT).decode().strip()
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)

@@ -45,7 +45,7 @@ PROGRAM: Final = Program(
     ),
     examples=(
         Example("", "swtpm socket --help"),
-        Example("", "sudo swtpm cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0"),
+        Example("", "sudo swtpm cuse -n vtpm0"),
         Example("", "swtpm fuse -n vtpm0"),
     ),
     see_also=("swtpm_ioctl(8)",),

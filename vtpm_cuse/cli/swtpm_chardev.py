@@ -32,17 +32,21 @@ PROGRAM: Final = Program(
         Example(
             "Make a TPM 2.0 that is a device of the kernel's, and use it",
             "sudo modprobe tpm_vtpm_proxy\n"
-            "sudo swtpm chardev --vtpm-proxy --tpm2 --tpmstate dir=/var/lib/vtpm0 \\\n"
-            "    --daemon --pid file=/run/vtpm0.pid\n"
+            "sudo swtpm chardev --vtpm-proxy --daemon --pid file=/run/vtpm0.pid\n"
             "sudo tpm2_getrandom -T device:/dev/tpmrm0 --hex 8",
         ),
+        Example("Make a second one", "sudo swtpm chardev --vtpm-proxy -n proxy1 --daemon"),
         Example("End it and remove its device", "sudo sh -c 'kill $(cat /run/vtpm0.pid)'"),
     ),
-    environment=(Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),),
+    environment=(
+        Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),
+        Term("XDG_STATE_HOME", "Where that directory is otherwise, for others than root."),
+    ),
     files=(
         Term("/dev/vtpmx", "Makes TPM devices."),
         Term("/dev/tpmN", "The TPM, for one program at a time."),
         Term("/dev/tpmrmN", "The TPM 2.0, for any number of programs."),
+        Term("/var/lib/vtpm-cuse/NAME", "The state, if no other place is named."),
     ),
     see_also=("swtpm(8)", "swtpm_ioctl(8)", "swtpm_ioctls(3)"),
 )

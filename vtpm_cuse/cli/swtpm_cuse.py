@@ -29,15 +29,14 @@ PROGRAM: Final = Program(
         "through it: programs write TPM commands and read responses, and swtpm_ioctl(8) powers "
         "the TPM on and off. The kernel's own TPM driver is not involved.",
         "Needs read and write access to /dev/cuse, which root has; the module cuse must be "
-        "loaded. Use --flags startup-clear for a TPM that is ready at once; without it the TPM "
-        "is off until swtpm_ioctl -i powers it on.",
+        "loaded. With a name alone, the TPM is a TPM 2.0 that is ready at once, and its state is "
+        "kept for that name. With --tpmstate or TPM_PATH all is as in the C suite: a TPM 1.2 "
+        "without --tpm2, and off until swtpm_ioctl -i powers it on, or --flags startup-clear.",
     ),
     examples=(
         Example(
             "Make a TPM 2.0 that is ready at once, and use it",
-            "sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0 \\\n"
-            "    --flags startup-clear\n"
-            "sudo tpm2_getrandom -T device:/dev/vtpm0 --hex 8",
+            "sudo swtpm-cuse -n vtpm0\nsudo tpm2_getrandom -T device:/dev/vtpm0 --hex 8",
         ),
         Example(
             "Make one and power it on by hand",
@@ -56,10 +55,14 @@ PROGRAM: Final = Program(
         Term("255", "A number is out of range."),
         Term("1 and others", "Any other error; standard error or the log has the reason."),
     ),
-    environment=(Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),),
+    environment=(
+        Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),
+        Term("XDG_STATE_HOME", "Where that directory is otherwise, for others than root."),
+    ),
     files=(
         Term("/dev/cuse", "The kernel's CUSE driver."),
         Term("/dev/NAME", "The TPM."),
+        Term("/var/lib/vtpm-cuse/NAME", "Its state, if no other place is named."),
     ),
     see_also=("swtpm(8)", "swtpm_ioctl(8)", "swtpm_ioctls(3)"),
     lenient=True,

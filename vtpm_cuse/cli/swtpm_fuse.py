@@ -56,10 +56,11 @@ PROGRAM: Final = Program(
     environment=(
         Term("XDG_RUNTIME_DIR", "Where the directory vtpm is, if --mount is not given."),
         Term("TPM_PATH", "Directory of the state, if --tpmstate is not given."),
-        Term("XDG_STATE_HOME", "Where that directory is otherwise."),
+        Term("XDG_STATE_HOME", "Where that directory is otherwise, for others than root."),
     ),
     files=(
         Term("/dev/fuse", "The kernel's FUSE driver."),
+        Term("/var/lib/vtpm-cuse/NAME", "The state of root's, if no other place is named."),
         Term("/etc/fuse.conf", "Says whether an ordinary user may give --allow-other."),
     ),
     see_also=("swtpm(8)", "swtpm_ioctl(8)", "fusermount3(1)"),

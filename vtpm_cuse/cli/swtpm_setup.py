@@ -84,7 +84,8 @@ class _Ended(BaseException):
 def main() -> int:
     """The program swtpm_setup."""
     for number in _ENDING:
-        signal.signal(number, _on_signal)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _on_signal)
     try:
         return run_program(lambda: _run(sys.argv[1:]), complain)
     except _Ended as exc:

@@ -26,6 +26,7 @@ from vtpm_cuse.wire.ptm import (
     PTM_IOCTLS,
     PTM_SPECS,
     PTM_STATE_BLOB_SIZE,
+    PtmBlobType,
     PtmCapabilityIoctl,
     PtmCommand,
     PtmGetStateRequest,
@@ -242,7 +243,9 @@ class TpmOpen:
             self._incoming = None
             raise DeviceError(errno.EIO)
         if self._outgoing is not None and self._outgoing.reading:
-            return self._outgoing.read(size)
+            part = self._outgoing.read(size)
+            self._release_behind(self._outgoing)
+            return part
         response = self._file.response
         self._file.response = response[size:]
         return bytes(response[:size])
@@ -303,10 +306,18 @@ class TpmOpen:
             blob = self._outgoing
             if blob is None or request.offset == 0 or blob.key != _blob_key(request):
                 blob = self._outgoing = _OutgoingBlob(_snapshot(self._file.vtpm, request))
-            return blob.part(request.offset)
+            answer = blob.part(request.offset)
+            self._release_behind(blob)
+            return answer
         except VtpmError as exc:
             self._outgoing = None
             return PtmGetStateResponse(faults.tpm_result(exc), 0, 0, 0, b"")
+
+    def _release_behind(self, blob: _OutgoingBlob) -> None:
+        """Behind the last blob of a migration the state may be another process', if so wanted."""
+        last = blob.key[0] == PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
+        if last and blob.taken and self._file.vtpm.options.release_outgoing:
+            self._file.vtpm.release_storage()
 
     def _set_blob(self, request: PtmSetStateRequest) -> WireStruct:
         try:
@@ -338,6 +349,11 @@ class _OutgoingBlob:
         """All of it as plain values."""
         kind, decrypted = self.key
         return SavedBlob(kind, self._flags, self._blob, decrypted, self._position, self.reading)
+
+    @property
+    def taken(self) -> bool:
+        """Whether all of it has been delivered."""
+        return self._position >= len(self._blob)
 
     def part(self, offset: int) -> PtmGetStateResponse:
         """Answers PTM_GET_STATEBLOB; read() goes on behind what is delivered here."""

@@ -81,12 +81,14 @@ class VtpmOptions(NamedTuple):
     Attributes:
         incoming: A migration brings the state: the first start does not lock it, for its
             owner still does.
+        release_outgoing: The lock is released behind the last blob, on a device too.
     """
 
     auto_shutdown: bool = True
     reject_locality_4: bool = False
     allow_set_locality: bool = False
     incoming: bool = False
+    release_outgoing: bool = False
     profile: str | None = None
 
 

@@ -11,8 +11,10 @@ import fcntl
 import logging
 import os
 import select
+import signal
+import socket
 import stat
-from typing import Final
+from typing import Final, NoReturn
 
 from vtpm_cuse.errors import FrontendError, UsageError
 from vtpm_cuse.wire.layout import HOST
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 
 VTPMX_PATH: Final = "/dev/vtpmx"
 
+_NO_SUCH_FLAG: Final = 1 << 31
+_GO: Final = b"G"
+_ANSWER_MAX: Final = 64
 _PROXY: Final = "anon_inode:[vtpms]"
 _OPEN_HINTS: Final = {
     errno.ENOENT: "try 'modprobe tpm_vtpm_proxy' first",
@@ -138,10 +143,9 @@ def take_device(fd: int) -> CharDevice:
     """
     try:
         mode = os.fstat(fd).st_mode
-        proxy = os.readlink(f"/proc/self/fd/{fd}") == _PROXY
     except OSError as exc:
         raise UsageError(f"Cannot stat file descriptor: {exc.strerror}") from exc
-    if proxy:
+    if _is_proxy(fd, mode):
         return ProxyDevice(fd)
     # PEER: -c takes a file, too, and writes over it.
     if not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
@@ -150,28 +154,100 @@ def take_device(fd: int) -> CharDevice:
     return CharDevice(fd)
 
 
-def make_proxy_device(*, tpm2: bool) -> tuple[ProxyDevice, VtpmProxyNewDev]:
+def _is_proxy(fd: int, mode: int) -> bool:
+    """Whether it is what VTPM_PROXY_IOC_NEW_DEV gave, which is a file of no kind."""
+    if stat.S_IFMT(mode):
+        return False
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == _PROXY
+    except OSError:  # no /proc below this root: then it can be nothing else that is of use
+        return True
+
+
+class ProxyMaker:
     """Asks the kernel for a TPM device, /dev/tpmN and for a TPM 2.0 /dev/tpmrmN.
 
-    They appear when the kernel has set the TPM up, for which it must be served.
+    That takes a right which the process that serves has given up by then, so another one keeps it
+    until then. It is forked before anything is read that could turn against us.
 
     Raises:
         FrontendError: The kernel cannot make one, or this process may not have one.
     """
-    try:
-        control = os.open(VTPMX_PATH, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as exc:
-        reason = f"Could not open {VTPMX_PATH}: {exc.strerror}"
-        raise FrontendError(reason, _OPEN_HINTS.get(exc.errno or 0, "")) from exc
-    argument = bytearray(
-        VtpmProxyNewDev(VTPM_PROXY_FLAG_TPM2 if tpm2 else 0, 0, 0, 0, 0).pack(HOST)
-    )
+
+    def __init__(self, *, tpm2: bool) -> None:
+        try:
+            control = os.open(VTPMX_PATH, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as exc:
+            reason = f"Could not open {VTPMX_PATH}: {exc.strerror}"
+            raise FrontendError(reason, _OPEN_HINTS.get(exc.errno or 0, "")) from exc
+        try:
+            _check_right(control)
+        except FrontendError:
+            os.close(control)
+            raise
+        self._ours, theirs = socket.socketpair()
+        # Nobody waits for the other one, which must not stay behind when it has ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            if os.fork() == 0:
+                _make_when_asked(control, theirs, self._ours, tpm2=tpm2)
+        finally:
+            os.close(control)
+            theirs.close()
+
+    def make(self) -> tuple[ProxyDevice, VtpmProxyNewDev]:
+        """Has the device made; the kernel shows it when it has set the TPM up, which must answer.
+
+        Raises:
+            FrontendError: The kernel refuses.
+        """
+        os.write(self._ours.fileno(), _GO)
+        answer, fds, told, _ = socket.recv_fds(self._ours, _ANSWER_MAX, 1)
+        self.close()
+        if not fds:
+            raise _refused(errno.EMFILE if told & socket.MSG_CTRUNC else int(answer or errno.EIO))
+        os.set_inheritable(fds[0], False)
+        return ProxyDevice(fds[0]), VtpmProxyNewDev.unpack_untrusted(answer, HOST)
+
+    def close(self) -> None:
+        """Ends the other process; again is harmless."""
+        self._ours.close()
+
+
+def _check_right(control: int) -> None:
+    """Raises FrontendError where the kernel would refuse later, when a new TPM has been made."""
+    argument = bytearray(VtpmProxyNewDev(_NO_SUCH_FLAG, 0, 0, 0, 0).pack(HOST))
     try:
         fcntl.ioctl(control, VTPM_PROXY_IOC_NEW_DEV, argument, True)
     except OSError as exc:
-        reason = f"Ioctl to create vtpm proxy failed: {exc.strerror}"
-        raise FrontendError(reason, _IOCTL_HINTS.get(exc.errno or 0, "")) from exc
+        if exc.errno != errno.EOPNOTSUPP:  # for the flag, so the rest is right
+            raise _refused(exc.errno or errno.EIO) from exc
+
+
+def _refused(number: int) -> FrontendError:
+    reason = f"Ioctl to create vtpm proxy failed: {os.strerror(number)}"
+    return FrontendError(reason, _IOCTL_HINTS.get(number, ""))
+
+
+def _make_when_asked(
+    control: int, theirs: socket.socket, ours: socket.socket, *, tpm2: bool
+) -> NoReturn:
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # its end is that of *ours*
+            signal.signal(number, signal.SIG_IGN)
+        ours.close()
+        if theirs.recv(len(_GO)):
+            _make(control, theirs, VTPM_PROXY_FLAG_TPM2 if tpm2 else 0)
     finally:
-        os.close(control)
-    made = VtpmProxyNewDev.unpack_untrusted(argument, HOST)
-    return ProxyDevice(made.fd), made
+        os._exit(0)
+
+
+def _make(control: int, theirs: socket.socket, flags: int) -> None:
+    argument = bytearray(VtpmProxyNewDev(flags, 0, 0, 0, 0).pack(HOST))
+    try:
+        fcntl.ioctl(control, VTPM_PROXY_IOC_NEW_DEV, argument, True)
+    except OSError as exc:
+        theirs.send(b"%d" % (exc.errno or errno.EIO))
+    else:
+        made = VtpmProxyNewDev.unpack_untrusted(argument, HOST)
+        socket.send_fds(theirs, [argument], [made.fd])

@@ -21,6 +21,7 @@ from typing import Final
 import trio
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.files import make_folder
 from vtpm_cuse.frontends.keeper import Keeper
 from vtpm_cuse.proto.device import READ_BUFFER_SIZE
 from vtpm_cuse.proto.fuse import init_reply
@@ -70,7 +71,11 @@ class FuseMount:
         _check_fuse()
         self._lock = self._locked_folder()
         # It holds the lock too, so a successor waits for it.
-        self._keeper = Keeper(self._clear_up, {self._lock})
+        try:
+            self._keeper = Keeper(self._clear_up, {self._lock})
+        except OSError:
+            self._clear_up(b"")
+            raise
 
     def _locked_folder(self) -> int:
         """Locks the folder below the mount, so that two never mount over each other.
@@ -102,12 +107,12 @@ class FuseMount:
     def _open_folder(self) -> int:
         try:
             if not os.path.isdir(self._folder):
-                os.makedirs(self._folder, 0o700)
+                make_folder(self._folder, 0o700)
                 self._made = True
             return os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileExistsError:
-            raise FrontendError(f"{self._folder} is no directory") from None
         except OSError as exc:
+            if os.path.exists(self._folder) and not os.path.isdir(self._folder):
+                raise FrontendError(f"{self._folder} is no directory") from None
             reason = f"Could not use {self._folder}: {exc.strerror}"
             raise FrontendError(reason, "choose another with --mount DIR") from exc
 
@@ -120,11 +125,11 @@ class FuseMount:
             theirs.close()
             if done.returncode:
                 raise FrontendError(f"Could not mount on {self._folder}: {_said(done)}")
-            _, fds, _, _ = socket.recv_fds(ours, _FD_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
+            _, fds, _, _ = socket.recv_fds(ours, _FD_SIZE, 1)
         if not fds:
             raise FrontendError(f"{_FUSERMOUNT} gave no descriptor of the mount")
         self.fd = fds[0]
-        os.set_inheritable(self.fd, False)  # Python's recv_fds() forgets its flags
+        os.set_inheritable(self.fd, False)  # recv_fds() takes flags, and does nothing with them
         os.set_blocking(self.fd, False)
         if self._keeper is not None:
             self._keeper.note((_mounted_on(self._folder) or "").encode())

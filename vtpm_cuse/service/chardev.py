@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.frontends.channels import Channels
-from vtpm_cuse.frontends.chardev import (
-    CharDevice,
-    ProxyDevice,
-    make_proxy_device,
-    open_device,
-    take_device,
-)
+from vtpm_cuse.frontends.chardev import ProxyDevice, ProxyMaker, open_device
 from vtpm_cuse.service import life
-from vtpm_cuse.service.listen import acquire_control, inherit
+from vtpm_cuse.service.listen import acquire_control, take_stream
 from vtpm_cuse.service.socket import load_channels, serve_channels
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     from vtpm_cuse.device.vtpm import Vtpm
@@ -40,7 +32,7 @@ def run(config: ChardevConfig, announce: Callable[[str], None]) -> int:
 
     Args:
         config: What is wanted.
-        announce: Called, before anything else, with the line that names a new device.
+        announce: Called with the line that names a new device of the kernel's.
 
     Raises:
         VtpmError: What was wrong.
@@ -54,29 +46,38 @@ class _Chardev(life.Interface):
     def __init__(self, config: ChardevConfig, announce: Callable[[str], None]) -> None:
         self._config = config
         self._announce = announce
+        self._maker: ProxyMaker | None = None
         self._made = ""
         self._channels = Channels(control_terminate=config.control_terminate)
 
     def open(self) -> None:
-        self._channels.data_stream = self._open()
-
-    def _open(self) -> CharDevice | socket.socket:
         config = self._config
         if config.path is not None:
-            return open_device(config.path)
-        if config.fd is not None:
-            return _take(config.fd)
-        device, made = make_proxy_device(tpm2=config.vtpm.tpm2)
-        self._made = f"tpm{'rm' if config.vtpm.tpm2 else ''}{made.tpm_num}"
-        numbers = f"(major/minor = {made.major}/{made.minor})"
-        self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
-        return device
+            self._channels.data_stream = open_device(config.path)
+        elif config.fd is not None:
+            self._channels.data_stream = take_stream(config.fd)
+        else:
+            self._maker = ProxyMaker(tpm2=config.vtpm.tpm2)
+            if config.vtpm.state is not None and config.vtpm.state.own_place:
+                life.make_state_directory(config.vtpm, 0o700, config.process.runas, 1)
 
     def acquire(self) -> None:
         acquire_control(self._channels, self._config.control)
 
     def load(self) -> None:
         load_channels()
+
+    async def appear(self) -> None:
+        """Last of all: from then on the kernel waits for answers, and not for long."""
+        if self._maker is None:
+            return
+        config = self._config.vtpm
+        self._channels.data_stream, made = self._maker.make()
+        self._made = f"tpm{'rm' if config.tpm2 else ''}{made.tpm_num}"
+        numbers = f"(major/minor = {made.major}/{made.minor})"
+        self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
+        if config.state is not None and config.state.own_place:
+            life.introduce(f"/dev/tpm{made.tpm_num}", config)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.device.ptm import PtmService
@@ -101,6 +102,8 @@ class _Chardev(life.Interface):
 
     def close(self) -> None:
         self._channels.close()
+        if self._maker is not None:
+            self._maker.close()
 
 
 async def _shown(name: str) -> None:
@@ -125,11 +128,3 @@ async def _shown(name: str) -> None:
 
 def _exists(path: str) -> bool:
     return os.path.lexists(path)
-
-
-def _take(fd: int) -> CharDevice | socket.socket:
-    try:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
-        is_socket = False  # said below
-    return inherit(fd, listening=False) if is_socket else take_device(fd)

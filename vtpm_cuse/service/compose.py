@@ -62,6 +62,7 @@ def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
         reject_locality_4=config.locality.reject_locality_4,
         allow_set_locality=config.locality.allow_set_locality,
         incoming=config.incoming,
+        release_outgoing=config.release_outgoing,
         profile=_profile(config, engine),
     )
     return Vtpm(engine, store, options)

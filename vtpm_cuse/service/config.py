@@ -94,6 +94,7 @@ class StateConfig(NamedTuple):
         lock: Whether a second process is kept out.
         fsync: Whether each change is on the disk before it is acknowledged.
         backup: Whether the last good generation of the permanent state is kept.
+        own_place: Nobody has named a place; this one is made for the TPM's name.
     """
 
     uri: str
@@ -101,6 +102,7 @@ class StateConfig(NamedTuple):
     lock: bool = True
     fsync: bool = True
     backup: bool = False
+    own_place: bool = False
 
     @property
     def location(self) -> Location:
@@ -166,6 +168,7 @@ class VtpmConfig(NamedTuple):
         key: Where the key comes from that encrypts stored state.
         migration_key: Where the key comes from that encrypts state on its way to another TPM.
         incoming: A migration brings the state, whose lock is still held elsewhere.
+        release_outgoing: The lock goes with the last blob, whatever takes it away.
         pcap: Where commands and responses are captured, if anywhere.
     """
 
@@ -177,6 +180,7 @@ class VtpmConfig(NamedTuple):
     key: KeySource | None = None
     migration_key: KeySource | None = None
     incoming: bool = False
+    release_outgoing: bool = False
     pcap: PcapConfig | None = None
 
 
@@ -187,12 +191,14 @@ class CuseConfig(NamedTuple):
         name: The device is ``/dev/NAME``.
         major: Device number; 0 lets the kernel choose.
         minor: Device number.
+        node_in_sight: It can be seen when it is there: this process has no other root.
     """
 
     name: str
     vtpm: VtpmConfig
     major: int = 0
     minor: int = 0
+    node_in_sight: bool = True
     process: ProcessConfig = ProcessConfig()
 
 

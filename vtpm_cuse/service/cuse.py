@@ -7,7 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import UsageError
+from vtpm_cuse.errors import FrontendError, UsageError
 from vtpm_cuse.service import life
 from vtpm_cuse.service.config import Exits
 
@@ -44,7 +44,6 @@ class _CuseDevice(life.Interface):
         self._undo = contextlib.ExitStack()
 
     def open(self) -> None:
-        self._prepare_state()
         if os.path.lexists(f"/dev/{self._config.name}"):
             reason = f"Error: A device '/dev/{self._config.name}' already exists."
             raise UsageError(reason, _START_FAILED)
@@ -53,15 +52,8 @@ class _CuseDevice(life.Interface):
 
         self._channel = CuseChannel(open_cuse())
         self._undo.callback(self._channel.close)
-
-    def _prepare_state(self) -> None:
-        """This interface makes a missing directory, and does not start without a location."""
-        if self._config.vtpm.state is None:
-            reason = "Error: No TPM state directory is defined; TPM_PATH is not set"
-            raise UsageError(reason, _START_FAILED, hint="give --tpmstate dir=DIRECTORY")
-        life.make_state_directory(
-            self._config.vtpm, 0o775, self._config.process.runas, _START_FAILED
-        )
+        runas = self._config.process.runas
+        life.make_state_directory(self._config.vtpm, 0o775, runas, _START_FAILED)
 
     def load(self) -> None:
         from vtpm_cuse.device import ptm
@@ -73,6 +65,8 @@ class _CuseDevice(life.Interface):
         config = self._config
         await self._channel.create_device(config.name, config.major, config.minor)
         log.info("CUSE TPM successfully initialized.")
+        if config.vtpm.state is not None and config.vtpm.state.own_place:
+            life.introduce(f"/dev/{config.name}", config.vtpm)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.device.ptm import PtmService
@@ -90,7 +84,10 @@ class _CuseDevice(life.Interface):
         self._undo.close()
 
     def confirm(self) -> None:
-        """Raises FrontendError unless the device answers."""
-        from vtpm_cuse.client.ioctl import confirm_device
+        """Raises FrontendError unless the device is there.
 
-        confirm_device(f"/dev/{self._config.name}", "is /dev a devtmpfs?")
+        It is not opened: a client that comes now would find it in use.
+        """
+        path = f"/dev/{self._config.name}"
+        if self._config.node_in_sight and not os.path.exists(path):
+            raise FrontendError(f"The kernel's device {path} is not there", "is /dev a devtmpfs?")

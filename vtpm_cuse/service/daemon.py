@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _READY = b"R"
 
 
-def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
+def run_in_background(serve: Serve, confirm: Callable[[int], None]) -> int:
     """Runs *serve* in a session of its own; returns in both processes.
 
     In the child, *serve* gets the function to call once the service is ready, and
     its exit status is returned. The parent waits for that call, then for
-    *confirm*, and returns 0; when the child ends before, it returns the child's
+    *confirm*, which it tells the child's process id, and returns 0; when the child ends before, it returns the child's
     status. Until then the child's errors appear on the caller's standard error.
 
     Raises:
@@ -42,7 +42,7 @@ def run_in_background(serve: Serve, confirm: Callable[[], None]) -> int:
     try:
         ready = os.read(read_end, 1) == _READY
         if ready:
-            confirm()
+            confirm(child)
     except BaseException:
         os.kill(child, signal.SIGTERM)
         raise

@@ -58,7 +58,7 @@ class _FuseFile(life.Interface):
 
     async def appear(self) -> None:
         await self._mount.answer_init()
-        log.info("The TPM is %s/%s.", self._config.mount, self._config.name)
+        life.introduce(f"{self._config.mount}/{self._config.name}", self._config.vtpm)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.device.ptm import PtmService

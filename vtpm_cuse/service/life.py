@@ -13,10 +13,12 @@ import functools
 import gc
 import logging
 import os
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
 from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
+from vtpm_cuse.files import check_private, make_folder
 from vtpm_cuse.service import notify
 from vtpm_cuse.service.config import Exits
 from vtpm_cuse.service.daemon import run_in_background
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from vtpm_cuse.service.config import ProcessConfig, User, VtpmConfig
 
 log = logging.getLogger(__name__)
+
+_LIMIT_HINT: Final = "raise the limit: 'ulimit -u', or TasksMax= of a unit"
 
 
 class Interface:
@@ -105,15 +109,30 @@ def make_state_directory(
     config: VtpmConfig, mode: int, owner: User | None, exit_status: int
 ) -> None:
     """For the interfaces that make a missing one. Raises UsageError with the *exit_status*."""
-    path = config.state.location.folder_to_make if config.state else ""
-    if path and not os.path.isdir(path):
+    if config.state is None or not (path := config.state.location.folder_to_make):
+        return
+    try:
+        if config.state.own_place:
+            mode = 0o700
+        make_folder(path, mode, (owner.uid, owner.gid) if owner else None)
+    except OSError as exc:
+        reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
+        raise UsageError(reason, exit_status) from exc
+    if config.state.own_place:
         try:
-            os.makedirs(path, mode, exist_ok=True)
-            if owner is not None:
-                os.chown(path, owner.uid, owner.gid)
+            check_private(path, owner.uid if owner else os.geteuid())
         except OSError as exc:
-            reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
-            raise UsageError(reason, exit_status) from exc
+            reason = f"Error: The state directory {path} cannot be used: {exc.strerror}"
+            raise UsageError(
+                reason, exit_status, "mend that, or name another by --tpmstate dir=DIR"
+            ) from exc
+
+
+def introduce(device: str, config: VtpmConfig) -> None:
+    """Says what has come to be: the device, the version of the TPM, where its state is."""
+    where = config.state.location.path if config.state else "nowhere"
+    version = "2.0" if config.tpm2 else "1.2"
+    log.info("%s is a TPM %s, whose state is in %s.", device, version, where)
 
 
 def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
@@ -125,9 +144,22 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
         VtpmError: What was wrong.
     """
     life = _Life(interface, process, vtpm)
-    if process.background:
-        return run_in_background(life.live, interface.confirm)
-    return life.live(lambda: None)
+    try:
+        if process.background:
+            return run_in_background(life.live, life.part)
+        return life.live(lambda: None)
+    except BlockingIOError as exc:  # of fork()
+        raise UsageError("Error: No other process can be started", hint=_LIMIT_HINT) from exc
+
+
+def _check_threads() -> None:
+    """One is needed later on, when a client may be there already. Raises UsageError."""
+    thread = threading.Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        raise UsageError("Error: No thread can be started", hint=_LIMIT_HINT) from exc
+    thread.join()
 
 
 class _Life:
@@ -139,6 +171,21 @@ class _Life:
         self._remover = Remover(
             config.state.location.folder_to_make or None if config.state else None
         )
+
+    def part(self, child: int) -> None:
+        """Ends the process that has started *child* in the background, which is ready.
+
+        Who finds the pid file shall find one process.
+        """
+        self._interface.confirm()
+        self._pid_file.open(self._owner)
+        self._pid_file.write_for(child)
+        os._exit(0)
+
+    @property
+    def _owner(self) -> tuple[int, int] | None:
+        user = self._process.runas
+        return None if user is None else (user.uid, user.gid)
 
     def live(self, ready: Callable[[], None]) -> int:
         """From acquiring to the end; returns the exit status. *ready* is called in between."""
@@ -174,23 +221,26 @@ class _Life:
 
     def remove_files(self) -> None:
         """Removes sockets and pid file, and returns when that is done; again is harmless."""
-        self._remover.end(pid_files=self._pid_file.ours)
+        self._remover.end(pid_files=self._pid_file.ours or self._process.background)
 
     def _acquire(self) -> None:
         notify.connect()
         self._interface.open()
+        if not self._process.background:  # else `part` makes it, when all is ready
+            self._pid_file.open(self._owner)
         if (user := self._process.runas) is not None:
             from vtpm_cuse.service.preload import import_all
             from vtpm_cuse.service.privileges import become
 
-            self._pid_file.open((user.uid, user.gid))
             import_all()
             become(user, self._interface.exits)
+        _check_threads()
         # Before anything that takes time: who polls for a socket need not wait.
         self._interface.acquire()
-        self._pid_file.open(None)
-        pid_file = self._pid_file
-        self._remover.start(self._interface.give_up_paths(), pid_file.paths, pid_file.fd)
+        pid_file, to_come = self._pid_file, self._process.background
+        self._remover.start(
+            self._interface.give_up_paths(), pid_file.paths, pid_file.fd, to_come=to_come
+        )
 
     async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
         import trio
@@ -214,7 +264,8 @@ class _Life:
 
     async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         await self._interface.appear()
-        self._pid_file.write(self._remover.write_pid)
+        if not self._process.background:
+            self._pid_file.write(self._remover.write_pid)
         gc.freeze()  # what start-up made stays
         gc.enable()
 

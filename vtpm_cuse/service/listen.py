@@ -9,9 +9,11 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import give_socket
 from vtpm_cuse.frontends.channels import Channels
 
 if TYPE_CHECKING:
+    from vtpm_cuse.frontends.chardev import CharDevice
     from vtpm_cuse.service.config import SocketAddress, SocketConfig
 
 _BACKLOG = 128
@@ -53,7 +55,7 @@ def _acquire_data(channels: Channels, address: SocketAddress | None) -> None:
     if address is None:
         return
     if address.kind == "tcp" and address.fd is not None:
-        channels.data_stream = inherit(address.fd, listening=False)
+        channels.data_stream = take_stream(address.fd)
     else:
         channels.data_listener = _listener(channels, address)
 
@@ -68,6 +70,19 @@ def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
     except OSError as exc:
         where = address.path or f"{address.bindaddr}:{address.port}"
         raise UsageError(f"Could not listen on {where}: {exc.strerror}") from exc
+
+
+def take_stream(fd: int) -> CharDevice | socket.socket:
+    """What a caller has passed to take commands from. Raises UsageError if it is of no such kind."""
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        is_socket = False  # said below
+    if is_socket:
+        return inherit(fd, listening=False)
+    from vtpm_cuse.frontends.chardev import take_device
+
+    return take_device(fd)
 
 
 def inherit(fd: int, *, listening: bool) -> socket.socket:
@@ -113,7 +128,7 @@ def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socke
             keep = -1
             uid = keep if address.uid is None else address.uid
             gid = keep if address.gid is None else address.gid
-            os.chown(path, uid, gid, follow_symlinks=False)
+            give_socket(path, uid, gid)
         return _listening(sock)
     except BaseException:
         sock.close()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service.files import open_for
+from vtpm_cuse.files import open_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -129,13 +129,13 @@ def diagnose(machine: Machine) -> Diagnosis:
             "cuse",
             library and state["/dev/cuse"] is State.OK,
             "a character device /dev/NAME",
-            "swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0 --flags startup-clear",
+            "swtpm-cuse -n vtpm0",
         ),
         Offer(
             "vtpm-proxy",
             library and state["/dev/vtpmx"] is State.OK and state["CAP_SYS_ADMIN"] is State.OK,
             "a TPM device of the kernel's, /dev/tpmN",
-            "swtpm chardev --vtpm-proxy --tpm2 --tpmstate dir=/var/lib/vtpm0",
+            "swtpm chardev --vtpm-proxy",
         ),
         Offer(
             "fuse",

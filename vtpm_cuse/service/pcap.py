@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import open_plain
 from vtpm_cuse.wire.pcapng import Conversation, file_header
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _open(config: PcapConfig) -> int:
     try:
         if config.path is None:
             return os.dup(-1 if config.fd is None else config.fd)
-        return os.open(config.path, flags | (os.O_TRUNC if config.truncate else 0), config.mode)
+        return open_plain(config.path, flags | (os.O_TRUNC if config.truncate else 0), config.mode)
     except OSError as exc:
         where = config.fd if config.path is None else config.path
         raise UsageError(f"Could not open {where} for the packet capture: {exc.strerror}") from exc

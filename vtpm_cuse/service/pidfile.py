@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service.files import open_for
+from vtpm_cuse.files import open_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ class PidFile:
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         if self._path is not None and self.fd < 0:
             with self._errors():
                 self.ours = not os.path.lexists(self._path)
@@ -51,6 +52,10 @@ class PidFile:
             with self._errors():
                 put()
 
+    def write_for(self, process_id: int) -> None:
+        """Puts another process' id there. Raises UsageError."""
+        self.write(lambda: write_number(self.fd, process_id))
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
@@ -59,6 +64,13 @@ class PidFile:
             target = self.fd if self._path is None else self._path
             reason = f"Could not write pid file {target}: {exc.strerror}"
             raise UsageError(reason, self._exit_status) from exc
+
+
+def write_number(fd: int, process_id: int) -> None:
+    """The content of a pid file; what is no file, such as a pipe, has nothing before. OSError."""
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        os.ftruncate(fd, 0)
+    os.write(fd, b"%d" % process_id)
 
 
 def _path_of(fd: int) -> list[str]:

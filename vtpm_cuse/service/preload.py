@@ -5,20 +5,26 @@ That is so below another root, and as a user who may not read where this program
 
 from __future__ import annotations
 
-import contextlib
 import ctypes.util
 import importlib
 import sys
+import time
+from importlib.machinery import BuiltinImporter, FrozenImporter
 
 import vtpm_cuse
 
-_OTHER_PROGRAMS = ("vtpm_cuse.cli", "vtpm_cuse.manual", "vtpm_cuse.manufacture")
+_OTHER_PROGRAMS = {"cli", "manual", "manufacture"}
+"""Packages of ours that no service comes to."""
+
 _LAZY = (
     "cryptography.hazmat.primitives.ciphers",
     "encodings.idna",
     "tokenize",
 )
 """Modules that ours, or Python itself, import when they are first used."""
+
+KEYRING = "libkeyutils.so.1"
+_LIBRARIES = ("libtpms.so.0", "libseccomp.so.2", KEYRING)
 
 
 def import_trio() -> None:
@@ -37,21 +43,30 @@ def import_trio() -> None:
         ctypes.util.find_library = find
 
 
-def import_all() -> None:
-    """Imports every module that a service may come to; nothing more can be imported afterwards."""
+def import_all() -> list[str]:
+    """Imports every module that a service may come to; nothing more can be imported afterwards.
+
+    Returns the names of those libraries that cannot be loaded: not now, and not later on from
+    whatever has their names then.
+    """
     import pkgutil
 
     import_trio()
     for module in pkgutil.walk_packages(vtpm_cuse.__path__, "vtpm_cuse."):
-        if not module.name.startswith(_OTHER_PROGRAMS) and not module.name.endswith("._build"):
+        package, _, rest = module.name.partition(".")[2].partition(".")
+        if package not in _OTHER_PROGRAMS and rest != "_build":
             importlib.import_module(module.name)
     for name in _LAZY:
         importlib.import_module(name)
-    _open_libraries()
-    sys.path.clear()  # what lies below the new root is not ours
+    time.localtime()  # reads the time zone
+    # What lies below the new root is not ours. The path alone would not do: packages have their own.
+    sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
+    return [name for name in _LIBRARIES if not _load(name)]
 
 
-def _open_libraries() -> None:
-    for name in ("libtpms.so.0", "libseccomp.so.2", "libkeyutils.so.1"):
-        with contextlib.suppress(OSError):  # who needs it will say so
-            ctypes.CDLL(name)  # stays loaded, and is then found by its name
+def _load(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)  # stays loaded, and is then found by its name
+    except OSError:
+        return False
+    return True

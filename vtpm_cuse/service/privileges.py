@@ -5,6 +5,7 @@ Messages are the C suite's.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -18,8 +19,11 @@ _UID_MAX: Final = 0xFFFF_FFFE  # all ones means "leave it" to the kernel
 _UID_DIGITS_MAX: Final = 1000  # int() has a limit of its own, and an error for it
 
 
+@functools.cache
 def find_user(text: str) -> User:
     """The user of a name, with all of its groups, or of a number, whose group has that number too.
+
+    Looked up once: later on, /etc may be somebody else's, below another root.
 
     Raises:
         UsageError: There is none.

@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.frontends.keeper import settle_down
+from vtpm_cuse.service.pidfile import write_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,11 +21,15 @@ if TYPE_CHECKING:
 _WRITE: Final = b"W"
 _REMOVE_SOCKETS: Final = b"S"
 _REMOVE_ALL: Final = b"A"
+_NUMBER_MAX: Final = 32
 _HELD: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _File(NamedTuple):
-    """To be removed if it still is what *held* is: while that is open, its number is no other's."""
+    """To be removed if it still is what *held* is: while that is open, its number is no other's.
+
+    A pid file that is yet to come is not held (-1): it is the one that has the server's number.
+    """
 
     path: str
     held: int
@@ -47,9 +52,25 @@ class Remover:
         self._pid_fd = -1
         self._orders = self._answers = -1
 
-    def start(self, sockets: Iterable[str], pid_files: Iterable[str], pid_fd: int) -> None:
-        """From now on these are this one's to remove, and *pid_fd* (-1 for none) to write to."""
-        files = [*_hold(sockets, is_pid_file=False), *_hold(pid_files, is_pid_file=True)]
+    def start(
+        self, sockets: Iterable[str], pid_files: Iterable[str], pid_fd: int, *, to_come: bool
+    ) -> None:
+        """From now on these are this one's to remove, and *pid_fd* (-1 for none) to write to.
+
+        Args:
+            sockets: Paths that are there.
+            pid_files: Paths.
+            pid_fd: Of the pid file.
+            to_come: Somebody else makes and writes it, later on.
+        """
+        files = _hold(sockets, is_pid_file=False)
+        if to_come:
+            files += [_File(path, -1, is_pid_file=True) for path in pid_files]
+            if pid_fd >= 0:
+                os.close(pid_fd)
+                pid_fd = -1
+        else:
+            files += _hold(pid_files, is_pid_file=True)
         self._near = [file for file in files if self._is_near(file.path)]
         self._pid_fd = pid_fd
         if far := [file for file in files if file not in self._near]:
@@ -68,10 +89,11 @@ class Remover:
         handed_over = {orders, answers, *(file.held for file in files)}
         if any(file.is_pid_file for file in files):
             handed_over.add(self._pid_fd)
+        handed_over.discard(-1)
         if os.fork() == 0:
             try:
                 settle_down(f"vtpm-remover: clears up after {server}", handed_over)
-                _restrict({os.path.dirname(file.path) for file in files})
+                _restrict(files)
                 _obey(orders, answers, files, self._pid_fd, server)
             finally:
                 os._exit(0)
@@ -83,7 +105,7 @@ class Remover:
     def write_pid(self) -> None:
         """Puts the process id into the pid file. Raises OSError."""
         if self._pid_fd >= 0:
-            _write(self._pid_fd, os.getpid())
+            write_number(self._pid_fd, os.getpid())
             os.close(self._pid_fd)
             self._pid_fd = -1
         elif number := self._ask(_WRITE):
@@ -91,9 +113,10 @@ class Remover:
 
     def end(self, *, pid_files: bool) -> None:
         """Removes them, and returns when that is done; again is harmless."""
-        _remove(self._near, pid_files=pid_files)
+        _remove(self._near, os.getpid(), pid_files=pid_files)
         for file in self._near:
-            os.close(file.held)
+            if file.held >= 0:
+                os.close(file.held)
         self._near.clear()
         if self._orders >= 0:
             self._ask(_REMOVE_ALL if pid_files else _REMOVE_SOCKETS)
@@ -117,19 +140,14 @@ def _obey(orders: int, answers: int, files: list[_File], pid_fd: int, server: in
         order, error = os.read(orders, 1), 0  # nothing: it has ended
         if order == _WRITE:
             try:
-                _write(pid_fd, server)
+                write_number(pid_fd, server)
             except OSError as exc:
                 error = exc.errno or 0
         else:
-            _remove(files, pid_files=order == _REMOVE_ALL)
+            _remove(files, server, pid_files=order == _REMOVE_ALL)
         if not order:
             return
         os.write(answers, bytes([error]))
-
-
-def _write(fd: int, process_id: int) -> None:
-    os.ftruncate(fd, 0)
-    os.write(fd, b"%d" % process_id)
 
 
 def _hold(paths: Iterable[str], *, is_pid_file: bool) -> list[_File]:
@@ -140,19 +158,32 @@ def _hold(paths: Iterable[str], *, is_pid_file: bool) -> list[_File]:
     return held
 
 
-def _restrict(folders: set[str]) -> None:
+def _restrict(files: list[_File]) -> None:
     from vtpm_cuse.service import capabilities, landlock
 
-    rights = dict.fromkeys(folders, landlock.REMOVE_FILE)
+    rights = dict.fromkeys((os.path.dirname(file.path) for file in files), landlock.REMOVE_FILE)
+    for file in files:
+        if file.held < 0:
+            rights[os.path.dirname(file.path)] |= landlock.READ_FILE
     with contextlib.suppress(OSError, landlock.LandlockMissing):
         capabilities.drop_capabilities(rights)
         capabilities.gain_nothing()
         landlock.restrict(rights)
 
 
-def _remove(files: list[_File], *, pid_files: bool) -> None:
-    for path, held, is_pid_file in files:
-        if is_pid_file <= pid_files:
+def _remove(files: list[_File], server: int, *, pid_files: bool) -> None:
+    for file in files:
+        if file.is_pid_file <= pid_files:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(held), os.lstat(path)):
-                    os.unlink(path)
+                if _is_ours(file, server):
+                    os.unlink(file.path)
+
+
+def _is_ours(file: _File, server: int) -> bool:
+    if file.held >= 0:
+        return os.path.samestat(os.fstat(file.held), os.lstat(file.path))
+    fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.read(fd, _NUMBER_MAX) == b"%d" % server
+    finally:
+        os.close(fd)

@@ -1,4 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP end a service in order."""
+"""SIGTERM, SIGINT and SIGHUP end a service in order.
+
+Not those that it was started with ignored: nohup and a shell's "&" mean it.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +27,18 @@ def ending_signals(end: Callable[[], None]) -> Iterator[None]:
     """
     token = trio.lowlevel.current_trio_token()
 
+    ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def handle(handler: Callable[[int, object], None] | signal.Handlers) -> None:
+        for number in ending:
+            signal.signal(number, handler)
+
     def on_signal(_number: int, _frame: object) -> None:
-        _handle(signal.SIG_IGN)
+        handle(signal.SIG_IGN)
         token.run_sync_soon(end, idempotent=True)
 
-    _handle(on_signal)
+    handle(on_signal)
     try:
         yield
     finally:
-        _handle(signal.SIG_IGN)
-
-
-def _handle(handler: Callable[[int, object], None] | signal.Handlers) -> None:
-    for number in _ENDING:
-        signal.signal(number, handler)
+        handle(signal.SIG_IGN)

@@ -185,7 +185,9 @@ class DirectoryStore:
         except OSError as exc:
             os.close(fd)
             reason = f"Could not lock access to lockfile: {exc.strerror}"
-            kind = StateLocked if exc.errno in LOCK_CONFLICT else StorageError
+            kind = StorageError
+            if exc.errno in LOCK_CONFLICT:
+                kind, reason = StateLocked, f"{reason}; another process has this TPM"
             raise kind(self._full(_LOCK_NAME), reason) from exc
         except StorageError:
             os.close(fd)
