@@ -191,8 +191,6 @@ class _Life:
         worker = self._enter_sandbox()
         scope = trio.CancelScope()
         try:
-            if vtpm.store is not None:
-                vtpm.store.blobs.work_beside(worker.beside)
             if power_on(vtpm, self._config):
                 # Signals first: who sees the device, or finds the pid file, may send one.
                 with ending_signals(scope.cancel), scope:
@@ -203,6 +201,8 @@ class _Life:
             self._interface.close()
 
     async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        if vtpm.store is not None:
+            vtpm.store.blobs.work_beside(worker.beside)
         await self._interface.appear()
         self._pid_file.write(self._remover.write_pid)
         gc.freeze()  # what start-up made stays
