@@ -202,6 +202,23 @@ def test_no_state_is_touched_outside_the_sandbox_in_a_fuse_mount(tmp_path: Path)
     assert found == {"libtpms: in the sandbox", "state: in the sandbox"}
 
 
+def test_no_state_is_touched_outside_the_sandbox_on_a_device(tmp_path: Path) -> None:
+    with s.socket_pair() as (client, theirs):
+        words = ["--fd", str(theirs.fileno()), "--tpm2", "--tpmstate", f"dir={tmp_path}"]
+        with subprocess.Popen(
+            [*WITNESS, "chardev", *words, *s.RUNNING],
+            env=s.environment(),
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        ) as process:
+            theirs.close()
+            assert len(client.command(get_random(8))) == 20
+            client.close()
+            _, told = process.communicate(timeout=PATIENCE_SECONDS)
+    found = {line for line in told.decode().splitlines() if "sandbox" in line}
+    assert found == {"libtpms: in the sandbox", "state: in the sandbox"}
+
+
 @contextlib.contextmanager
 def redirected_errors(file: IO[str]) -> Iterator[None]:
     """What is started within writes its errors there."""
