@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -23,7 +24,8 @@ from tests.support.attacks import (
     sweep,
 )
 from tests.support.commands import get_random
-from tests.support.waiting import wait_until
+from tests.support.fuse import needs_fuse
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +181,42 @@ def test_no_state_is_touched_outside_the_sandbox_to_print_facts(tmp_path: Path) 
         "libtpms: in the sandbox",
         "state: in the sandbox",
     }
+
+
+def test_no_state_is_touched_outside_the_sandbox_in_a_fuse_mount(tmp_path: Path) -> None:
+    needs_fuse()
+    mount = tmp_path / "mount"
+    words = ["-n", "vtpm0", "--mount", str(mount), "--tpmstate", f"dir={tmp_path / 'state'}"]
+    words += ["--flags", "startup-clear,not-need-init", "--foreground"]
+    with subprocess.Popen(
+        [*WITNESS, "fuse", *words], env=s.environment(), stderr=subprocess.PIPE
+    ) as process:
+        try:
+            wait_until((mount / "vtpm0").exists, "the device is there", process=process)
+            process.terminate()
+            _, told = process.communicate(timeout=PATIENCE_SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    found = {line for line in told.decode().splitlines() if "sandbox" in line}
+    assert found == {"libtpms: in the sandbox", "state: in the sandbox"}
+
+
+def test_no_state_is_touched_outside_the_sandbox_on_a_device(tmp_path: Path) -> None:
+    with s.socket_pair() as (client, theirs):
+        words = ["--fd", str(theirs.fileno()), "--tpm2", "--tpmstate", f"dir={tmp_path}"]
+        with subprocess.Popen(
+            [*WITNESS, "chardev", *words, *s.RUNNING],
+            env=s.environment(),
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+        ) as process:
+            theirs.close()
+            assert len(client.command(get_random(8))) == 20
+            client.close()
+            _, told = process.communicate(timeout=PATIENCE_SECONDS)
+    found = {line for line in told.decode().splitlines() if "sandbox" in line}
+    assert found == {"libtpms: in the sandbox", "state: in the sandbox"}
 
 
 @contextlib.contextmanager

@@ -252,7 +252,6 @@ class _Life:
         self._interface.give_up = functools.partial(self._give_up, vtpm)
         scope = trio.CancelScope()
         try:
-            vtpm.work_beside(worker.beside)
             if power_on(vtpm, self._config):
                 # Signals first: who sees the device, or finds the pid file, may send one.
                 with ending_signals(scope.cancel), scope:
@@ -263,6 +262,7 @@ class _Life:
             self._interface.close()
 
     async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        vtpm.work_beside(worker.beside)
         await self._interface.appear()
         if not self._process.background:
             self._pid_file.write(self._remover.write_pid)
