@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm -n __fish_use_subcommand -f -a socket -d 'TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it'
 complete -c swtpm -n __fish_use_subcommand -f -a chardev -d 'TPM commands from a character device, or a TPM device of the kernel\'s'
 complete -c swtpm -n __fish_use_subcommand -f -a cuse -d 'a TPM as a character device in /dev'

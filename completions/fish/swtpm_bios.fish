@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_bios -f
 complete -c swtpm_bios -l tpm-device -r -F -d 'use this character device, by default /dev/tpm0'
 complete -c swtpm_bios -l tcp -x -d 'connect to this TCP port, by default 127.0.0.1:6545'

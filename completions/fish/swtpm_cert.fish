@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_cert -f
 complete -c swtpm_cert -l type -x -a 'ek platform aik' -d 'what the certificate is for; default: ek'
 complete -c swtpm_cert -l subject -x -d 'distinguished name, as C=US,O=Org,CN=vm1; TPM 2.0 only'

@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_cuse -f
 complete -c swtpm_cuse -s n -l name -x -d 'name of the device: the TPM appears as /dev/NAME'
 complete -c swtpm_cuse -s M -l maj -x -d 'major number of the device; by default, or with 0, the kernel chooses one'

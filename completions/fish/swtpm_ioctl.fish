@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_ioctl -s c -f -d 'show the capabilities as a bit mask'
 complete -c swtpm_ioctl -s i -f -d 'power the TPM on, or reset it; volatile state, if there is any, is resumed and deleted'
 complete -c swtpm_ioctl -l stop -f -d 'power the TPM off'

@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_localca -f
 complete -c swtpm_localca -l type -x -a 'ek platform' -d 'what the certificate is for; it is written to ek.cert or platform.cert'
 complete -c swtpm_localca -l ek -x -d 'the TPM\'s key: modulus of an RSA key in hex, or x=HEX,y=HEX,id=CURVE'

@@ -1,4 +1,4 @@
-# Made by "python -m vtpm_cuse.manual": change the tables, not this file.
+# Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_setup -f
 complete -c swtpm_setup -l tpm-state -x -a '(__fish_complete_directories)' -d 'where the state of the TPM goes: a directory, dir://DIR or file://FILE; needed'
 complete -c swtpm_setup -l tpmstate -x -a '(__fish_complete_directories)' -d 'another name for --tpm-state'

@@ -10,12 +10,13 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.pieces import pieces
-from vtpm_cuse.cli.setup_files import ConfigFile
+from vtpm_cuse.ca import configfile
+from vtpm_cuse.ca.settings import CaProfile, CaSettings
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import PtmError, StateDamaged, StateMissing
-from vtpm_cuse.manufacture import configfile
-from vtpm_cuse.manufacture.casettings import CaProfile, CaSettings
+from vtpm_cuse.manufacture.files import ConfigFile
 from vtpm_cuse.storage.base import BLOB_NAMES
-from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, Key, KeySource, read_key
+from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, Key, read_key
 from vtpm_cuse.storage.linear import LinearStore
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
@@ -169,14 +170,14 @@ def key_file(data: bytes) -> None:
 def _own_key() -> bytes:
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from vtpm_cuse.manufacture.keys import PrivateKey
+    from vtpm_cuse.ca.keys import PrivateKey
 
     return PrivateKey(ec.derive_private_key(4711, ec.SECP256R1())).to_pem(None)
 
 
 def certificate(data: bytes) -> None:
     """The issuer's certificate, DER within PEM, and one that is no PEM at all."""
-    from vtpm_cuse.manufacture.issuers import open_issuer, pem_certificate
+    from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
 
     pem = pem_certificate(data[1:]) if data[:1] < b"\xf0" else data[1:]
     issuer = open_issuer(file_of(pem, "certificate"), file_of(_own_key(), "key"))
@@ -187,7 +188,7 @@ def key_pem(data: bytes) -> None:
     """Private and public keys in PEM: one that is taken can sign, and its public half is read."""
     import base64
 
-    from vtpm_cuse.manufacture.keys import PrivateKey, PublicKey
+    from vtpm_cuse.ca.keys import PrivateKey, PublicKey
 
     names = ("PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY", "PUBLIC KEY")
     which = sum(data[:1])

@@ -12,7 +12,7 @@ from unittest import mock
 from tests.fuzz.pieces import pieces
 from vtpm_cuse.cli import swtpm_bios
 from vtpm_cuse.cli.bios_steps import Wanted, steps
-from vtpm_cuse.cli.certificate_options import point_key, rsa_key
+from vtpm_cuse.cli.ca.options import point_key, rsa_key
 from vtpm_cuse.client import ioctl as ioctl_client
 from vtpm_cuse.client.channel import ChannelControl
 from vtpm_cuse.client.ioctl import DeviceControl

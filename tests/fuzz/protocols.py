@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final
 from tests.fuzz.pieces import pieces
 from tests.support import ptm
 from tests.support.kernel import Machine
-from vtpm_cuse.device import control as control_channel
-from vtpm_cuse.device.attributes import TpmAttributes
 from vtpm_cuse.errors import FrontendError, VtpmError, WireError
 from vtpm_cuse.proto import cuse as cuse_init
 from vtpm_cuse.proto import fuse as fuse_init
 from vtpm_cuse.proto.control import REQUEST_MAX, ControlRequest, ControlStream
 from vtpm_cuse.proto.fuse import FuseSession, Ownership
 from vtpm_cuse.proto.stream import CommandStream, MessageStream, framed
+from vtpm_cuse.vtpm import control as control_channel
+from vtpm_cuse.vtpm.attributes import TpmAttributes
 from vtpm_cuse.wire import blob, fuse, linear, tpm, tpm2, tpm12, vtpmx
 from vtpm_cuse.wire import ptm as wire_ptm
 from vtpm_cuse.wire.layout import BIG, HOST, WireStruct
@@ -27,8 +27,8 @@ from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmCc, TpmOrdinal
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from vtpm_cuse.device.opens import SavedOpen
     from vtpm_cuse.proto.device import DeviceSession
+    from vtpm_cuse.vtpm.file import SavedOpen
 
 _PREFIX_SIZE: Final = 9
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.fuzz import files, peers, protocols, words
 from tests.fuzz.harness import Target
-from vtpm_cuse.cli.suboptions import SubOptionError
+from vtpm_cuse.cli.words.suboptions import SubOptionError
 from vtpm_cuse.errors import VtpmError, WireError
 from vtpm_cuse.wire.ptm import PTM_IOCTLS, PtmCommand
 from vtpm_cuse.wire.tpm import TpmCc, TpmOrdinal

@@ -16,9 +16,6 @@ import pytest
 
 from tests.fuzz.harness import SEED, mutated
 from tests.support import commands as tpm
-from vtpm_cuse.device import control
-from vtpm_cuse.device.ptm import PtmService
-from vtpm_cuse.device.vtpm import Vtpm
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.errors import PtmError, StateLocked
 from vtpm_cuse.manufacture.plan import SetupPlan
@@ -26,6 +23,9 @@ from vtpm_cuse.manufacture.tpm2 import spk_template
 from vtpm_cuse.proto.control import ControlRequest
 from vtpm_cuse.storage.directory import DirectoryStore
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm import control
+from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.vtpm import Vtpm
 from vtpm_cuse.wire import tpm2
 from vtpm_cuse.wire.ptm import PtmCommand
 from vtpm_cuse.wire.tpm import TpmCc

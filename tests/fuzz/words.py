@@ -9,18 +9,20 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from tests.support.engine import FakeEngine
-from vtpm_cuse.cli import registry, settings, suboptions
-from vtpm_cuse.cli.certificate_options import point_key, rsa_key
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.numbers import leading_number
-from vtpm_cuse.cli.setup_files import ConfigFile
-from vtpm_cuse.cli.setup_profiles import profile_config
+from vtpm_cuse.ca.names import common_name, directory_name, escaped
+from vtpm_cuse.ca.passwords import read_password
+from vtpm_cuse.cli import registry
+from vtpm_cuse.cli.ca.options import point_key, rsa_key
+from vtpm_cuse.cli.emulator import settings
+from vtpm_cuse.cli.setup.profiles import profile_config
+from vtpm_cuse.cli.words import suboptions
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.cli.words.numbers import leading_number
+from vtpm_cuse.config import ProfileConfig
+from vtpm_cuse.engine.profiles import profile_text
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.manufacture.names import common_name, directory_name, escaped
-from vtpm_cuse.manufacture.passwords import read_password
+from vtpm_cuse.manufacture.files import ConfigFile
 from vtpm_cuse.manufacture.plan import TpmFacts
-from vtpm_cuse.service.config import ProfileConfig
-from vtpm_cuse.service.profiles import profile_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 
 from tests.support import commands as tpm
+from vtpm_cuse.config import KeySource, StartupConfig, StateConfig, VtpmConfig
 from vtpm_cuse.service.compose import make_vtpm, power_on
-from vtpm_cuse.service.config import StartupConfig, StateConfig, VtpmConfig
-from vtpm_cuse.storage.keys import KeySource
 
 SIZE = 1024
 INDEX_12 = 0x1101

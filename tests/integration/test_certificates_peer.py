@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PEER = shutil.which("swtpm_cert", path="/usr/bin")
-OURS = [sys.executable, "-c", "from vtpm_cuse.cli.swtpm_cert import main; raise SystemExit(main())"]
+OURS = [
+    sys.executable,
+    "-c",
+    "from vtpm_cuse.cli.ca.swtpm_cert import main; raise SystemExit(main())",
+]
 
 pytestmark = pytest.mark.skipif(PEER is None, reason="needs the C suite's swtpm_cert")
 

@@ -91,7 +91,7 @@ def test_other_programs(number: signal.Signals, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from vtpm_cuse.cli import swtpm_setup\n"
-        "from vtpm_cuse.service.manufacturing import run\n"
+        "from vtpm_cuse.manufacture import run\n"
         "begin = run._interruptible\n"
         "def interrupted(work, tpm, certifier):\n"
         "    def both():\n"

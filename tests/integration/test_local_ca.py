@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.support.certificates import Parts, TestCa, der_of, make_ca, verify
 from tests.support.processes import in_child
-from vtpm_cuse.cli import swtpm_localca
+from vtpm_cuse.cli.ca import swtpm_localca
 
 PEER = shutil.which("swtpm_localca", path="/usr/bin") or ""
 OURS = str(Path(sys.executable).parent / "swtpm_localca")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.sockets import environment
+from vtpm_cuse.ca.pkcs11 import TokenKey
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.manufacture.pkcs11 import TokenKey
-from vtpm_cuse.service.manufacturing.run import write_copies
+from vtpm_cuse.manufacture.run import write_copies
 
 if TYPE_CHECKING:
     from pathlib import Path

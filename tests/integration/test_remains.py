@@ -16,18 +16,18 @@ from tests.support import sockets as s
 from tests.support.setups import OURS as SETUP
 from tests.support.setups import Workshop
 from tests.support.waiting import PATIENCE_SECONDS
+from vtpm_cuse.config import StartupConfig, StateConfig, VtpmConfig
 from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import PtmError
 from vtpm_cuse.service.compose import make_vtpm, power_on
-from vtpm_cuse.service.config import StartupConfig, StateConfig, VtpmConfig
 from vtpm_cuse.storage.memory import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from vtpm_cuse.device.vtpm import Vtpm
     from vtpm_cuse.storage.base import StateStore
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 INDEX: Final = tpm.NV_INDEX
 VOLATILE: Final = StateType.VOLATILE.blob_name
@@ -364,7 +364,7 @@ def state_made(path: Path) -> Path:
 def test_missing_key_does_not_exchange_state_and_backup(tmp_path: Path) -> None:
     """A backup from before the state was encrypted would be taken, and the state lost."""
     state = state_made(tmp_path / "state")
-    from vtpm_cuse.storage.keys import KeySource
+    from vtpm_cuse.config import KeySource
 
     (tmp_path / "key").write_text("00" * 16)
     with running(state):

@@ -359,8 +359,8 @@ def test_errors(words: list[str], reason: str, tmp_path: Path) -> None:
 _AS_NOBODY = (
     sys.executable,
     "-c",
-    "import os, sys; from vtpm_cuse.cli import prints, swtpm_socket; from vtpm_cuse.cli.swtpm import"
-    " main; from vtpm_cuse.service import preload; preload.import_all();"
+    "import os, sys; from vtpm_cuse.cli.emulator import prints, swtpm_socket; from vtpm_cuse.cli.swtpm import"
+    " main; from vtpm_cuse.service.confine import preload; preload.import_all();"
     " os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main())",
 )
 

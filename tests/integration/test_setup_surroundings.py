@@ -359,7 +359,7 @@ def test_where_hardly_a_process_may_be_started_nothing_is_half_made(
 SAY_DUMPABLE = """
 import ctypes, sys
 from vtpm_cuse.cli import {module}
-from vtpm_cuse.manufacture.keys import PrivateKey
+from vtpm_cuse.ca.keys import PrivateKey
 real = PrivateKey.sign
 def sign(self, *args):
     with open({path!r}, "a") as file:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tools.manual.completions import names
+from tools.manual.pages import links, pages
 from vtpm_cuse.cli.swtpm_ioctl import PROGRAM
-from vtpm_cuse.manual.completions import names
-from vtpm_cuse.manual.pages import links, pages
 
 ROOT = Path(__file__).parents[2]
 COMPLETIONS = ROOT / "completions"
@@ -43,8 +43,8 @@ def test_page_is_clean(page: str) -> None:
 
 
 def test_check_finds_what_is_old(tmp_path: Path) -> None:
-    run(sys.executable, "-m", "vtpm_cuse.manual", tmp_path)
-    check = [sys.executable, "-m", "vtpm_cuse.manual", "--check", str(tmp_path)]
+    run(sys.executable, "-m", "tools.manual", tmp_path)
+    check = [sys.executable, "-m", "tools.manual", "--check", str(tmp_path)]
     assert subprocess.run(check, check=False, capture_output=True).returncode == 0
     page = tmp_path / "man" / next(iter(pages()))
     page.write_text(page.read_text() + "x")
@@ -53,7 +53,7 @@ def test_check_finds_what_is_old(tmp_path: Path) -> None:
     done = subprocess.run(check, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.count("old: ") == 3
-    run(sys.executable, "-m", "vtpm_cuse.manual", tmp_path)
+    run(sys.executable, "-m", "tools.manual", tmp_path)
     assert subprocess.run(check, check=False).returncode == 0
 
 

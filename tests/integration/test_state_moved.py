@@ -11,7 +11,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support import sockets as s
 from tests.support.files import umask
-from vtpm_cuse.service import landlock
+from vtpm_cuse.service.confine import landlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable

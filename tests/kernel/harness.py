@@ -285,9 +285,9 @@ class Zygote:
 
     _SOURCE = """
 import json, os, sys
-import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.frontends.cuse
-import vtpm_cuse.client.ioctl, vtpm_cuse.service.pidfile, vtpm_cuse.device.worker
-import vtpm_cuse.service.chardev, vtpm_cuse.frontends.sockets, vtpm_cuse.cli.swtpm_chardev
+import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.acquire.cuse
+import vtpm_cuse.client.ioctl, vtpm_cuse.service.process.pidfile, vtpm_cuse.serve.worker
+import vtpm_cuse.service.chardev, vtpm_cuse.serve.sockets, vtpm_cuse.cli.emulator.swtpm_chardev
 from vtpm_cuse.cli import swtpm, swtpm_cuse
 print("ready", flush=True)
 for line in sys.stdin:

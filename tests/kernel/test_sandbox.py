@@ -30,7 +30,7 @@ from tests.support import sockets as s
 from tests.support.attacks import ATTACKS, WITNESS, attack, subverted
 from tests.support.commands import get_random
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
-from vtpm_cuse.service import landlock
+from vtpm_cuse.service.confine import landlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -38,8 +38,8 @@ from tests.kernel.harness import (
 from tests.kernel.proxy import SWTPM, Proxy, next_number, uevents
 from tests.support import commands as tpm
 from tests.support import sockets as s
+from vtpm_cuse.acquire.chardev import ProxyMaker
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.frontends.chardev import ProxyMaker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

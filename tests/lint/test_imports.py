@@ -1,4 +1,4 @@
-"""Imports run downwards only, and each layer keeps out what it has no business with."""
+"""Imports run downwards only, along the lines of the table in docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -16,55 +16,102 @@ MODULES: Final = sorted(
     path for path in PACKAGE.rglob("*.py") if path.name not in {"_libtpms.py", "_build.py"}
 )
 
-# Layer to the layers it may import besides itself. `client` is what swtpm_ioctl stands on, so it
-# needs no vTPM; the service asks its own device through it whether it answers.
-MAY_IMPORT: Final[dict[str, set[str]]] = {
-    "errors": set(),
-    "files": set(),
-    "wire": {"errors"},
-    "faults": {"errors", "wire"},
-    "proto": {"errors", "faults", "wire"},
-    "storage": {"errors", "faults", "files", "wire"},
-    "engine": {"errors", "faults", "wire"},
-    "device": {"errors", "faults", "wire", "proto", "storage", "engine"},
-    "client": {"errors", "faults", "files", "wire", "proto"},
-    "frontends": {"errors", "faults", "files", "wire", "proto", "device"},
-    "manufacture": {"errors", "faults", "files", "wire", "engine"},
-    "service": {
-        *{"errors", "faults", "files", "wire", "proto", "storage", "engine", "device"},
-        *{"frontends", "client", "manufacture"},
-    },
-    "cli": {
-        *{"errors", "faults", "files", "wire", "proto", "storage", "engine", "device"},
-        *{"frontends", "client", "service", "manufacture"},
-    },
-    "manual": {"cli", "wire"},
+ERRORS: Final = frozenset({"errors", "faults"})
+LIFE: Final = ERRORS | {"config", "service.life", "service.confine", "service.process"}
+SERVED: Final = LIFE | {"acquire", "serve", "vtpm"}
+WORDS: Final = frozenset({"cli.words", "errors"})
+
+# A room, or a module that knows more or less than its room, to what it may import besides itself.
+# Of the names here the longest that fits is the one that counts, for importer and imported alike:
+# who may import "storage.base" may import that module and no other of storage.
+MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
+    # the ground
+    "errors": frozenset(),
+    "wire": frozenset({"errors"}),
+    "faults": frozenset({"errors", "wire"}),
+    "files": frozenset(),
+    "storage.locations": frozenset(),
+    "config": frozenset({"storage.locations"}),
+    # messages, state, TPMs
+    "proto": ERRORS | {"wire"},
+    "storage": ERRORS | {"config", "files", "wire", "storage.base", "storage.locations"},
+    "storage.base": frozenset({"errors"}),
+    "storage.sealed": ERRORS | {"config", "wire", "storage.base", "storage"},
+    "engine": ERRORS | {"config", "files", "wire", "engine.base"},
+    "engine.base": frozenset(),
+    "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
+    # from outside, and to the outside
+    "acquire": frozenset({"config", "errors", "files", "proto", "wire"}),
+    "client": frozenset({"errors", "wire"}),
+    "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
+    "ca": frozenset({"errors", "files"}),
+    # the life of one vTPM
+    "service.confine": frozenset({"config", "errors", "storage.base"}),
+    "service.process": frozenset({"config", "errors", "files"}),
+    "service.remover": frozenset({"acquire", "service.confine", "service.process"}),
+    "service.compose": ERRORS
+    | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
+    | {"storage.base", "storage.sealed", "vtpm", "wire"},
+    "service.life": LIFE | {"files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
+    "service.cuse": SERVED,
+    "service.fuse": SERVED | {"client", "proto", "vtpm.attributes"},
+    "service.socket": SERVED,
+    "service.chardev": SERVED | {"service.socket"},
+    "service.doctor": frozenset({"errors", "service.compose", "service.confine", "service.flaws"}),
+    "service.flaws": frozenset(
+        {"engine.base", "service.compose", "service.confine", "service.doctor", "wire"}
+    ),
+    "manufacture": ERRORS
+    | {"ca", "client", "config", "engine.base", "files", "service.compose", "service.confine"}
+    | {"storage", "storage.base", "storage.locations", "wire"},
+    # programs
+    "cli.words": ERRORS | {"files"},
+    "cli.registry": frozenset({"cli.words"}),
+    "cli.swtpm": WORDS,
+    "cli.swtpm_doctor": WORDS | {"service.doctor"},
+    "cli.swtpm_ioctl": WORDS | {"cli.ioctl_commands", "client"},
+    "cli.ioctl_commands": WORDS | {"client", "files", "service.confine", "wire"},
+    "cli.swtpm_bios": WORDS | {"cli.bios_steps", "client", "service.confine", "wire"},
+    "cli.bios_steps": frozenset({"errors", "wire"}),
+    "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
+    "cli.setup": WORDS
+    | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
+    | {"storage", "storage.locations"},
+    "cli.emulator": WORDS
+    | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}
+    | {"service.confine", "service.cuse", "service.fuse", "service.process", "service.socket"}
+    | {"storage", "storage.locations", "vtpm.attributes"},
+    "vtpm.attributes": ERRORS | {"wire", "vtpm"},
 }
 
-# For the device layer, engines and stores are protocols; what is concrete is chosen above it.
+# For all others, engines and stores are what the two `base` modules say; compose makes them.
 CONCRETE: Final = {
     "vtpm_cuse.engine.libtpms",
     "vtpm_cuse.storage.directory",
     "vtpm_cuse.storage.linear",
     "vtpm_cuse.storage.memory",
 }
-CHOOSES_CONCRETE: Final = {"service", "cli", "storage", "engine"}
+MAKE_THEM: Final = ("service.compose", "engine", "storage")
 
 SANS_IO: Final = {"errors", "faults", "wire", "proto"}
 NO_IO: Final = {
     *{"socket", "select", "selectors", "fcntl", "subprocess", "threading", "queue", "time"},
     *{"asyncio", "trio", "cffi", "pathlib", "io", "shutil", "tempfile", "signal", "logging"},
 }
-
-
-def layer_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
+KNOW_TRIO: Final = {"serve", "service", "acquire"}
 
 
 def name_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE.parent).with_suffix("")
+    """The module's name within the package."""
+    relative = path.relative_to(PACKAGE).with_suffix("")
     return ".".join(part for part in relative.parts if part != "__init__")
+
+
+def room_of(module: str) -> str:
+    """The longest name in the table that *module* is or is in."""
+    parts = module.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in names if name in MAY_IMPORT), "")
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, int]]:
@@ -76,41 +123,65 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: relative import"
             assert node.module is not None
-            yield node.module, node.lineno
-            if node.module == "vtpm_cuse":
-                for alias in node.names:
-                    yield f"vtpm_cuse.{alias.name}", node.lineno
+            folder = PACKAGE.parent.joinpath(*node.module.split("."))
+            inside = folder.is_dir() and node.module.startswith("vtpm_cuse")
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                there = inside and PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+                yield module if there and there.exists() else node.module, node.lineno
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
-def test_imports_run_downwards(path: Path) -> None:
-    layer = layer_of(name_of(path))
+def own_imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Those of this package, by their names within it; not the version."""
     for module, line in imports_of(path):
-        if not module.startswith("vtpm_cuse.") or not layer:
-            continue
-        target = layer_of(module)
-        if target.startswith("__"):  # the version
-            continue
-        assert target == layer or target in MAY_IMPORT[layer], (
-            f"{path}:{line}: {layer} must not import {module}"
-        )
+        if module.startswith("vtpm_cuse."):
+            yield module.removeprefix("vtpm_cuse."), line
 
 
-def test_every_layer_is_known() -> None:
-    assert {layer_of(name_of(path)) for path in MODULES} - {""} <= set(MAY_IMPORT)
+def top_of(path: Path) -> str:
+    """The folder at the top."""
+    return name_of(path).partition(".")[0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
-def test_only_the_service_chooses_engine_and_store(path: Path) -> None:
-    if layer_of(name_of(path)) in CHOOSES_CONCRETE:
+each_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
+
+
+@each_module
+def test_imports_run_along_the_table(path: Path) -> None:
+    if not (room := room_of(name_of(path))):
+        assert name_of(path) in {"", "cli", "service"}, "a room that the table does not know"
+    for module, line in own_imports_of(path):
+        target = room_of(module)
+        allowed = target == room or target in MAY_IMPORT.get(room, frozenset())
+        assert allowed, f"{path}:{line}: {room or 'the package'} must not import {module}"
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_the_table_has_nothing_that_nobody_needs(room: str) -> None:
+    used = {
+        room_of(module)
+        for path in MODULES
+        if room_of(name_of(path)) == room
+        for module, _ in own_imports_of(path)
+    }
+    assert set(MAY_IMPORT[room]) - COMMON <= used
+
+
+COMMON: Final = ERRORS | WORDS | LIFE | SERVED
+"""Sets that several rows share: a row may need less of one."""
+
+
+@each_module
+def test_only_compose_makes_engines_and_stores(path: Path) -> None:
+    if name_of(path).startswith(MAKE_THEM):
         return
     used = {module for module, _ in imports_of(path)} & CONCRETE
     assert not used, f"{path} imports {used}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
+@each_module
 def test_sans_io(path: Path) -> None:
-    if layer_of(name_of(path)) not in SANS_IO:
+    if top_of(path) not in SANS_IO:
         return
     for module, line in imports_of(path):
         assert module.partition(".")[0] not in NO_IO, f"{path}:{line}: {module}"
@@ -122,34 +193,31 @@ def test_sans_io(path: Path) -> None:
             assert node.func.id != "open", f"{path}:{node.lineno}: open()"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
+@each_module
 def test_cffi_stays_in_one_module(path: Path) -> None:
-    if name_of(path) == "vtpm_cuse.engine.libtpms":
+    if name_of(path) == "engine.libtpms":
         return
     for module, line in imports_of(path):
         assert module.partition(".")[0] != "cffi", f"{path}:{line}"
         assert module != "vtpm_cuse.engine._libtpms", f"{path}:{line}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
-def test_trio_stays_above_the_device(path: Path) -> None:
-    """The device layer has one module that knows trio: the worker."""
-    name = name_of(path)
-    allowed = layer_of(name) in {"frontends", "service", "cli"} or name == "vtpm_cuse.device.worker"
-    if not allowed:
+@each_module
+def test_trio_stays_with_what_serves(path: Path) -> None:
+    if top_of(path) not in KNOW_TRIO:
         assert "trio" not in {module.partition(".")[0] for module, _ in imports_of(path)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
+@each_module
 def test_no_print_below_the_command_line(path: Path) -> None:
-    if layer_of(name_of(path)) == "cli":
+    if top_of(path) == "cli":
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path))
+@each_module
 def test_size_of_modules_and_functions(path: Path) -> None:
     """Past 600 lines a second role has moved in."""
     text = path.read_text(encoding="utf-8")

@@ -30,8 +30,8 @@ def modules_after(statement: str) -> set[str]:
         ("import vtpm_cuse.proto.cuse, vtpm_cuse.faults", HEAVY),
         ("import vtpm_cuse.storage.directory, vtpm_cuse.storage.linear", HEAVY),
         ("import vtpm_cuse.storage.sealed", HEAVY),
-        ("import vtpm_cuse.device.vtpm, vtpm_cuse.device.opens", HEAVY),
-        ("import vtpm_cuse.service.config", HEAVY),
+        ("import vtpm_cuse.vtpm.vtpm, vtpm_cuse.vtpm.file", HEAVY),
+        ("import vtpm_cuse.config", HEAVY),
         ("import vtpm_cuse.client.ioctl", {"trio", "cffi", "_cffi_backend", "asyncio"}),
         ("import vtpm_cuse.cli.swtpm_ioctl", {"trio", "cffi", "_cffi_backend", "asyncio"}),
         ("import vtpm_cuse.engine.libtpms", {"trio", "asyncio", "pycparser"}),
@@ -48,7 +48,7 @@ def test_import_opens_and_starts_nothing() -> None:
         "def held(): return {os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')"
         " if os.path.exists(f'/proc/self/fd/{n}')}\n"
         "before = held()\n"
-        "import vtpm_cuse.service.compose, vtpm_cuse.frontends.cuse, vtpm_cuse.service.cuse\n"
+        "import vtpm_cuse.service.compose, vtpm_cuse.acquire.cuse, vtpm_cuse.service.cuse\n"
         "print(sorted(held() - before), threading.active_count())\n"
         "print('libtpms' in open('/proc/self/maps').read())\n"
     )

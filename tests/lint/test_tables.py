@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.help import help_text
+from tools.manual.config_files import CONFIG_FILES
 from vtpm_cuse.cli.registry import MODULES, program_of, programs
-from vtpm_cuse.cli.table import Example, Option, Program, SubOption, Term
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.table import Example, Option, Program, SubOption, Term
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.manual.config_files import CONFIG_FILES
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,9 +75,9 @@ def test_table_has_no_name_twice_and_says_something_about_each(program: Program)
 
 
 def test_manual_and_completions_are_up_to_date() -> None:
-    check = [sys.executable, "-m", "vtpm_cuse.manual", "--check", str(ROOT)]
+    check = [sys.executable, "-m", "tools.manual", "--check", str(ROOT)]
     done = subprocess.run(check, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"run .venv/bin/python -m vtpm_cuse.manual\n{done.stdout}"
+    assert done.returncode == 0, f"run .venv/bin/python -m tools.manual\n{done.stdout}"
 
 
 KEYS = [key.name for file in CONFIG_FILES for key in file.keys if "-" not in key.name]

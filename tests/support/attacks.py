@@ -25,7 +25,7 @@ _PROGRAM: Final = r"""
 import ctypes, errno, fcntl, mmap, os, signal, socket, struct, sys, tempfile, termios, threading
 from tests.support.attacks import ATTACKS, NEW_CALLS, STILL
 from vtpm_cuse.cli.swtpm import main
-from vtpm_cuse.device import vtpm
+from vtpm_cuse.vtpm import vtpm
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -190,7 +190,7 @@ def under_filter(error: int, *calls: int) -> tuple[str, ...]:
 
 _SWEEP: Final = r"""
 import ctypes, errno, json, os, resource, sys
-from vtpm_cuse.service.seccomp import make_filter
+from vtpm_cuse.service.confine.seccomp import make_filter
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tests.support.engine import FakeEngine
 from tests.support.stores import FailingStore
-from vtpm_cuse.device.opens import SavedOpen, TpmDeviceFile
-from vtpm_cuse.device.ptm import PtmService
-from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
+from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtpm_cuse.ca import configfile
+from vtpm_cuse.ca import settings as casettings
+from vtpm_cuse.ca.certificates import Maker
+from vtpm_cuse.ca.passwords import PASSWORD_MAX, read_password
+from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.manufacture import casettings, configfile
-from vtpm_cuse.manufacture.casettings import CaProfile, CaSettings
-from vtpm_cuse.manufacture.certificates import Maker
-from vtpm_cuse.manufacture.passwords import PASSWORD_MAX, read_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable

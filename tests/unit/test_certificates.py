@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.certificates import CERTS, Parts, elements
-from vtpm_cuse.manufacture import der
-from vtpm_cuse.manufacture.certificates import (
+from vtpm_cuse.ca import der
+from vtpm_cuse.ca.certificates import (
     NEVER,
     CertificateKind,
     CertificateRequest,
@@ -28,9 +28,9 @@ from vtpm_cuse.manufacture.certificates import (
     tcg_header,
     tpm_certificate,
 )
-from vtpm_cuse.manufacture.issuers import pem_certificate
-from vtpm_cuse.manufacture.keys import PublicKey, signature_algorithm
-from vtpm_cuse.manufacture.names import common_name
+from vtpm_cuse.ca.issuers import pem_certificate
+from vtpm_cuse.ca.keys import PublicKey, signature_algorithm
+from vtpm_cuse.ca.names import common_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtpm_cuse.cli.getopt import Complaint, Getopt, Given, Operand
-from vtpm_cuse.cli.numbers import leading_number, number
-from vtpm_cuse.cli.table import Option
+from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Given, Operand
+from vtpm_cuse.cli.words.numbers import leading_number, number
+from vtpm_cuse.cli.words.table import Option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

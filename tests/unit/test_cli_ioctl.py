@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vtpm_cuse.cli import swtpm_ioctl
-from vtpm_cuse.cli.targets import split_tcp
+from vtpm_cuse.cli.words.targets import split_tcp
 from vtpm_cuse.client.base import EMPTY, Control
 from vtpm_cuse.errors import WireError
-from vtpm_cuse.service import secrecy
+from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.wire import ptm
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmStateFlag
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vtpm_cuse.config import LogConfig
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service import logs
-from vtpm_cuse.service.config import LogConfig
+from vtpm_cuse.service.process import logs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,7 +126,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of the log, in the one item."""
     now = [1000.0]
-    monkeypatch.setattr("vtpm_cuse.service.logs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vtpm_cuse.service.process.logs.time.monotonic", lambda: now[0])
     return now
 
 

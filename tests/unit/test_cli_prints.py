@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.processes import in_child
-from vtpm_cuse.cli import prints
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.swtpm_cuse import PROGRAM
+from vtpm_cuse.cli.emulator import prints
+from vtpm_cuse.cli.emulator.swtpm_cuse import PROGRAM
+from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.service import compose
 
 if TYPE_CHECKING:

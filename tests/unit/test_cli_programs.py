@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import program, swtpm, swtpm_cuse, swtpm_ioctl
+from vtpm_cuse.cli import swtpm, swtpm_ioctl
+from vtpm_cuse.cli.emulator import swtpm_cuse
+from vtpm_cuse.cli.words import program
+from vtpm_cuse.config import CuseConfig, LogConfig
 from vtpm_cuse.errors import EngineUnavailable, UsageError
-from vtpm_cuse.service import cuse, logs
-from vtpm_cuse.service.config import CuseConfig, LogConfig
+from vtpm_cuse.service import cuse
+from vtpm_cuse.service.process import logs
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import settings, swtpm_chardev, swtpm_cuse, swtpm_socket
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service.config import (
+from vtpm_cuse.cli.emulator import settings, swtpm_chardev, swtpm_cuse, swtpm_socket
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.config import (
     CuseConfig,
     LocalityConfig,
     LogConfig,
@@ -22,6 +21,7 @@ from vtpm_cuse.service.config import (
     StateConfig,
     VtpmConfig,
 )
+from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import setup_profiles, setup_settings
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.setup_files import ConfigFile
-from vtpm_cuse.cli.setup_report import SetupReport
-from vtpm_cuse.cli.setup_tpm import TpmMakers
-from vtpm_cuse.cli.swtpm_setup import PROGRAM
+from vtpm_cuse.cli.setup import profiles as setup_profiles
+from vtpm_cuse.cli.setup import settings as setup_settings
+from vtpm_cuse.cli.setup.swtpm_setup import PROGRAM
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.cli.words.report import SetupReport
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.manufacture.config import Existing
+from vtpm_cuse.manufacture.files import ConfigFile
+from vtpm_cuse.manufacture.makers import TpmMakers
 from vtpm_cuse.manufacture.plan import EccKey, RsaKey, TpmFacts
-from vtpm_cuse.service.manufacturing.config import Existing
 
 if TYPE_CHECKING:
     from pathlib import Path

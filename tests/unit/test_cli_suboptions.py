@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtpm_cuse.cli.suboptions import SubOptionError, SubValues, parse
-from vtpm_cuse.cli.table import Kind, SubOption
+from vtpm_cuse.cli.words.suboptions import SubOptionError, SubValues, parse
+from vtpm_cuse.cli.words.table import Kind, SubOption
 
 TABLE = (
     SubOption("dir", ""),

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from vtpm_cuse.client import ioctl as client
 from vtpm_cuse.client.ioctl import DeviceControl
-from vtpm_cuse.device.opens import TpmDeviceFile
-from vtpm_cuse.device.ptm import PtmService
 from vtpm_cuse.errors import DeviceError, PtmError, WireError
+from vtpm_cuse.vtpm.file import TpmDeviceFile
+from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.wire.ptm import PTM_IOCTLS, PtmBlobType, PtmCommand, PtmInitRequest, PtmStateFlag
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from vtpm_cuse.device.vtpm import Vtpm
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 PERMANENT = PtmBlobType.PTM_BLOB_TYPE_PERMANENT
 DECRYPTED = PtmStateFlag.PTM_STATE_FLAG_DECRYPTED

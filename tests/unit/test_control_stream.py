@@ -9,13 +9,13 @@ import pytest
 from tests.support import sockets as s
 from tests.support.engine import FakeEngine
 from tests.support.sockets import u32
-from vtpm_cuse.device import control
-from vtpm_cuse.device.ptm import PtmService
-from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.errors import EngineError
 from vtpm_cuse.proto.control import REQUEST_MAX, ControlRequest, ControlStream
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm import control
+from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmCommand
 
 BAD_PARAMETER, FAIL, BAD_ORDINAL = u32(3), u32(9), u32(0xA)

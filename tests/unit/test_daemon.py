@@ -15,7 +15,7 @@ import pytest
 _PROGRAM = """
 import json, os, signal, sys
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.service.daemon import run_in_background
+from vtpm_cuse.service.process.daemon import run_in_background
 
 what, report = sys.argv[1], int(sys.argv[2])
 

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from tests.support.certificates import der_of, make_ca
+from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
+from vtpm_cuse.ca.keys import PrivateKey, PublicKey
 from vtpm_cuse.errors import CertificateError
-from vtpm_cuse.manufacture.issuers import open_issuer, pem_certificate
-from vtpm_cuse.manufacture.keys import PrivateKey, PublicKey
 
 if TYPE_CHECKING:
     from pathlib import Path

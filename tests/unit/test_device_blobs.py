@@ -12,9 +12,9 @@ from tests.support import ptm
 from tests.support.engine import echo
 from tests.support.kernel import EIO, OWNER, FakeKernel, Machine
 from tests.support.ptm import PART, PERMANENT, VOLATILE, get_blob, result_of, set_blob, u32
-from vtpm_cuse.device.vtpm import VtpmOptions
 from vtpm_cuse.errors import StateLocked
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.vtpm import VtpmOptions
 
 RANDOM = tpm.get_random(8)
 READABLE = select.POLLIN | select.POLLRDNORM

@@ -14,10 +14,10 @@ from tests.support import ptm
 from tests.support.engine import echo
 from tests.support.kernel import POLL, READ, RELEASE, WRITE, FakeKernel, Machine, Reply
 from tests.support.ptm import u32
-from vtpm_cuse.device.opens import TpmDeviceFile
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.file import TpmDeviceFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

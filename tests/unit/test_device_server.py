@@ -21,14 +21,15 @@ from tests.support.engine import CANCELED, FakeEngine, echo
 from tests.support.kernel import FakeKernel
 from tests.support.stores import FailingStore
 from tests.support.waiting import PATIENCE_SECONDS
-from vtpm_cuse.device.ptm import PtmService
-from vtpm_cuse.device.vtpm import Vtpm
-from vtpm_cuse.device.worker import Worker
+from vtpm_cuse.acquire import cuse
+from vtpm_cuse.acquire.cuse import CuseChannel, open_cuse
 from vtpm_cuse.errors import FrontendError, StateLocked
-from vtpm_cuse.frontends import cuse, device
-from vtpm_cuse.frontends.cuse import CuseChannel, open_cuse
-from vtpm_cuse.frontends.device import DeviceServer
+from vtpm_cuse.serve import device
+from vtpm_cuse.serve.device import DeviceServer
+from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.vtpm import Vtpm
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

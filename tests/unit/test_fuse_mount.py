@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vtpm_cuse.acquire import mount as fuse
+from vtpm_cuse.acquire.mount import FuseMount
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.frontends import fuse
-from vtpm_cuse.frontends.fuse import FuseMount
 
 if TYPE_CHECKING:
     from pathlib import Path

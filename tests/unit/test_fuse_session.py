@@ -24,12 +24,12 @@ from tests.support.kernel import (
     Machine,
     Reply,
 )
-from vtpm_cuse.device.attributes import TpmAttributes, is_attribute
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.proto.fuse import FuseSession, Ownership, init_reply
+from vtpm_cuse.vtpm.attributes import TpmAttributes, is_attribute
 
 if TYPE_CHECKING:
-    from vtpm_cuse.device.opens import SavedOpen
+    from vtpm_cuse.vtpm.file import SavedOpen
 
 LOOKUP, FORGET, GETATTR, SETATTR, STATFS, OPENDIR, READDIR = 1, 2, 3, 4, 17, 27, 28
 WRITE, GETXATTR, RELEASEDIR, BATCH_FORGET = 16, 22, 29, 42

@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected, UsageError
-from vtpm_cuse.storage.keys import Key, KeySource, read_key
+from vtpm_cuse.storage.keys import Key, read_key
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.wire.blob import (

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.files import open_descriptors, umask
-from vtpm_cuse.cli import settings
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.swtpm_socket import PROGRAM
+from vtpm_cuse.acquire.sockets import acquire
+from vtpm_cuse.cli.emulator import settings
+from vtpm_cuse.cli.emulator.swtpm_socket import PROGRAM
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.config import SocketAddress, SocketConfig
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service.config import SocketAddress, SocketConfig
-from vtpm_cuse.service.listen import acquire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from vtpm_cuse.frontends.channels import Channels
+    from vtpm_cuse.acquire.channels import Channels
 
 
 def config_of(words: str) -> SocketConfig:

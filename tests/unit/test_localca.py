@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from tests.support.certificates import Parts, der_of, make_ca, verify
 from tests.support.processes import in_child
 from vtpm_cuse import files
+from vtpm_cuse.ca import localca
+from vtpm_cuse.ca.certificates import CertificateKind, Maker, TpmSpecification
+from vtpm_cuse.ca.keys import PrivateKey, PublicKey
+from vtpm_cuse.ca.localca import CREATING_CA, LocalCa, Order
+from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.manufacture import localca
-from vtpm_cuse.manufacture.casettings import CaProfile, CaSettings
-from vtpm_cuse.manufacture.certificates import CertificateKind, Maker, TpmSpecification
-from vtpm_cuse.manufacture.keys import PrivateKey, PublicKey
-from vtpm_cuse.manufacture.localca import CREATING_CA, LocalCa, Order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,8 +13,9 @@ import pytest
 from vtpm_cuse.cli import swtpm_doctor
 from vtpm_cuse.engine import libtpms
 from vtpm_cuse.errors import EngineUnavailable
-from vtpm_cuse.service import flaws, machine
-from vtpm_cuse.service.machine import Diagnosis, Finding, Machine, State, diagnose
+from vtpm_cuse.service import doctor as machine
+from vtpm_cuse.service import flaws
+from vtpm_cuse.service.doctor import Diagnosis, Finding, Machine, State, diagnose
 from vtpm_cuse.storage.memory import MemoryStore
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.certificates import elements
-from vtpm_cuse.manufacture.names import common_name, directory_name, escaped
+from vtpm_cuse.ca.names import common_name, directory_name, escaped
 
 PRINTABLE, UTF8, IA5 = 0x13, 0x0C, 0x16
 

@@ -26,7 +26,7 @@ def test_every_module_of_a_service_is_imported() -> None:
         for path in PACKAGE.rglob("*.py")
         if path.relative_to(PACKAGE).parts[0] not in OTHER_PROGRAMS and path.stem != "_build"
     }
-    loaded = loaded_after("from vtpm_cuse.service.preload import import_all; import_all()")
+    loaded = loaded_after("from vtpm_cuse.service.confine.preload import import_all; import_all()")
     assert {"vtpm_cuse.client.ioctl", "vtpm_cuse.service.cuse"} <= wanted
     assert not wanted - loaded
 
@@ -34,7 +34,7 @@ def test_every_module_of_a_service_is_imported() -> None:
 def test_nothing_is_found_afterwards() -> None:
     """Not even in a package that is loaded: below another root, somebody else's file would be."""
     code = (
-        "from vtpm_cuse.service.preload import import_all\n"
+        "from vtpm_cuse.service.confine.preload import import_all\n"
         "import_all()\n"
         "for name in ('vtpm_cuse.cli.swtpm_bios', 'encodings.cp037', 'tarfile'):\n"
         "    try:\n"

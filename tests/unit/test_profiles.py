@@ -10,13 +10,13 @@ import pytest
 from tests.support import commands as tpm
 from tests.support.processes import in_child
 from tests.support.stores import FailingStore
-from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
+from vtpm_cuse.config import ProfileConfig, StateConfig, VtpmConfig
+from vtpm_cuse.engine import profiles
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.errors import PtmError, StorageError, UsageError
-from vtpm_cuse.service import profiles
 from vtpm_cuse.service.compose import make_vtpm
-from vtpm_cuse.service.config import ProfileConfig, StateConfig, VtpmConfig
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,9 @@ import pytest
 
 from tests.support.processes import in_child
 from tests.support.waiting import wait_until
+from vtpm_cuse.acquire import chardev
+from vtpm_cuse.acquire.chardev import ProxyMaker
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.frontends import chardev
-from vtpm_cuse.frontends.chardev import ProxyMaker
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.vtpmx import VTPM_PROXY_FLAG_TPM2, VTPM_PROXY_IOC_NEW_DEV, VtpmProxyNewDev
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.kernel import Machine
-from vtpm_cuse.device.vtpm import VtpmOptions
 from vtpm_cuse.errors import EngineError, PtmError, StateMissing, StorageError
+from vtpm_cuse.vtpm.vtpm import VtpmOptions
 from vtpm_cuse.wire.ptm import (
     PtmBufferSizeRequest,
     PtmBufferSizeResponse,

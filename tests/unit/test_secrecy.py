@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import in_child
+from vtpm_cuse.config import KeySource, VtpmConfig
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.service import secrecy
 from vtpm_cuse.service.compose import make_vtpm
-from vtpm_cuse.service.config import VtpmConfig
-from vtpm_cuse.storage.keys import KeySource, read_key
+from vtpm_cuse.service.confine import secrecy
+from vtpm_cuse.storage.keys import read_key
 
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 KEY = bytes(range(16))

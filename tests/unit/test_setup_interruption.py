@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
-from vtpm_cuse.service.manufacturing import run
+from vtpm_cuse.manufacture import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

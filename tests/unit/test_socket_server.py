@@ -13,16 +13,16 @@ from tests.support import sockets as s
 from tests.support.engine import FakeEngine
 from tests.support.sockets import u32
 from tests.support.stores import FailingStore
-from vtpm_cuse.device.ptm import PtmService
-from vtpm_cuse.device.vtpm import Vtpm
-from vtpm_cuse.frontends.channels import Channels
-from vtpm_cuse.frontends.sockets import SocketServer
+from vtpm_cuse.acquire.channels import Channels
+from vtpm_cuse.serve.sockets import SocketServer
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.vtpm import Vtpm
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from vtpm_cuse.device.worker import Worker
+    from vtpm_cuse.serve.worker import Worker
 
 
 def served(scenario: Callable[[socket.socket], Awaitable[None]]) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from tests.support.files import descriptors_closed
 from tests.support.vectors import STATE
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.storage.base import BLOB_NAMES
 from vtpm_cuse.storage.directory import DirectoryStore
-from vtpm_cuse.storage.keys import Key, KeySource, read_key
+from vtpm_cuse.storage.keys import Key, read_key
 from vtpm_cuse.storage.linear import LinearStore
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore

@@ -9,7 +9,6 @@ import pytest
 from tests.support import commands as tpm
 from tests.support.engine import FakeEngine, echo
 from tests.support.stores import FailingStore
-from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.errors import (
     EngineError,
     PtmError,
@@ -19,6 +18,7 @@ from vtpm_cuse.errors import (
     StorageError,
 )
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 
 SHUTDOWN_STATE, SHUTDOWN_CLEAR = tpm.TPM2_SHUTDOWN_STATE, tpm.TPM2_SHUTDOWN_CLEAR
 Change = Callable[[bytes], bytes]
@@ -549,7 +549,7 @@ def test_failure_mode_is_said_once_a_start(
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What would have been slept; no test waits for it."""
     taken: list[float] = []
-    monkeypatch.setattr("vtpm_cuse.device.vtpm.time.sleep", taken.append)
+    monkeypatch.setattr("vtpm_cuse.vtpm.vtpm.time.sleep", taken.append)
     return taken
 
 
@@ -577,7 +577,7 @@ def test_lock_that_comes_free_is_taken(
         if len(pauses) == 3:
             store.faults.clear()
 
-    monkeypatch.setattr("vtpm_cuse.device.vtpm.time.sleep", sleep)
+    monkeypatch.setattr("vtpm_cuse.vtpm.vtpm.time.sleep", sleep)
     vtpm.lock_storage(300)
     assert len(pauses) == 3
 
@@ -594,7 +594,7 @@ def test_who_is_to_end_does_not_wait_for_a_lock(
         if len(pauses) == 5:
             vtpm.hurry()
 
-    monkeypatch.setattr("vtpm_cuse.device.vtpm.time.sleep", sleep)
+    monkeypatch.setattr("vtpm_cuse.vtpm.vtpm.time.sleep", sleep)
     with pytest.raises(StateLocked):
         vtpm.lock_storage(300)
     assert len(pauses) == 5

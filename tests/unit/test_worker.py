@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from tests.support.waiting import PATIENCE_SECONDS
-from vtpm_cuse.device.worker import Worker
+from vtpm_cuse.serve.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.cli.table import Option
+from vtpm_cuse.cli.words.table import Option
 from vtpm_cuse.errors import PtmError, UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _count(complaint: str) -> Callable[[str], int]:
     """Reads a decimal number that may have anything behind it; else *complaint* is made."""
 
     def read(text: str) -> int:
-        from vtpm_cuse.cli.numbers import leading_number
+        from vtpm_cuse.cli.words.numbers import leading_number
 
         found = leading_number(text, base=10)
         if found is None:
@@ -72,7 +72,7 @@ def _locality(text: str) -> int:
 
 
 def _info_flags(text: str) -> int:
-    from vtpm_cuse.cli.numbers import number
+    from vtpm_cuse.cli.words.numbers import number
 
     found = number(text, 0, (1 << 64) - 1)
     if found is None:
@@ -109,7 +109,7 @@ def _chunks_of_stdin() -> Iterator[bytes]:
 
 def _save(tpm: Control, asked: Asked) -> None:
     from vtpm_cuse.files import write_output
-    from vtpm_cuse.service.secrecy import hide_process
+    from vtpm_cuse.service.confine.secrecy import hide_process
     from vtpm_cuse.wire.ptm import PtmStateFlag
 
     hide_process()  # before the TPM's seeds are in memory
@@ -129,7 +129,7 @@ def _save(tpm: Control, asked: Asked) -> None:
 
 def _load(tpm: Control, asked: Asked) -> None:
     from vtpm_cuse.files import read_small
-    from vtpm_cuse.service.secrecy import hide_process
+    from vtpm_cuse.service.confine.secrecy import hide_process
 
     hide_process()
     kind = _blob_type(asked.value)

@@ -10,19 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from vtpm_cuse.cli.table import Program
+    from vtpm_cuse.cli.words.table import Program
 
 MODULES: Final = (
     "vtpm_cuse.cli.swtpm",
-    "vtpm_cuse.cli.swtpm_socket",
-    "vtpm_cuse.cli.swtpm_chardev",
-    "vtpm_cuse.cli.swtpm_cuse",
+    "vtpm_cuse.cli.emulator.swtpm_socket",
+    "vtpm_cuse.cli.emulator.swtpm_chardev",
+    "vtpm_cuse.cli.emulator.swtpm_cuse",
     "vtpm_cuse.cli.swtpm_doctor",
-    "vtpm_cuse.cli.swtpm_fuse",
+    "vtpm_cuse.cli.emulator.swtpm_fuse",
     "vtpm_cuse.cli.swtpm_ioctl",
-    "vtpm_cuse.cli.swtpm_cert",
-    "vtpm_cuse.cli.swtpm_localca",
-    "vtpm_cuse.cli.swtpm_setup",
+    "vtpm_cuse.cli.ca.swtpm_cert",
+    "vtpm_cuse.cli.ca.swtpm_localca",
+    "vtpm_cuse.cli.setup.swtpm_setup",
     "vtpm_cuse.cli.swtpm_bios",
 )
 

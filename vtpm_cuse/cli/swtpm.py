@@ -6,9 +6,9 @@ import sys
 from importlib import import_module
 from typing import Final
 
-from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import complain, run_program, version_text
-from vtpm_cuse.cli.table import Example, Option, Program, Subcommand
+from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.program import complain, run_program, version_text
+from vtpm_cuse.cli.words.table import Example, Option, Program, Subcommand
 
 PROGRAM: Final = Program(
     "swtpm",
@@ -22,21 +22,25 @@ PROGRAM: Final = Program(
         Subcommand(
             "socket",
             "TPM commands over TCP or Unix sockets, as QEMU and tpm2-tss use it",
-            "vtpm_cuse.cli.swtpm_socket",
+            "vtpm_cuse.cli.emulator.swtpm_socket",
         ),
         Subcommand(
             "chardev",
             "TPM commands from a character device, or a TPM device of the kernel's",
-            "vtpm_cuse.cli.swtpm_chardev",
+            "vtpm_cuse.cli.emulator.swtpm_chardev",
         ),
-        Subcommand("cuse", "a TPM as a character device in /dev", "vtpm_cuse.cli.swtpm_cuse"),
+        Subcommand(
+            "cuse", "a TPM as a character device in /dev", "vtpm_cuse.cli.emulator.swtpm_cuse"
+        ),
         Subcommand(
             "doctor",
             "what this machine offers, and what to type next",
             "vtpm_cuse.cli.swtpm_doctor",
         ),
         Subcommand(
-            "fuse", "a TPM as a file in a FUSE mount, without root", "vtpm_cuse.cli.swtpm_fuse"
+            "fuse",
+            "a TPM as a file in a FUSE mount, without root",
+            "vtpm_cuse.cli.emulator.swtpm_fuse",
         ),
     ),
     description=(

@@ -6,11 +6,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
-from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import complain, inform, run_program, version_text
-from vtpm_cuse.cli.table import Example, Option, Program, Term
-from vtpm_cuse.cli.targets import split_tcp
+from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.program import complain, inform, run_program, version_text
+from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.cli.words.targets import split_tcp
 from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _run(words: list[str]) -> int:
             print(help_text(PROGRAM) if "help" in given else PROGRAM.banner + "\n", end="")
             return 0
     if "u" in given:
-        from vtpm_cuse.service.secrecy import hide_process
+        from vtpm_cuse.service.confine.secrecy import hide_process
 
         hide_process()  # before there is a password for the platform
     tpm2 = "tpm2" in given

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.commandline import CommandLine
-from vtpm_cuse.cli.help import help_text
-from vtpm_cuse.cli.program import complain, run_program
-from vtpm_cuse.cli.table import Example, Option, Program, Term
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vtpm_cuse.service.machine import Diagnosis
+    from vtpm_cuse.service.doctor import Diagnosis
 
 PROGRAM: Final = Program(
     "swtpm doctor",
@@ -57,7 +57,7 @@ def _run(words: Sequence[str], program: str) -> int:
     if line.has("help"):
         print(help_text(PROGRAM, program), end="")
         return 0
-    from vtpm_cuse.service.machine import Machine, diagnose
+    from vtpm_cuse.service.doctor import Machine, diagnose
 
     diagnosis = diagnose(Machine())
     print(_as_json(diagnosis) if line.has("json") else _as_text(diagnosis))

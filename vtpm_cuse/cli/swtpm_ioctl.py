@@ -9,12 +9,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.getopt import Complaint, Getopt, Operand
-from vtpm_cuse.cli.help import help_text
 from vtpm_cuse.cli.ioctl_commands import COMMANDS, Asked, Command
-from vtpm_cuse.cli.program import complain, run_program, version_text
-from vtpm_cuse.cli.table import Example, Option, Program, Term
-from vtpm_cuse.cli.targets import split_tcp
+from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.program import complain, run_program, version_text
+from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.cli.words.targets import split_tcp
 from vtpm_cuse.errors import FrontendError, UsageError, WireError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _buffer_size() -> int:
     text = os.environ.get("SWTPM_IOCTL_BUFFERSIZE")
     if text is None:
         return 0
-    from vtpm_cuse.cli.numbers import leading_number
+    from vtpm_cuse.cli.words.numbers import leading_number
 
     found = leading_number(text, base=10)
     return min(max(1, found[0]), _BUFFER_MAX) if found else 1

@@ -1,1 +1,1 @@
-"""Making a TPM: its certificates, the local CA that issues them, the set-up sequences."""
+"""The service behind ``swtpm_setup``: a TPM is made in memory and put in its place at the end."""

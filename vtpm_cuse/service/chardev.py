@@ -6,19 +6,19 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.acquire.channels import Channels
+from vtpm_cuse.acquire.chardev import ProxyDevice, ProxyMaker, open_device
+from vtpm_cuse.acquire.sockets import acquire_control, take_stream
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.frontends.channels import Channels
-from vtpm_cuse.frontends.chardev import ProxyDevice, ProxyMaker, open_device
 from vtpm_cuse.service import life
-from vtpm_cuse.service.listen import acquire_control, take_stream
 from vtpm_cuse.service.socket import load_channels, serve_channels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.device.vtpm import Vtpm
-    from vtpm_cuse.device.worker import Worker
-    from vtpm_cuse.service.config import ChardevConfig
+    from vtpm_cuse.config import ChardevConfig
+    from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class _Chardev(life.Interface):
             life.introduce(f"/dev/tpm{made.tpm_num}", config)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
-        from vtpm_cuse.device.ptm import PtmService
+        from vtpm_cuse.vtpm.ptm import PtmService
 
         device = self._channels.data_stream
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, cast
 
-from vtpm_cuse.device.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.engine.callbacks import uninterrupted
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import PtmError, UsageError
-from vtpm_cuse.service import logs
+from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
+    from vtpm_cuse.config import KeySource, VtpmConfig
     from vtpm_cuse.engine.base import Engine
-    from vtpm_cuse.service.config import VtpmConfig
     from vtpm_cuse.storage.base import StateStore
-    from vtpm_cuse.storage.keys import Key, KeySource
+    from vtpm_cuse.storage.keys import Key
 
-__all__ = ["bare_engine", "make_vtpm", "power_on", "supported_versions"]
+__all__ = ["bare_engine", "make_vtpm", "make_vtpm_in_memory", "power_on", "supported_versions"]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,13 @@ def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
     return Vtpm(engine, store, options)
 
 
+def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> Vtpm:
+    """As `make_vtpm`: its state is *blobs*, header and all, by name, and what becomes of them."""
+    store = MemoryStore()
+    store.blobs = blobs
+    return make_vtpm(config, store)
+
+
 def bare_engine(*, tpm2: bool) -> Engine:
     """An engine without a TPM's state, to be asked what it can do.
 
@@ -81,7 +88,7 @@ def _make_engine(config: VtpmConfig, nvram: SealedStore) -> Engine:
     engine = LibtpmsEngine(tpm2=config.tpm2, nvram=nvram)
     if config.pcap is None:
         return engine
-    from vtpm_cuse.service.pcap import RecordedTpm
+    from vtpm_cuse.engine.recorded import RecordedTpm
 
     return cast("Engine", RecordedTpm(engine, config.pcap))  # it has all that the engine has
 
@@ -89,7 +96,7 @@ def _make_engine(config: VtpmConfig, nvram: SealedStore) -> Engine:
 def _profile(config: VtpmConfig, engine: Engine) -> str | None:
     if config.profile is None or not config.tpm2:
         return None
-    from vtpm_cuse.service.profiles import profile_text
+    from vtpm_cuse.engine.profiles import profile_text
 
     return profile_text(config.profile, engine)
 
@@ -115,7 +122,7 @@ def _make_store(config: VtpmConfig, blobs: StateStore | None) -> SealedStore | N
 def _key(source: KeySource | None) -> Key | None:
     if source is None:
         return None
-    from vtpm_cuse.service import secrecy
+    from vtpm_cuse.service.confine import secrecy
     from vtpm_cuse.storage.keys import read_key
 
     secrecy.hide_process()  # before the key is in memory

@@ -7,17 +7,17 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from vtpm_cuse.config import Exits
 from vtpm_cuse.errors import FrontendError, UsageError
 from vtpm_cuse.service import life
-from vtpm_cuse.service.config import Exits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.device.vtpm import Vtpm
-    from vtpm_cuse.device.worker import Worker
-    from vtpm_cuse.frontends.cuse import CuseChannel
-    from vtpm_cuse.service.config import CuseConfig
+    from vtpm_cuse.acquire.cuse import CuseChannel
+    from vtpm_cuse.config import CuseConfig
+    from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class _CuseDevice(life.Interface):
             reason = f"Error: A device '/dev/{self._config.name}' already exists."
             raise UsageError(reason, _START_FAILED)
 
-        from vtpm_cuse.frontends.cuse import CuseChannel, open_cuse
+        from vtpm_cuse.acquire.cuse import CuseChannel, open_cuse
 
         self._channel = CuseChannel(open_cuse())
         self._undo.callback(self._channel.close)
@@ -56,8 +56,8 @@ class _CuseDevice(life.Interface):
         life.make_state_directory(self._config.vtpm, 0o775, runas, _START_FAILED)
 
     def load(self) -> None:
-        from vtpm_cuse.device import ptm
-        from vtpm_cuse.frontends import device
+        from vtpm_cuse.serve import device
+        from vtpm_cuse.vtpm import ptm
 
         _ = ptm, device
 
@@ -69,8 +69,8 @@ class _CuseDevice(life.Interface):
             life.introduce(f"/dev/{config.name}", config.vtpm)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
-        from vtpm_cuse.device.ptm import PtmService
-        from vtpm_cuse.frontends.device import DeviceServer
+        from vtpm_cuse.serve.device import DeviceServer
+        from vtpm_cuse.vtpm.ptm import PtmService
 
         server = DeviceServer(self._channel, vtpm, PtmService(vtpm, self.give_up), worker)
         ready()

@@ -17,8 +17,8 @@ from vtpm_cuse.wire.tpm import TpmSu, response_code, startup_command
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine
-    from vtpm_cuse.service.machine import Machine
+    from vtpm_cuse.engine.base import Engine
+    from vtpm_cuse.service.doctor import Machine
 
 Version = tuple[int, int, int]
 
@@ -44,7 +44,7 @@ class Flaw(NamedTuple):
     harm: str
     since: Version
     mended: tuple[Version, ...]
-    tried: Callable[[LibtpmsEngine], bool] | None = None
+    tried: Callable[[Engine], bool] | None = None
 
     def concerns(self, version: Version) -> bool:
         """Whether that version has it, as its authors published it."""
@@ -107,17 +107,15 @@ def _try(flaw: Flaw) -> bool | None:
     return status != _MENDED if status < 0 or status in {_MENDED, _HAS_IT} else None
 
 
-def _tpm() -> LibtpmsEngine:
-    from vtpm_cuse.engine.libtpms import LibtpmsEngine
-    from vtpm_cuse.service import secrecy
-    from vtpm_cuse.storage.memory import MemoryStore
-    from vtpm_cuse.storage.sealed import SealedStore
+def _tpm() -> Engine:
+    from vtpm_cuse.service.compose import bare_engine
+    from vtpm_cuse.service.confine import secrecy
 
     secrecy.hide_process()
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
-    tpm = LibtpmsEngine(tpm2=True, nvram=SealedStore(MemoryStore()))
+    tpm = bare_engine(tpm2=True)
     tpm.start()
     tpm.process(startup_command(TpmSu.TPM_SU_CLEAR, tpm2=True))
     return tpm
@@ -128,7 +126,7 @@ _RC_RETRY: Final = 0x922
 _SIGN_AND_DECRYPT: Final = 0x60072  # and userWithAuth, sensitiveDataOrigin, fixedParent, fixedTPM
 
 
-def _answer(tpm: LibtpmsEngine, code: int, body: bytes) -> bytes:
+def _answer(tpm: Engine, code: int, body: bytes) -> bytes:
     """To a command with one password session; TPMs ask for it again while they test themselves."""
     command = struct.pack(">HII", 0x8002, 10 + len(body), code) + body
     for _ in range(_TRIES):
@@ -138,7 +136,7 @@ def _answer(tpm: LibtpmsEngine, code: int, body: bytes) -> bytes:
     return answer
 
 
-def _key(tpm: LibtpmsEngine, kind: int, details: str) -> bytes:
+def _key(tpm: Engine, kind: int, details: str) -> bytes:
     """The handle of a new primary key that signs and decrypts. Raises ValueError."""
     public = struct.pack(">HHIH", kind, 0x000B, _SIGN_AND_DECRYPT, 0) + bytes.fromhex(details)
     body = bytes.fromhex("40000001") + _PASSWORD + bytes.fromhex("0004 0000 0000")
@@ -149,7 +147,7 @@ def _key(tpm: LibtpmsEngine, kind: int, details: str) -> bytes:
     return answer[10:14]
 
 
-def _signs_with_any_scheme(tpm: LibtpmsEngine) -> bool:
+def _signs_with_any_scheme(tpm: Engine) -> bool:
     """A key for HMAC, asked for a signature as of an RSA key."""
     key = _key(tpm, 0x0008, "0010 0000")
     digest, scheme, ticket = "0020" + 32 * "11", "0014 000b", "8024 40000007 0000"
@@ -157,7 +155,7 @@ def _signs_with_any_scheme(tpm: LibtpmsEngine) -> bool:
     return response_code(_answer(tpm, 0x15D, body)) == 0
 
 
-def _gives_first_iv_back(tpm: LibtpmsEngine) -> bool:
+def _gives_first_iv_back(tpm: Engine) -> bool:
     """AES in CFB mode, of one block: the vector to go on with is what came out."""
     key = _key(tpm, 0x0025, "0006 0080 0043 0000")
     before = 16 * b"\x11"

@@ -8,16 +8,17 @@ import time
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import DeviceGone
-from vtpm_cuse.service import life, logs
+from vtpm_cuse.service import life
+from vtpm_cuse.service.process import logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.device.opens import SavedOpen, TpmDeviceFile
-    from vtpm_cuse.device.vtpm import Vtpm
-    from vtpm_cuse.device.worker import Worker
+    from vtpm_cuse.config import FuseConfig
     from vtpm_cuse.proto.fuse import FuseSession
-    from vtpm_cuse.service.config import FuseConfig
+    from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def run(config: FuseConfig) -> int:
 
 class _FuseFile(life.Interface):
     def __init__(self, config: FuseConfig) -> None:
-        from vtpm_cuse.frontends.fuse import FuseMount
+        from vtpm_cuse.acquire.mount import FuseMount
 
         self._config = config
         self._mount = FuseMount(config.mount, allow_other=config.allow_other)
@@ -47,9 +48,9 @@ class _FuseFile(life.Interface):
         life.make_state_directory(config.vtpm, 0o700, config.process.runas, self.exits.start)
 
     def load(self) -> None:
-        from vtpm_cuse.device import attributes, ptm
-        from vtpm_cuse.frontends import device
         from vtpm_cuse.proto import fuse
+        from vtpm_cuse.serve import device
+        from vtpm_cuse.vtpm import attributes, ptm
 
         _ = attributes, ptm, device, fuse
         time.localtime()  # reads the time zone, which the log of recent messages shows
@@ -61,8 +62,8 @@ class _FuseFile(life.Interface):
         life.introduce(f"{self._config.mount}/{self._config.name}", self._config.vtpm)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
-        from vtpm_cuse.device.ptm import PtmService
-        from vtpm_cuse.frontends.device import DeviceServer
+        from vtpm_cuse.serve.device import DeviceServer
+        from vtpm_cuse.vtpm.ptm import PtmService
 
         server = DeviceServer(
             self._mount,
@@ -81,8 +82,8 @@ class _FuseFile(life.Interface):
 
     def _session(self, vtpm: Vtpm, file: TpmDeviceFile) -> FuseSession[SavedOpen]:
         from vtpm_cuse import __version__
-        from vtpm_cuse.device.attributes import TpmAttributes
         from vtpm_cuse.proto.fuse import FuseSession, Ownership
+        from vtpm_cuse.vtpm.attributes import TpmAttributes
 
         config, now = self._config, int(time.time())
         status: dict[str, str | int] = {

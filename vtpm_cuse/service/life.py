@@ -17,21 +17,21 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
+from vtpm_cuse.config import Exits
 from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
 from vtpm_cuse.files import check_private, make_folder
-from vtpm_cuse.service import notify
-from vtpm_cuse.service.config import Exits
-from vtpm_cuse.service.daemon import run_in_background
-from vtpm_cuse.service.pidfile import PidFile
+from vtpm_cuse.service.process import notify
+from vtpm_cuse.service.process.daemon import run_in_background
+from vtpm_cuse.service.process.pidfile import PidFile
 from vtpm_cuse.service.remover import Remover
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.device.vtpm import Vtpm
-    from vtpm_cuse.device.worker import Worker
-    from vtpm_cuse.service.config import ProcessConfig, User, VtpmConfig
+    from vtpm_cuse.config import ProcessConfig, User, VtpmConfig
+    from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class _Life:
                 stack.callback(self._interface.close)
                 self._acquire()
 
-                from vtpm_cuse.service.preload import import_trio
+                from vtpm_cuse.service.confine.preload import import_trio
 
                 import_trio()
                 import trio
@@ -229,8 +229,8 @@ class _Life:
         if not self._process.background:  # else `part` makes it, when all is ready
             self._pid_file.open(self._owner)
         if (user := self._process.runas) is not None:
-            from vtpm_cuse.service.preload import import_all
-            from vtpm_cuse.service.privileges import become
+            from vtpm_cuse.service.confine.preload import import_all
+            from vtpm_cuse.service.confine.privileges import become
 
             import_all()
             become(user, self._interface.exits)
@@ -246,7 +246,7 @@ class _Life:
         import trio
 
         from vtpm_cuse.service.compose import power_on
-        from vtpm_cuse.service.signals import ending_signals
+        from vtpm_cuse.service.process.signals import ending_signals
 
         worker = self._enter_sandbox()
         self._interface.give_up = functools.partial(self._give_up, vtpm)
@@ -285,8 +285,8 @@ class _Life:
         self.remove_files()
 
     def _enter_sandbox(self) -> Worker:
-        from vtpm_cuse.device.worker import Worker
-        from vtpm_cuse.service import sandbox, seccomp
+        from vtpm_cuse.serve.worker import Worker
+        from vtpm_cuse.service.confine import sandbox, seccomp
 
         process, interface = self._process, self._interface
         try:

@@ -12,8 +12,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.frontends.keeper import settle_down
-from vtpm_cuse.service.pidfile import write_number
+from vtpm_cuse.acquire.keeper import settle_down
+from vtpm_cuse.service.process.pidfile import write_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -159,7 +159,7 @@ def _hold(paths: Iterable[str], *, is_pid_file: bool) -> list[_File]:
 
 
 def _restrict(files: list[_File]) -> None:
-    from vtpm_cuse.service import capabilities, landlock
+    from vtpm_cuse.service.confine import capabilities, landlock
 
     rights = dict.fromkeys((os.path.dirname(file.path) for file in files), landlock.REMOVE_FILE)
     for file in files:

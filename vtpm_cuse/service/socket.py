@@ -10,11 +10,11 @@ from vtpm_cuse.service import life
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from vtpm_cuse.device.ptm import PtmService
-    from vtpm_cuse.device.vtpm import Vtpm
-    from vtpm_cuse.device.worker import Worker
-    from vtpm_cuse.frontends.channels import Channels
-    from vtpm_cuse.service.config import SocketConfig
+    from vtpm_cuse.acquire.channels import Channels
+    from vtpm_cuse.config import SocketConfig
+    from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.ptm import PtmService
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 
 def run(config: SocketConfig) -> int:
@@ -35,7 +35,7 @@ class _Sockets(life.Interface):
         self._undo = contextlib.ExitStack()
 
     def acquire(self) -> None:
-        from vtpm_cuse.service.listen import acquire
+        from vtpm_cuse.acquire.sockets import acquire
 
         self._channels = acquire(self._config)
         self._undo.callback(self._channels.close)
@@ -44,7 +44,7 @@ class _Sockets(life.Interface):
         load_channels()
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
-        from vtpm_cuse.device.ptm import PtmService
+        from vtpm_cuse.vtpm.ptm import PtmService
 
         ready()
         await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker)
@@ -61,8 +61,8 @@ class _Sockets(life.Interface):
 
 def load_channels() -> None:
     """Imports what `serve_channels` takes."""
-    from vtpm_cuse.device import ptm
-    from vtpm_cuse.frontends import sockets
+    from vtpm_cuse.serve import sockets
+    from vtpm_cuse.vtpm import ptm
 
     _ = ptm, sockets
 
@@ -76,7 +76,7 @@ async def serve_channels(
     """Serves data and control channel until one of them ends the service; calls *beside* then."""
     import trio
 
-    from vtpm_cuse.frontends.sockets import SocketServer
+    from vtpm_cuse.serve.sockets import SocketServer
 
     async with trio.open_nursery() as nursery:
         SocketServer(nursery, channels, ptm, worker).start()

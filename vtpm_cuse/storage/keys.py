@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.ciphers import Cipher, modes
 
+    from vtpm_cuse.config import KeySource
+
 CIPHER_KEY_SIZES: Final = {"aes-cbc": 16, "aes-128-cbc": 16, "aes-256-cbc": 32}
 KEY_FORMATS: Final = ("hex", "binary")
 KDFS: Final = ("pbkdf2", "sha512")
@@ -32,35 +34,6 @@ _HMAC_SIZE: Final = 32
 _BLOCK: Final = 16
 _KEY_FILE_MAX: Final = 4096
 _PASSPHRASE_MAX: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class KeySource:
-    """One ``--key`` or ``--migration-key``; the first of the sources counts, in this order.
-
-    Attributes:
-        file: Path of a file with the key.
-        fd: Descriptor to read the key from.
-        credential: Name of a file with the key in systemd's ``$CREDENTIALS_DIRECTORY``.
-        keyring: Description of a "user" key in a keyring of the kernel that this process searches.
-        pwdfile: Path of a file with a passphrase.
-        pwdfd: Descriptor to read a passphrase from.
-        mode: One of `CIPHER_KEY_SIZES`.
-        format: One of `KEY_FORMATS`, for all but passphrases.
-        kdf: One of `KDFS`, for passphrases.
-        remove: Remove the files after reading.
-    """
-
-    file: str | None = None
-    fd: int | None = None
-    credential: str | None = None
-    keyring: str | None = None
-    pwdfile: str | None = None
-    pwdfd: int | None = None
-    mode: str = "aes-128-cbc"
-    format: str = "hex"
-    kdf: str = "pbkdf2"
-    remove: bool = False
 
 
 @dataclass(frozen=True, slots=True)

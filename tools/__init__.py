@@ -1,0 +1,1 @@
+"""What is needed to make and test the package, and is no part of it."""

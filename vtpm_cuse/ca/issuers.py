@@ -1,0 +1,127 @@
+"""Issuers from what the user names: a certificate file, and a key file or pkcs11: URI."""
+
+from __future__ import annotations
+
+import base64
+import os
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+
+from vtpm_cuse.ca.certificates import Issuer
+from vtpm_cuse.ca.keys import PrivateKey, refusals
+from vtpm_cuse.errors import CertificateError
+from vtpm_cuse.files import read_small
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vtpm_cuse.ca.certificates import Signer
+
+
+def open_issuer(
+    certificate_path: str,
+    key: str,
+    password: bytes | None = None,
+    pin: bytes | None = None,
+    environment: Mapping[str, str] | None = None,
+    *,
+    streams: bool = False,
+) -> Issuer:
+    """The issuer whose certificate is in a PEM file; a signature proves that the key is its.
+
+    Args:
+        certificate_path: The first certificate in the file counts.
+        key: Path of a PEM file, or a pkcs11: URI.
+        password: Of the key file.
+        pin: Of the token.
+        environment: Variables that the token's library needs.
+        streams: The files may be pipes.
+
+    Raises:
+        CertificateError: One of them cannot be read, or they do not belong together.
+    """
+    place = f"Could not read certificate from file {certificate_path} "
+    pem = _read(certificate_path, place, streams=streams)
+    try:
+        with refusals():
+            name, key_id, public = _contents(x509.load_pem_x509_certificate(pem), certificate_path)
+    except ValueError as exc:
+        raise CertificateError(
+            f"Could not import issuer certificate {certificate_path}", str(exc)
+        ) from exc
+    signer = _signer(key, password, pin, environment or {}, streams=streams)
+    _prove(public, signer, certificate_path, key)
+    return Issuer(name, key_id, signer)
+
+
+def pem_certificate(certificate: bytes) -> bytes:
+    """PEM of a certificate in DER."""
+    text = base64.encodebytes(certificate).replace(b"\n", b"")
+    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
+    return b"\n".join([b"-----BEGIN CERTIFICATE-----", *lines, b"-----END CERTIFICATE-----", b""])
+
+
+def _contents(
+    certificate: x509.Certificate, path: str
+) -> tuple[bytes, bytes, rsa.RSAPublicKey | ec.EllipticCurvePublicKey]:
+    """Name, key identifier and key; the library looks into them only now."""
+    try:
+        key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound as exc:
+        raise CertificateError(
+            f"The issuer certificate {path}", "it has no subject key identifier"
+        ) from exc
+    public = certificate.public_key()
+    if not isinstance(public, rsa.RSAPublicKey | ec.EllipticCurvePublicKey):
+        raise CertificateError(path, "its key is neither RSA nor on an elliptic curve")
+    return certificate.subject.public_bytes(), key_id.digest, public
+
+
+def _signer(
+    key: str,
+    password: bytes | None,
+    pin: bytes | None,
+    environment: Mapping[str, str],
+    *,
+    streams: bool,
+) -> Signer:
+    if key.startswith("tpmkey:"):
+        reason = "GnuTLS's TPM keys are not supported; use a pkcs11: URI"
+        raise CertificateError(f"Could not import tpmkey {key}", reason)
+    if key.startswith("pkcs11:"):
+        from vtpm_cuse.ca.pkcs11 import TokenKey
+
+        return TokenKey(key, pin, environment)
+    pem = _read(key, f"Could not read signing key from file {key}", streams=streams)
+    try:
+        return PrivateKey.from_pem(pem, password)
+    except ValueError as exc:
+        raise CertificateError(f"Could not import signing key {key}", str(exc)) from exc
+
+
+def _prove(
+    public: rsa.RSAPublicKey | ec.EllipticCurvePublicKey, signer: Signer, path: str, key: str
+) -> None:
+    data = os.urandom(32)
+    signature = signer.sign(data, "sha256")
+    try:
+        with refusals():
+            if isinstance(public, rsa.RSAPublicKey):
+                public.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+            else:
+                public.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except ValueError:  # for InvalidSignature, and keys that fit nothing
+        raise CertificateError(
+            f"{key} and {path}", "the key is not that of the certificate"
+        ) from None
+
+
+def _read(path: str, place: str, *, streams: bool) -> bytes:
+    try:
+        return read_small(path, streams=streams)
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise CertificateError(place, f"Error while reading file. {reason}") from exc

@@ -1,0 +1,1 @@
+"""The programs that serve a TPM: their options, and what these become."""

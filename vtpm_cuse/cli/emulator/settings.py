@@ -1,0 +1,574 @@
+"""From a command line to the configuration of a service."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.cli.words.commandline import CuseExit
+from vtpm_cuse.cli.words.numbers import FD_MAX, number
+from vtpm_cuse.config import (
+    ChardevConfig,
+    CuseConfig,
+    FuseConfig,
+    LandlockUse,
+    LocalityConfig,
+    LogConfig,
+    PcapConfig,
+    PidConfig,
+    ProcessConfig,
+    ProfileConfig,
+    SeccompAction,
+    SocketAddress,
+    SocketConfig,
+    StartupConfig,
+    StartupKind,
+    StateConfig,
+    User,
+    VtpmConfig,
+)
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import open_plain
+from vtpm_cuse.storage.locations import absolute
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vtpm_cuse.cli.words.commandline import CommandLine
+    from vtpm_cuse.cli.words.suboptions import SubValues
+    from vtpm_cuse.config import KeySource
+
+_PORT_MAX: Final = 0xFFFF
+_FIRST_FD: Final = 3
+_NAME_MAX: Final = 255
+_PROXY_NAME: Final = "proxy0"
+_SOCKET_MODE: Final = 0o770
+_PCAP_MODE: Final = 0o640
+_PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
+
+
+def cuse_config(line: CommandLine) -> CuseConfig:
+    """All of ``swtpm cuse``. Raises UsageError."""
+    return CuseConfig(
+        node_in_sight=not line.has("chroot"),
+        major=line.number("maj", 0xFFFF),
+        minor=line.number("min", 0xFFFF),
+        name=_device_name(line),
+        process=process_config(line, background=not line.has("foreground")),
+        vtpm=vtpm_config(line),
+    )
+
+
+def fuse_config(line: CommandLine) -> FuseConfig:
+    """All of ``swtpm fuse``, whose defaults make a TPM that is ready to use. Raises UsageError."""
+    name = _file_name(line)
+    mount = line.value("mount")
+    if mount is None:
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        if not runtime:
+            raise UsageError("Error: XDG_RUNTIME_DIR is not set", hint="give --mount DIR")
+        mount = f"{runtime}/vtpm"
+    vtpm = vtpm_config(line)
+    return FuseConfig(
+        name=name,
+        mount=os.path.abspath(mount),
+        allow_other=line.has("allow-other"),
+        process=process_config(line, background=not line.has("foreground")),
+        vtpm=vtpm._replace(startup=_ready(vtpm.startup)),
+    )
+
+
+def socket_config(line: CommandLine) -> SocketConfig:
+    """All of ``swtpm socket``. Raises UsageError."""
+    data, disconnect = _data_channel(line)
+    control, control_terminate = _control_channel(line)
+    return SocketConfig(
+        vtpm=vtpm_config(line),
+        data=_passed("data", data),
+        control=_passed("ctrl", control),
+        disconnect=disconnect,
+        terminate=line.has("terminate"),
+        control_terminate=control_terminate,
+        process=process_config(line, background=line.has("daemon")),
+    )
+
+
+def chardev_config(line: CommandLine) -> ChardevConfig:
+    """All of ``swtpm chardev``. Raises UsageError."""
+    proxy, path, fd = line.has("vtpm-proxy"), None, None
+    given = line.first_of("chardev", "fd")
+    if given == "chardev":
+        path = os.path.abspath(line.value("chardev") or "")
+    elif given == "fd":
+        fd = _data_fd(line, "Cannot parse character device file descriptor.")
+    if proxy and given:
+        raise line.error("Cannot use vTPM proxy with a provided device.")
+    if not (proxy or given):
+        raise line.error("Error: Missing character device or file descriptor")
+    control, control_terminate = _control_channel(line)
+    vtpm = vtpm_config(line)
+    return ChardevConfig(
+        vtpm=_ready_for_the_kernel(vtpm) if proxy else vtpm,
+        proxy=proxy,
+        path=path,
+        fd=fd,
+        control=_passed("ctrl", control),
+        control_terminate=control_terminate,
+        process=process_config(line, background=line.has("daemon")),
+    )
+
+
+def _ready_for_the_kernel(vtpm: VtpmConfig) -> VtpmConfig:
+    """The kernel's driver uses the TPM as soon as there is a device, and sets its locality."""
+    locality = vtpm.locality._replace(allow_set_locality=True)
+    return vtpm._replace(startup=_ready(vtpm.startup), locality=locality)
+
+
+def _ready(startup: StartupConfig) -> StartupConfig:
+    """On as soon as it is there, and started."""
+    return startup._replace(not_need_init=True, startup=startup.startup or "clear")
+
+
+def process_config(line: CommandLine, *, background: bool) -> ProcessConfig:
+    """The options about the process. Raises UsageError."""
+    return ProcessConfig(
+        background=background,
+        log=log_config(line),
+        pid=pid_config(line),
+        runas=user(line),
+        seccomp=_seccomp_action(line),
+        landlock=_landlock_use(line),
+    )
+
+
+def enter_root(line: CommandLine) -> None:
+    """``--chroot``, with all looked up and imported before that is out of reach afterwards.
+
+    It has to be: what lies below the new root is not ours, and the C library would take from there
+    who a user is, and run the code that says so.
+
+    Raises:
+        UsageError: This process may not, there is no such directory, or an option is wrong.
+    """
+    path = line.value("chroot")
+    if path is not None:
+        from vtpm_cuse.service.confine.preload import KEYRING, import_all
+        from vtpm_cuse.service.confine.privileges import change_root
+        from vtpm_cuse.service.process import notify
+
+        line.look_up()
+        user(line)
+        notify.connect()
+        for name in import_all():
+            if name != KEYRING or _takes_keyring(line):
+                raise UsageError(f"{name} is missing, which --chroot needs", hint="install it")
+        change_root(path)
+
+
+def _takes_keyring(line: CommandLine) -> bool:
+    keys = (line.subs("key"), line.subs("migration-key"))
+    return any(given.has("keyring") for given in keys if given is not None)
+
+
+def user(line: CommandLine) -> User | None:
+    """``--runas``. Raises UsageError."""
+    name = line.value("runas")
+    if name is None:
+        return None
+    from vtpm_cuse.service.confine.privileges import find_user
+
+    try:
+        return find_user(name)
+    except UsageError as exc:
+        raise line.error(str(exc), line.program.no_user) from exc
+
+
+def _seccomp_action(line: CommandLine) -> SeccompAction:
+    given = line.subs("seccomp")
+    action = given.text("action") if given else None
+    actions: tuple[SeccompAction, ...] = ("kill", "log", "none")
+    for known in actions:
+        if action in {known, None}:
+            return known
+    raise line.error(f"Unsupported seccomp log action {action}")
+
+
+def _landlock_use(line: CommandLine) -> LandlockUse:
+    given = line.subs("seccomp")
+    use = given.text("landlock") if given else None
+    if use in {"try", None}:
+        return "try"
+    if use != "require":
+        raise line.error(f"Unsupported seccomp landlock value {use}")
+    if _seccomp_action(line) != "kill":
+        raise line.error("landlock=require needs action=kill: no other action uses Landlock")
+    return "require"
+
+
+def vtpm_config(line: CommandLine) -> VtpmConfig:
+    """The options about the TPM itself. Raises VtpmError."""
+    state, startup = state_config(line), _startup_config(line)
+    tpm2 = is_tpm2(line) if state is None else is_tpm2_in(state, line)
+    if state is not None and state.own_place:
+        startup = _ready(startup)
+    migration = line.subs("migration")
+    return VtpmConfig(
+        tpm2=tpm2,
+        state=state,
+        startup=startup,
+        locality=_locality_config(line),
+        profile=_profile_config(line),
+        key=_key_source(line, "key"),
+        migration_key=_key_source(line, "migration-key"),
+        incoming=migration is not None and migration.flag("incoming"),
+        release_outgoing=migration is not None and migration.flag("release-lock-outgoing"),
+        pcap=_pcap_config(line),
+    )
+
+
+def is_tpm2(line: CommandLine) -> bool:
+    """Whether a TPM 2.0 is meant, which it is by default in a FUSE mount. Raises UsageError."""
+    if line.has("tpm2") and line.has("tpm12"):
+        raise line.error("Error: --tpm2 and --tpm12 exclude each other")
+    return line.has("tpm2") or (line.knows("mount") and not line.has("tpm12"))
+
+
+def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
+    """Whether a TPM 2.0 is meant; where nobody has named a place it is, unless a 1.2 is there.
+
+    Raises:
+        UsageError: There is another one than is asked for.
+        StorageError: The place cannot be looked into.
+    """
+    meant = is_tpm2(line)
+    if not state.own_place:
+        return meant
+    from vtpm_cuse.storage import open_store
+
+    there = [v for v in (True, False) if open_store(state.uri, tpm2=v, lock=False).sizes()]
+    asked = [v for v, option in ((True, "tpm2"), (False, "tpm12")) if line.has(option)]
+    tpm2 = [*asked, *there, True][0]
+    if there and tpm2 not in there:
+        raise UsageError(
+            f"Error: {state.uri.removeprefix('dir://')} holds a TPM {'1.2' if tpm2 else '2.0'}",
+            hint=f"give --{'tpm12' if tpm2 else 'tpm2'}, or another place by --tpmstate dir=DIR",
+        )
+    return tpm2
+
+
+def log_config(line: CommandLine) -> LogConfig:
+    """``--log``. Raises UsageError."""
+    given = line.subs("log")
+    if given is None:
+        return LogConfig()
+    path = given.text("file")
+    return LogConfig(
+        path=path if path in {None, "-"} else os.path.abspath(path),
+        fd=_descriptor(given.integer("fd")),
+        level=max(1, given.integer("level") or 1),
+        prefix=given.text("prefix") or "",
+        truncate=given.flag("truncate"),
+        owner=(runas.uid, runas.gid) if (runas := user(line)) else None,
+    )
+
+
+def _pcap_config(line: CommandLine) -> PcapConfig | None:
+    given = line.subs("pcap")
+    if given is None:
+        return None
+    path, fd, mode = _path(given, "file"), _descriptor(given.integer("fd")), given.integer("mode")
+    if path is None and fd is None:
+        raise line.error("The file or fd parameter is required for the pcap option.")
+    return PcapConfig(
+        path=path,
+        fd=fd,
+        truncate=given.flag("truncate"),
+        mode=_PCAP_MODE if mode is None else mode,
+        checksums=given.flag("checksums"),
+    )
+
+
+def pid_config(line: CommandLine) -> PidConfig | None:
+    """``--pid``. Raises UsageError."""
+    given = line.subs("pid")
+    if given is None:
+        return None
+    path, fd = given.text("file"), _descriptor(given.integer("fd"))
+    if path is not None:
+        return PidConfig(path=os.path.abspath(path))
+    if fd is None:
+        raise line.error("The file or fd parameter is required for the pid option.")
+    if not _is_regular_file(fd):
+        raise line.error(f"Bad filedescriptor {fd} for pid file")
+    return PidConfig(fd=fd)
+
+
+def state_config(line: CommandLine) -> StateConfig | None:
+    """``--tpmstate``, else TPM_PATH, else the place for the TPM's name. Raises UsageError."""
+    given = line.subs("tpmstate")
+    if given is None:
+        path = os.environ.get("TPM_PATH")
+        return StateConfig(absolute(f"dir://{path}")) if path else _own_place(line)
+    directory, uri = given.text("dir"), given.text("backend-uri")
+    if directory is not None:
+        uri = f"dir://{directory}"
+    if uri is None:
+        raise line.error("The dir or backend-uri parameters is required for the tpmstate option.")
+    return StateConfig(
+        uri=absolute(uri),  # the service leaves the directory that it was started in
+        mode=given.integer("mode"),
+        lock=given.flag("lock", default=True),
+        fsync=given.flag("fsync", default=True),
+        backup=given.flag("backup"),
+    )
+
+
+def _own_place(line: CommandLine) -> StateConfig | None:
+    """Where the state is if nobody says; nowhere for a TPM without a name."""
+    if line.knows("maj"):
+        name = _device_name(line) if line.has("name") else None
+    elif line.knows("mount"):
+        name = _file_name(line)
+    else:
+        name = _proxy_name(line) if line.has("vtpm-proxy") else None
+    if name is None:
+        return None
+    folder = os.environ.get("XDG_STATE_HOME", "")
+    if os.geteuid() == 0:
+        folder = "/var/lib"
+    elif not folder.startswith("/"):
+        folder = os.path.expanduser("~/.local/state")
+    # As sysfs has it, so that no TPM is within another's folder.
+    return StateConfig(
+        absolute(f"dir://{folder}/vtpm-cuse/{name.replace('/', '!')}"), own_place=True
+    )
+
+
+def _device_name(line: CommandLine) -> str:
+    name = line.value("name")
+    if name is None:
+        raise UsageError("Error: device name missing", CuseExit.NO_NAME)
+    name = name.removeprefix("/dev/")
+    # "a/b" is fine, the kernel makes the directory; blanks it would strip or choke on.
+    parts = name.split("/")
+    if not name.isascii() or not name.isprintable() or " " in name or {"", ".", ".."} & {*parts}:
+        raise UsageError(f"Error: '{name}' cannot be the name of a device", CuseExit.NO_NAME)
+    return name
+
+
+def _file_name(line: CommandLine) -> str:
+    """The name of the TPM in a FUSE mount; other names there are taken."""
+    from vtpm_cuse.vtpm.attributes import is_attribute
+
+    name = line.value("name")
+    if name is None:
+        raise UsageError("Error: device name missing", hint="give -n NAME")
+    if not _is_simple(name) or is_attribute(name):
+        raise UsageError(f"Error: '{name}' cannot be the name of the TPM's file")
+    return name
+
+
+def _proxy_name(line: CommandLine) -> str:
+    """The kernel numbers its devices as they come; the TPM needs a name to be found again."""
+    name = line.value("name")
+    if name is None:
+        return _PROXY_NAME
+    if not _is_simple(name):
+        raise UsageError(f"Error: '{name}' cannot be the name of a TPM")
+    return name
+
+
+def _is_simple(name: str) -> bool:
+    fits = name.isascii() and name.isprintable() and " " not in name and "/" not in name
+    return fits and name not in {"", ".", ".."} and len(name) <= _NAME_MAX
+
+
+def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
+    """Where TPM commands come from, and whether each response ends its connection.
+
+    ``--port`` is a short form of ``--server``: the last of the two counts, and then ``--fd``.
+    """
+    port = line.number("port", _PORT_MAX) if line.has("port") else None
+    fd = _data_fd(line, "Cannot parse socket file descriptor.") if line.has("fd") else None
+    server = line.subs("server")
+    last = line.last_of("server", "port")
+    if last == "server" and server is not None:
+        return _server_address(line, server, port), server.flag("disconnect")
+    if last == "port":
+        return SocketAddress("tcp", port=port), True
+    return (None if fd is None else SocketAddress("tcp", fd=fd)), False
+
+
+def _data_fd(line: CommandLine, unreadable: str) -> int:
+    fd = number(line.value("fd") or "", 0, FD_MAX, base=10)
+    if fd is None:
+        raise line.error(unreadable)
+    if fd < _FIRST_FD:
+        raise line.error("Error: Cannot accept file descriptors with values 0, 1, or 2")
+    return fd
+
+
+def _server_address(line: CommandLine, given: SubValues, port: int | None) -> SocketAddress:
+    address = _address(line, given, given.text("type") or "tcp")
+    if address.kind == "tcp" and address.port is None and address.fd is None:
+        port = port if port is not None else number(os.environ.get("TPM_PORT", ""), 0, _PORT_MAX)
+        if port is None:
+            raise line.error("No valid port number provided for TCP socket.")
+        return address._replace(port=port)
+    if address.kind == "unixio" and address.path is None and address.fd is None:
+        raise line.error("Missing path and file descriptor option for UnixIO socket")
+    return address
+
+
+def _passed(name: str, given: SocketAddress | None) -> SocketAddress | None:
+    """The channel on the socket of this name that a service manager passed, else *given*."""
+    if "LISTEN_FDS" not in os.environ:
+        return given
+    from vtpm_cuse.acquire.activation import passed_sockets
+
+    fd = passed_sockets().get(name)
+    if fd is None:
+        return given
+    if given is not None:
+        raise UsageError(f"The {name} channel is both an option and a socket of LISTEN_FDS")
+    return SocketAddress("unixio", fd=fd)
+
+
+def _control_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
+    """Where control commands come from, and whether the end of that is the end of all."""
+    given = line.subs("ctrl")
+    if given is None:
+        return None, False
+    return _control_address(line, given), given.flag("terminate")
+
+
+def _control_address(line: CommandLine, given: SubValues) -> SocketAddress:
+    kind = given.text("type")
+    if kind is None:
+        raise line.error("Missing type parameter for control channel")
+    address = _address(line, given, kind)
+    if address.kind == "tcp" and address.port is None and address.fd is None:
+        raise line.error("Missing port and fd options for TCP control channel")
+    unix = (address.fd, address.clientfd, address.path)
+    if address.kind == "unixio" and unix == (None, None, None):
+        raise line.error("Missing path and fd options for UnixIO control channel")
+    return address
+
+
+def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
+    port, path = given.integer("port"), given.text("path")
+    if port is not None and not 0 <= port <= _PORT_MAX:
+        raise line.error(f"TCP port {port} is not from 0 to {_PORT_MAX}")
+    unix = kind == "unixio"
+    mode = given.integer("mode")
+    return SocketAddress(
+        kind="unixio" if unix else "tcp",
+        port=None if unix else port,
+        bindaddr=given.text("bindaddr") or "127.0.0.1",
+        ifname=given.text("ifname"),
+        path=os.path.abspath(path) if unix and path is not None else None,
+        mode=_SOCKET_MODE if mode is None else mode,
+        uid=given.integer("uid"),
+        gid=given.integer("gid"),
+        fd=_descriptor(given.integer("fd")),
+        clientfd=_descriptor(given.integer("clientfd")) if unix else None,
+    )
+
+
+def _key_source(line: CommandLine, option: str) -> KeySource | None:
+    given = line.subs(option)
+    if given is None:
+        return None
+    from vtpm_cuse.config import KeySource
+    from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS
+
+    def one_of(name: str, allowed: Iterable[str], default: str, complaint: str) -> str:
+        text = given.text(name) or default
+        if text not in allowed:
+            raise line.error(complaint.format(text))
+        return text
+
+    return KeySource(
+        file=_path(given, "file"),
+        fd=_descriptor(given.integer("fd")),
+        credential=given.text("credential"),
+        keyring=given.text("keyring"),
+        pwdfile=_path(given, "pwdfile"),
+        pwdfd=_descriptor(given.integer("pwdfd")),
+        mode=one_of("mode", CIPHER_KEY_SIZES, "aes-128-cbc", "Unknown encryption mode '{}'."),
+        format=one_of("format", KEY_FORMATS, "hex", "Unknown key format '{}'."),
+        kdf=one_of("kdf", KDFS, "pbkdf2", "Unknown kdf '{}'."),
+        remove=given.flag("remove"),
+    )
+
+
+def _path(given: SubValues, name: str) -> str | None:
+    path = given.text(name)
+    return None if path is None else os.path.abspath(path)
+
+
+def _startup_config(line: CommandLine) -> StartupConfig:
+    given = line.subs("flags")
+    if given is None:
+        return StartupConfig()
+    kinds: tuple[StartupKind, ...] = ("clear", "state", "deactivated", "none")
+    kind = next((kind for kind in kinds if given.flag(f"startup-{kind}")), None)
+    return StartupConfig(
+        not_need_init=given.flag("not-need-init") or kind not in {None, "none"},
+        startup=kind,
+        auto_shutdown=not given.flag("disable-auto-shutdown"),
+    )
+
+
+def _locality_config(line: CommandLine) -> LocalityConfig:
+    given = line.subs("locality")
+    if given is None:
+        return LocalityConfig()
+    return LocalityConfig(
+        reject_locality_4=given.flag("reject-locality-4"),
+        allow_set_locality=given.flag("allow-set-locality"),
+    )
+
+
+def _profile_config(line: CommandLine) -> ProfileConfig | None:
+    given = line.subs("profile")
+    if given is None:
+        return None
+    sources = ("profile", "name", "fd", "file")
+    if sum(given.has(source) for source in sources) > 1:
+        raise line.error(
+            "Only one profile option parameter of 'profile', 'name', 'fd', or 'file' "
+            "may be provided"
+        )
+    text = _profile_text(line, given)
+    if text is None:
+        raise line.error("No profile option parameter given to get a profile")
+    return ProfileConfig(text, given.text("remove-disabled"))
+
+
+def _profile_text(line: CommandLine, given: SubValues) -> str | None:
+    name, fd, path = given.text("name"), given.integer("fd"), given.text("file")
+    if name is not None:
+        return json.dumps({"Name": name}, separators=(",", ":"))
+    source = path if path is not None else fd
+    if source is None:
+        return given.text("profile")
+    try:
+        with open(source if path is None else open_plain(path, os.O_RDONLY), "rb") as file:
+            return file.read(_PROFILE_LIMIT).decode().strip()
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+        raise line.error(f"Could not read the profile from '{source}': {reason}") from exc
+
+
+def _descriptor(number_given: int | None) -> int | None:
+    return None if number_given is None or number_given < 0 else number_given
+
+
+def _is_regular_file(fd: int) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:
+        return False

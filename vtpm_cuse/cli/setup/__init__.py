@@ -1,0 +1,1 @@
+"""The program that makes a TPM as a manufacturer does."""

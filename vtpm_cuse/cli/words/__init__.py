@@ -1,0 +1,1 @@
+"""The grammar of every program: table, options, sub-options, numbers, help."""

@@ -1,0 +1,130 @@
+"""The command line of a program, checked against its table."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from vtpm_cuse.cli.words import suboptions
+from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.words.numbers import number
+from vtpm_cuse.cli.words.program import complain
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vtpm_cuse.cli.words.suboptions import SubValues
+    from vtpm_cuse.cli.words.table import Option, Program
+
+
+class CuseExit(IntEnum):
+    """Exit statuses by which callers of the C suite's CUSE program tell errors apart."""
+
+    BAD_VALUE = 255
+    NO_NAME = 254
+    BAD_SUBOPTION = 253
+    NOT_ROOT = 252
+    NO_USER = 251
+
+
+class CommandLine:
+    """What was given on a command line; sub-options are read when asked for."""
+
+    def __init__(self, program: Program, words: Sequence[str], name: str = "") -> None:
+        """Reads *words*; *name* is how the program was called, if by another name.
+
+        Raises:
+            UsageError: An option lacks its value, is ambiguous or not available yet, or a word
+                is no option. A lenient program complains about an unknown option on standard
+                error and ignores it.
+        """
+        self.program, self._name = program, name or program.name
+        self._table = {option.name: option for option in program.options}
+        self._given: dict[str, list[str]] = {}
+        self._subs: dict[str, SubValues] = {}
+        self.operands: list[str] = []
+        words_of = Getopt(
+            self._name.split()[-1], words, program.options, long_only=program.long_only
+        )
+        for item in words_of:
+            if isinstance(item, Operand):
+                self.operands.append(item.word)
+            elif isinstance(item, Complaint):
+                self._complain(item)
+            else:
+                self._take(self._table[item.name], item.value or "")
+        # Help is given whatever else was said.
+        if self.operands and not (program.operands or self.has("help") or self.has("version")):
+            raise UsageError(f"Unknown parameter '{self.operands[0]}'")
+
+    def knows(self, name: str) -> bool:
+        """Whether the program has such an option."""
+        return name in self._table
+
+    def has(self, name: str) -> bool:
+        """Whether the option was given."""
+        return name in self._given
+
+    def value(self, name: str) -> str | None:
+        """The value of an option that takes one word; the one that counts, if it was repeated."""
+        return self._given[name][-1] if name in self._given else None
+
+    def values(self, name: str) -> list[str]:
+        """All values of an option that may be repeated, in their order."""
+        return list(self._given.get(name, ()))
+
+    def subs(self, name: str) -> SubValues | None:
+        """The sub-options of an option, None if it was not given. Raises UsageError."""
+        value = self.value(name)
+        if value is None:
+            return None
+        option = self._table[name]
+        if name not in self._subs:
+            try:
+                self._subs[name] = suboptions.parse(value, option.subs)
+            except suboptions.SubOptionError as exc:
+                raise self.error(f"Error parsing {option.noun} options: {exc}") from None
+        return self._subs[name]
+
+    def look_up(self) -> None:
+        """Reads all sub-options, and with them users and groups. Raises UsageError."""
+        for name in self._given:
+            if self._table[name].subs:
+                self.subs(name)
+
+    def last_of(self, *names: str) -> str | None:
+        """Which of these options was given last, None if none was."""
+        return next((name for name in reversed(self._given) if name in names), None)
+
+    def first_of(self, *names: str) -> str | None:
+        """Which of these options, of each of which the first counts, was given first."""
+        return next((name for name in self._given if name in names), None)
+
+    def number(self, name: str, highest: int) -> int:
+        """The number from 0 to *highest* that an option gives, 0 without it. Raises UsageError."""
+        text = self._given.get(name, ["0"])[-1]
+        found = number(text, 0, highest)
+        if found is None:
+            reason = f"Error: '{text}' of option --{name} is not a number from 0 to {highest}"
+            raise self.error(reason, self.program.bad_number)
+        return found
+
+    def error(self, reason: str, status: int | None = None) -> UsageError:
+        """An error in the value of an option, with the exit status that the table has for it."""
+        return UsageError(reason, self.program.bad_value if status is None else status)
+
+    def _take(self, option: Option, value: str) -> None:
+        if not option.available:
+            raise self.error(f"Error: option --{option.name} is not available yet")
+        if option.first_counts and option.name in self._given:
+            return
+        before = self._given.pop(option.name, [])  # the order is that of the last ones
+        self._given[option.name] = [*before, value] if option.repeats else [value]
+
+    def _complain(self, complaint: Complaint) -> None:
+        # PEER: CUSE goes on after every complaint. We do after an unknown option, which may be one
+        # of a later version, but an option that lacks its value would be dropped unnoticed.
+        complain(complaint.text)
+        if not (self.program.lenient and complaint.unknown):
+            raise UsageError(f"Try '{self._name} --help' for the options")

@@ -1,0 +1,91 @@
+"""``--pcap``: all commands and responses of a TPM, its own ones too, in a packet capture."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.files import open_plain
+from vtpm_cuse.wire.pcapng import Conversation, file_header
+
+if TYPE_CHECKING:
+    from vtpm_cuse.config import PcapConfig
+    from vtpm_cuse.engine.base import Engine
+
+_PORTS: Final = range(50000, 55000)
+_MICROSECOND: Final = 1000
+
+
+class RecordedTpm:
+    """Any TPM whose commands and responses are written down; a full disk does not stop it.
+
+    What else the TPM can do, it does itself: this stands before it where it goes on and off.
+
+    Raises:
+        UsageError: The file cannot be opened.
+    """
+
+    def __init__(self, tpm: Engine, pcap: PcapConfig) -> None:
+        self._tpm = tpm
+        self._pcap = _open(pcap)
+        self._checksums = pcap.checksums
+        self._talk = self._new_talk()
+        self._write(file_header())
+
+    # Any: whatever the TPM behind has.
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._tpm, name)
+
+    @property
+    def locality(self) -> int:
+        """As the TPM's."""
+        return self._tpm.locality
+
+    @locality.setter
+    def locality(self, locality: int) -> None:
+        self._tpm.locality = locality
+
+    def _new_talk(self) -> Conversation:
+        return Conversation(secrets.choice(_PORTS), checksums=self._checksums)
+
+    def start(self) -> None:
+        """As the TPM's; each power-on is a connection of its own."""
+        self._tpm.start()
+        self._talk = self._new_talk()
+        self._write(self._talk.begin(_now()))
+
+    def stop(self) -> None:
+        """As the TPM's; the connection ends too."""
+        if self._tpm.running:
+            self._write(self._talk.end(_now()))
+        self._tpm.stop()
+
+    def process(self, command: bytes) -> bytes:
+        """As the TPM's."""
+        self._write(self._talk.command(command, _now()))
+        response = self._tpm.process(command)
+        self._write(self._talk.response(response, _now()))
+        return response
+
+    def _write(self, packets: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._pcap, packets)
+
+
+def _now() -> int:
+    return time.time_ns() // _MICROSECOND
+
+
+def _open(config: PcapConfig) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        if config.path is None:
+            return os.dup(-1 if config.fd is None else config.fd)
+        return open_plain(config.path, flags | (os.O_TRUNC if config.truncate else 0), config.mode)
+    except OSError as exc:
+        where = config.fd if config.path is None else config.path
+        raise UsageError(f"Could not open {where} for the packet capture: {exc.strerror}") from exc

@@ -1,1 +1,0 @@
-"""Man pages and completions, made from the programs' tables: ``python -m vtpm_cuse.manual``."""

@@ -1,0 +1,1 @@
+"""Least privilege: user, root, capabilities, paths, system calls."""

@@ -1,0 +1,137 @@
+"""Least privilege: what a process may still do once it has acquired what it serves.
+
+No right but those of its user, no new ones, no core dump, no path but the state, no program, no
+connection, no other process. All of it before a byte of stored state is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import stat
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.service.confine import capabilities, landlock, secrecy
+from vtpm_cuse.service.confine.seccomp import FILE_SIZE_MAX
+from vtpm_cuse.storage.base import DEFAULT_MODE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from vtpm_cuse.config import ProcessConfig, StateConfig
+
+log = logging.getLogger(__name__)
+
+_FILES_MAX: Final = 1024
+_SEARCHED_MAX: Final = 1 << 16
+_FILE: Final = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE
+_DIRECTORY: Final = _FILE | landlock.READ_DIR | landlock.MAKE_REG | landlock.REMOVE_FILE
+
+
+def state_paths(state: StateConfig | None) -> dict[str, int]:
+    """What a vTPM needs of all paths, with Landlock's rights.
+
+    In a folder these hold for everything below it, so it should be the state's own. A file that
+    is not there yet is made, for otherwise its whole folder would have to be open.
+    """
+    if state is None or not (path := state.location.path):
+        return {}
+    if state.location.scheme == "dir":
+        return {path: _DIRECTORY}
+    make_empty(path, DEFAULT_MODE if state.mode is None else state.mode)
+    is_foreign = os.path.islink(path) and not _is_block_device(path)
+    return {} if is_foreign else {path: _FILE}
+
+
+def make_empty(path: str, mode: int) -> None:
+    """Makes an empty file, and sees to it that it stays; whoever opens it says what was wrong."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _is_block_device(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def restrict(process: ProcessConfig, paths: Mapping[str, int]) -> None:
+    """Restricts this thread and those it starts; before any is started.
+
+    Raises:
+        FrontendError: The kernel refuses.
+    """
+    try:
+        secrecy.hide_process()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        capabilities.drop_capabilities(paths)
+        capabilities.gain_nothing()
+        if process.seccomp != "kill":  # what is to be found out, or tried, must not be refused
+            return
+        _close_foreign()
+        _limit(resource.RLIMIT_FSIZE, FILE_SIZE_MAX)
+        _limit(resource.RLIMIT_NOFILE, _FILES_MAX)
+        try:
+            landlock.restrict(paths)
+        except landlock.LandlockMissing as exc:
+            if process.landlock == "require":
+                raise FrontendError(
+                    f"There is no Landlock: {exc}", "landlock=try serves without it"
+                ) from exc
+            log.warning("There is no Landlock, so files are not out of this TPM's reach: %s", exc)
+    except OSError as exc:
+        reason = f"Could not drop privileges: {exc.strerror}"
+        raise FrontendError(reason, "--seccomp action=none restricts less") from exc
+
+
+def forbid_threads(process: ProcessConfig) -> None:
+    """The last step before the filter: no process and no thread more, for who is not root."""
+    if process.seccomp == "kill":
+        _limit(resource.RLIMIT_NPROC, 0)
+
+
+def _limit(kind: int, most: int) -> None:
+    """At most *most*, and no way back."""
+    soft, hard = resource.getrlimit(kind)
+    limit = min(value for value in (soft, hard, most) if value != resource.RLIM_INFINITY)
+    resource.setrlimit(kind, (limit, limit))
+
+
+def _close_foreign() -> None:
+    """Closes what the caller left open by accident.
+
+    Only a program's caller gives it descriptors that the next program would inherit too, and those
+    that are meant for this one are not so any more once they have been taken over. A file that is
+    locked by one is left: the caller may look whether it still is, as libvirt does.
+    """
+    for fd in _open_descriptors():
+        if fd > 2:
+            with contextlib.suppress(OSError):
+                if os.get_inheritable(fd) and not _holds_lock(fd):
+                    os.close(fd)
+
+
+def _open_descriptors() -> Iterable[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:  # below another root there may be no /proc
+        return range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _SEARCHED_MAX))
+
+
+def _holds_lock(fd: int) -> bool:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return False
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
+            return any(line.startswith("lock:") for line in file)
+    except OSError:
+        return True  # nobody can tell

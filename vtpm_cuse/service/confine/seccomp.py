@@ -1,0 +1,231 @@
+"""``--seccomp``: which system calls a serving process may still make, by libseccomp.
+
+Three kinds. Those that serving takes are allowed, with the arguments that it takes. Those that only
+an intruder makes end the process. All others fail as on a kernel that does not know them, which
+libraries expect: a new version of one must not cost a TPM its life.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import FrontendError
+
+if TYPE_CHECKING:
+    from vtpm_cuse.config import SeccompAction
+
+FILE_SIZE_MAX: Final = 1 << 30
+"""No file is made larger: much more than any state has, or a log or capture that somebody reads."""
+
+_ALLOWED: Final = (
+    # descriptors that are open
+    "read readv pread64 preadv write writev pwrite64 pwritev lseek close close_range "
+    "fstat fsync fdatasync fadvise64 getdents64 dup2 dup3 poll ppoll select pselect6 "
+    "epoll_wait epoll_pwait epoll_pwait2 epoll_ctl recv recvfrom "
+    # paths: the state, see landlock.py
+    "stat lstat newfstatat statx getcwd rename renameat unlink "
+    # memory and threads that are there
+    "brk munmap mremap madvise futex_wait futex_wake futex_waitv membarrier rseq "
+    "set_robust_list sched_yield sched_getaffinity sched_getparam sched_getscheduler "
+    "set_tid_address "
+    # signals to itself are no need: only to receive them
+    "rt_sigaction rt_sigprocmask rt_sigreturn sigreturn rt_sigpending sigaltstack "
+    "restart_syscall pause "
+    # time, chance, itself
+    "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrandom "
+    "getpid gettid getppid getuid geteuid getgid getegid getgroups getresuid getresgid "
+    "getrusage uname sysinfo exit exit_group"
+)
+
+_SOCKETS: Final = "accept accept4 recvmsg shutdown getsockname getpeername"
+"""Of those who have sockets to accept clients on."""
+
+_DEADLY: Final = (
+    # other programs and processes
+    "execve execveat fork vfork clone ptrace process_vm_readv process_vm_writev kcmp "
+    "pidfd_getfd pidfd_open kill tkill "
+    # the network
+    "socket socketpair connect bind listen "
+    # identity and name spaces
+    "setuid setgid setreuid setregid setresuid setresgid setgroups setfsuid setfsgid capset "
+    "setns unshare chroot pivot_root personality "
+    # mounts, devices, links
+    "mount umount umount2 move_mount open_tree fsopen fsmount fsconfig mount_setattr "
+    "mknod mknodat symlink symlinkat "
+    # the kernel
+    "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register "
+    "add_key request_key keyctl init_module finit_module delete_module kexec_load "
+    "kexec_file_load reboot swapon swapoff iopl ioperm modify_ldt syslog acct quotactl "
+    "settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname "
+    "name_to_handle_at open_by_handle_at lookup_dcookie vhangup"
+)
+
+_IOCTLS: Final = (
+    0x5401,  # TCGETS: isatty() by Python's open()
+    0x5421,  # FIONBIO: setblocking()
+    0x5450,  # FIONCLEX
+    0x5451,  # FIOCLEX
+    0x1268,  # BLKSSZGET: a block device that holds the state
+    0x80081272,  # BLKGETSIZE64
+)
+
+# What is open may be looked at, locked and duplicated, but may send no signals.
+_FCNTLS: Final = (
+    *(fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC),
+    *(fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW),
+    *(fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW),
+)
+_FUTEXES: Final = (0, 1, 4, 5, 9, 10)  # waiting and waking; none that lends priorities
+_FUTEX_COMMAND: Final = 0x7F
+_SPECIAL_BITS: Final = 0o7000  # set-user-id, set-group-id, sticky
+_TMPFILE: Final = os.O_TMPFILE & ~os.O_DIRECTORY
+
+# seccomp.h
+_KILL_PROCESS: Final = 0x8000_0000
+_LOG: Final = 0x7FFC_0000
+_ALLOW: Final = 0x7FFF_0000
+_ERRNO: Final = 0x0005_0000
+_ACT_BADARCH: Final = 2
+_CTL_TSYNC: Final = 4
+_CTL_OPTIMIZE: Final = 8
+_BINARY_TREE: Final = 2
+_CMP_LT: Final = 2
+_CMP_MASKED_EQ: Final = 7
+_NO_SUCH_CALL: Final = -1
+
+_INT: Final = 0xFFFF_FFFF
+_WHOLE: Final = 0xFFFF_FFFF_FFFF_FFFF
+_PROT_EXEC: Final = 4
+
+
+def _is(number: int, value: int, mask: int = _INT) -> bytes:
+    """Struct scmp_arg_cmp: the argument *number*, masked, is *value*."""
+    return struct.pack("@IiQQ", number, _CMP_MASKED_EQ, mask, value)
+
+
+def _none_of(number: int, bits: int) -> bytes:
+    return _is(number, 0, bits)
+
+
+def _below(number: int, limit: int) -> bytes:
+    return struct.pack("@IiQQ", number, _CMP_LT, limit, 0)
+
+
+_SYMLINK_FOLLOW: Final = 0x400  # AT_SYMLINK_FOLLOW, as Python's os.link() says
+
+_Rules = tuple[tuple[str, tuple[bytes, ...]], ...]
+
+_WITH_ARGUMENTS: Final[_Rules] = (
+    # No file that makes its caller another user. Without O_CREAT the mode may be anything.
+    ("openat", (_none_of(2, os.O_CREAT | _TMPFILE),)),
+    ("openat", (_none_of(3, _SPECIAL_BITS),)),
+    ("fchmod", (_none_of(1, _SPECIAL_BITS),)),
+    ("linkat", (_none_of(4, _INT & ~_SYMLINK_FOLLOW),)),
+    ("unlinkat", (_is(2, 0),)),
+    # No file beyond measure.
+    ("ftruncate", (_below(1, FILE_SIZE_MAX),)),
+    ("fallocate", (_is(1, 0), _below(2, FILE_SIZE_MAX), _below(3, FILE_SIZE_MAX))),
+    # To those who are connected, and to nobody else.
+    ("send", (_none_of(3, socket.MSG_FASTOPEN),)),
+    ("sendto", (_none_of(3, socket.MSG_FASTOPEN), _is(4, 0, _WHOLE))),
+    *(("fcntl", (_is(1, command),)) for command in _FCNTLS),
+    ("fcntl", (_is(1, fcntl.F_SETFL), _none_of(2, fcntl.FASYNC))),
+    *(("futex", (_is(1, command, _FUTEX_COMMAND),)) for command in _FUTEXES),
+    # No memory to run code from.
+    *((name, (_none_of(2, _PROT_EXEC),)) for name in ("mmap", "mmap2", "mprotect")),
+)
+
+_SOCKETS_WITH_ARGUMENTS: Final[_Rules] = (
+    ("setsockopt", (_is(1, socket.IPPROTO_TCP), _is(2, socket.TCP_NODELAY))),
+    ("getsockopt", (_is(1, socket.SOL_SOCKET),)),
+)
+
+
+class Filter:
+    """The rules; `load` puts them in force."""
+
+    def __init__(self, default: int, other_machines: int) -> None:
+        try:
+            self._lib = ctypes.CDLL("libseccomp.so.2")
+        except OSError as exc:
+            raise _unavailable(str(exc), "install libseccomp2") from exc
+        self._lib.seccomp_init.restype = ctypes.c_void_p
+        context = self._lib.seccomp_init(ctypes.c_uint32(default))
+        if not context:
+            raise _refused("seccomp_init")
+        self._context = ctypes.c_void_p(context)
+        # The calls of a 32-bit program, or by the numbers of x32: by default only the thread ends.
+        self._check(
+            self._lib.seccomp_attr_set(self._context, _ACT_BADARCH, ctypes.c_uint32(other_machines))
+        )
+
+    def add(self, action: int, name: str, *arguments: bytes) -> None:
+        """What becomes of a system call with all of such arguments. Raises FrontendError."""
+        number = self._lib.seccomp_syscall_resolve_name(name.encode())
+        if number == _NO_SUCH_CALL:  # none of this machine's
+            return
+        self._check(
+            self._lib.seccomp_rule_add_array(
+                self._context, ctypes.c_uint32(action), number, len(arguments), b"".join(arguments)
+            )
+        )
+
+    def load(self) -> None:
+        """From now on, for good, for all threads. Raises FrontendError."""
+        # Of no matter for what is allowed: an old libseccomp has no tree.
+        self._lib.seccomp_attr_set(self._context, _CTL_OPTIMIZE, _BINARY_TREE)
+        self._check(self._lib.seccomp_attr_set(self._context, _CTL_TSYNC, 1))  # all threads
+        self._check(self._lib.seccomp_load(self._context))
+        self._lib.seccomp_release(self._context)
+
+    @staticmethod
+    def _check(result: int) -> None:
+        if result < 0:
+            raise _refused(os.strerror(-result))
+
+
+def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
+    """The filter, made while its library can still be opened; none for the action "none".
+
+    With "log" nothing is refused: what "kill" would refuse is in the kernel's audit log.
+
+    Args:
+        action: What becomes of other calls.
+        sockets: Whether there are sockets to accept clients on.
+
+    Raises:
+        FrontendError: There is no libseccomp.
+    """
+    if action == "none":
+        return None
+    kill = action == "kill"
+    rules = Filter(_ERRNO | errno.ENOSYS if kill else _LOG, _KILL_PROCESS if kill else _LOG)
+    for name in _ALLOWED.split() + (_SOCKETS.split() if sockets else []):
+        rules.add(_ALLOW, name)
+    for name, arguments in _WITH_ARGUMENTS + (_SOCKETS_WITH_ARGUMENTS if sockets else ()):
+        rules.add(_ALLOW, name, *arguments)
+    for request in _IOCTLS:
+        rules.add(_ALLOW, "ioctl", _is(1, request))
+    if kill:
+        for name in _DEADLY.split():
+            rules.add(_KILL_PROCESS, name)
+    return rules
+
+
+def _unavailable(reason: str, remedy: str) -> FrontendError:
+    return FrontendError(
+        f"Could not create the seccomp profile: {reason}",
+        f"{remedy}, or do without by --seccomp action=none",
+    )
+
+
+def _refused(reason: str) -> FrontendError:
+    return _unavailable(
+        reason, "let the kernel, or the container that this runs in, have seccomp filters"
+    )

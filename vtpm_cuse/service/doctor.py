@@ -1,0 +1,307 @@
+"""What a machine offers to virtual TPMs: one look, nothing changed and no module loaded.
+
+Each finding has a state that scripts can test and, where something can be done about it, the
+command that does it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.service import flaws
+from vtpm_cuse.service.confine import landlock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class State(StrEnum):
+    """How it stands with one thing."""
+
+    OK = "ok"
+    LOADABLE = "loadable"  # a kernel module that root can load
+    DENIED = "denied"  # there, but not for this user
+    MISSING = "missing"
+    FLAWED = "flawed"  # there, with a known flaw
+
+
+class Finding(NamedTuple):
+    """One thing looked at: what was found, and the command that would better it (or nothing)."""
+
+    name: str
+    state: State
+    detail: str
+    command: str = ""
+
+
+class Offer(NamedTuple):
+    """A way to serve a TPM, whether it works here and now, and the command for it."""
+
+    interface: str
+    works: bool
+    what: str
+    command: str
+
+
+class Diagnosis(NamedTuple):
+    """All findings, the ways to serve a TPM, the best first, and what to type next."""
+
+    findings: tuple[Finding, ...]
+    offers: tuple[Offer, ...]
+    next: str
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a TPM can be served in some way."""
+        return any(offer.works for offer in self.offers)
+
+
+class Machine:
+    """The machine as this process sees it.
+
+    Args:
+        root: Where its file tree is.
+        path: Where programs are looked for, as in PATH.
+    """
+
+    def __init__(self, root: Path = Path("/"), path: str | None = None) -> None:
+        self.root = root
+        self._path = path
+        self.release = os.uname().release
+
+    def file(self, path: str) -> Path:
+        """A file, by its absolute path."""
+        return self.root / path.lstrip("/")
+
+    def there(self, path: str) -> bool:
+        """Whether there is such a file, as far as this process may know."""
+        return os.path.exists(self.file(path))
+
+    def names(self, path: str, pattern: str = "*") -> list[str]:
+        """What is in a folder, sorted; nothing if it cannot be looked into."""
+        try:
+            return sorted(found.name for found in self.file(path).glob(pattern))
+        except OSError:
+            return []
+
+    def text(self, path: str) -> str:
+        """What a file of the kernel's says, empty if it cannot be read."""
+        try:
+            return self.file(path).read_text(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def usable(self, path: str) -> bool:
+        """Whether this process may read and write it."""
+        return os.access(self.file(path), os.R_OK | os.W_OK)
+
+    def program(self, name: str) -> bool:
+        """Whether there is such a program."""
+        return shutil.which(name, path=self._path) is not None
+
+    def module_there(self, name: str) -> bool:
+        """Whether the kernel's modules have it."""
+        wanted = name.replace("_", "-")
+        listed = self.text(f"/lib/modules/{self.release}/modules.dep").splitlines()
+        names = (line.partition(":")[0].rpartition("/")[2].partition(".")[0] for line in listed)
+        return any(found.replace("_", "-") == wanted for found in names)
+
+
+_DEVICES: Final = (
+    ("/dev/cuse", "cuse", "swtpm-cuse makes devices on it"),
+    ("/dev/vtpmx", "tpm_vtpm_proxy", "the kernel makes TPM devices on it"),
+    ("/dev/fuse", "fuse", "a TPM can be a file on it"),
+)
+
+
+def diagnose(machine: Machine) -> Diagnosis:
+    """Looks at everything."""
+    findings = tuple(_findings(machine))
+    state = {finding.name: finding.state for finding in findings}
+    library = state["libtpms"] is State.OK
+    offers = (
+        Offer(
+            "cuse",
+            library and state["/dev/cuse"] is State.OK,
+            "a character device /dev/NAME",
+            "swtpm-cuse -n vtpm0",
+        ),
+        Offer(
+            "vtpm-proxy",
+            library and state["/dev/vtpmx"] is State.OK and state["CAP_SYS_ADMIN"] is State.OK,
+            "a TPM device of the kernel's, /dev/tpmN",
+            "swtpm chardev --vtpm-proxy",
+        ),
+        Offer(
+            "fuse",
+            library and state["/dev/fuse"] is State.OK and state["fusermount3"] is State.OK,
+            "a file in a mount of your own, without root",
+            "swtpm fuse -n vtpm0",
+        ),
+        Offer(
+            "socket",
+            library,
+            "TPM commands over Unix sockets, for QEMU; a TCP port would be open to every user",
+            "mkdir -p -m 700 ~/tpm && swtpm socket --tpm2 --tpmstate dir=$HOME/tpm "
+            "--flags startup-clear --server type=unixio,path=$HOME/tpm/data "
+            "--ctrl type=unixio,path=$HOME/tpm/ctrl",
+        ),
+    )
+    return Diagnosis(findings, offers, _next(findings, offers))
+
+
+def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
+    """What brings a device nearer, else the best that works."""
+    by_name = {finding.name: finding for finding in findings}
+    library, device = by_name["libtpms"], by_name["/dev/cuse"]
+    if library.state is not State.OK:
+        return library.command
+    if device.state is State.LOADABLE:
+        return device.command
+    if device.state is State.DENIED:
+        return f"sudo {offers[0].command}"
+    return next(offer.command for offer in offers if offer.works)
+
+
+def _findings(machine: Machine) -> Iterator[Finding]:
+    yield Finding("kernel", State.OK, machine.release)
+    library, version = _library()
+    yield library
+    if version is not None:
+        yield from _flaws(machine, version)
+    for path, module, purpose in _DEVICES:
+        yield _device(machine, path, module, purpose)
+    yield _capability(machine)
+    yield _program(machine, "fusermount3", "fuse3", "lets users mount a TPM as a file")
+    yield from _sandbox(machine)
+    yield _present(
+        machine, "systemd", "/run/systemd/system", "runs units such as swtpm-cuse@vtpm0.service"
+    )
+    yield _present(
+        machine,
+        "deployed",
+        "/usr/local/lib/vtpm-cuse/manifest",
+        "programs, units and udev rules are in the system",
+        "sudo ./setup deploy",
+    )
+    yield _program(machine, "tpm2_getrandom", "tpm2-tools", "uses a TPM 2.0")
+    yield _program(machine, "qemu-system-x86_64", "qemu-system-x86", "runs VMs and the kernel lab")
+    yield _lab(machine)
+    yield _devices_there(machine)
+
+
+def _library() -> tuple[Finding, flaws.Version | None]:
+    try:
+        from vtpm_cuse.service.compose import bare_engine, supported_versions
+
+        engine = bare_engine(tpm2=True)
+        versions = " and ".join(sorted(supported_versions()))
+    except EngineUnavailable as exc:
+        return Finding("libtpms", State.MISSING, str(exc), "sudo apt-get install libtpms0"), None
+    profiles = "with profiles" if engine.has_profiles else "no profiles (they need 0.10)"
+    number = ".".join(map(str, engine.version))
+    detail = f"{number}, TPM {versions}, {profiles}"
+    return Finding("libtpms", State.OK, detail), engine.version
+
+
+_UPGRADE: Final = "sudo apt-get install --only-upgrade libtpms0"
+
+
+def _flaws(machine: Machine, version: flaws.Version) -> Iterator[Finding]:
+    """One for each flaw that the library has or may have; one that says there is none."""
+    mended = []
+    for flaw, there, why in flaws.verdicts(machine, version):
+        names = " ".join(flaw.names)
+        if there is False:
+            mended.append(f"{names} ({why})")
+            continue
+        sure = "" if there else "perhaps "
+        versions = " or ".join(".".join(map(str, version)) for version in flaw.mended[-2:])
+        detail = f"{sure}in this libtpms ({why}): {flaw.harm}; mended in {versions}"
+        yield Finding(names, State.FLAWED, detail, _UPGRADE)
+    if mended:
+        yield Finding("known flaws", State.OK, f"mended in this libtpms: {', '.join(mended)}")
+
+
+def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:
+    if not machine.there(path):
+        if machine.module_there(module):
+            return Finding(
+                path,
+                State.LOADABLE,
+                f"module {module} is not loaded; {purpose}",
+                f"sudo modprobe {module}",
+            )
+        return Finding(path, State.MISSING, f"this kernel has no module {module}; {purpose}")
+    found = machine.file(path).stat()
+    who = f"{stat.filemode(found.st_mode)} uid {found.st_uid} gid {found.st_gid}"
+    if not machine.usable(path):
+        return Finding(path, State.DENIED, f"{who}: not for you; {purpose}")
+    return Finding(path, State.OK, f"{who}; {purpose}")
+
+
+_CAP_SYS_ADMIN: Final = 21
+
+
+def _capability(machine: Machine) -> Finding:
+    lines = machine.text("/proc/self/status").splitlines()
+    masks = [line.split()[1] for line in lines if line.startswith("CapEff:")]
+    mask = int(masks[0], 16) if masks else 0
+    state = State.OK if mask >> _CAP_SYS_ADMIN & 1 else State.DENIED
+    return Finding("CAP_SYS_ADMIN", state, "the kernel asks for it when it makes a TPM device")
+
+
+def _sandbox(machine: Machine) -> Iterator[Finding]:
+    actions = machine.text("/proc/sys/kernel/seccomp/actions_avail")
+    wanted = {"kill_process", "log", "errno"} <= set(actions.split())
+    detail = "filters system calls" if wanted else "this kernel cannot filter system calls"
+    yield Finding("seccomp", State.OK if wanted else State.MISSING, detail)
+    version = landlock.version()
+    if version:
+        yield Finding("landlock", State.OK, f"version {version}; keeps the TPM off other files")
+    else:
+        yield Finding("landlock", State.MISSING, "this kernel does not restrict access to files")
+
+
+def _present(machine: Machine, name: str, path: str, purpose: str, command: str = "") -> Finding:
+    if machine.there(path):
+        return Finding(name, State.OK, purpose)
+    return Finding(name, State.MISSING, f"no {path}", command)
+
+
+def _program(machine: Machine, name: str, package: str, purpose: str) -> Finding:
+    if machine.program(name):
+        return Finding(name, State.OK, purpose)
+    return Finding(name, State.MISSING, purpose, f"sudo apt-get install {package}")
+
+
+def _lab(machine: Machine) -> Finding:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kernels = machine.names(f"{cache}/vtpm-cuse", "linux-*")
+    if kernels and machine.program("qemu-system-x86_64"):
+        return Finding("lab", State.OK, f"{kernels[-1]}; a kernel with /dev/cuse in QEMU")
+    detail = "a kernel with /dev/cuse in QEMU, for machines without one"
+    return Finding("lab", State.MISSING, detail, "./setup lab --prepare")
+
+
+_KINDS: Final[tuple[tuple[str, Callable[[str], bool]], ...]] = (
+    ("vtpm", lambda rest: rest != "x"),
+    ("tpm", str.isdigit),
+    ("tpmrm", str.isdigit),
+)
+
+
+def _devices_there(machine: Machine) -> Finding:
+    found = [
+        name
+        for name in machine.names("/dev")
+        if any(name.startswith(kind) and fits(name[len(kind) :]) for kind, fits in _KINDS)
+    ]
+    detail = ", ".join(f"/dev/{name}" for name in found) or "none"
+    return Finding("TPM devices", State.OK if found else State.MISSING, detail)
