@@ -175,12 +175,12 @@ def test_proxy_alone(start: tuple[str, ...], tmp_path: Path) -> None:
         second = run(*words, status=1)
         assert "another process has this TPM" in second.stderr
         assert second.stdout == ""
-        third = subprocess.Popen((SWTPM, "chardev", "--vtpm-proxy", "-n", "other"), stdout=-1)
-        assert third.stdout is not None
-        assert LINE.fullmatch(third.stdout.readline().decode())
-        third.terminate()
-        assert third.wait(PATIENCE) == 0
-        third.stdout.close()
+        other = (SWTPM, "chardev", "--vtpm-proxy", "-n", "other")
+        with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as third:
+            assert third.stdout is not None
+            assert LINE.fullmatch(third.stdout.readline())
+            third.terminate()
+            assert third.wait(PATIENCE) == 0
         (pid,) = [pid for pid in processes("--vtpm-proxy") if pid != third.pid]
         end(pid)
     assert sorted(path.name for path in PLACE.iterdir()) == ["other", "proxy0"]
