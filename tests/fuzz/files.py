@@ -7,7 +7,8 @@ import functools
 import os
 import re
 import struct
-from typing import TYPE_CHECKING, Final
+import tempfile
+from typing import IO, TYPE_CHECKING, Final
 
 from tests.fuzz.pieces import pieces
 from vtpm_cuse.ca import configfile
@@ -35,12 +36,18 @@ def _memory_file(_name: str) -> int:
     return os.memfd_create("fuzz")
 
 
+@functools.cache
+def _named_file() -> IO[bytes]:
+    """A store does not write into a file that nobody would find again."""
+    return tempfile.NamedTemporaryFile(prefix="fuzz")
+
+
 def file_of(data: bytes, name: str = "") -> str:
     """The path of a file in memory with these contents; another for each *name*."""
     fd = _memory_file(name)
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
-    return f"/proc/self/fd/{fd}"
+    return f"/proc/{os.getpid()}/fd/{fd}"  # opened anew each time, with a position of its own
 
 
 # -- state --------------------------------------------------------------------------------
@@ -82,7 +89,7 @@ def _check_kept(sealed: SealedStore, payload: bytes) -> None:
 
 def linear(data: bytes) -> None:
     """A linear file: nothing is written into one that is damaged, and blobs keep apart."""
-    fd = _memory_file("linear")
+    fd = _named_file().fileno()
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
     store = LinearMemory(fd)

@@ -242,7 +242,8 @@ def test_a_volatile_state_from_before_a_clear_is_named_and_not_the_permanent_one
     assert tpm.code_of(story.vtpm.process(clear)) == 0
     with pytest.raises(PtmError):
         story.vtpm.start()
-    assert f"together with {state}/tpm2-00.volatilestate; nothing was changed" in caplog.text
+    assert f"libtpms refuses {state}/tpm2-00.volatilestate" in caplog.text
+    assert "the permanent state is not at fault" in caplog.text
     (state / "tpm2-00.volatilestate").unlink()
     story.vtpm.start()
     story.vtpm.close()

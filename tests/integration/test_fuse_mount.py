@@ -466,7 +466,7 @@ def test_readers_leave_nothing_behind(server: Server) -> None:
             text(server, "status")
             os.listdir(server.device.parent)
 
-    use(100)
+    use(600)  # until every path has been gone, and memory is as large as it gets
     descriptors, resident, threads = footprint(server.pid)
     use(1000)
     assert footprint(server.pid)[::2] == (descriptors, threads)

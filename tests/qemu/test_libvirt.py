@@ -7,6 +7,7 @@ the TPM's state is the swtpm_setup that is installed, and with our swtpm.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -242,6 +243,7 @@ def test_features_that_libvirt_asks_for() -> None:
 def test_start_and_end_as_libvirt_does(tpm2: bool, tmp_path: Path) -> None:
     """Keys come through pipes; the open, locked file with the process number stays open."""
     pid_file = os.open(tmp_path / "pid", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(pid_file, fcntl.LOCK_EX)
     passphrases = [os.pipe() for _ in range(2)]
     for _, write_end in passphrases:
         os.write(write_end, b"a passphrase")
