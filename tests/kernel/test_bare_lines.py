@@ -17,12 +17,12 @@ from tests.kernel.harness import (
     PATIENCE,
     PTM_GET_CAPABILITY,
     SWTPM_CUSE,
-    errno_from,
     exchange,
     needs,
     opened,
     ptm,
     run,
+    wait_exit,
     wait_until,
 )
 from tests.kernel.proxy import LINE, SWTPM
@@ -46,9 +46,11 @@ def _nothing_there(cuse: None) -> Iterator[None]:
 
 def end(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
-    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    wait_until(lambda: errno_from(lambda: os.kill(pid, 0)) != 0, "its end")
-    os.close(pidfd)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        wait_exit(pidfd)
+    finally:
+        os.close(pidfd)
 
 
 def processes(word: str) -> list[int]:
