@@ -31,6 +31,12 @@ from tests.support import sockets as s
 from tests.support.attacks import ATTACKS, WITNESS, attack, subverted
 from tests.support.commands import get_random
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from tests.unit.test_callback_memory import (  # noqa: F401
+    test_a_server_has_no_memory_that_is_both,
+    test_a_tpm_works_and_its_process_ends_well,
+    test_no_memory_is_writable_and_executable,
+    test_what_calls_us_cannot_be_written_over,
+)
 from vtpm_cuse.service.confine import landlock
 
 if TYPE_CHECKING:
