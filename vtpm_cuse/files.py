@@ -270,6 +270,18 @@ def check_private(path: str, uid: int) -> None:
                 raise PermissionError(errno.EPERM, "it can be written to by everybody", path)
 
 
+def open_nowhere() -> int:
+    """A descriptor, for standard input and output, from which nothing comes and where nothing goes."""
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except FileNotFoundError:  # below another root
+        import socket
+
+        end, other = socket.socketpair()
+        other.close()
+        return end.detach()
+
+
 def give_socket(path: str, uid: int, gid: int) -> None:
     """Changes owner and group (-1: not) of a socket just made there, and of nothing else.
 

@@ -165,6 +165,22 @@ def test_a_folder_with_nothing_but_random_bytes(
 
 
 @pytest.mark.parametrize("server", SERVERS)
+def test_what_helps_the_server_is_not_taken_for_it(
+    server: Callable[..., AbstractContextManager[tuple[int, Connect]]], root: Path
+) -> None:
+    """Callers look for it by its command line, and find one process."""
+    with server(root) as (pid, connect):
+        use(connect)
+        lines = {path: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+        assert [path for path, line in lines.items() if os.fsencode(root) in line] == [
+            Path(f"/proc/{pid}/cmdline")
+        ]
+        assert f"vtpm-remover: clears up after {pid}".encode() in {
+            line.strip(b"\0") for line in lines.values()
+        }
+
+
+@pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("more", [(), ("--runas", "nobody"), ("--key", "keyring=no-such-key")])
 def test_nothing_is_read_or_run_that_lies_there(
     server: Callable[..., AbstractContextManager[tuple[int, Connect]]],

@@ -26,7 +26,7 @@ from tests.kernel.harness import (
     wait_until,
 )
 from tests.kernel.proxy import LINE, SWTPM
-from tests.support.commands import code_of, get_random
+from tests.support.commands import code_of, get_random, tpm12_pcr_read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,9 +46,17 @@ def _nothing_there(cuse: None) -> Iterator[None]:
 
 def end(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
+<<<<<<< HEAD
     signal.pidfd_send_signal(pidfd, signal.SIGTERM)
     wait_exit(pidfd)
     os.close(pidfd)
+=======
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        wait_exit(pidfd)
+    finally:
+        os.close(pidfd)
+>>>>>>> w2-lab
 
 
 def processes(word: str) -> list[int]:
@@ -76,6 +84,19 @@ def test_cuse_with_a_name_alone(name: str) -> None:
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     assert stat.S_IMODE(PLACE.stat().st_mode) == 0o755
     assert (state / "tpm2-00.permall").exists()
+
+
+@pytest.mark.parametrize(("option", "version"), [("--tpm2", "2.0"), ("--tpm12", "1.2")])
+def test_cuse_with_a_version_keeps_it(option: str, version: str) -> None:
+    """The next start finds the TPM there, of whichever version, and needs no option."""
+    device, command = Path("/dev/vtpmbare"), RANDOM if version == "2.0" else tpm12_pcr_read(0)
+    for words in (("-n", "vtpmbare", option), ("-n", "vtpmbare")):
+        done = run(SWTPM_CUSE, *words)
+        assert f"/dev/vtpmbare is a TPM {version}, whose state is in " in done.stderr
+        with opened(device) as fd:
+            assert code_of(exchange(fd, command)) == 0
+        run(OUR_IOCTL, "-s", device)
+        wait_until(lambda: not device.exists(), "the end of the device")
 
 
 def test_cuse_behaves_as_the_c_suite_where_a_place_is_named(tmp_path: Path) -> None:

@@ -26,10 +26,17 @@ from tests.integration.test_sandbox_start import (  # noqa: F401
     test_what_the_caller_left_open_is_closed,
     test_who_is_killed_leaves_no_socket_and_no_process,
 )
+from tests.kernel.proxy import LINE
 from tests.support import sockets as s
 from tests.support.attacks import ATTACKS, WITNESS, attack, subverted
 from tests.support.commands import get_random
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from tests.unit.test_callback_memory import (  # noqa: F401
+    test_a_server_has_no_memory_that_is_both,
+    test_a_tpm_works_and_its_process_ends_well,
+    test_no_memory_is_writable_and_executable,
+    test_what_calls_us_cannot_be_written_over,
+)
 from vtpm_cuse.service.confine import landlock
 
 if TYPE_CHECKING:
@@ -100,6 +107,21 @@ def test_no_state_is_touched_outside_the_sandbox_on_cuse(tmp_path: Path, cuse: N
         with open(f"/dev/{NAME}", "rb+", buffering=0) as device:
             device.write(get_random(8))
             assert len(device.read(100)) == 20
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=PATIENCE_SECONDS)
+    assert set(told.decode().splitlines()) == {
+        "libtpms: in the sandbox",
+        "state: in the sandbox",
+    }
+
+
+def test_no_state_is_touched_outside_the_sandbox_on_a_device_of_the_kernels(tmp_path: Path) -> None:
+    words = ["chardev", "--vtpm-proxy", "--tpm2", "--tpmstate", f"dir={tmp_path}"]
+    with subprocess.Popen(
+        [*WITNESS, *words], env=s.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert LINE.fullmatch(process.stdout.readline().decode())
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=PATIENCE_SECONDS)
     assert set(told.decode().splitlines()) == {

@@ -87,12 +87,6 @@ def test_missing_name(cuse: None, tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-def test_no_state_location(cuse: None) -> None:
-    text = "Error: No TPM state directory is defined; TPM_PATH is not set"
-    cuse_fails(255, text, "-n", "vtpmnew", "--tpm2")
-    assert not Path("/dev/vtpmnew").exists()
-
-
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [

@@ -258,6 +258,8 @@ def test_its_process_has_no_more_than_it_needs(systemd: Systemd, unit: str) -> N
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
     assert (process / "attr/current").read_text().strip() == "swtpm-cuse (enforce)"
+    rights = {line.split()[1] for line in (process / "maps").read_text().splitlines()}
+    assert not {right for right in rights if "w" in right and "x" in right}
     state = state_of(unit)
     assert (state.stat().st_uid, state.stat().st_mode & 0o777) == (int(user), 0o700)
     assert {path.stat().st_mode & 0o777 for path in state.iterdir()} == {0o600}
@@ -507,6 +509,13 @@ def test_units_are_without_fault(systemd: Systemd) -> None:
     names = ("swtpm-cuse@vtpm0.service", "swtpm-vtpm-proxy@a.service")
     done = systemd.call("systemd-analyze", "verify", "--man=no", *names)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_units_as_systemd_has_them_are_hardened(systemd: Systemd) -> None:
+    """In tenths, as for the files that they are made of."""
+    for unit, exposure in (("swtpm-cuse@vtpm0", 5), ("swtpm-vtpm-proxy@a", 10)):
+        words = ("security", "--no-pager", f"--threshold={exposure}", f"{unit}.service")
+        systemd.call("systemd-analyze", *words)
 
 
 def test_udevadm_finds_no_fault_in_the_rules(systemd: Systemd, unit: str) -> None:

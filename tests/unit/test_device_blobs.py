@@ -323,6 +323,15 @@ def test_lock_goes_with_the_last_blob_by_read() -> None:
     assert kernel.read(1000).body == b""
 
 
+@pytest.mark.parametrize("release", [True, False])
+def test_lock_goes_with_a_last_blob_that_is_not_there(release: bool) -> None:
+    """A TPM 2.0 never has one; who asks for it ends a migration all the same."""
+    machine = Machine(options=VtpmOptions(release_outgoing=release))
+    kernel = machine.opened()
+    assert get_blob(kernel, SAVESTATE)[0] == 0x800
+    assert machine.vtpm.holds_lock is not release
+
+
 def test_lock_stays_for_other_blobs() -> None:
     machine, kernel = holder(100, release=True)
     SealedStore(machine.store).store("permall", bytes(100))

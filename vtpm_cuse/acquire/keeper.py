@@ -6,19 +6,19 @@ killed. The keeper is forked before it holds any secret, and knows nothing but w
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.files import open_nowhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _NOTE_MAX: Final = 4096
 _PR_SET_NAME: Final = 15
-_FIRST_STAT_FIELD: Final = 3  # proc(5): the first one behind the name
-_STAT_ARGUMENTS: Final = (48, 49)
 
 
 class Keeper:
@@ -67,22 +67,20 @@ def settle_down(title: str, keep: set[int]) -> None:
         os.closerange(lowest, fd)
         lowest = fd + 1
     os.closerange(lowest, max(lowest, os.sysconf("SC_OPEN_MAX")))
-    with contextlib.suppress(OSError):  # below another root there may be neither
-        _open_nowhere(keep)
-        _call_itself(title.encode())
-
-
-def _open_nowhere(keep: set[int]) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
+    null = open_nowhere()
     for fd in {0, 1, 2} - keep - {null}:
         os.dup2(null, fd)
+    _call_itself(title.encode())
 
 
 def _call_itself(title: bytes) -> None:
-    """To ps and pgrep; the second name takes the place of the command line, as far as that goes."""
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, title.partition(b":")[0], 0, 0, 0)
-    with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
-        fields = file.read().rpartition(")")[2].split()
-    begin, end = (int(fields[number - _FIRST_STAT_FIELD]) for number in _STAT_ARGUMENTS)
-    ctypes.memset(begin, 0, end - begin)
-    ctypes.memmove(begin, title, min(len(title), end - begin - 1))
+    """To ps and pgrep; the second name takes the place of the command line, as far as that goes.
+
+    Where that begins the C library knows; /proc does too, but is not there below another root.
+    """
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_NAME, title.partition(b":")[0], 0, 0, 0)
+    begin = ctypes.c_void_p.in_dll(libc, "program_invocation_name").value
+    words = b"".join(os.fsencode(word) + b"\0" for word in sys.orig_argv)
+    if begin is not None and ctypes.string_at(begin, len(words)) == words:
+        ctypes.memmove(begin, title[: len(words) - 1].ljust(len(words), b"\0"), len(words))

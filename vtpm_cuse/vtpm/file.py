@@ -18,7 +18,7 @@ import select
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse import faults
-from vtpm_cuse.errors import DeviceError, PtmError, VtpmError
+from vtpm_cuse.errors import DeviceError, PtmError, StateMissing, VtpmError
 from vtpm_cuse.vtpm.ptm import ANSWERED_WHILE_BUSY, CAPABILITIES, PtmService
 from vtpm_cuse.wire.blob import INCOMING_BLOB_MAX
 from vtpm_cuse.wire.layout import HOST
@@ -244,7 +244,8 @@ class TpmOpen:
             raise DeviceError(errno.EIO)
         if self._outgoing is not None and self._outgoing.reading:
             part = self._outgoing.read(size)
-            self._release_behind(self._outgoing)
+            if self._outgoing.taken:
+                self._release_behind(self._outgoing.key[0])
             return part
         response = self._file.response
         self._file.response = response[size:]
@@ -307,16 +308,19 @@ class TpmOpen:
             if blob is None or request.offset == 0 or blob.key != _blob_key(request):
                 blob = self._outgoing = _OutgoingBlob(_snapshot(self._file.vtpm, request))
             answer = blob.part(request.offset)
-            self._release_behind(blob)
+            if blob.taken:
+                self._release_behind(request.type)
             return answer
         except VtpmError as exc:
             self._outgoing = None
+            if isinstance(exc, StateMissing):  # a TPM 2.0 never has the last one
+                self._release_behind(request.type)
             return PtmGetStateResponse(faults.tpm_result(exc), 0, 0, 0, b"")
 
-    def _release_behind(self, blob: _OutgoingBlob) -> None:
+    def _release_behind(self, kind: int) -> None:
         """Behind the last blob of a migration the state may be another process', if so wanted."""
-        last = blob.key[0] == PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
-        if last and blob.taken and self._file.vtpm.options.release_outgoing:
+        last = kind == PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
+        if last and self._file.vtpm.options.release_outgoing:
             self._file.vtpm.release_storage()
 
     def _set_blob(self, request: PtmSetStateRequest) -> WireStruct:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 from typing import TYPE_CHECKING
+
+from vtpm_cuse.files import open_nowhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ def run_in_background(serve: Serve, confirm: Callable[[int], None]) -> int:
         os.close(read_end)
         os.setsid()
         os.chdir("/")
-        null = _nowhere()  # a sandbox allows neither once it is ready
+        null = open_nowhere()  # a sandbox allows neither once it is ready
         return serve(lambda: _detach(write_end, null))
     os.close(write_end)
     try:
@@ -49,15 +50,6 @@ def run_in_background(serve: Serve, confirm: Callable[[int], None]) -> int:
     finally:
         os.close(read_end)
     return 0 if ready else _status_of(child)
-
-
-def _nowhere() -> int:
-    try:
-        return os.open(os.devnull, os.O_RDWR)
-    except FileNotFoundError:  # below another root
-        end, other = socket.socketpair()
-        other.close()
-        return end.detach()
 
 
 def _detach(write_end: int, null: int) -> None:
