@@ -17,12 +17,12 @@ from tests.kernel.harness import (
     PATIENCE,
     PTM_GET_CAPABILITY,
     SWTPM_CUSE,
-    errno_from,
     exchange,
     needs,
     opened,
     ptm,
     run,
+    wait_exit,
     wait_until,
 )
 from tests.kernel.proxy import LINE, SWTPM
@@ -47,7 +47,7 @@ def _nothing_there(cuse: None) -> Iterator[None]:
 def end(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
     signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    wait_until(lambda: errno_from(lambda: os.kill(pid, 0)) != 0, "its end")
+    wait_exit(pidfd)
     os.close(pidfd)
 
 
@@ -175,12 +175,12 @@ def test_proxy_alone(start: tuple[str, ...], tmp_path: Path) -> None:
         second = run(*words, status=1)
         assert "another process has this TPM" in second.stderr
         assert second.stdout == ""
-        third = subprocess.Popen((SWTPM, "chardev", "--vtpm-proxy", "-n", "other"), stdout=-1)
-        assert third.stdout is not None
-        assert LINE.fullmatch(third.stdout.readline().decode())
-        third.terminate()
-        assert third.wait(PATIENCE) == 0
-        third.stdout.close()
+        other = (SWTPM, "chardev", "--vtpm-proxy", "-n", "other")
+        with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as third:
+            assert third.stdout is not None
+            assert LINE.fullmatch(third.stdout.readline())
+            third.terminate()
+            assert third.wait(PATIENCE) == 0
         (pid,) = [pid for pid in processes("--vtpm-proxy") if pid != third.pid]
         end(pid)
     assert sorted(path.name for path in PLACE.iterdir()) == ["other", "proxy0"]

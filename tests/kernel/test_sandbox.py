@@ -51,6 +51,8 @@ def started(folder: Path, program: Sequence[str]) -> Iterator[subprocess.Popen[b
             yield process
         finally:
             process.kill()
+            process.wait()
+            wait_until(lambda: not Path(f"/dev/{NAME}").exists(), "the device is gone")
 
 
 @pytest.fixture

@@ -237,10 +237,8 @@ class _Life:
         _check_threads()
         # Before anything that takes time: who polls for a socket need not wait.
         self._interface.acquire()
-        pid_file, to_come = self._pid_file, self._process.background
-        self._remover.start(
-            self._interface.give_up_paths(), pid_file.paths, pid_file.fd, to_come=to_come
-        )
+        sockets, to_come = self._interface.give_up_paths(), self._process.background
+        self._remover.start(sockets, self._pid_file, to_come=to_come)
 
     async def _serve(self, vtpm: Vtpm, ready: Callable[[], None]) -> None:
         import trio

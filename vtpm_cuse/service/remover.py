@@ -18,6 +18,8 @@ from vtpm_cuse.service.process.pidfile import write_number
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vtpm_cuse.service.process.pidfile import PidFile
+
 _WRITE: Final = b"W"
 _REMOVE_SOCKETS: Final = b"S"
 _REMOVE_ALL: Final = b"A"
@@ -28,12 +30,14 @@ _HELD: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 class _File(NamedTuple):
     """To be removed if it still is what *held* is: while that is open, its number is no other's.
 
-    A pid file that is yet to come is not held (-1): it is the one that has the server's number.
+    A pid file that is yet to come is not held (-1): it is the one that has the server's number. One
+    that is yet to be written may have another name until then, *aside*.
     """
 
     path: str
     held: int
     is_pid_file: bool
+    aside: str = ""
 
 
 class Remover:
@@ -52,25 +56,23 @@ class Remover:
         self._pid_fd = -1
         self._orders = self._answers = -1
 
-    def start(
-        self, sockets: Iterable[str], pid_files: Iterable[str], pid_fd: int, *, to_come: bool
-    ) -> None:
-        """From now on these are this one's to remove, and *pid_fd* (-1 for none) to write to.
+    def start(self, sockets: Iterable[str], pid_file: PidFile, *, to_come: bool) -> None:
+        """From now on these are this one's to remove, and the pid file to write.
 
         Args:
             sockets: Paths that are there.
-            pid_files: Paths.
-            pid_fd: Of the pid file.
+            pid_file: It is open.
             to_come: Somebody else makes and writes it, later on.
         """
-        files = _hold(sockets, is_pid_file=False)
+        files, pid_fd = _hold(sockets), pid_file.fd
         if to_come:
-            files += [_File(path, -1, is_pid_file=True) for path in pid_files]
+            files += [_File(path, -1, is_pid_file=True) for path in pid_file.paths]
             if pid_fd >= 0:
                 os.close(pid_fd)
                 pid_fd = -1
         else:
-            files += _hold(pid_files, is_pid_file=True)
+            for file in _hold([pid_file.aside] if pid_file.aside else pid_file.paths):
+                files.append(_File(pid_file.paths[0], file.held, True, pid_file.aside))
         self._near = [file for file in files if self._is_near(file.path)]
         self._pid_fd = pid_fd
         if far := [file for file in files if file not in self._near]:
@@ -105,7 +107,7 @@ class Remover:
     def write_pid(self) -> None:
         """Puts the process id into the pid file. Raises OSError."""
         if self._pid_fd >= 0:
-            write_number(self._pid_fd, os.getpid())
+            _write(self._pid_fd, self._near, os.getpid())
             os.close(self._pid_fd)
             self._pid_fd = -1
         elif number := self._ask(_WRITE):
@@ -140,7 +142,7 @@ def _obey(orders: int, answers: int, files: list[_File], pid_fd: int, server: in
         order, error = os.read(orders, 1), 0  # nothing: it has ended
         if order == _WRITE:
             try:
-                write_number(pid_fd, server)
+                _write(pid_fd, files, server)
             except OSError as exc:
                 error = exc.errno or 0
         else:
@@ -150,11 +152,18 @@ def _obey(orders: int, answers: int, files: list[_File], pid_fd: int, server: in
         os.write(answers, bytes([error]))
 
 
-def _hold(paths: Iterable[str], *, is_pid_file: bool) -> list[_File]:
+def _write(fd: int, files: list[_File], server: int) -> None:
+    write_number(fd, server)
+    for file in files:
+        if file.aside:
+            os.rename(file.aside, file.path)
+
+
+def _hold(paths: Iterable[str]) -> list[_File]:
     held = []
     for path in paths:
         with contextlib.suppress(OSError):
-            held.append(_File(path, os.open(path, _HELD), is_pid_file))
+            held.append(_File(path, os.open(path, _HELD), is_pid_file=False))
     return held
 
 
@@ -165,6 +174,8 @@ def _restrict(files: list[_File]) -> None:
     for file in files:
         if file.held < 0:
             rights[os.path.dirname(file.path)] |= landlock.READ_FILE
+        if file.aside:
+            rights[os.path.dirname(file.path)] |= landlock.MAKE_REG
     with contextlib.suppress(OSError, landlock.LandlockMissing):
         capabilities.drop_capabilities(rights)
         capabilities.gain_nothing()
@@ -173,16 +184,17 @@ def _restrict(files: list[_File]) -> None:
 
 def _remove(files: list[_File], server: int, *, pid_files: bool) -> None:
     for file in files:
-        if file.is_pid_file <= pid_files:
+        paths = [file.path] if file.is_pid_file <= pid_files else []
+        for path in filter(None, [*paths, file.aside]):
             with contextlib.suppress(OSError):
-                if _is_ours(file, server):
-                    os.unlink(file.path)
+                if _is_ours(path, file.held, server):
+                    os.unlink(path)
 
 
-def _is_ours(file: _File, server: int) -> bool:
-    if file.held >= 0:
-        return os.path.samestat(os.fstat(file.held), os.lstat(file.path))
-    fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _is_ours(path: str, held: int, server: int) -> bool:
+    if held >= 0:
+        return os.path.samestat(os.fstat(held), os.lstat(path))
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return os.read(fd, _NUMBER_MAX) == b"%d" % server
     finally:

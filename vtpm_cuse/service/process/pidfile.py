@@ -31,6 +31,8 @@ class PidFile:
         """Open once `open` has been called; -1 where there is to be no pid file."""
         self.paths = _path_of(self.fd) if self._path is None else [os.path.abspath(self._path)]
         """What is removed at the end."""
+        self.aside = ""
+        """The name that a new one has until it is written: whoever finds it finds a number in it."""
         self.ours = False
         """Whether it has been made, or written to, and so is to be removed."""
 
@@ -40,7 +42,11 @@ class PidFile:
         if self._path is not None and self.fd < 0:
             with self._errors():
                 self.ours = not os.path.lexists(self._path)
-                self.fd = open_for(self._path, flags, 0o644, owner)
+                if self.ours and owner is None:  # another user could not rename it everywhere
+                    folder, name = os.path.split(self.paths[0])
+                    self.aside = f"{folder}/.{name}.{os.urandom(8).hex()}"
+                    flags |= os.O_EXCL
+                self.fd = open_for(self.aside or self._path, flags, 0o644, owner)
         elif self.fd >= 0:
             with contextlib.suppress(OSError):  # said when it is written to
                 os.set_inheritable(self.fd, False)
@@ -54,7 +60,13 @@ class PidFile:
 
     def write_for(self, process_id: int) -> None:
         """Puts another process' id there. Raises UsageError."""
-        self.write(lambda: write_number(self.fd, process_id))
+
+        def put() -> None:
+            write_number(self.fd, process_id)
+            if self.aside:
+                os.rename(self.aside, self.paths[0])
+
+        self.write(put)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
