@@ -35,7 +35,8 @@ def served(scenario: Callable[[socket.socket], Awaitable[None]]) -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            channels = Channels(control_stream=theirs)
+            channels = Channels()
+            channels.control_stream = theirs
             SocketServer(nursery, channels, PtmService(vtpm), no_worker).start()
             await scenario(client)
             nursery.cancel_scope.cancel()

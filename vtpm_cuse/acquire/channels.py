@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.acquire.chardev import CharDevice
 
 
-@dataclass
 class Channels:
     """The sockets and the device a server takes over, all non-blocking, and when it ends by itself.
 
@@ -31,11 +29,19 @@ class Channels:
     data_stream: socket.socket | CharDevice | None = None
     control_listener: socket.socket | None = None
     control_stream: socket.socket | None = None
-    disconnect: bool = False
-    terminate: bool = False
-    control_terminate: bool = False
-    _reserve: int = -1
-    _own: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        *,
+        disconnect: bool = False,
+        terminate: bool = False,
+        control_terminate: bool = False,
+    ) -> None:
+        self.disconnect = disconnect
+        self.terminate = terminate
+        self.control_terminate = control_terminate
+        self._reserve = -1
+        self._own: dict[str, tuple[int, int] | None] = {}
 
     def own(self, path: str) -> None:
         """The path of a bound socket, to be removed in the end if it is still this one."""

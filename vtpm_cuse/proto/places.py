@@ -8,7 +8,6 @@ silent for days.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ HELD_MAX: Final = 4 << 20
 """Bytes of requests that are not complete, of all connections: four of the longest."""
 
 
-@dataclass(eq=False, slots=True)
 class Place:
     """One connection's.
 
@@ -32,10 +30,13 @@ class Place:
         held: Bytes that are kept of a request that is not complete.
     """
 
-    end: Callable[[], None]
-    heard: float
-    known: bool = False
-    held: int = 0
+    def __init__(
+        self, end: Callable[[], None], heard: float, *, known: bool = False, held: int = 0
+    ) -> None:
+        self.end = end
+        self.heard = heard
+        self.known = known
+        self.held = held
 
 
 class Places:

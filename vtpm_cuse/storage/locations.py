@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 SCHEMES: Final = ("dir", "file", "mem")
 _WITH_PATH: Final = ("dir", "file")
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """Where a state is.
 
     Attributes:

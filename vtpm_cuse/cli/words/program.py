@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -24,6 +25,7 @@ def version_text(what: str, of: str = "TPM emulator") -> str:
 
 def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
     """Calls *work* and returns the exit status; *report* shows the one line about an error."""
+    gc.disable()  # until a TPM is served: a start makes no garbage, to look for it takes a tenth
     _hold_standard_files()
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else nobody hears how a child has ended
@@ -36,6 +38,8 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
         if not isinstance(exc, KeyboardInterrupt):
             report(_sentence(exc))
         status = _status_of(exc)
+    finally:
+        gc.enable()
     _drop_output()
     return status
 

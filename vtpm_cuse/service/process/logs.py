@@ -15,7 +15,6 @@ import re
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
@@ -50,13 +49,13 @@ def logging_level(level: int) -> int:
     return logging.INFO if level <= 1 else max(1, logging.DEBUG + 2 - level)
 
 
-@dataclass(slots=True)
 class _Kind:
     """Messages that are alike but for their numbers: since when, how many, how many left out."""
 
-    since: float
-    count: int = 0
-    left_out: int = 0
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.count = 0
+        self.left_out = 0
 
 
 class _Sparing(logging.Handler):
