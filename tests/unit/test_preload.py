@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 PACKAGE: Final = Path(__file__).parents[2] / "vtpm_cuse"
-OTHER_PROGRAMS: Final = {"cli", "manual", "manufacture"}
+OTHER_PROGRAMS: Final = {"ca", "cli", "manufacture"}
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -29,6 +29,18 @@ def test_every_module_of_a_service_is_imported() -> None:
     loaded = loaded_after("from vtpm_cuse.service.confine.preload import import_all; import_all()")
     assert {"vtpm_cuse.client.ioctl", "vtpm_cuse.service.cuse"} <= wanted
     assert not wanted - loaded
+
+
+def test_every_module_of_a_set_up_is_imported() -> None:
+    """Who sets a TPM up as another user need not be able to read where this is installed."""
+    wanted = {
+        f"vtpm_cuse.{room}.{path.stem}"
+        for room in ("ca", "manufacture")
+        for path in (PACKAGE / room).glob("[a-z]*.py")
+    }
+    assert {"vtpm_cuse.manufacture.target", "vtpm_cuse.ca.localca"} <= wanted
+    place = "vtpm_cuse.service.confine.preload"
+    assert not wanted - loaded_after(f"from {place} import import_set_up; import_set_up()")
 
 
 def test_nothing_is_found_afterwards() -> None:
