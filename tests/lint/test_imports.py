@@ -41,14 +41,15 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "engine.base": frozenset(),
     "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
     # from outside, and to the outside
-    "acquire": frozenset({"config", "errors", "files", "proto", "wire"}),
+    "acquire": frozenset({"config", "errors", "files", "proto", "wire", "acquire.keeper"}),
+    "acquire.keeper": frozenset(),
     "client": frozenset({"errors", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
     # the life of one vTPM
     "service.confine": frozenset({"config", "errors", "storage.base"}),
     "service.process": frozenset({"config", "errors", "files"}),
-    "service.remover": frozenset({"acquire", "service.confine", "service.process"}),
+    "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
     | {"storage.base", "storage.sealed", "vtpm", "wire"},
@@ -62,7 +63,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
         {"engine.base", "service.compose", "service.confine", "service.doctor", "wire"}
     ),
     "manufacture": ERRORS
-    | {"ca", "client", "config", "engine.base", "files", "service.compose", "service.confine"}
+    | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "service.compose"}
+    | {"service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
@@ -75,7 +77,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
     "cli.setup": WORDS
-    | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
+    | {"config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},
     "cli.emulator": WORDS
     | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}

@@ -31,6 +31,18 @@ def test_every_module_of_a_service_is_imported() -> None:
     assert not wanted - loaded
 
 
+def test_every_module_of_a_set_up_is_imported() -> None:
+    """Who sets a TPM up as another user need not be able to read where this is installed."""
+    wanted = {
+        f"vtpm_cuse.{room}.{path.stem}"
+        for room in ("ca", "manufacture")
+        for path in (PACKAGE / room).glob("[a-z]*.py")
+    }
+    assert {"vtpm_cuse.manufacture.target", "vtpm_cuse.ca.localca"} <= wanted
+    place = "vtpm_cuse.service.confine.preload"
+    assert not wanted - loaded_after(f"from {place} import import_set_up; import_set_up()")
+
+
 def test_nothing_is_found_afterwards() -> None:
     """Not even in a package that is loaded: below another root, somebody else's file would be."""
     code = (

@@ -129,11 +129,14 @@ class TpmFacts:
 
 
 class SetupTpm(Tpm, Protocol):
-    """A TPM on a state of its own, in this process or another; on and started.
+    """A TPM on a state of its own, in this process or another.
 
     `process` raises OSError, too, and KeyboardInterrupt after `cancel`, which ends the work with
     the running command, or earlier.
     """
+
+    def start(self) -> None:
+        """Powers the TPM on, and starts it. Raises VtpmError."""
 
     def info(self, flags: int) -> str:
         """JSON text (TPMLIB_GetInfo). Raises OSError, VtpmError."""

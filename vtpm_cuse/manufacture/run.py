@@ -12,6 +12,7 @@ from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import write_output
 from vtpm_cuse.manufacture.certify import make_certifier
 from vtpm_cuse.manufacture.config import Existing
+from vtpm_cuse.manufacture.confined import ConfinedTpm
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
 from vtpm_cuse.manufacture.tpm12 import Tpm12Setup
 from vtpm_cuse.manufacture.tpms import ChildTpm, EngineTpm
@@ -44,7 +45,7 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
             certifier = make_certifier(config, report)
             closing.callback(certifier.close)
         # Made here: keys and profiles are looked at before anything is done.
-        tpm: EngineTpm | ChildTpm = (ChildTpm if config.command else EngineTpm)(config, before)
+        tpm = _make_tpm(config, before)
         closing.callback(tpm.close)
         kind = Tpm2Setup if config.plan.tpm2 else Tpm12Setup
         setup = kind(tpm, config.plan, certifier, report)
@@ -65,6 +66,12 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
             target.replace(made)
     if config.certificate_directory is not None:
         write_copies(config.certificate_directory, setup.certificates)
+
+
+def _make_tpm(config: SetupConfig, before: dict[str, bytes]) -> SetupTpm:
+    if config.command:
+        return ChildTpm(config, before)
+    return ConfinedTpm(config, before) if before else EngineTpm(config, before)
 
 
 def _interruptible(

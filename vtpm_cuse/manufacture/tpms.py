@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from vtpm_cuse.manufacture.config import SetupConfig
     from vtpm_cuse.storage.base import StateStore
 
-_ANSWER_SECONDS: Final = 60.0
+ANSWER_SECONDS: Final = 60.0
+"""How long a TPM in another process may take to answer."""
 _RESPONSE_MAX: Final = 1 << 16
 
 
 class EngineTpm:
     """The engine in this process, on state in memory.
+
+    Attributes:
+        blobs: The state, header and all, as it would be stored now.
 
     Raises:
         VtpmError: The key cannot be read, the profile does not fit, or the state cannot be used.
@@ -39,10 +43,10 @@ class EngineTpm:
         from vtpm_cuse.service.compose import make_vtpm_in_memory
 
         self._canceled = False
-        self._blobs = dict(blobs)
+        self.blobs = dict(blobs)
         tpm2 = self.tpm2 = config.plan.tpm2
         self._vtpm = make_vtpm_in_memory(
-            VtpmConfig(tpm2=tpm2, profile=config.profile, key=config.key), self._blobs
+            VtpmConfig(tpm2=tpm2, profile=config.profile, key=config.key), self.blobs
         )
         self._kind = TpmSu.TPM_SU_CLEAR if tpm2 else TpmSu.TPM_ST_CLEAR
 
@@ -74,7 +78,14 @@ class EngineTpm:
     def finish(self) -> dict[str, bytes]:
         """See `SetupTpm`."""
         self._vtpm.stop()
-        return dict(self._blobs)
+        return dict(self.blobs)
+
+    def take(self, blobs: dict[str, bytes]) -> None:
+        """Has these as its state, while it is off. Raises StorageError: It could not read them."""
+        self.blobs.clear()
+        self.blobs.update(blobs)
+        for name in blobs:
+            self._vtpm.need_store().load(name)
 
     def close(self) -> None:
         """See `SetupTpm`. A TPM in memory that nobody wants needs no orderly end."""
@@ -142,11 +153,11 @@ class ChildTpm:
             raise KeyboardInterrupt
         try:
             self._data.sendall(command)
-            response = self._receive(TPM_HEADER_SIZE)
+            response = receive(self._data, TPM_HEADER_SIZE)
             size = TpmHeader.unpack_untrusted(response, BIG).size
             if not TPM_HEADER_SIZE <= size <= _RESPONSE_MAX:
                 raise WireError("Response", TPM_HEADER_SIZE, size)
-            return response + self._receive(size - TPM_HEADER_SIZE)
+            return response + receive(self._data, size - TPM_HEADER_SIZE)
         except OSError as exc:
             raise UsageError(f"Could not talk to swtpm: {exc.strerror or exc}") from exc
 
@@ -192,7 +203,7 @@ class ChildTpm:
         with contextlib.suppress(OSError, VtpmError):
             self._control.shutdown()
         try:
-            self._process.wait(_ANSWER_SECONDS)
+            self._process.wait(ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
             raise UsageError("swtpm did not end after it was asked to.") from None
 
@@ -203,17 +214,8 @@ class ChildTpm:
         ours, theirs = socket.socketpair()
         self._closing.callback(ours.close)
         self._closing.callback(theirs.close)
-        ours.settimeout(_ANSWER_SECONDS)
+        ours.settimeout(ANSWER_SECONDS)
         return ours, theirs
-
-    def _receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = self._data.recv(size - len(data))
-            if not part:
-                raise ConnectionResetError("it ended")
-            data += part
-        return data
 
     def _words(self, data_fd: int, control_fd: int) -> list[str]:
         config = self._config
@@ -231,6 +233,17 @@ class ChildTpm:
     def _key_fds(self) -> list[int]:
         key = self._config.key
         return [] if key is None else [fd for fd in (key.fd, key.pwdfd) if fd is not None]
+
+
+def receive(end: socket.socket, size: int) -> bytes:
+    """So many bytes. Raises OSError, also where they end before."""
+    data = bytearray()
+    while len(data) < size:
+        part = end.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError("it ended")
+        data += part
+    return bytes(data)
 
 
 def _key_words(key: KeySource) -> str:
@@ -268,7 +281,7 @@ def ask_json(words: tuple[str, ...]) -> dict[str, Any]:
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             try:
-                output, errors = process.communicate(timeout=_ANSWER_SECONDS)
+                output, errors = process.communicate(timeout=ANSWER_SECONDS)
             except BaseException:
                 process.kill()
                 raise

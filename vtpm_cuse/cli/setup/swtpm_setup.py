@@ -146,14 +146,11 @@ def _run_setup(line: CommandLine) -> int:
 
 def _become(name: str) -> None:
     """Is that user from now on. Raises UsageError."""
-    from vtpm_cuse.ca import localca
-    from vtpm_cuse.cli.setup import profiles as setup_profiles
     from vtpm_cuse.config import Exits
-    from vtpm_cuse.service.confine.preload import import_all
+    from vtpm_cuse.service.confine.preload import import_set_up
     from vtpm_cuse.service.confine.privileges import become, find_user
 
-    _ = setup_profiles, localca
-    import_all()
+    import_set_up()
     become(find_user(name), Exits())
     secrecy.hide_process()
 

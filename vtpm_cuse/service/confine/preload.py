@@ -13,8 +13,8 @@ from importlib.machinery import BuiltinImporter, FrozenImporter
 
 import vtpm_cuse
 
-_OTHER_PROGRAMS = {"ca", "cli", "manufacture"}
-"""Packages of ours that no service comes to."""
+_SET_UP = {"ca", "manufacture"}
+"""Packages of ours that no service comes to, only a set-up."""
 
 _LAZY = (
     "cryptography.hazmat.primitives.ciphers",
@@ -49,19 +49,28 @@ def import_all() -> list[str]:
     Returns the names of those libraries that cannot be loaded: not now, and not later on from
     whatever has their names then.
     """
+    _import_packages(but=_SET_UP)
+    # What lies below the new root is not ours. The path alone would not do: packages have their own.
+    sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
+    return [name for name in _LIBRARIES if not _load(name)]
+
+
+def import_set_up() -> None:
+    """Imports what a set-up comes to; it has no other root, so what can be read can be imported."""
+    _import_packages(but=set())
+
+
+def _import_packages(but: set[str]) -> None:
     import pkgutil
 
     import_trio()
     for module in pkgutil.walk_packages(vtpm_cuse.__path__, "vtpm_cuse."):
         package, _, rest = module.name.partition(".")[2].partition(".")
-        if package not in _OTHER_PROGRAMS and rest != "_build":
+        if package not in {*but, "cli"} and rest != "_build":
             importlib.import_module(module.name)
     for name in _LAZY:
         importlib.import_module(name)
     time.localtime()  # reads the time zone
-    # What lies below the new root is not ours. The path alone would not do: packages have their own.
-    sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
-    return [name for name in _LIBRARIES if not _load(name)]
 
 
 def _load(name: str) -> bool:

@@ -175,6 +175,11 @@ def engine_debug() -> EngineDebug | None:
     return None
 
 
+def descriptors() -> set[int]:
+    """What messages are written to."""
+    return {handler.fd for handler in _LOGGER.handlers if isinstance(handler, _LogHandler)}
+
+
 def _open(config: LogConfig) -> int:
     if config.path is None:
         return _STDERR if config.fd is None else _writable(config.fd)
