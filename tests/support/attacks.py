@@ -471,16 +471,28 @@ ATTACKS: Final = {
 }
 
 STILL: Final = {
+    "reads the state": "os.close(os.open(STATE + '/tpm2-00.permall', os.O_RDONLY))",
     "overwrites the state": "os.pwrite(os.open(STATE + '/tpm2-00.permall', os.O_RDWR), b'x', 0)",
     "removes the state": "os.close(made('gone')); os.unlink(STATE + '/gone')",
+    "takes the lock away": "os.unlink(STATE + '/.lock')",
     "makes files there": "os.close(made('program', 0o777))",
+    "renames them": "os.close(made('old')); os.rename(STATE + '/old', STATE + '/new')",
+    "gives them second names": (
+        "os.close(made('one'));"
+        "sc('linkat', -100, (STATE + '/one').encode(), -100, (STATE + '/two').encode(), 0)"
+    ),
+    "lets other users read and write them": "os.fchmod(made('open'), 0o666)",
+    "makes each of them up to 1 GiB large": "os.pwrite(made('large'), b'x', (1 << 30) - 1)",
     "lists the folder": "os.listdir(STATE)",
+    "writes into its log": "os.write(the_log(), b'x')",
     "empties its log": "os.ftruncate(the_log(), 0)",
     "sees whether a file is there, its owner, size and times": "os.stat(SECRET)",
     "learns about the machine": "os.uname(), os.getloadavg()",
     "keeps a processor busy and takes memory": "bytearray(1 << 26)",
+    "does not hear any signal but SIGKILL": "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
     "answers its clients what it likes": "CONNECTED[0].send(b'x')",
 }
+"""What nothing refuses; SECURITY.md has the same list."""
 
 _ANY_ARGUMENTS: Final = (
     "accept accept4 brk clock_getres clock_gettime clock_nanosleep close close_range dup2 "

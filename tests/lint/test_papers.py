@@ -1,0 +1,84 @@
+"""What the documents claim has tests, which they name, and which are there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.support.attacks import STILL
+
+ROOT: Final = Path(__file__).parents[2]
+TESTS: Final = ROOT / "tests"
+PAPERS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+NAMED: Final = re.compile(r"([\w/]+\.py)::(\w+)")
+"""A test, by its file below tests/ and its name."""
+
+SECURITY: Final = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    return frozenset(node.name for node in functions)
+
+
+def missing(text: str) -> list[str]:
+    """Tests that *text* names and nobody has written."""
+    return [
+        f"{file}::{name}"
+        for file, name in NAMED.findall(text)
+        if not (TESTS / file).is_file() or name not in names_in(TESTS / file)
+    ]
+
+
+def claims(text: str) -> list[str]:
+    """Items of lists, and rows of tables without their headings."""
+    found: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("- "):
+            found.append(line)
+        elif line.startswith("  ") and found and found[-1].startswith("- "):
+            found[-1] += line
+        elif line.startswith("|---"):
+            found.pop()
+        elif line.startswith("|"):
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
+def test_every_test_that_is_named_is_there(path: Path) -> None:
+    assert missing(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_name_that_nobody_has_is_found() -> None:
+    assert missing("`lint/test_papers.py::test_of_nothing`, `lint/test_no.py::test_x`") == [
+        "lint/test_papers.py::test_of_nothing",
+        "lint/test_no.py::test_x",
+    ]
+
+
+def test_every_claim_of_security_has_a_test_beside_it() -> None:
+    without = [claim for claim in claims(SECURITY) if not NAMED.search(claim)]
+    assert without == []
+    assert len(claims(SECURITY)) > 20
+
+
+def test_every_section_of_the_readme_that_claims_something_names_tests() -> None:
+    """In comments, which no reader has to see."""
+    sections = re.split(r"^## ", README, flags=re.MULTILINE)
+    exempt = ("How fast it is", "Work on it", "Dependencies")
+    assert [s[:30] for s in sections if not s.startswith(exempt) and not NAMED.search(s)] == []
+
+
+def test_what_a_subverted_process_still_can_is_listed_as_it_is_tried() -> None:
+    listed = SECURITY.split("it still\n\n", 1)[1].split("\n\n")[0]
+    items = " ".join(listed.split()).rstrip(".").split("; ")
+    assert items == list(STILL)
