@@ -82,3 +82,20 @@ def test_what_a_subverted_process_still_can_is_listed_as_it_is_tried() -> None:
     listed = SECURITY.split("it still\n\n", 1)[1].split("\n\n")[0]
     items = " ".join(listed.split()).rstrip(".").split("; ")
     assert items == list(STILL)
+
+
+PLACE: Final = re.compile(r"`([\w.-]+/(?:[\w./-]*/)?|(?:[\w-]+/)*[\w-]+\.py)`")
+"""A file of Python, or a folder, as the documents name them."""
+MAPS: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]
+
+
+@pytest.mark.parametrize("path", MAPS, ids=lambda path: path.name)
+def test_every_place_in_the_tree_that_is_named_is_there(path: Path) -> None:
+    """From the top, from the package, or from within a room."""
+    rooms = [ROOT, *(place for place in (ROOT / "vtpm_cuse").rglob("*") if place.is_dir())]
+    rooms += [ROOT / "vtpm_cuse", TESTS, TESTS / "unit"]
+    named = set(PLACE.findall(path.read_text(encoding="utf-8"))) - MADE
+    assert {name for name in named if not any((room / name).exists() for room in rooms)} == set()
+
+
+MADE: Final = {".venv/"}
