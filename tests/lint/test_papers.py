@@ -84,6 +84,17 @@ def test_what_a_subverted_process_still_can_is_listed_as_it_is_tried() -> None:
     assert items == list(STILL)
 
 
+def test_every_difference_has_a_reason_and_one_row() -> None:
+    text = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in claims(text)]
+    assert [row for row in rows if len(row) != 4 or not all(row)] == []
+    # In two sections, two programs may differ at the same place.
+    sections = [claims(section) for section in text.split("\n## ")[1:]]
+    places = [[row.split("|")[1] for row in section] for section in sections]
+    assert [section for section in places if len(section) != len(set(section))] == []
+    assert sum(map(len, places)) == len(rows)
+
+
 PLACE: Final = re.compile(r"`([\w.-]+/(?:[\w./-]*/)?|(?:[\w-]+/)*[\w-]+\.py)`")
 """A file of Python, or a folder, as the documents name them."""
 MAPS: Final = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]
