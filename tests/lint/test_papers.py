@@ -110,3 +110,26 @@ def test_every_place_in_the_tree_that_is_named_is_there(path: Path) -> None:
 
 
 MADE: Final = {".venv/"}
+
+
+MEMBER: Final = re.compile(r"`(?:\w+\.)*([A-Z]\w+)\.([a-z_]\w*)`")
+"""A method or attribute of a class."""
+
+
+def test_every_member_that_the_architecture_names_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(MEMBER.findall(text))
+    assert len(named) >= 5
+    assert named <= {
+        (node.name, member)
+        for path in (ROOT / "vtpm_cuse").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for member in members(node)
+    }
+
+
+def members(node: ast.ClassDef) -> set[str]:
+    found = {f.name for f in node.body if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)}
+    annotated = (item for item in node.body if isinstance(item, ast.AnnAssign))
+    return found | {item.target.id for item in annotated if isinstance(item.target, ast.Name)}
