@@ -134,6 +134,17 @@ def test_no_variable_of_python_is_seen(program: Words, foreign: Path) -> None:
     assert not (foreign / "cache").exists()
 
 
+@pytest.mark.parametrize("module", ["vtpm_cuse.cli.swtpm", "vtpm_cuse.cli.swtpm_ioctl"])
+def test_a_module_that_python_is_told_to_run_is_not_isolated(module: str, foreign: Path) -> None:
+    """Nor can it be: Python has read the variables before any line of ours is run."""
+    call = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(
+        call, cwd=ROOT, env=variables(foreign, "PYTHONPATH"), capture_output=True, check=False
+    )
+    assert done.returncode
+    assert (foreign.parent / "ran").exists()
+
+
 def test_a_tpm_serves_under_all_of_them(program: Words, foreign: Path) -> None:
     folder = foreign.parent / "tpm"
     folder.mkdir()

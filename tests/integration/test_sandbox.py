@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from tests.support.attacks import (
     attack,
     subverted,
     sweep,
+    under_filter,
 )
 from tests.support.commands import get_random
 from tests.support.fuse import needs_fuse
@@ -36,14 +38,15 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
 class Victim(s.Server):
     """A subverted TPM, and what is none of its business beside its state."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, below: tuple[str, ...] = ()) -> None:
         self.secret = folder / "secret"
         self.secret.write_text("none of its business")
         for name in ("folder", "folder2", "below"):
             (folder / name).mkdir()
         (folder / "below" / "thesis").touch()
         (folder / "spare").touch()
-        super().__init__(folder, *s.RUNNING, *words, program=subverted(str(self.secret)))
+        program = (*below, *subverted(str(self.secret)))
+        super().__init__(folder, *s.RUNNING, *words, program=program)
 
     def suffer(self, name: str, *, on_worker: bool = False) -> str:
         """How it went."""
@@ -133,6 +136,19 @@ def test_what_it_still_can(tmp_path: Path) -> None:
         victim.secret.chmod(0o600)
         assert {name: victim.suffer(name) for name in STILL} == dict.fromkeys(STILL, "done")
         assert unharmed(victim)
+
+
+LANDLOCK_CREATE_RULESET = 444
+
+
+def test_without_landlock_all_files_of_its_user_are_open_and_nothing_else(tmp_path: Path) -> None:
+    below = under_filter(errno.ENOSYS, LANDLOCK_CREATE_RULESET)
+    with Victim(tmp_path, below=below) as victim:
+        victim.secret.chmod(0o600)
+        found = {name: victim.suffer(name) for name in SURVIVED}
+    files = {name for name in SURVIVED if ATTACKS[name].inside in {"EACCES", "EXDEV"}}
+    assert found == {name: "done" if name in files else ATTACKS[name].inside for name in SURVIVED}
+    assert {"read", "append", "remove-below", "read-memory"} <= files
 
 
 def status_of(pid: int) -> list[dict[str, str]]:

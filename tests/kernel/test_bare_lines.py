@@ -46,17 +46,11 @@ def _nothing_there(cuse: None) -> Iterator[None]:
 
 def end(pid: int) -> None:
     pidfd = os.pidfd_open(pid)
-<<<<<<< HEAD
-    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    wait_exit(pidfd)
-    os.close(pidfd)
-=======
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
         wait_exit(pidfd)
     finally:
         os.close(pidfd)
->>>>>>> w2-lab
 
 
 def processes(word: str) -> list[int]:

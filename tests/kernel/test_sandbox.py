@@ -20,6 +20,8 @@ from tests.integration.test_sandbox import (  # noqa: F401  the same tests on an
     test_every_thread_has_no_rights,
     test_refused,
     test_runs_as_another_user,
+    test_what_it_still_can,
+    test_without_landlock_all_files_of_its_user_are_open_and_nothing_else,
 )
 from tests.integration.test_sandbox_start import (  # noqa: F401
     test_an_orderly_end_removes_sockets_and_pid_file,

@@ -400,20 +400,11 @@ ATTACKS: Final = {
     "ask-tcp": _refused("LISTENER.getsockopt(6, 11, 100)"),
     # -- code --------------------------------------------------------------------------------
     "code": _refused("mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_EXEC)"),
-<<<<<<< HEAD
-    # Where the kernel can (6.3), these are refused without a sandbox, too.
-    "code-writable": _refused("mmap.mmap(-1, PAGE, prot=7)", "done", "EACCES"),
-    "code-high-bits": _refused("sc('mmap', 0, PAGE, 1 << 33 | 5, 0x22, -1, 0)", "done", "EINVAL"),
-    "code-of-file": _refused("fd = made('elf'); os.write(fd, b'x'); mmap.mmap(fd, 1, prot=5)"),
-    "code-protect": _refused("sc('mprotect', mapped(), PAGE, 5)", "done", "EACCES"),
-    "code-protect-key": _refused("sc('pkey_mprotect', mapped(), PAGE, 5, -1)", "done", "EACCES"),
-=======
     "code-writable": _refused("mmap.mmap(-1, PAGE, prot=7)", *_OLD_OR_NEW),
     "code-high-bits": _refused("sc('mmap', 0, PAGE, 1 << 33 | 5, 0x22, -1, 0)", "done", "EINVAL"),
     "code-of-file": _refused("fd = made('elf'); os.write(fd, b'x'); mmap.mmap(fd, 1, prot=5)"),
     "code-protect": _refused("sc('mprotect', mapped(), PAGE, 5)", *_OLD_OR_NEW),
     "code-protect-key": _refused("sc('pkey_mprotect', mapped(), PAGE, 5, -1)", *_OLD_OR_NEW),
->>>>>>> w2-unst
     "code-in-memory-file": _refused("os.close(sc('memfd_create', b'x', 0))"),
     "code-in-secret-file": _refused("sc('memfd_secret', 0)", "done", "ENOSYS"),
     "remap": _refused("sc('remap_file_pages', 0, 0, 0, 0, 0)", "EINVAL"),
@@ -484,16 +475,28 @@ ATTACKS: Final = {
 }
 
 STILL: Final = {
+    "reads the state": "os.close(os.open(STATE + '/tpm2-00.permall', os.O_RDONLY))",
     "overwrites the state": "os.pwrite(os.open(STATE + '/tpm2-00.permall', os.O_RDWR), b'x', 0)",
     "removes the state": "os.close(made('gone')); os.unlink(STATE + '/gone')",
+    "takes the lock away": "os.unlink(STATE + '/.lock')",
     "makes files there": "os.close(made('program', 0o777))",
+    "renames them": "os.close(made('old')); os.rename(STATE + '/old', STATE + '/new')",
+    "gives them second names": (
+        "os.close(made('one'));"
+        "sc('linkat', -100, (STATE + '/one').encode(), -100, (STATE + '/two').encode(), 0)"
+    ),
+    "lets other users read and write them": "os.fchmod(made('open'), 0o666)",
+    "makes each of them up to 1 GiB large": "os.pwrite(made('large'), b'x', (1 << 30) - 1)",
     "lists the folder": "os.listdir(STATE)",
+    "writes into its log": "os.write(the_log(), b'x')",
     "empties its log": "os.ftruncate(the_log(), 0)",
     "sees whether a file is there, its owner, size and times": "os.stat(SECRET)",
     "learns about the machine": "os.uname(), os.getloadavg()",
     "keeps a processor busy and takes memory": "bytearray(1 << 26)",
+    "does not hear any signal but SIGKILL": "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
     "answers its clients what it likes": "CONNECTED[0].send(b'x')",
 }
+"""What nothing refuses; SECURITY.md has the same list."""
 
 _ANY_ARGUMENTS: Final = (
     "accept accept4 brk clock_getres clock_gettime clock_nanosleep close close_range dup2 "

@@ -240,6 +240,13 @@ def test_migration_blob_for_somebody_else(
     assert raised.value.result == result
 
 
+def test_a_plain_migration_blob_is_taken_whatever_the_keys() -> None:
+    """As by the C suite: the keys say what is made, and not what is to be believed."""
+    _, plain = store().to_migration(b"somebody's TPM", decrypted=False)
+    found = store(KEY_128, MIGRATION).from_migration_untrusted("permall", plain, 0)
+    assert found == b"somebody's TPM"
+
+
 KEYS = [None, KEY_128, KEY_256]
 
 

@@ -159,6 +159,14 @@ def test_tcp(host: str, family: str) -> None:
         socket.create_connection((host, port))
 
 
+@pytest.mark.parametrize("words", ["--server port=0", "--server port=0,bindaddr=127.0.0.1"])
+def test_a_tcp_port_is_open_to_this_machine_alone_unless_told_otherwise(words: str) -> None:
+    channels = acquired(words)
+    assert channels.data_listener is not None
+    assert channels.data_listener.getsockname()[0] == "127.0.0.1"
+    channels.close()
+
+
 @pytest.mark.parametrize("inherited", [True, False])
 def test_tcp_connections_answer_at_once_and_end_with_the_clients_machine(inherited: bool) -> None:
     """They have it from the listening socket: nothing can be set in the sandbox."""

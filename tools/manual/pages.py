@@ -105,7 +105,8 @@ def _option(page: Roff, option: Option) -> None:
     if subs:
         page.indent()
         for sub in subs:
-            page.term(_sub_tag(sub), _sentence(sub.help))
+            # No capital: many begin with a word to be typed, such as aes-128-cbc.
+            page.term(_sub_tag(sub), f"{sub.help}.")
         page.dedent()
 
 

@@ -24,9 +24,14 @@ PROGRAM: Final = Program(
         "the kernel itself, as that of a TPM chip does: /dev/tpmN, for a TPM 2.0 /dev/tpmrmN "
         "with the kernel's resource manager, and the files below /sys/class/tpm. They appear "
         "when the kernel has tested the TPM, and end with this program. It needs the module "
-        "tpm_vtpm_proxy and the capability CAP_SYS_ADMIN.",
+        "tpm_vtpm_proxy and the capability CAP_SYS_ADMIN. Without further options the TPM is a "
+        "TPM 2.0 that is ready at once, and its state is kept for its name, which is proxy0 if "
+        "--name gives no other.",
         "Otherwise the TPM reads commands from a device, or from an open descriptor, and writes "
-        "its responses there; the end of that is its own.",
+        "its responses there; the end of that is its own. Then all is as in the C suite: a TPM "
+        "1.2 without --tpm2, and off until it is told otherwise.",
+        "A control channel on a TCP port is open to every user of the machine, see "
+        "swtpm_socket(8): prefer a Unix socket.",
     ),
     examples=(
         Example(

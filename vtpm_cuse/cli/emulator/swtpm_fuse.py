@@ -61,6 +61,7 @@ PROGRAM: Final = Program(
     files=(
         Term("/dev/fuse", "The kernel's FUSE driver."),
         Term("/var/lib/vtpm-cuse/NAME", "The state of root's, if no other place is named."),
+        Term("~/.local/state/vtpm-cuse/NAME", "Others' state, likewise."),
         Term("/etc/fuse.conf", "Says whether an ordinary user may give --allow-other."),
     ),
     see_also=("swtpm(8)", "swtpm_ioctl(8)", "fusermount3(1)"),

@@ -33,15 +33,16 @@ PROGRAM: Final = Program(
     examples=(
         Example(
             "A TPM 2.0 for QEMU",
-            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm \\\n"
+            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --daemon \\\n"
             "    --ctrl type=unixio,path=$HOME/tpm.sock\n"
             "qemu-system-x86_64 -chardev socket,id=c,path=$HOME/tpm.sock \\\n"
             "    -tpmdev emulator,id=t,chardev=c -device tpm-crb,tpmdev=t ...",
         ),
         Example(
             "A TPM 2.0 for programs that take a TCP port alone, as older tpm2-tools",
-            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --flags startup-clear \\\n"
-            "    --server type=tcp,port=2321 --ctrl type=tcp,port=2322\n"
+            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --daemon \\\n"
+            "    --flags startup-clear --server type=tcp,port=2321 \\\n"
+            "    --ctrl type=tcp,port=2322\n"
             "tpm2_getrandom -T swtpm:port=2321 --hex 8",
         ),
     ),
