@@ -41,7 +41,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "engine.base": frozenset(),
     "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
     # from outside, and to the outside
-    "acquire": frozenset({"config", "errors", "files", "proto", "wire"}),
+    "containers": frozenset({"errors"}),
+    "acquire": frozenset({"config", "containers", "errors", "files", "proto", "wire"}),
     "client": frozenset({"errors", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
