@@ -41,7 +41,10 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "engine.base": frozenset(),
     "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
     # from outside, and to the outside
-    "acquire": frozenset({"config", "errors", "files", "proto", "wire", "acquire.keeper"}),
+    "containers": frozenset({"errors"}),
+    "acquire": frozenset(
+        {"acquire.keeper", "config", "containers", "errors", "files", "proto", "wire"}
+    ),
     "acquire.keeper": frozenset(),
     "client": frozenset({"errors", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},

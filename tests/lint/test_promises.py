@@ -34,6 +34,8 @@ def modules_after(statement: str) -> set[str]:
         ("import vtpm_cuse.config", HEAVY),
         ("import vtpm_cuse.client.ioctl", {"trio", "cffi", "_cffi_backend", "asyncio"}),
         ("import vtpm_cuse.cli.swtpm_ioctl", {"trio", "cffi", "_cffi_backend", "asyncio"}),
+        ("import vtpm_cuse.service.chardev, vtpm_cuse.acquire.watcher", {"pyroute2", "asyncio"}),
+        ("import vtpm_cuse.containers.nodes, vtpm_cuse.containers.oci", {"pyroute2", "asyncio"}),
         ("import vtpm_cuse.engine.libtpms", {"trio", "asyncio", "pycparser"}),
     ],
 )

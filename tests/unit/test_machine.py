@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import stat
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,8 +35,10 @@ class MadeUp(Machine):
         self.release = "6.1.0"
         self._denied = denied
 
-    def usable(self, path: str) -> bool:
-        return path not in self._denied and super().usable(path)
+    def why_not(self, path: str, module: str) -> str:
+        if path in self._denied:
+            return "Permission denied"
+        return "" if self.there(path) else super().why_not(path, module)
 
     def put(self, path: str, text: str = "") -> None:
         self.file(path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +100,59 @@ def test_a_device_for_others_is_the_next_step_with_sudo(tmp_path: Path) -> None:
     assert finding(diagnosis, "/dev/cuse").state is State.DENIED
     assert diagnosis.next.startswith("sudo swtpm-cuse -n vtpm0")
     assert works(diagnosis) == {"socket"}
+
+
+def obstacles(diagnosis: Diagnosis) -> dict[str, str]:
+    return {offer.interface: offer.obstacle for offer in diagnosis.offers}
+
+
+def test_what_keeps_a_way_from_working_is_named(tmp_path: Path) -> None:
+    made_up = MadeUp(tmp_path, denied=("/dev/vtpmx",))
+    made_up.put("/proc/self/status", NO_CAPABILITIES)
+    made_up.put("/dev/vtpmx")
+    assert obstacles(diagnose(made_up)) == {
+        "cuse": "/dev/cuse: No such file or directory",
+        "vtpm-proxy": "/dev/vtpmx: Permission denied",
+        "fuse": "/dev/fuse: No such file or directory",
+        "socket": "",
+    }
+
+
+@pytest.mark.parametrize(("root", "obstacle"), [(True, "no right to mount"), (False, "")])
+def test_root_of_a_container_may_not_be_able_to_mount(
+    root: bool, obstacle: str, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MadeUp, "is_root", root)
+    made_up.put("/proc/self/status", NO_CAPABILITIES)
+    made_up.put("/dev/fuse")
+    made_up.put("/bin/fusermount3")
+    made_up.file("/bin/fusermount3").chmod(0o755)
+    assert obstacles(diagnose(made_up))["fuse"] == obstacle
+
+
+def test_a_file_in_a_devices_place_is_no_device(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/cuse").touch()
+    assert machine.why_not("/dev/cuse", "cuse") == "Not a device"
+    assert machine.why_not("/dev/fuse", "fuse") == "No such file or directory"
+    assert finding(diagnose(machine), "/dev/cuse").state is State.MISSING
+    assert Machine().why_not("/dev/null", "none") == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to make a device node")
+def test_a_device_whose_module_is_not_loaded_is_not_opened(tmp_path: Path) -> None:
+    """To open it would load that; the number is nobody's here, so it could not be opened."""
+    machine = Machine(tmp_path)
+    (tmp_path / "dev").mkdir()
+    os.mknod(tmp_path / "dev/cuse", stat.S_IFCHR | 0o600, os.makedev(510, 203))
+    assert machine.why_not("/dev/cuse", "cuse") == "No such device or address"
+    modules = tmp_path / f"lib/modules/{machine.release}/modules.dep"
+    modules.parent.mkdir(parents=True)
+    modules.write_text("kernel/fs/fuse/cuse.ko.xz:\n")
+    assert machine.why_not("/dev/cuse", "cuse") == ""
+    (tmp_path / "sys/dev/char/510:203").mkdir(parents=True)
+    assert machine.why_not("/dev/cuse", "cuse") == "No such device or address"
 
 
 def test_the_proxy_needs_a_capability(made_up: MadeUp) -> None:

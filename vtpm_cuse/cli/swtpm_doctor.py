@@ -27,7 +27,8 @@ PROGRAM: Final = Program(
         "sandboxing and the kernel lab, changes nothing, and ends with the next command to type.",
         "Each finding has a state: ok; loadable, for a kernel module that root can load; denied, "
         "for what is there but not for this user; missing; flawed, for a libtpms that has a known "
-        "flaw, or perhaps has one: the text says how that is known.",
+        "flaw, or perhaps has one: the text says how that is known. What keeps a way to serve a TPM "
+        "from working is named with it.",
     ),
     examples=(
         Example("", "swtpm doctor"),
@@ -72,8 +73,12 @@ def _as_json(diagnosis: Diagnosis) -> str:
                 for name, state, detail, command in diagnosis.findings
             },
             "interfaces": {
-                interface: {"works": works, "command": command}
-                for interface, works, _, command in diagnosis.offers
+                offer.interface: {
+                    "works": offer.works,
+                    "obstacle": offer.obstacle,
+                    "command": offer.command,
+                }
+                for offer in diagnosis.offers
             },
             "next": diagnosis.next,
         },
@@ -88,8 +93,9 @@ def _as_text(diagnosis: Diagnosis) -> str:
         if command:
             lines.append(f"  {'':<20} -> {command}")
     lines += ["", "A TPM can be served as"]
-    for interface, works, what, _ in diagnosis.offers:
-        lines.append(f"{'+' if works else '-'} {interface:<20} {what}")
+    for offer in diagnosis.offers:
+        why = f" ({offer.obstacle})" if offer.obstacle else ""
+        lines.append(f"{'+' if offer.works else '-'} {offer.interface:<20} {offer.what}{why}")
     return "\n".join([*lines, "", "Next:", f"  {diagnosis.next}"])
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vtpm_cuse.acquire.channels import Channels
 from vtpm_cuse.acquire.chardev import ProxyDevice, ProxyMaker, open_device
 from vtpm_cuse.acquire.sockets import acquire_control, take_stream
+from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service import life
+from vtpm_cuse.service.process import notify
 from vtpm_cuse.service.socket import load_channels, serve_channels
 
 if TYPE_CHECKING:
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.config import ChardevConfig
     from vtpm_cuse.serve.worker import Worker
     from vtpm_cuse.vtpm.vtpm import Vtpm
-
-log = logging.getLogger(__name__)
-
-_SHOWN_SECONDS: Final = 10.0
-_NODE_SECONDS: Final = 0.2
-_LOOK_SECONDS: Final = 0.005
 
 
 def run(config: ChardevConfig, announce: Callable[[str], None]) -> int:
@@ -47,7 +41,8 @@ class _Chardev(life.Interface):
         self._config = config
         self._announce = announce
         self._maker: ProxyMaker | None = None
-        self._made = ""
+        self._made = -1
+        self._watcher: DeviceWatcher | None = None
         self._channels = Channels(control_terminate=config.control_terminate)
 
     def open(self) -> None:
@@ -58,6 +53,9 @@ class _Chardev(life.Interface):
             self._channels.data_stream = take_stream(config.fd)
         else:
             self._maker = ProxyMaker(tpm2=config.vtpm.tpm2)
+            # Somebody waits for us to be ready: the process that started us, a service manager.
+            if config.process.background or notify.connected():
+                self._watcher = DeviceWatcher(tpm2=config.vtpm.tpm2)
             if config.vtpm.state is not None and config.vtpm.state.own_place:
                 life.make_state_directory(config.vtpm, 0o700, config.process.runas, 1)
 
@@ -73,7 +71,7 @@ class _Chardev(life.Interface):
             return
         config = self._config.vtpm
         self._channels.data_stream, made = self._maker.make()
-        self._made = f"tpm{'rm' if config.tpm2 else ''}{made.tpm_num}"
+        self._made = made.tpm_num
         numbers = f"(major/minor = {made.major}/{made.minor})"
         self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
         if config.state is not None and config.state.own_place:
@@ -82,12 +80,14 @@ class _Chardev(life.Interface):
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.vtpm.ptm import PtmService
 
-        device = self._channels.data_stream
+        device, made = self._channels.data_stream, self._made
 
         async def announce() -> None:
-            if self._made and vtpm.running:
-                await _shown(self._made)
+            if self._watcher is not None and vtpm.running:
+                await self._watcher.shown(made)
             ready()
+            if self._watcher is not None:
+                self._watcher.close()
 
         await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker, announce)
         if isinstance(device, ProxyDevice) and device.gone:
@@ -102,29 +102,6 @@ class _Chardev(life.Interface):
 
     def close(self) -> None:
         self._channels.close()
-        if self._maker is not None:
-            self._maker.close()
-
-
-async def _shown(name: str) -> None:
-    """Returns when there is a /dev/NAME: the kernel makes it when it has tested the TPM.
-
-    In a container there may be none of the kernel's doing, so sysfs will do, if that can be seen.
-    """
-    import trio
-
-    folder = f"/sys/class/{name.rstrip('0123456789')}"
-    if not _exists("/sys/class"):
-        return
-    with trio.move_on_after(_SHOWN_SECONDS) as scope:
-        while not _exists(f"{folder}/{name}"):  # noqa: ASYNC110 - sysfs announces nothing
-            await trio.sleep(_LOOK_SECONDS)
-        with trio.move_on_after(_NODE_SECONDS):
-            while not _exists(f"/dev/{name}"):  # noqa: ASYNC110
-                await trio.sleep(_LOOK_SECONDS)
-    if scope.cancelled_caught:
-        log.warning("The kernel does not show /dev/%s yet", name)
-
-
-def _exists(path: str) -> bool:
-    return os.path.lexists(path)
+        for helper in (self._maker, self._watcher):
+            if helper is not None:
+                helper.close()

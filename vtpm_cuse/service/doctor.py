@@ -6,6 +6,7 @@ command that does it.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -41,12 +42,17 @@ class Finding(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A way to serve a TPM, whether it works here and now, and the command for it."""
+    """A way to serve a TPM, the command for it, and why it does not work here and now, if so."""
 
     interface: str
-    works: bool
+    obstacle: str
     what: str
     command: str
+
+    @property
+    def works(self) -> bool:
+        """Whether it does."""
+        return not self.obstacle
 
 
 class Diagnosis(NamedTuple):
@@ -97,9 +103,29 @@ class Machine:
         except OSError:
             return ""
 
-    def usable(self, path: str) -> bool:
-        """Whether this process may read and write it."""
-        return os.access(self.file(path), os.R_OK | os.W_OK)
+    def why_not(self, path: str, module: str) -> str:
+        """Why this process cannot open a device of that module, empty if it can.
+
+        To open it while the module is not loaded would load that, so then permissions have to do.
+        """
+        file = self.file(path)
+        try:
+            found = file.stat()
+            if not stat.S_ISCHR(found.st_mode):
+                return "Not a device"
+            number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+            if self.there(f"/sys/dev/char/{number}") or not self.module_there(module):
+                os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))
+            elif not os.access(file, os.R_OK | os.W_OK):
+                return os.strerror(errno.EACCES)
+        except OSError as exc:
+            return exc.strerror or str(exc)
+        return ""
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this process is root's, here or in a container."""
+        return os.geteuid() == 0
 
     def program(self, name: str) -> bool:
         """Whether there is such a program."""
@@ -113,40 +139,51 @@ class Machine:
         return any(found.replace("_", "-") == wanted for found in names)
 
 
-_DEVICES: Final = (
-    ("/dev/cuse", "cuse", "swtpm-cuse makes devices on it"),
-    ("/dev/vtpmx", "tpm_vtpm_proxy", "the kernel makes TPM devices on it"),
-    ("/dev/fuse", "fuse", "a TPM can be a file on it"),
-)
+# The module of a device, and what it is good for.
+_DEVICES: Final = {
+    "/dev/cuse": ("cuse", "swtpm-cuse makes devices on it"),
+    "/dev/vtpmx": ("tpm_vtpm_proxy", "the kernel makes TPM devices on it"),
+    "/dev/fuse": ("fuse", "a TPM can be a file on it"),
+}
+_DENIALS: Final = {os.strerror(errno.EACCES), os.strerror(errno.EPERM)}
 
 
 def diagnose(machine: Machine) -> Diagnosis:
     """Looks at everything."""
     findings = tuple(_findings(machine))
     state = {finding.name: finding.state for finding in findings}
-    library = state["libtpms"] is State.OK
+    no_library = "" if state["libtpms"] is State.OK else "libtpms is missing"
+    no_right = "" if state["CAP_SYS_ADMIN"] is State.OK else "it takes CAP_SYS_ADMIN"
+    no_program = "" if state["fusermount3"] is State.OK else "fusermount3 is missing"
+    # Users have the right by fusermount3, which is root's; root of a container has not.
+    no_mount = "no right to mount" if no_right and machine.is_root else ""
+
+    def no_device(path: str) -> str:
+        reason = machine.why_not(path, _DEVICES[path][0])
+        return f"{path}: {reason}" if reason else ""
+
     offers = (
         Offer(
             "cuse",
-            library and state["/dev/cuse"] is State.OK,
+            no_library or no_device("/dev/cuse"),
             "a character device /dev/NAME",
             "swtpm-cuse -n vtpm0",
         ),
         Offer(
             "vtpm-proxy",
-            library and state["/dev/vtpmx"] is State.OK and state["CAP_SYS_ADMIN"] is State.OK,
+            no_library or no_device("/dev/vtpmx") or no_right,
             "a TPM device of the kernel's, /dev/tpmN",
             "swtpm chardev --vtpm-proxy",
         ),
         Offer(
             "fuse",
-            library and state["/dev/fuse"] is State.OK and state["fusermount3"] is State.OK,
+            no_library or no_device("/dev/fuse") or no_program or no_mount,
             "a file in a mount of your own, without root",
             "swtpm fuse -n vtpm0",
         ),
         Offer(
             "socket",
-            library,
+            no_library,
             "TPM commands over Unix sockets, for QEMU; a TCP port would be open to every user",
             "mkdir -p -m 700 ~/tpm && swtpm socket --tpm2 --tpmstate dir=$HOME/tpm "
             "--flags startup-clear --server type=unixio,path=$HOME/tpm/data "
@@ -175,7 +212,7 @@ def _findings(machine: Machine) -> Iterator[Finding]:
     yield library
     if version is not None:
         yield from _flaws(machine, version)
-    for path, module, purpose in _DEVICES:
+    for path, (module, purpose) in _DEVICES.items():
         yield _device(machine, path, module, purpose)
     yield _capability(machine)
     yield _program(machine, "fusermount3", "fuse3", "lets users mount a TPM as a file")
@@ -241,8 +278,9 @@ def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:
         return Finding(path, State.MISSING, f"this kernel has no module {module}; {purpose}")
     found = machine.file(path).stat()
     who = f"{stat.filemode(found.st_mode)} uid {found.st_uid} gid {found.st_gid}"
-    if not machine.usable(path):
-        return Finding(path, State.DENIED, f"{who}: not for you; {purpose}")
+    if reason := machine.why_not(path, module):
+        state = State.DENIED if reason in _DENIALS else State.MISSING
+        return Finding(path, state, f"{who}: {reason}; {purpose}")
     return Finding(path, State.OK, f"{who}; {purpose}")
 
 

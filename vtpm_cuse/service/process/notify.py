@@ -27,6 +27,11 @@ def connect() -> None:
         _manager = sock
 
 
+def connected() -> bool:
+    """Whether there is one to tell."""
+    return _manager is not None
+
+
 def ready() -> None:
     """Clients are served; by this process, which need not be the one that was started."""
     _tell(f"READY=1\nMAINPID={os.getpid()}")

@@ -1,0 +1,79 @@
+"""A process that tells when the kernel shows a TPM device that it was asked to make.
+
+The kernel tests a TPM before it shows it, and its events say when that is done. To hear them takes a
+library whose import costs more than our whole start, and sysfs, which the sandbox hides: so a
+process of its own does it, forked before, which imports while the server starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from typing import Final, NoReturn
+
+from vtpm_cuse.acquire.keeper import settle_down
+from vtpm_cuse.errors import FrontendError
+
+log = logging.getLogger(__name__)
+
+_SECONDS: Final = 10.0
+_SHOWN: Final = b"S"
+_MESSAGE_MAX: Final = 512
+
+
+class DeviceWatcher:
+    """Waits for one device. The process ends with its answer, or with ours.
+
+    Args:
+        tpm2: The version of the TPM.
+    """
+
+    def __init__(self, *, tpm2: bool) -> None:
+        self._tpm2 = tpm2
+        self._ours, theirs = socket.socketpair()
+        if os.fork() == 0:
+            _watch(theirs.detach(), tpm2=tpm2)
+        theirs.close()
+
+    async def shown(self, number: int) -> None:
+        """Returns when the kernel shows it, or does not for too long, which is logged."""
+        import trio
+
+        os.write(self._ours.fileno(), b"%d" % number)
+        await trio.lowlevel.wait_readable(self._ours)
+        answer = os.read(self._ours.fileno(), _MESSAGE_MAX)
+        if answer != _SHOWN:
+            path = f"/dev/tpm{'rm' if self._tpm2 else ''}{number}"
+            reason = answer.decode() or "nobody could look"
+            log.warning("%s may not be there yet: %s", path, reason)
+
+    def close(self) -> None:
+        """Ends the other process; again is harmless."""
+        self._ours.close()
+
+
+def _watch(theirs: int, *, tpm2: bool) -> NoReturn:
+    try:
+        settle_down("vtpm-watcher: waits for a TPM device", {theirs})
+        # Nothing is left to be cleared up: who ends the service need not wait.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        answer = _SHOWN
+        try:
+            _wait(theirs, tpm2=tpm2)
+        except FrontendError as exc:
+            answer = str(exc).encode()
+        os.write(theirs, answer)
+    finally:
+        os._exit(0)
+
+
+def _wait(theirs: int, *, tpm2: bool) -> None:
+    from vtpm_cuse.containers import nodes
+
+    events = nodes.Events(until=theirs)
+    number = os.read(theirs, _MESSAGE_MAX)
+    if number and nodes.CLASSES.exists():  # without it nobody can tell
+        nodes.wait_for(events, int(number), _SECONDS, tpm2=tpm2)
