@@ -173,7 +173,11 @@ def test_a_reader_that_leaves_early_causes_no_noise() -> None:
         ("swtpm_ioctl", ["--help"], "dataclasses logging socket cffi trio vtpm_cuse.wire"),
         ("swtpm_ioctl", ["-c", "/dev/null"], "logging socket cffi trio"),
         ("swtpm", ["--help"], "dataclasses logging socket cffi trio vtpm_cuse.wire"),
-        ("emulator.swtpm_cuse", ["--help"], "socket cffi trio vtpm_cuse.engine vtpm_cuse.wire"),
+        (
+            "emulator.swtpm_cuse",
+            ["--help"],
+            "socket cffi trio vtpm_cuse.engine vtpm_cuse.wire",
+        ),
     ],
 )
 def test_no_program_imports_what_it_does_not_use(
@@ -185,3 +189,18 @@ def test_no_program_imports_what_it_does_not_use(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == ""
+
+
+def test_what_serves_on_sockets_has_no_dataclasses() -> None:
+    """Each takes as long to make as ten named tuples, at every start."""
+    modules = "acquire.sockets serve.sockets service.compose service.confine.sandbox service.socket"
+    code = "".join(f"import vtpm_cuse.{module}\n" for module in modules.split())
+    code += (
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.startswith('vtpm_cuse.')]:\n"
+        "    for what, value in vars(sys.modules[name]).items():\n"
+        "        if hasattr(value, '__dataclass_fields__'):\n"
+        "            print(name, what)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
