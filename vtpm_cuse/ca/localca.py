@@ -35,7 +35,7 @@ from vtpm_cuse.ca.keys import PrivateKey
 from vtpm_cuse.ca.names import common_name, escaped
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.files import make_folders, read_small, write_output
+from vtpm_cuse.files import make_folder, read_small, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -284,7 +284,7 @@ class LocalCa:
         with _errors_of(folder):
             if not os.path.isdir(folder):
                 self._report(f"Creating swtpm-localca dir '{folder}'.")
-                make_folders(folder, _FOLDER_MODE, of_folder=True)
+                make_folder(folder, _FOLDER_MODE, of_folder=True, umask=False)
         path = os.path.join(folder, _LOCK_NAME)
         with _errors_of(path):
             fd = _open_lock(path)

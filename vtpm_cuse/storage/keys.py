@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import PtmError, UsageError
-from vtpm_cuse.files import open_plain
+from vtpm_cuse.files import open_to_read
 from vtpm_cuse.wire.blob import BlobTag, find_tlv_untrusted, tlv
 from vtpm_cuse.wire.ptm import PtmResult
 
@@ -179,7 +179,7 @@ def _credential_path(name: str) -> str:
 def _read(path: str | None, fd: int | None, limit: int, what: str) -> bytes:
     """To the end of the file: a pipe may deliver in pieces."""
     try:
-        source = fd or 0 if path is None else open_plain(path, os.O_RDONLY)
+        source = fd or 0 if path is None else open_to_read(path, streams=True)
         with open(source, "rb") as file:
             data = file.read(limit + 1)
     except OSError as exc:

@@ -8,7 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_for
+from vtpm_cuse.files import open_to_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,11 +36,10 @@ class PidFile:
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         if self._path is not None and self.fd < 0:
             with self._errors():
                 self.ours = not os.path.lexists(self._path)
-                self.fd = open_for(self._path, flags, 0o644, owner)
+                self.fd = open_to_write(self._path, 0o644, owner, append=False)
         elif self.fd >= 0:
             with contextlib.suppress(OSError):  # said when it is written to
                 os.set_inheritable(self.fd, False)
