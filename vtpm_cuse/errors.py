@@ -22,8 +22,8 @@ class WireError(VtpmError):
         return f"{self.what}: {self.need} bytes needed, {self.got} there"
 
 
-class PtmError(VtpmError):
-    """A PTM request failed with ``result``, the code its requester is answered."""
+class ResultError(VtpmError):
+    """What failed has ``result``, a TPM_RESULT as PTM requests have it."""
 
     def __init__(self, result: int, reason: str = "") -> None:
         super().__init__(result, reason)
@@ -31,6 +31,22 @@ class PtmError(VtpmError):
 
     def __str__(self) -> str:
         return self.reason or f"request failed with result 0x{self.result:x}"
+
+
+class PtmError(ResultError):
+    """A PTM request cannot be fulfilled: ``result`` is what its requester is answered."""
+
+
+class BlobError(ResultError):
+    """A blob or table fails a check: ``result`` is the C suite's code for that check."""
+
+
+class AnswerError(ResultError):
+    """A running vTPM that a client asked answers ``result``, or what no vTPM answers."""
+
+
+class TpmUnavailable(ResultError):
+    """The TPM does not start, or its state is another process' by now; the log has said why."""
 
 
 class TpmError(VtpmError):

@@ -11,7 +11,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 def tpm_result(exc: BaseException) -> int:
     """The TPM_RESULT that libtpms is given for a failed callback, or a PTM requester."""
     match exc:
-        case errors.PtmError() | errors.StateDamaged() | errors.StateKeyRejected():
+        case errors.ResultError() | errors.StateDamaged() | errors.StateKeyRejected():
             return exc.result
         case errors.StateMissing():
             return PtmResult.TPM_RETRY

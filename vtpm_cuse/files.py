@@ -53,13 +53,32 @@ def read_small(path: str, *, streams: bool = False) -> bytes:
         OSError: It cannot be read, or is no file.
         ValueError: It is larger than 1 MiB, or the path can be none.
     """
-    with open(_open_to_read(path, streams=streams), "rb") as file:
+    with open(open_to_read(path, streams=streams), "rb") as file:
         data = file.read(_SMALL + 1)
-        if not data and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.ENODATA, "it is a pipe that nobody writes to", path)
     if len(data) > _SMALL:
         raise ValueError(f"it has more than {_SMALL} bytes")
     return data
+
+
+def open_to_read(path: str, *, streams: bool = False) -> int:
+    """Opens a file, and never waits for somebody at its other end.
+
+    Where *streams* are taken, a terminal and /dev/null are as good as a file, and so is what a
+    caller has passed, as the shell's <(...) does. A FIFO is not: perhaps nobody ever writes to it.
+
+    Raises:
+        OSError: It cannot be opened, or is none of these.
+    """
+    kinds = _STREAMS if streams else _ONLY_FILES
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        if not streams or (own := _own_descriptor(path)) is None:
+            raise
+        fd = os.dup(own)  # a socket, or a file of somebody else's
+        kinds |= {stat.S_IFSOCK}
+    _keep_if(fd, path, kinds)
+    return fd
 
 
 def write_output(
@@ -108,51 +127,44 @@ def write_output(
             _write_in_place(folder_fd, name, data, found)
 
 
-def open_log(path: str, mode: int) -> int:
-    """Opens a file, or a device, to append to; a new one has *mode*, whatever the umask.
+def open_to_write(
+    path: str,
+    mode: int,
+    owner: tuple[int, int] | None = None,
+    *,
+    append: bool = True,
+    truncate: bool = False,
+    umask: bool = True,
+) -> int:
+    """Opens a file, a terminal or /dev/null, and never waits for somebody at its other end.
+
+    Args:
+        path: Its last part is no symbolic link.
+        mode: Of a new file.
+        owner: User and group of a new file, if others than who makes it.
+        append: All that is written goes to the end.
+        truncate: What is there goes.
+        umask: Whether it counts.
 
     Raises:
         OSError: It cannot be opened, or is a link, a pipe or the like.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    flags |= (os.O_APPEND if append else 0) | (os.O_TRUNC if truncate else 0)
     try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        os.fchmod(fd, mode)
+        fd = os.open(path, flags | os.O_EXCL, mode)
     except FileExistsError:
-        _refuse(os.lstat(path), path, _LOGS)  # here, for a pipe to be the reason that is given
-        fd = os.open(path, flags)
+        # Here, for a pipe to be the reason that is given; a link is the kernel's to refuse.
+        _refuse(os.lstat(path), path, _LOGS | {stat.S_IFLNK})
+        fd = os.open(path, flags, mode)
         _keep_if(fd, path, _LOGS)
+        return fd
+    if owner is not None:
+        os.fchown(fd, *owner)
+    if not umask:
+        os.fchmod(fd, mode)
+    os.set_blocking(fd, True)
     return fd
-
-
-def make_folders(path: str, mode: int, *, of_folder: bool = False) -> None:
-    """Makes a folder of *mode* and what is missing above it, for all to look at; no umask counts.
-
-    Args:
-        path: What is there already stays as it is.
-        mode: Of the last one.
-        of_folder: What root makes belongs to whom the folder above does.
-
-    Raises:
-        OSError: One of them cannot be made.
-    """
-    path = os.path.abspath(path)
-    if os.path.isdir(path):
-        return
-    above, name = os.path.split(path)
-    make_folders(above, 0o755, of_folder=of_folder)
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with _opened(os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as above_fd:
-        try:
-            os.mkdir(name, 0o700, dir_fd=above_fd)
-        except FileExistsError:
-            if not os.path.isdir(path):
-                raise
-            return  # somebody was faster
-        with _opened(os.open(name, flags, dir_fd=above_fd)) as fd:
-            if of_folder and (owner := _folders_owner(above_fd)) is not None:
-                os.fchown(fd, *owner)
-            os.fchmod(fd, mode)
 
 
 def flush_folder(fd: int) -> None:
@@ -194,61 +206,31 @@ def untrusted_part(path: str) -> str | None:
         here = os.path.normpath(os.path.join(here, pending.pop()))
 
 
-def open_plain(path: str, flags: int, mode: int = 0) -> int:
-    """Opens a file as os.open() does, but never waits for somebody at its other end.
+def make_folder(
+    path: str,
+    mode: int,
+    owner: tuple[int, int] | None = None,
+    *,
+    of_folder: bool = False,
+    umask: bool = True,
+) -> None:
+    """Makes a folder where there is none, and those above it.
 
-    A terminal and /dev/null are as good as a file, and so is a pipe that a caller has passed, as
-    the shell's <(...) does.
+    What is made is held by a descriptor from then on, for who owns a folder on the way may put
+    something else in its place.
 
-    Raises:
-        OSError: It cannot be opened, or is a FIFO or another device.
-    """
-    try:
-        fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, mode)
-    except OSError as exc:
-        if exc.errno == errno.ENXIO:  # a FIFO that nobody reads, a socket, a device without driver
-            raise _no_file(path) from exc
-        raise
-    try:
-        if not _is_plain(fd):
-            raise _no_file(path)
-        os.set_blocking(fd, True)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def open_for(path: str, flags: int, mode: int, owner: tuple[int, int] | None) -> int:
-    """Opens a file as `open_plain` does; if that makes it, it is *owner*'s (user, group)."""
-    if owner is None:
-        return open_plain(path, flags, mode)
-    try:
-        fd = open_plain(path, flags | os.O_EXCL, mode)
-    except FileExistsError:
-        return open_plain(path, flags, mode)
-    os.fchown(fd, *owner)
-    return fd
-
-
-def make_folder(path: str, mode: int, owner: tuple[int, int] | None = None) -> None:
-    """Makes a folder where there is none, for *owner* (user, group), and those above it.
-
-    Nobody but their owner may write to any of them. What is made is held by a descriptor from
-    then on, for who owns a folder on the way may put something else in its place.
+    Args:
+        path: What is there already stays as it is.
+        mode: Of the last one; those above are for all to look at.
+        owner: User and group of the last one.
+        of_folder: What root makes belongs to whom the folder above does.
+        umask: Whether it counts. If so, nobody but their owner may write to any of them.
 
     Raises:
         OSError: It cannot be made, or something else has come in its place.
     """
-    with _umask():
-        fd, made = _folder(path, mode)
-        try:
-            if made and owner is not None:
-                if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):
-                    raise OSError(errno.EEXIST, "Somebody else has put something there", path)
-                os.fchown(fd, *owner)
-        finally:
-            os.close(fd)
+    with _umask(counts=umask):
+        os.close(_folder(os.path.abspath(path), mode, owner, of_folder=of_folder))
 
 
 def check_private(path: str, uid: int) -> None:
@@ -329,20 +311,17 @@ def _own_descriptor(path: str) -> int | None:
     return int(found[2]) if found[2] else _STANDARD[found[1]]
 
 
-def _open_to_read(path: str, *, streams: bool) -> int:
-    if streams and (own := _own_descriptor(path)) is not None:
-        return os.dup(own)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    _keep_if(fd, path, _STREAMS if streams else _ONLY_FILES)
-    return fd
-
-
-def _keep_if(fd: int, path: str, kinds: frozenset[int]) -> None:
+def _keep_if(fd: int, path: str, kinds: frozenset[int], *, fifos: bool = False) -> None:
     """Lets what was opened without waiting be waited for; closes it if it is none of *kinds*."""
     try:
-        _refuse(os.fstat(fd), path, kinds)
+        found = os.fstat(fd)
+        _refuse(found, path, kinds)
+        if stat.S_ISCHR(found.st_mode) and not _is_terminal_or_memory(fd, found):
+            raise OSError(errno.EINVAL, "it is a device", path)
+        if stat.S_ISFIFO(found.st_mode) and not fifos and found.st_dev != _device_of_pipes():
+            raise OSError(errno.EINVAL, "it is a pipe that nobody may ever write to", path)
         os.set_blocking(fd, True)
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
 
@@ -423,7 +402,7 @@ def _write_stream(folder_fd: int, name: str, path: str, data: bytes) -> None:
         if exc.errno != errno.ENXIO:
             raise
         raise OSError(errno.ENXIO, "it is a pipe that nobody reads", path) from None
-    _keep_if(fd, path, _STREAMS)
+    _keep_if(fd, path, _STREAMS, fifos=True)
     with _opened(fd):
         _write_all(fd, data)
 
@@ -434,13 +413,8 @@ def _write_all(fd: int, data: bytes) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def _is_plain(fd: int) -> bool:
-    found = os.fstat(fd)
-    if stat.S_ISCHR(found.st_mode):
-        return os.major(found.st_rdev) == _MEMORY_DEVICES or os.isatty(fd)
-    if stat.S_ISFIFO(found.st_mode):
-        return found.st_dev == _device_of_pipes()
-    return not stat.S_ISBLK(found.st_mode)  # a folder has an error of its own
+def _is_terminal_or_memory(fd: int, found: os.stat_result) -> bool:
+    return os.major(found.st_rdev) == _MEMORY_DEVICES or os.isatty(fd)
 
 
 def _device_of_pipes() -> int:
@@ -453,31 +427,44 @@ def _device_of_pipes() -> int:
             os.close(end)
 
 
-def _no_file(path: str) -> OSError:
-    return OSError(errno.ENXIO, "Neither a file nor a terminal", path)
-
-
 @contextlib.contextmanager
-def _umask() -> Iterator[None]:
-    """While entered, what is made can be used by its owner, and written to by nobody else."""
+def _umask(*, counts: bool) -> Iterator[None]:
+    """While entered, folders have their mode; if the umask *counts*, less what it takes away.
+
+    Then they can be used by their owner, and written to by nobody else, whatever it is.
+    """
     umask = os.umask(0o022)
-    os.umask((umask | 0o022) & 0o077)
+    os.umask((umask | 0o022) & 0o077 if counts else 0)
     try:
         yield
     finally:
         os.umask(umask)
 
 
-def _folder(path: str, mode: int) -> tuple[int, bool]:
-    """A descriptor of the folder, and whether it has just been made."""
+def _folder(path: str, mode: int, owner: tuple[int, int] | None, *, of_folder: bool) -> int:
+    """A descriptor of the folder, which is made if it is not there."""
     with contextlib.suppress(FileNotFoundError):
-        return os.open(path, _LOOK), False  # links in a path that is there are its owner's wish
+        return os.open(path, _LOOK)  # links in a path that is there are its owner's wish
     above, name = os.path.split(path)
-    parent, _ = _folder(above or ".", _ABOVE_MODE)
-    try:
-        with contextlib.suppress(FileExistsError):  # by another one, just now
+    with _opened(_folder(above, _ABOVE_MODE, None, of_folder=of_folder)) as parent:
+        try:
             os.mkdir(name, mode, dir_fd=parent)
-            return os.open(name, _OPEN | os.O_NOFOLLOW, dir_fd=parent), True
-        return os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=parent), False
-    finally:
-        os.close(parent)
+        except FileExistsError:  # by another one, just now
+            return os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=parent)
+        fd = os.open(name, _OPEN | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            _give_folder(fd, path, _folders_owner(parent) if of_folder else owner)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+def _give_folder(fd: int, path: str, owner: tuple[int, int] | None) -> None:
+    """Hands a folder over that was just made."""
+    found = os.fstat(fd)
+    if owner is None or owner == (found.st_uid, found.st_gid):
+        return
+    if found.st_uid != os.geteuid() or os.listdir(fd):
+        raise OSError(errno.EEXIST, "Somebody else has put something there", path)
+    os.fchown(fd, *owner)

@@ -14,7 +14,7 @@ from tests.fuzz.pieces import pieces
 from vtpm_cuse.ca import configfile
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.config import KeySource
-from vtpm_cuse.errors import PtmError, StateDamaged, StateMissing
+from vtpm_cuse.errors import BlobError, StateDamaged, StateMissing
 from vtpm_cuse.manufacture.files import ConfigFile
 from vtpm_cuse.storage.base import BLOB_NAMES
 from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, Key, read_key
@@ -58,7 +58,7 @@ def blob(data: bytes) -> None:
     key = KEYS[(data[0] if data else 0) % 3]
     store = MemoryStore()
     sealed = SealedStore(store, key, KEYS[2])
-    with contextlib.suppress(PtmError):
+    with contextlib.suppress(BlobError):
         incoming = sealed.from_migration_untrusted("permall", data[2:], sum(data[1:2]))
         _check_kept(sealed, incoming)
     store.blobs["permall"] = data[2:]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 from unittest import mock
 
 from tests.fuzz.pieces import pieces
+from vtpm_cuse.ca.certificates import CertificateKind
 from vtpm_cuse.cli import swtpm_bios
 from vtpm_cuse.cli.bios_steps import Wanted, steps
 from vtpm_cuse.cli.ca.options import point_key, rsa_key
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.client.base import Control
     from vtpm_cuse.client.commands import TpmAddress
-    from vtpm_cuse.manufacture.plan import CertificateKind, EndorsementKey, TpmFacts
+    from vtpm_cuse.manufacture.plan import EndorsementKey, TpmFacts
 
 _REQUESTS: Final[tuple[Callable[[Control], object], ...]] = (
     lambda tpm: tpm.capability(),
@@ -105,14 +106,19 @@ def bios(data: bytes) -> None:
 class _Certifier:
     def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
         """As far as the options of a certificate tool, which take what the TPM said."""
-        assert kind in {"ek", "platform"}
-        assert facts.family
+        assert kind in {CertificateKind.EK, CertificateKind.PLATFORM}
+        assert facts.specification.family
         match key:
             case RsaKey():
                 rsa_key(key.text, "--ek")
             case EccKey():
                 point_key(key.curve, key.x.hex(), key.y.hex(), "--ek")
         return b"certificate" * 100
+
+    def begin(self) -> None:
+        pass
+
+    cancel = close = begin
 
 
 class _Quiet:

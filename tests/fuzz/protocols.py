@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from tests.fuzz.pieces import pieces
 from tests.support import ptm
 from tests.support.kernel import Machine
+from vtpm_cuse.ca.certificates import bare_certificate
 from vtpm_cuse.errors import FrontendError, VtpmError, WireError
 from vtpm_cuse.proto import cuse as cuse_init
 from vtpm_cuse.proto import fuse as fuse_init
@@ -196,7 +197,7 @@ def responses(data: bytes) -> None:
             assert len(response.handles) == handles
     with contextlib.suppress(VtpmError):
         tpm2.read_public_untrusted(data[TPM_HEADER_SIZE:])
-    assert tpm12.bare_certificate(data) in data
+    assert bare_certificate(data) in data
     body = tpm12.read_response_untrusted("any", data)
     assert body == data[TPM_HEADER_SIZE:]
     tpm12.read_permanent_flags_untrusted(body)

@@ -17,7 +17,7 @@ import pytest
 from tests.fuzz.harness import SEED, mutated
 from tests.support import commands as tpm
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
-from vtpm_cuse.errors import PtmError, StateLocked
+from vtpm_cuse.errors import StateLocked, TpmUnavailable
 from vtpm_cuse.manufacture.plan import SetupPlan
 from vtpm_cuse.manufacture.tpm2 import spk_template
 from vtpm_cuse.proto.control import ControlRequest
@@ -240,7 +240,7 @@ def test_a_volatile_state_from_before_a_clear_is_named_and_not_the_permanent_one
     story.store_volatile()
     clear = tpm.tpm2(_CLEAR, u32(tpm2.TPM_RH_PLATFORM) + _PASSWORD, sessions=True)
     assert tpm.code_of(story.vtpm.process(clear)) == 0
-    with pytest.raises(PtmError):
+    with pytest.raises(TpmUnavailable):
         story.vtpm.start()
     assert f"libtpms refuses {state}/tpm2-00.volatilestate" in caplog.text
     assert "the permanent state is not at fault" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtpm_cuse.errors import PtmError, StateDamaged, WireError
+from vtpm_cuse.errors import BlobError, StateDamaged, WireError
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.wire import blob, fuse, linear, ptm, tpm
@@ -70,7 +70,7 @@ def test_round_trip(kind: type[WireStruct]) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_blob(data: bytes) -> None:
-    with contextlib.suppress(PtmError):
+    with contextlib.suppress(BlobError):
         header, body = blob.split_header_untrusted(data)
         assert header.total_size == len(data) == len(body) + 10
 
@@ -93,7 +93,7 @@ def test_any_state_file(data: bytes) -> None:
 def test_any_migration_blob(body: bytes, header_flags: int, flags: int) -> None:
     data = bytes.fromhex("0201000a") + header_flags.to_bytes(2, "big")
     data += (10 + len(body)).to_bytes(4, "big") + body
-    with contextlib.suppress(PtmError):
+    with contextlib.suppress(BlobError):
         payload = SealedStore(MemoryStore()).from_migration_untrusted("permall", data, flags)
         assert payload in data
 
@@ -127,7 +127,7 @@ def test_any_linear_table(slots: list[tuple[int, int, int]], size: int) -> None:
     header += b"".join(struct.pack("<III", *slot) for slot in slots).ljust(180, b"\0")
     try:
         table = linear.unpack_header_untrusted(header, size)
-    except PtmError:
+    except BlobError:
         return
     covered = [192]
     for section in sorted(table, key=lambda one: one.offset):
@@ -140,7 +140,7 @@ def test_any_linear_table(slots: list[tuple[int, int, int]], size: int) -> None:
 
 @given(st.binary(max_size=400), st.integers(0, 1 << 33))
 def test_any_linear_header(data: bytes, size: int) -> None:
-    with contextlib.suppress(PtmError):
+    with contextlib.suppress(BlobError):
         linear.unpack_header_untrusted(data, size)
         assert data[:8] == linear.pack_header(linear.EMPTY_TABLE)[:8]
 

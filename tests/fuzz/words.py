@@ -161,5 +161,5 @@ def profile(data: bytes) -> None:
 def facts(data: bytes) -> None:
     """What a TPM says of its make."""
     found = TpmFacts.from_json(data.decode(errors="replace"))
-    assert isinstance(found.level, int)
-    assert isinstance(found.family, str)
+    assert isinstance(found.specification.level, int)
+    assert isinstance(found.specification.family, str)

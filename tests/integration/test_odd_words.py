@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.programs import module_of
 from tests.support.sockets import environment
 from vtpm_cuse.ca.pkcs11 import TokenKey
 from vtpm_cuse.errors import CertificateError, UsageError
@@ -25,7 +26,7 @@ SOCKET = ("swtpm", "socket", "--tpm2")
 
 def run(*words: str, folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
     program, *rest = words
-    code = f"import sys; from vtpm_cuse.cli.{program} import main; sys.exit(main())"
+    code = f"import sys; from {module_of(program)} import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *rest],
         check=False,

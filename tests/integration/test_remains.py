@@ -18,7 +18,7 @@ from tests.support.setups import Workshop
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import StartupConfig, StateConfig, VtpmConfig
 from vtpm_cuse.engine.base import StateType
-from vtpm_cuse.errors import PtmError
+from vtpm_cuse.errors import ResultError
 from vtpm_cuse.service.compose import make_vtpm, power_on
 from vtpm_cuse.storage.memory import MemoryStore
 
@@ -148,7 +148,7 @@ def given_state(state: Path, whole: Path, *, tpm2: bool, incoming: bool = False)
 
 
 def refusal(vtpm: Vtpm, call: Callable[[], object]) -> str:
-    with pytest.raises(PtmError) as caught:
+    with pytest.raises(ResultError) as caught:
         call()
     assert not vtpm.running
     vtpm.close()

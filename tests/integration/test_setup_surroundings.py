@@ -17,6 +17,7 @@ import pytest
 from cryptography import x509
 
 from tests.support.files import umask
+from tests.support.programs import module_of
 from tests.support.setups import OURS, PEER_SWTPM, Word, Workshop, make_workshop
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
@@ -33,10 +34,12 @@ KEY = ("--type", "ek", "--ek", "c" * 512, "--tpm2")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-def set_up(workshop: Workshop, *words: Word) -> subprocess.CompletedProcess[str]:
+def set_up(
+    workshop: Workshop, *words: Word, pass_fds: tuple[int, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     state = workshop.path / "state"
     state.mkdir(exist_ok=True)
-    return workshop.run(OURS, "--tpm2", "--tpm-state", state, *words)
+    return workshop.run(OURS, "--tpm2", "--tpm-state", state, *words, pass_fds=pass_fds)
 
 
 def has_tpm(workshop: Workshop) -> bool:
@@ -259,6 +262,42 @@ def test_a_pipe_in_place_of_the_log_is_not_waited_for(workshop: Workshop, progra
     assert not has_tpm(workshop)
 
 
+READ: list[tuple[str, bytes]] = [
+    ("--keyfile", b"0123456789abcdef" * 2),
+    ("--pwdfile", b"a passphrase"),
+    ("--profile-file", b'{"Name":"null"}'),
+]
+
+
+@pytest.mark.parametrize("option", [option for option, _ in READ])
+def test_a_fifo_in_place_of_what_is_read_is_not_waited_for(workshop: Workshop, option: str) -> None:
+    """Somebody holds it open, and writes nothing."""
+    os.mkfifo(workshop.path / "fifo")
+    holder = os.open(workshop.path / "fifo", os.O_RDWR)
+    try:
+        run = set_up(workshop, option, workshop.path / "fifo")
+    finally:
+        os.close(holder)
+    assert run.returncode == 1
+    assert "it is a pipe" in run.stderr + run.stdout
+    assert not has_tpm(workshop)
+
+
+@pytest.mark.parametrize(("option", "content"), READ)
+def test_a_pipe_that_the_shell_passes_is_read(
+    workshop: Workshop, option: str, content: bytes
+) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, content)
+    os.close(write_end)
+    run = set_up(workshop, option, f"/dev/fd/{read_end}", pass_fds=(read_end,))
+    os.close(read_end)
+    if "does not support a profile" in run.stderr:
+        pytest.skip("libtpms has no profiles")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert has_tpm(workshop)
+
+
 def test_copies_of_certificates_follow_no_link(workshop: Workshop) -> None:
     (workshop.path / "target").write_bytes(b"precious")
     (workshop.path / "ek-rsa2048.crt").symlink_to("target")
@@ -358,7 +397,7 @@ def test_where_hardly_a_process_may_be_started_nothing_is_half_made(
 
 SAY_DUMPABLE = """
 import ctypes, sys
-from vtpm_cuse.cli.{room} import {module}
+from {module} import main
 from vtpm_cuse.ca.keys import PrivateKey
 real = PrivateKey.sign
 def sign(self, *args):
@@ -366,16 +405,12 @@ def sign(self, *args):
         print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), file=file)
     return real(self, *args)
 PrivateKey.sign = sign
-sys.exit({module}.main())
+sys.exit(main())
 """
 
 
-@pytest.mark.parametrize(
-    ("room", "module"), [("setup", "swtpm_setup"), ("ca", "swtpm_localca"), ("ca", "swtpm_cert")]
-)
-def test_nobody_looks_into_a_process_that_has_keys(
-    workshop: Workshop, room: str, module: str
-) -> None:
+@pytest.mark.parametrize("module", ["swtpm_setup", "swtpm_localca", "swtpm_cert"])
+def test_nobody_looks_into_a_process_that_has_keys(workshop: Workshop, module: str) -> None:
     (workshop.path / "state").mkdir()
     assert workshop.run(LOCALCA, *KEY, *TPM, *MAKER, "--dir", workshop.path).returncode == 0
     words: tuple[Word, ...] = (*KEY, *TPM, *MAKER, "--dir", workshop.path)
@@ -388,7 +423,7 @@ def test_nobody_looks_into_a_process_that_has_keys(
             *("--issuercert", workshop.ca / "issuercert.pem"),
         )
     path = workshop.path / "dumpable"
-    code = SAY_DUMPABLE.format(room=room, module=module, path=str(path))
+    code = SAY_DUMPABLE.format(module=module_of(module), path=str(path))
     run = workshop.run(sys.executable, "-c", code, *words)
     assert run.returncode == 0, run.stderr
     assert set(path.read_text().split()) == {"0"}

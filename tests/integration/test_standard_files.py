@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.programs import module_of
 from tests.support.sockets import OURS, RUNNING, SHUTDOWN, Server, environment, u32
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ PROGRAMS = (
 
 def run(script: str, program: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs *program* by a shell's *script*, where "$@" stands for it."""
-    code = f"import sys; from vtpm_cuse.cli.{program} import main; sys.exit(main())"
+    code = f"import sys; from {module_of(program)} import main; sys.exit(main())"
     return subprocess.run(
         ["sh", "-c", script, "sh", sys.executable, "-c", code, *words],
         check=False,

@@ -13,7 +13,7 @@ from tools.manual.config_files import CONFIG_FILES
 from vtpm_cuse.cli.registry import MODULES, program_of, programs
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.table import Example, Option, Program, SubOption, Term
+from vtpm_cuse.cli.words.table import Example, Lenient, Option, Program, SubOption, Term
 from vtpm_cuse.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ TOOL = Program(
         Option("help", "helps"),
     ),
     examples=(Example("Do it", "tool --set x"),),
-    lenient=False,
+    lenient=Lenient.NOTHING,
     bad_value=7,
 )
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from tests.support.vectors import MIGRATION_PAYLOADS, PAYLOADS, STATE
-from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected, StateMissing
+from vtpm_cuse.errors import BlobError, StateDamaged, StateKeyRejected, StateMissing
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.wire.blob import (
@@ -69,7 +69,7 @@ def test_header_is_written() -> None:
     ],
 )
 def test_header_checks(blob: bytes, result: int) -> None:
-    with pytest.raises(PtmError) as caught:
+    with pytest.raises(BlobError) as caught:
         split_header_untrusted(blob)
     assert caught.value.result == result
     assert caught.value.reason
@@ -181,7 +181,7 @@ def test_migration_blob_of_the_c_suite(name: str) -> None:
     ],
 )
 def test_migration_blob_refused(blob: bytes, flags: int, result: int) -> None:
-    with pytest.raises(PtmError) as caught:
+    with pytest.raises(BlobError) as caught:
         SealedStore(MemoryStore()).from_migration_untrusted("permall", blob, flags)
     assert caught.value.result == result
 

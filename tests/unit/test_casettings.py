@@ -267,7 +267,7 @@ def test_passwords_that_are_not_there(spec: str) -> None:
 
 def test_a_pipe_for_a_password_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p")
-    with pytest.raises(UsageError, match="a pipe that nobody writes to"):
+    with pytest.raises(UsageError, match="it is a pipe that nobody may ever write to"):
         read_password(f"file:{tmp_path / 'p'}", "o", {})
 
 

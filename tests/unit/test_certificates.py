@@ -24,8 +24,9 @@ from vtpm_cuse.ca.certificates import (
     Maker,
     TpmSpecification,
     Validity,
+    bare_certificate,
     ca_certificate,
-    tcg_header,
+    stored_form,
     tpm_certificate,
 )
 from vtpm_cuse.ca.issuers import pem_certificate
@@ -141,8 +142,15 @@ def test_a_tpm12_certificate_of_the_c_suite_is_made_again(file: str, kind: Certi
         request, issuer_of(signer), int.from_bytes(parts.serial, "big"), validity
     )
     assert ours == theirs
-    assert tcg_header(ours) + ours == stored
+    assert stored_form(ours) == stored
+    assert bare_certificate(stored) == ours
     assert [digest for _, digest in signer.signed] == ["sha1"]
+
+
+def test_a_certificate_without_its_header() -> None:
+    assert bare_certificate(bytes.fromhex("100100 0005 1002 308201")) == b"\x30\x82\x01"
+    for other in (b"", b"\x30\x82\x01", bytes.fromhex("100100 0006 1002 308201")):
+        assert bare_certificate(other) == other
 
 
 @pytest.mark.parametrize("file", ["swtpm-localca-rootca-cert.pem", "issuercert.pem"])

@@ -90,9 +90,9 @@ def test_one_dash_is_enough_for_long_options_only() -> None:
 
 
 def test_second_value_is_taken_unless_it_looks_like_an_option() -> None:
-    parser = Getopt("cuse", ["--name", "a", "file", "--name", "b", "-x"], OPTIONS)
-    taken = [parser.take_word() for item in parser if isinstance(item, Given)]
-    assert taken == ["file", None]
+    options = (Option("save", "", metavar="TYPE FILE"),)
+    items = list(Getopt("ioctl", ["--save", "a", "file", "--save=b", "-x"], options))
+    assert items[:2] == [("save", "a", "--save", "file"), ("save", "b", "--save", None)]
 
 
 class GlibcOption(ctypes.Structure):

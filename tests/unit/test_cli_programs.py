@@ -173,11 +173,7 @@ def test_a_reader_that_leaves_early_causes_no_noise() -> None:
         ("swtpm_ioctl", ["--help"], "dataclasses logging socket cffi trio vtpm_cuse.wire"),
         ("swtpm_ioctl", ["-c", "/dev/null"], "logging socket cffi trio"),
         ("swtpm", ["--help"], "dataclasses logging socket cffi trio vtpm_cuse.wire"),
-        (
-            "emulator.swtpm_cuse",
-            ["--help"],
-            "socket cffi trio vtpm_cuse.engine vtpm_cuse.wire",
-        ),
+        ("emulator.swtpm_cuse", ["--help"], "socket cffi trio vtpm_cuse.engine vtpm_cuse.wire"),
     ],
 )
 def test_no_program_imports_what_it_does_not_use(

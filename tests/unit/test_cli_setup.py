@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vtpm_cuse.ca.certificates import Maker, TpmSpecification
 from vtpm_cuse.cli.setup import profiles as setup_profiles
 from vtpm_cuse.cli.setup import settings as setup_settings
 from vtpm_cuse.cli.setup.swtpm_setup import PROGRAM
@@ -216,7 +217,7 @@ def test_keys_and_facts_as_a_certificate_tool_is_given_them() -> None:
         "TPMAttributes": {"manufacturer": "id:1", "model": "swtpm", "version": "id:2"},
     }
     facts = TpmFacts.from_json(json.dumps(text))
-    assert facts == TpmFacts("2.0", 0, 183, "id:1", "swtpm", "id:2")
+    assert facts == TpmFacts(Maker("id:1", "swtpm", "id:2"), TpmSpecification("2.0", 0, 183))
     for bad in ("", "{}", "[]", '{"TPMSpecification": 1, "TPMAttributes": 2}'):
         with pytest.raises(UsageError, match="Could not get the TPM spec"):
             TpmFacts.from_json(bad)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtpm_cuse.client import channel
-from vtpm_cuse.errors import FrontendError, PtmError, VtpmError
+from vtpm_cuse.errors import AnswerError, FrontendError, VtpmError
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmStateFlag
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def test_long_information_comes_in_pieces(tmp_path: Path) -> None:
 def test_a_refusal_may_be_just_the_result(tmp_path: Path, answer: str) -> None:
     with ScriptedServer(tmp_path / "s", *hexes(answer)) as server:
         tpm = channel.unix_channel(server.path)
-        with pytest.raises(PtmError, match="TPM result from PTM_GET_STATEBLOB: 0xa"):
+        with pytest.raises(AnswerError, match="TPM result from PTM_GET_STATEBLOB: 0xa"):
             tpm.get_state(PERMANENT, DECRYPTED)
 
 
@@ -170,7 +170,7 @@ def test_a_state_blob_that_is_larger_than_any_is_refused_at_once(tmp_path: Path)
     answer = bytes.fromhex("00000000 00000000 ffffffff ffffffff") + bytes(100)
     with ScriptedServer(tmp_path / "s", answer) as server:
         tpm = channel.unix_channel(server.path)
-        with pytest.raises(PtmError, match="Answer of 4294967295 bytes: no vTPM has more than"):
+        with pytest.raises(AnswerError, match="Answer of 4294967295 bytes: no vTPM has more than"):
             tpm.get_state(PERMANENT, DECRYPTED)
 
 
@@ -178,7 +178,7 @@ def test_a_text_that_never_ends_is_refused(tmp_path: Path) -> None:
     answer = bytes.fromhex("00000000 7fffffff 00000001") + b"x"
     with ScriptedServer(tmp_path / "s", answer) as server:
         tpm = channel.unix_channel(server.path)
-        with pytest.raises(PtmError, match="Text of 2147483647 bytes"):
+        with pytest.raises(AnswerError, match="Text of 2147483647 bytes"):
             tpm.info(1)
 
 
@@ -186,7 +186,7 @@ def test_a_text_in_endless_pieces_is_refused(tmp_path: Path) -> None:
     answer = bytes.fromhex("00000000 00008000 00000001") + b"x"
     with ScriptedServer(tmp_path / "s", *[answer] * 64) as server:
         tpm = channel.unix_channel(server.path)
-        with pytest.raises(PtmError, match="Text in more than 64 pieces"):
+        with pytest.raises(AnswerError, match="Text in more than 64 pieces"):
             tpm.info(1)
 
 

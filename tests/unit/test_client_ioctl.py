@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vtpm_cuse.client import ioctl as client
 from vtpm_cuse.client.ioctl import DeviceControl
-from vtpm_cuse.errors import DeviceError, PtmError, WireError
+from vtpm_cuse.errors import AnswerError, DeviceError, WireError
 from vtpm_cuse.vtpm.file import TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.wire.ptm import PTM_IOCTLS, PtmBlobType, PtmCommand, PtmInitRequest, PtmStateFlag
@@ -135,11 +135,11 @@ def test_the_buffer_size_chooses_read_and_write() -> None:
 def test_answers_and_refusals() -> None:
     with joined_device() as device, DeviceControl("/dev/x") as tpm:
         assert tpm.capability() == 0x16FFF
-        with pytest.raises(PtmError, match="TPM result from PTM_SET_STATEBLOB: 0xa") as refused:
+        with pytest.raises(AnswerError, match="TPM result from PTM_SET_STATEBLOB: 0xa") as refused:
             tpm.set_state(PERMANENT, b"x")
         assert refused.value.result == 0xA
         device.tpm.running = False
-        with pytest.raises(PtmError, match="TPM result from PTM_GET_STATEBLOB: 0xa"):
+        with pytest.raises(AnswerError, match="TPM result from PTM_GET_STATEBLOB: 0xa"):
             tpm.get_state(PERMANENT, DECRYPTED)
         with pytest.raises(OSError, match="Invalid argument"):
             tpm.request(PtmCommand.PTM_SET_DATAFD)

@@ -1,11 +1,14 @@
-"""Files of the tools: what is put in the way, whose they are, and no wait for anybody."""
+"""Files and folders: what is put in the way, whose they are, and no wait for anybody."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import stat
 import subprocess
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from tests.support.files import umask
 from tests.support.processes import in_child
 from vtpm_cuse import files
+from vtpm_cuse.files import check_private, give_socket, make_folder, open_to_read, open_to_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +74,7 @@ def test_what_is_in_the_way_of_a_log_is_named(
 ) -> None:
     make(tmp_path / "log")
     with pytest.raises(OSError, match=said):
-        files.open_log(str(tmp_path / "log"), 0o640)
+        open_to_write(str(tmp_path / "log"), 0o640)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -108,9 +112,9 @@ def test_a_pipe_and_a_descriptor_that_the_user_names_are_read_and_written(tmp_pa
 @pytest.mark.parametrize("mask", [0, 0o027, 0o777])
 def test_no_umask_counts(mask: int, tmp_path: Path) -> None:
     with umask(mask):
-        files.make_folders(str(tmp_path / "a" / "b" / "c"), 0o750)
+        make_folder(str(tmp_path / "a" / "b" / "c"), 0o750, umask=False)
         files.write_output(str(tmp_path / "a" / "out"), b"x", 0o640)
-        os.close(files.open_log(str(tmp_path / "a" / "log"), 0o640))
+        os.close(open_to_write(str(tmp_path / "a" / "log"), 0o640, umask=False))
     modes = [mode_of(tmp_path / name) for name in ("a", "a/b", "a/b/c", "a/out", "a/log")]
     assert modes == [0o755, 0o755, 0o750, 0o640, 0o640]
 
@@ -134,7 +138,7 @@ def test_what_root_makes_in_a_users_folder_is_the_users_where_it_is_to_be(tmp_pa
     os.chown(tmp_path, NOBODY, 1234)
     files.write_output(str(tmp_path / "roots"), b"x", 0o600)
     files.write_output(str(tmp_path / "users"), b"x", 0o600, of_folder=True)
-    files.make_folders(str(tmp_path / "a" / "b"), 0o700, of_folder=True)
+    make_folder(str(tmp_path / "a" / "b"), 0o700, of_folder=True)
     found = [(tmp_path / name).stat() for name in ("roots", "users", "a", "a/b")]
     owner = (NOBODY, 1234)
     assert [(one.st_uid, one.st_gid) for one in found] == [(0, 0), owner, owner, owner]
@@ -259,3 +263,190 @@ def test_whose_hand_is_in_a_path(tmp_path: Path) -> None:
     }
     found = {path: files.untrusted_part(str(path)) for path in wanted}
     assert found == {path: str(part) if part else None for path, part in wanted.items()}
+
+
+@pytest.fixture(params=[0, 0o022, 0o077, 0o777], ids=["0", "022", "077", "777"])
+def any_umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("has_other_end", [False, True])
+def test_a_fifo_in_the_way_is_never_waited_for(has_other_end: bool, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with contextlib.ExitStack() as stack:
+        if has_other_end:
+            stack.callback(os.close, os.open(fifo, os.O_RDWR))
+        with pytest.raises(OSError, match="it is a pipe"):
+            open_to_read(str(fifo), streams=True)
+        for owner in (None, (os.getuid(), os.getgid())):
+            with pytest.raises(OSError, match="it is a pipe"):
+                open_to_write(str(fifo), 0o600, owner)
+
+
+@needs_root
+def test_device_in_the_way_is_an_error(tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(10, 229))  # /dev/fuse
+        os.close(os.open(device, os.O_RDWR))
+    except OSError as exc:
+        pytest.skip(f"no device can be had here: {exc.strerror}")
+    with pytest.raises(OSError, match="it is a device"):
+        open_to_write(str(device), 0o600)
+    with pytest.raises(OSError, match="it is a device"):
+        open_to_read(str(device), streams=True)
+
+
+def test_terminal_null_and_file_are_fine(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    try:
+        for path in (os.ttyname(theirs), "/dev/null", str(tmp_path / "file")):
+            fd = open_to_write(path, 0o600)
+            assert os.get_blocking(fd)
+            assert not os.get_inheritable(fd)
+            assert os.write(fd, b"x") == 1
+            os.close(fd)
+        assert os.read(ours, 10) == b"x"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_pipe_that_a_shell_passes_is_fine() -> None:
+    """As ``--key file=<(...)``: its writer may be slower than we."""
+    read_end, write_end = os.pipe()
+    fd = open_to_read(f"/dev/fd/{read_end}", streams=True)
+    writer = threading.Thread(target=_write, args=(write_end,))
+    writer.start()
+    with open(fd, "rb") as file:
+        assert file.read() == b"key"
+    writer.join()
+    os.close(read_end)
+
+
+def test_a_socket_that_is_passed_is_fine() -> None:
+    """As standard input may be one, which cannot be opened anew."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"key")
+        theirs.shutdown(socket.SHUT_WR)
+        with open(open_to_read(f"/dev/fd/{ours.fileno()}", streams=True), "rb") as file:
+            assert file.read() == b"key"
+
+
+def test_folders_are_never_others_to_write(any_umask: int, tmp_path: Path) -> None:
+    make_folder(str(tmp_path / "a" / "b" / "state"), 0o775)
+    modes = [
+        stat.S_IMODE(path.stat().st_mode)
+        for path in (tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "state")
+    ]
+    assert modes == [0o755 & ~any_umask | 0o700] * 3
+    before = os.umask(any_umask)
+    assert before == any_umask
+
+
+def test_folder_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("real")
+    make_folder(str(tmp_path / "link"), 0o700, (12345, 12345))
+    found = (tmp_path / "real").stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o750, os.getuid())
+
+
+def test_link_to_nowhere_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+        make_folder(str(tmp_path / "link"), 0o700)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@needs_root
+def test_folder_belongs_to_the_user_served_as(tmp_path: Path) -> None:
+    make_folder(str(tmp_path / "a" / "state"), 0o700, (12345, 23456))
+    leaf = (tmp_path / "a" / "state").stat()
+    assert (leaf.st_uid, leaf.st_gid) == (12345, 23456)
+    assert (tmp_path / "a").stat().st_uid == 0
+
+
+def put_link(place: Path, target: Path) -> None:
+    place.symlink_to(target)
+
+
+def put_folder_with_files(place: Path, target: Path) -> None:
+    target.rename(place)
+
+
+def put_folder_of_another(place: Path, _target: Path) -> None:
+    os.makedirs(place)
+    os.chown(place, 999, 999)
+
+
+@needs_root
+@pytest.mark.parametrize("trap", [put_link, put_folder_with_files, put_folder_of_another])
+def test_no_owner_for_what_came_in_between(
+    trap: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of the folder above puts something else there as soon as ours is made."""
+    target, place = tmp_path / "target", tmp_path / "parent" / "s"
+    target.mkdir()
+    (target / "secret").write_text("root's")
+    place.parent.mkdir()
+    make = os.mkdir
+
+    def mkdir(path: str, mode: int, *, dir_fd: int) -> None:
+        monkeypatch.undo()
+        make(path, mode, dir_fd=dir_fd)
+        place.rename(place.with_name("old"))
+        trap(place, target)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(OSError, match=r"Somebody else|symbolic links|Not a directory"):
+        make_folder(str(place), 0o700, (12345, 12345))
+    assert 12345 not in {path.stat().st_uid for path in tmp_path.rglob("*")}
+
+
+def test_place_is_private(tmp_path: Path) -> None:
+    place = tmp_path / "vtpm-cuse" / "vtpm0"
+    make_folder(str(place), 0o700)
+    check_private(str(place), os.getuid())
+    with pytest.raises(PermissionError, match=f"belongs to user {os.getuid()}"):
+        check_private(str(place), 12345)
+    place.chmod(0o777)
+    with pytest.raises(PermissionError, match="written to by everybody"):
+        check_private(str(place), os.getuid())
+    place.chmod(0o700)
+    place.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="written to by everybody"):
+        check_private(str(place), os.getuid())
+
+
+def test_place_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "vtpm0").symlink_to("elsewhere")
+    with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+        check_private(str(tmp_path / "vtpm0"), os.getuid())
+
+
+@needs_root
+def test_socket_is_given_away_and_nothing_else(tmp_path: Path) -> None:
+    path, file = tmp_path / "socket", tmp_path / "file"
+    file.write_text("root's")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        give_socket(str(path), 12345, -1)
+        assert (path.stat().st_uid, path.stat().st_gid) == (12345, os.getgid())
+    for link in (os.symlink, os.link):
+        path.unlink()
+        link(file, path)
+        with pytest.raises(OSError, match="Somebody else has put something there"):
+            give_socket(str(path), 12345, 12345)
+        assert file.stat().st_uid == 0
+        assert path.lstat().st_uid == 0
+
+
+def _write(fd: int) -> None:
+    with open(fd, "wb") as file:
+        file.write(b"key")

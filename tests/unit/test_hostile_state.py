@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.vectors import STATE
-from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected
+from vtpm_cuse.errors import BlobError, StateDamaged, StateKeyRejected
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
@@ -132,7 +132,7 @@ def test_incoming_blob_of_a_few_bytes(size: int, start: bytes) -> None:
             result = 0
             try:
                 payload = store.from_migration_untrusted("permall", data, flags)
-            except PtmError as exc:
+            except BlobError as exc:
                 result = exc.result
             assert result in {0, 3, 9, 0xD, 0x21, 0x2B, 0x2E}
             if result == 0:
@@ -148,7 +148,7 @@ def test_any_change_of_a_migration_blob(junk: bytes, place: int, key: Key | None
     refused = False
     try:
         payload = store.from_migration_untrusted("permall", blob, 0)
-    except PtmError:
+    except BlobError:
         refused = True
     if not refused and key == KEY_128 and payload:
         genuine = SealedStore(MemoryStore(), KEY_128).from_migration_untrusted

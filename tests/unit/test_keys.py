@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtpm_cuse.config import KeySource
-from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected, UsageError
+from vtpm_cuse.errors import BlobError, StateDamaged, StateKeyRejected, UsageError
 from vtpm_cuse.storage.keys import Key, read_key
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
@@ -235,7 +235,7 @@ def test_other_elements_beside_a_missing_iv_are_refused() -> None:
 def test_migration_blob_for_somebody_else(
     key: Key | None, migration_key: Key | None, result: PtmResult
 ) -> None:
-    with pytest.raises(PtmError) as raised:
+    with pytest.raises(BlobError) as raised:
         store(key, migration_key).from_migration_untrusted("permall", MIGRATION_BOTH, 0)
     assert raised.value.result == result
 

@@ -21,7 +21,7 @@ from vtpm_cuse import files
 from vtpm_cuse.ca import localca
 from vtpm_cuse.ca.certificates import CertificateKind, Maker, TpmSpecification
 from vtpm_cuse.ca.keys import PrivateKey, PublicKey
-from vtpm_cuse.ca.localca import CREATING_CA, LocalCa, Order
+from vtpm_cuse.ca.localca import CREATING_CA, LocalCa
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import CertificateError, UsageError
 
@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROFILE = CaProfile(Maker("m", "o", "v"))
-ORDER = Order(
+ORDER = (
     CertificateKind.EK, PublicKey.from_rsa(1 << 2047 | 1), Maker("a", "b", "c"),
     TpmSpecification("2.0", 0, 183), "vm",
 )  # fmt: skip
 ROOT_KEY, ROOT = "swtpm-localca-rootca-privkey.pem", "swtpm-localca-rootca-cert.pem"
 FILES = [ROOT_KEY, ROOT, "signkey.pem", "issuercert.pem"]
+
+
+def issue(ca: LocalCa) -> bytes:
+    return ca.issue(ca.request(*ORDER))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +70,7 @@ def test_a_new_ca(tmp_path: Path) -> None:
     ca = LocalCa(settings, PROFILE, said.append, {})
     ca.check()
     assert not folder.parent.exists()  # a check writes nothing
-    verify(ca.issue(ORDER), der_of(folder / "issuercert.pem"))
+    verify(issue(ca), der_of(folder / "issuercert.pem"))
     verify(der_of(folder / "issuercert.pem"), der_of(folder / ROOT))
     verify(der_of(folder / ROOT), der_of(folder / ROOT))
     assert said == [f"Creating swtpm-localca dir '{folder}'.", CREATING_CA]
@@ -92,9 +96,9 @@ def test_subjects_and_extensions_of_a_new_ca(tmp_path: Path) -> None:
 
 
 def test_the_ca_is_made_once(tmp_path: Path) -> None:
-    first, second = Parts.of(ca_in(tmp_path).issue(ORDER)), None
+    first, second = Parts.of(issue(ca_in(tmp_path))), None
     before = contents(tmp_path)
-    second = Parts.of(ca_in(tmp_path).issue(ORDER))
+    second = Parts.of(issue(ca_in(tmp_path)))
     after = contents(tmp_path)
     assert int.from_bytes(second.serial, "big") == int.from_bytes(first.serial, "big") + 1
     assert before.pop("certserial") == b"%d" % int.from_bytes(first.serial, "big")
@@ -120,10 +124,10 @@ def test_an_interruption_loses_nothing_and_is_made_up_for(
 
     monkeypatch.setattr(localca, "write_output", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ca_in(tmp_path).issue(ORDER)
+        issue(ca_in(tmp_path))
     before = contents(tmp_path)
     monkeypatch.setattr(localca, "write_output", real)
-    certificate = ca_in(tmp_path).issue(ORDER)
+    certificate = issue(ca_in(tmp_path))
     after = contents(tmp_path)
     assert {name: after[name] for name in before if name != "certserial"} == {
         name: data for name, data in before.items() if name != "certserial"
@@ -159,7 +163,7 @@ def test_a_lost_key_is_an_error_and_no_reason_for_a_new_ca(
     if lost[0] == ROOT_KEY:
         (tmp_path / "issuercert.pem").unlink()
     before = contents(tmp_path)
-    for work in (ca_in(tmp_path).check, lambda: ca_in(tmp_path).issue(ORDER)):
+    for work in (ca_in(tmp_path).check, lambda: issue(ca_in(tmp_path))):
         with pytest.raises(UsageError, match=rf"{lost[0]} of the certificate .*{lost[1]} is miss"):
             work()
     assert contents(tmp_path) == before
@@ -169,27 +173,27 @@ def test_a_lost_certificate_is_made_again_for_the_same_key(tmp_path: Path) -> No
     ca_in(tmp_path).prepare()
     before = contents(tmp_path)
     (tmp_path / "issuercert.pem").unlink()
-    verify(ca_in(tmp_path).issue(ORDER), der_of(tmp_path / "issuercert.pem"))
+    verify(issue(ca_in(tmp_path)), der_of(tmp_path / "issuercert.pem"))
     after = contents(tmp_path)
     assert all(after[name] == before[name] for name in (ROOT_KEY, ROOT, "signkey.pem"))
 
 
 def test_encrypted_keys(tmp_path: Path) -> None:
-    ca_in(tmp_path, b"geheim", "wurzel").issue(ORDER)
+    issue(ca_in(tmp_path, b"geheim", "wurzel"))
     for name, password in ((ROOT_KEY, b"wurzel"), ("signkey.pem", b"geheim")):
         pem = (tmp_path / name).read_bytes()
         assert pem.startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
         assert serialization.load_pem_private_key(pem, password) is not None
     before = contents(tmp_path)
-    ca_in(tmp_path, b"geheim").issue(ORDER)  # the root is not needed any more
+    issue(ca_in(tmp_path, b"geheim"))  # the root is not needed any more
     for wrong in (None, b"falsch"):
         with pytest.raises(CertificateError, match=r"signkey\.pem") as caught:
             ca_in(tmp_path, wrong).check()
         assert "falsch" not in str(caught.value)
     (tmp_path / "issuercert.pem").unlink()
     with pytest.raises(CertificateError, match=ROOT_KEY):
-        ca_in(tmp_path, b"geheim", "falsch").issue(ORDER)
-    ca_in(tmp_path, b"geheim", "wurzel").issue(ORDER)
+        issue(ca_in(tmp_path, b"geheim", "falsch"))
+    issue(ca_in(tmp_path, b"geheim", "wurzel"))
     assert contents(tmp_path)[ROOT] == before[ROOT]
 
 
@@ -208,7 +212,7 @@ def test_damaged_files_are_named_and_left(name: str, junk: bytes, tmp_path: Path
     with pytest.raises(CertificateError, match=name):
         ca_in(tmp_path).check()
     with pytest.raises(CertificateError, match=name):
-        ca_in(tmp_path).issue(ORDER)
+        issue(ca_in(tmp_path))
     assert (tmp_path / name).read_bytes() == junk
 
 
@@ -236,7 +240,7 @@ def test_an_issuer_without_key_identifier(tmp_path: Path) -> None:
 )
 def test_the_next_serial(text: bytes, wanted: int, tmp_path: Path) -> None:
     (tmp_path / "certserial").write_bytes(text)
-    made = Parts.of(ca_in(tmp_path).issue(ORDER))
+    made = Parts.of(issue(ca_in(tmp_path)))
     assert int.from_bytes(made.serial, "big", signed=True) == wanted
     assert (tmp_path / "certserial").read_bytes() == b"%d" % wanted
 
@@ -247,7 +251,7 @@ def test_the_next_serial(text: bytes, wanted: int, tmp_path: Path) -> None:
 def test_a_serial_file_that_says_nothing(text: bytes | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "certserial").write_bytes(text)
-    made = int.from_bytes(Parts.of(ca_in(tmp_path).issue(ORDER)).serial, "big", signed=True)
+    made = int.from_bytes(Parts.of(issue(ca_in(tmp_path))).serial, "big", signed=True)
     assert 10**19 <= made <= 18 * 10**18
     assert made < 1 << 64
     assert (tmp_path / "certserial").read_bytes() == b"%d" % made
@@ -262,7 +266,7 @@ def test_nothing_in_the_way_makes_a_ca_wait(
     (tmp_path / name).unlink(missing_ok=True)
     make(tmp_path / name)
     with pytest.raises(CertificateError, match=rf"{name}.*(pipe|no file|directory)"):
-        ca_in(tmp_path).issue(ORDER)
+        issue(ca_in(tmp_path))
 
 
 # -- the lock -----------------------------------------------------------------------------------
@@ -272,14 +276,14 @@ def test_a_wait_for_the_lock_has_an_end_and_names_the_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(localca, "_LOCK_SECONDS", 0.1)
-    ca_in(tmp_path).issue(ORDER)
+    issue(ca_in(tmp_path))
     before = contents(tmp_path)
     with (tmp_path / ".lock.swtpm-localca").open("rb") as held:  # to read it is enough
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(CertificateError, match=rf"lock\.swtpm.*process {os.getpid()} keeps"):
-            ca_in(tmp_path).issue(ORDER)
+            issue(ca_in(tmp_path))
     assert contents(tmp_path) == before
-    ca_in(tmp_path).issue(ORDER)
+    issue(ca_in(tmp_path))
 
 
 def test_a_wait_for_the_lock_can_be_ended(tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_a_wait_for_the_lock_can_be_ended(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         ca.give_up()
         with pytest.raises(CertificateError, match="was ended"):
-            ca.issue(ORDER)
+            issue(ca)
 
 
 @pytest.mark.parametrize(("folder", "lock"), [(0o700, 0o600), (0o755, 0o600), (0o770, 0o660)])
@@ -301,7 +305,7 @@ def test_the_lock_is_for_those_who_may_write_to_the_folder(
     for before in (None, 0o755):
         if before is not None:
             (tmp_path / ".lock.swtpm-localca").chmod(before)
-        ca_in(tmp_path).issue(ORDER)
+        issue(ca_in(tmp_path))
         assert stat.S_IMODE((tmp_path / ".lock.swtpm-localca").stat().st_mode) == lock
 
 
@@ -314,7 +318,7 @@ def test_a_file_with_another_name_is_not_given_away_as_a_lock(tmp_path: Path) ->
     precious.touch(0o600)
     precious.chmod(0o604)
     os.link(precious, folder / ".lock.swtpm-localca")
-    ca_in(folder).issue(ORDER)
+    issue(ca_in(folder))
     found = precious.stat()
     assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o604)
 
@@ -326,11 +330,11 @@ def test_a_users_ca_stays_usable_after_root_has_issued_from_it(tmp_path: Path) -
     folder.mkdir()
     os.chown(folder, 1234, 1234)
     os.umask(0o027)
-    ca_in(folder).issue(ORDER)
+    issue(ca_in(folder))
     for path in folder.iterdir():
         assert (path.stat().st_uid, path.stat().st_gid) == (1234, 1234), path
     (folder / "certserial").chmod(0o600)
-    ca_in(folder).issue(ORDER)
+    issue(ca_in(folder))
     assert stat.S_IMODE((folder / "certserial").stat().st_mode) == 0o600
     tmp_path.chmod(0o755)
     tmp_path.parent.chmod(0o755)
@@ -342,11 +346,11 @@ def test_a_users_ca_stays_usable_after_root_has_issued_from_it(tmp_path: Path) -
         os.setgid(1234)
         os.setuid(1234)
         os.umask(0o022)
-        LocalCa(CaSettings.in_folder("."), PROFILE, environ={}).issue(ORDER)
+        issue(LocalCa(CaSettings.in_folder("."), PROFILE, environ={}))
 
     as_user()
     before = contents(folder)
-    ca_in(folder).issue(ORDER)
+    issue(ca_in(folder))
     assert int(contents(folder)["certserial"]) == int(before["certserial"]) + 1
 
 
@@ -357,7 +361,7 @@ def test_a_ca_is_made_where_no_thread_is_to_be_had(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    verify(ca_in(tmp_path).issue(ORDER), der_of(tmp_path / "issuercert.pem"))
+    verify(issue(ca_in(tmp_path)), der_of(tmp_path / "issuercert.pem"))
 
 
 # -- orders -------------------------------------------------------------------------------------
@@ -376,25 +380,22 @@ def test_a_ca_is_made_where_no_thread_is_to_be_had(
     ],
 )
 def test_names_of_vms(vmid: str, subject: str, tmp_path: Path) -> None:
-    order = Order(ORDER.kind, ORDER.key, ORDER.tpm, ORDER.specification, vmid)
-    made = x509.load_der_x509_certificate(ca_in(tmp_path).issue(order))
+    ca = ca_in(tmp_path)
+    made = x509.load_der_x509_certificate(ca.issue(ca.request(*ORDER[:4], vmid)))
     assert [attribute.value for attribute in made.subject] == [subject]
 
 
 def test_a_bad_order_costs_no_serial_number(tmp_path: Path) -> None:
     ca = LocalCa(CaSettings.in_folder(str(tmp_path)), CaProfile())
-    for order in (
-        Order(CertificateKind.PLATFORM, ORDER.key, ORDER.tpm),
-        Order(CertificateKind.EK, ORDER.key, ORDER.tpm),
-    ):
+    for kind in (CertificateKind.PLATFORM, CertificateKind.EK):
         with pytest.raises(UsageError):
-            ca.issue(order)
+            ca.issue(ca.request(kind, *ORDER[1:3]))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_platform_of_a_tpm12(tmp_path: Path) -> None:
-    order = Order(CertificateKind.PLATFORM, ORDER.key, ORDER.tpm, is_tpm2=False)
-    made = ca_in(tmp_path).issue(order)
+    ca = ca_in(tmp_path)
+    made = ca.issue(ca.request(CertificateKind.PLATFORM, *ORDER[1:3], is_tpm2=False))
     assert made[:3] == b"\x10\x01\x00"
     assert int.from_bytes(made[3:5], "big") == len(made) - 5
     verify(made[7:], der_of(tmp_path / "issuercert.pem"))
@@ -404,5 +405,5 @@ def test_a_link_in_place_of_the_lock(tmp_path: Path) -> None:
     target = tmp_path / "target"
     (tmp_path / ".lock.swtpm-localca").symlink_to(target)
     with pytest.raises(CertificateError, match="lock"):
-        ca_in(tmp_path).issue(ORDER)
+        issue(ca_in(tmp_path))
     assert not target.exists()

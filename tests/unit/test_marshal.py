@@ -86,12 +86,6 @@ def test_a_response_cut_short(cut: int) -> None:
         tpm2.read_response_untrusted("X", response[:cut], handles=1)
 
 
-def test_certificate_in_its_header() -> None:
-    assert tpm12.bare_certificate(bytes.fromhex("100100 0005 1002 308201")) == b"\x30\x82\x01"
-    for other in (b"", b"\x30\x82\x01", bytes.fromhex("100100 0006 1002 308201")):
-        assert tpm12.bare_certificate(other) == other
-
-
 READERS = [
     tpm2.read_public_untrusted,
     tpm2.CreatePrimaryResult.unpack_untrusted,
@@ -100,7 +94,6 @@ READERS = [
     tpm12.CreateEndorsementKeyPairResult.unpack_untrusted,
     tpm12.OiapResult.unpack_untrusted,
     tpm12.read_permanent_flags_untrusted,
-    tpm12.bare_certificate,
 ]
 
 

@@ -13,7 +13,7 @@ from tests.support.stores import FailingStore
 from vtpm_cuse.config import ProfileConfig, StateConfig, VtpmConfig
 from vtpm_cuse.engine import profiles
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
-from vtpm_cuse.errors import PtmError, StorageError, UsageError
+from vtpm_cuse.errors import StorageError, TpmUnavailable, UsageError
 from vtpm_cuse.service.compose import make_vtpm
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
@@ -117,7 +117,7 @@ def test_existing_tpm_refuses_a_profile_and_is_not_touched(tmp_path: Path) -> No
     state = tmp_path / "tpm2-00.permall"
     before = state.read_bytes()
     vtpm = made(tmp_path, V1)
-    with pytest.raises(PtmError, match="existing TPM 2") as caught:
+    with pytest.raises(TpmUnavailable, match="existing TPM 2") as caught:
         vtpm.start()
     assert caught.value.result == 9
     vtpm.close()
@@ -132,7 +132,7 @@ def test_existing_tpm_refuses_a_profile_and_is_not_touched(tmp_path: Path) -> No
 def test_bad_profile_makes_no_tpm(tmp_path: Path, profile: str) -> None:
     need_profiles(wanted=True)
     vtpm = made(tmp_path, profile)
-    with pytest.raises(PtmError):
+    with pytest.raises(TpmUnavailable):
         vtpm.start()
     vtpm.close()
     assert not (tmp_path / "tpm2-00.permall").exists()
@@ -145,7 +145,7 @@ def test_profile_waits_for_the_first_start_that_succeeds() -> None:
     sealed = SealedStore(store)
     vtpm = Vtpm(LibtpmsEngine(tpm2=True, nvram=sealed), sealed, VtpmOptions(profile=V1))
     store.faults["store"] = StorageError("x", "disk full")
-    with pytest.raises(PtmError):
+    with pytest.raises(TpmUnavailable):
         vtpm.start()
     store.faults.clear()
     vtpm.start()

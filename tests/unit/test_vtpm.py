@@ -16,6 +16,7 @@ from vtpm_cuse.errors import (
     StateLocked,
     StateMissing,
     StorageError,
+    TpmUnavailable,
 )
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
@@ -38,7 +39,7 @@ def make(
 
 
 def result_of(vtpm: Vtpm, *, delete_volatile: bool = False) -> int:
-    with pytest.raises(PtmError) as caught:
+    with pytest.raises(TpmUnavailable) as caught:
         vtpm.start(delete_volatile=delete_volatile)
     return caught.value.result
 

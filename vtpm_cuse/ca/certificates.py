@@ -8,6 +8,7 @@ TPM 1.2; RFC 5280.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -37,6 +38,12 @@ _TPM_NAMES: Final = ("2.23.133.2.1", "2.23.133.2.2", "2.23.133.2.3")
 _PLATFORM_NAMES: Final = ("2.23.133.5.1.1", "2.23.133.5.1.4", "2.23.133.5.1.5")
 _PLATFORM_NAMES_TPM12: Final = ("2.23.133.2.4", "2.23.133.2.5", "2.23.133.2.6")
 
+# TCG_PCCLIENT_STORED_CERT (tag, type, size) with TCG_FULL_CERT, of the PC Client Specific
+# Implementation Specification for TPM 1.2, 7.4.5.
+_STORED: Final = struct.Struct(">HBH")
+_TAG_STORED_CERTIFICATE: Final = 0x1001
+_TAG_FULL_CERTIFICATE: Final = b"\x10\x02"
+
 _DIGITAL_SIGNATURE: Final = 0
 _KEY_ENCIPHERMENT: Final = 2
 _KEY_AGREEMENT: Final = 4
@@ -54,6 +61,11 @@ class CertificateKind(Enum):
     def purpose(self) -> str:
         """The identifier of the extended key usage, tcg-kp-...Certificate."""
         return f"2.23.133.8.{list(CertificateKind).index(self) + 1}"
+
+
+def kind_shown(word: str) -> str:
+    """The word for a kind as a message has it."""
+    return "EK" if word == CertificateKind.EK.value else word
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +230,21 @@ def ca_certificate(
     return _signed(issuer, serial, validity, subject, key.spki, extensions, "sha256")
 
 
-def tcg_header(certificate: bytes) -> bytes:
-    """What precedes the certificate in the NVRAM of a TPM 1.2, 7 bytes.
+def stored_form(certificate: bytes) -> bytes:
+    """A certificate as it lies in the NVRAM of a TPM 1.2: behind a header of 7 bytes."""
+    size = len(_TAG_FULL_CERTIFICATE) + len(certificate)
+    return _STORED.pack(_TAG_STORED_CERTIFICATE, 0, size) + _TAG_FULL_CERTIFICATE + certificate
 
-    TCG_PCCLIENT_STORED_CERT with TCG_FULL_CERT, of the PC Client Specific
-    Implementation Specification for TPM 1.2, 7.4.5.
-    """
-    size = (len(certificate) + 2).to_bytes(2, "big")
-    return b"\x10\x01\x00" + size + b"\x10\x02"
+
+def bare_certificate(stored: bytes) -> bytes:
+    """The certificate in what `stored_form` makes; other bytes stay as they are."""
+    if len(stored) < _STORED.size:
+        return stored
+    tag, _, size = _STORED.unpack_from(stored)
+    body = stored[_STORED.size :]
+    if tag != _TAG_STORED_CERTIFICATE or size != len(body):
+        return stored
+    return body.removeprefix(_TAG_FULL_CERTIFICATE)
 
 
 def _signed(

@@ -17,7 +17,6 @@ import secrets
 import stat
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -26,11 +25,9 @@ from vtpm_cuse.ca.certificates import (
     CertificateKind,
     CertificateRequest,
     Issuer,
-    Maker,
-    TpmSpecification,
     Validity,
     ca_certificate,
-    tcg_header,
+    stored_form,
     tpm_certificate,
 )
 from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
@@ -38,11 +35,12 @@ from vtpm_cuse.ca.keys import PrivateKey
 from vtpm_cuse.ca.names import common_name, escaped
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.files import make_folders, read_small, write_output
+from vtpm_cuse.files import make_folder, read_small, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from vtpm_cuse.ca.certificates import Maker, TpmSpecification
     from vtpm_cuse.ca.keys import PublicKey
 
 CREATING_CA: Final = "Creating root CA and a local CA's signing key and issuer cert."
@@ -59,31 +57,6 @@ _FOLDER_MODE: Final = 0o750
 _SERIAL_TEXT_MAX: Final = 49
 _LOCK_SECONDS: Final = 30.0
 _LOCK_POLL_SECONDS: Final = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a TPM's maker orders from the CA; the rest is the CA's to say.
-
-    Attributes:
-        kind: EK or platform.
-        key: The EK.
-        tpm: The TPM's maker.
-        specification: What the TPM implements; needed for an EK.
-        vmid: Name of the VM; "unknown" stands for none.
-        is_tpm2: TPM 2.0 and not 1.2.
-        allow_signing: The EK may sign (TPM 2.0).
-        decryption: The EK may decrypt (TPM 2.0).
-    """
-
-    kind: CertificateKind
-    key: PublicKey
-    tpm: Maker
-    specification: TpmSpecification | None = None
-    vmid: str = ""
-    is_tpm2: bool = True
-    allow_signing: bool = False
-    decryption: bool = False
 
 
 class LocalCa:
@@ -161,44 +134,67 @@ class LocalCa:
         if self._issuer is None:
             self._open()
 
-    def request(self, order: Order) -> CertificateRequest:
-        """What will be in the certificate. Raises UsageError for what cannot be in one."""
+    def request(
+        self,
+        kind: CertificateKind,
+        key: PublicKey,
+        tpm: Maker,
+        specification: TpmSpecification | None = None,
+        vmid: str = "",
+        *,
+        is_tpm2: bool = True,
+        allow_signing: bool = False,
+        decryption: bool = False,
+    ) -> CertificateRequest:
+        """What a certificate of this CA's will say, for `issue`: the rest is its options' to say.
+
+        Args:
+            kind: EK or platform.
+            key: The EK.
+            tpm: The TPM's maker.
+            specification: What the TPM implements; needed for an EK.
+            vmid: Name of the VM; "unknown" stands for none.
+            is_tpm2: TPM 2.0 and not 1.2.
+            allow_signing: The EK may sign (TPM 2.0).
+            decryption: The EK may decrypt (TPM 2.0).
+
+        Raises:
+            UsageError: That can be in no certificate.
+        """
         profile = self._profile
-        if order.kind is CertificateKind.PLATFORM and profile.platform is None:
+        if kind is CertificateKind.PLATFORM and profile.platform is None:
             raise UsageError(
                 "--platform-manufacturer and --platform-model and --platform version must all "
                 f"be provided in {profile.origin}"
             )
-        is_ek = order.kind is CertificateKind.EK
         try:
             return CertificateRequest(
-                order.kind,
-                order.key,
-                order.tpm,
-                order.specification if is_ek else None,
+                kind,
+                key,
+                tpm,
+                specification if kind is CertificateKind.EK else None,
                 profile.platform,
-                profile.subject if profile.subject is not None else _subject(order.vmid),
-                order.is_tpm2,
-                order.allow_signing or profile.allow_signing,
-                order.decryption or profile.decryption,
+                profile.subject if profile.subject is not None else _subject(vmid),
+                is_tpm2,
+                allow_signing or profile.allow_signing,
+                decryption or profile.decryption,
             )
         except ValueError as exc:
-            raise UsageError(f"No {order.kind.value} certificate can be made: {exc}") from exc
+            raise UsageError(f"No {kind.value} certificate can be made: {exc}") from exc
 
-    def issue(self, order: Order) -> bytes:
+    def issue(self, request: CertificateRequest) -> bytes:
         """A certificate in DER, for a TPM 1.2 with its header; makes the CA if there is none.
 
         Raises:
-            UsageError: The order cannot be fulfilled, or the CA not be made.
-            CertificateError: The CA's key or certificate is no good, or a file cannot be written.
+            UsageError: The CA cannot be made.
+            CertificateError: Its key or certificate is no good, or a file cannot be written.
         """
-        request = self.request(order)
         with self._locked():
             self._complete()
             serial = self._next_serial()
         issuer = self._issuer or self._open()
         certificate = tpm_certificate(request, issuer, serial, Validity(_now()))
-        return certificate if order.is_tpm2 else tcg_header(certificate) + certificate
+        return certificate if request.is_tpm2 else stored_form(certificate)
 
     # -- the CA itself ----------------------------------------------------------------------
 
@@ -288,7 +284,7 @@ class LocalCa:
         with _errors_of(folder):
             if not os.path.isdir(folder):
                 self._report(f"Creating swtpm-localca dir '{folder}'.")
-                make_folders(folder, _FOLDER_MODE, of_folder=True)
+                make_folder(folder, _FOLDER_MODE, of_folder=True, umask=False)
         path = os.path.join(folder, _LOCK_NAME)
         with _errors_of(path):
             fd = _open_lock(path)

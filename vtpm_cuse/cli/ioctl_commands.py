@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.cli.words.table import Option
-from vtpm_cuse.errors import PtmError, UsageError
+from vtpm_cuse.errors import AnswerError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,7 +116,7 @@ def _save(tpm: Control, asked: Asked) -> None:
     # PEER: empties the file before it asks, and so loses an earlier copy when the vTPM says no.
     try:
         blob = tpm.get_state(_blob_type(asked.value), PtmStateFlag.PTM_STATE_FLAG_DECRYPTED)
-    except PtmError as exc:
+    except AnswerError as exc:
         if exc.result != _TPM_RETRY:
             raise
         blob = b""

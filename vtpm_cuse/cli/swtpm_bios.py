@@ -6,15 +6,16 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
 from vtpm_cuse.cli.words.program import complain, inform, run_program, version_text
-from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.cli.words.table import Example, Lenient, Option, Program, Term
 from vtpm_cuse.cli.words.targets import split_tcp
 from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
     from vtpm_cuse.cli.bios_steps import Startup, Step, Wanted
+    from vtpm_cuse.cli.words.getopt import Given
     from vtpm_cuse.client.commands import TpmAddress
 
 _DEFAULT_PORT: Final = 6545
@@ -54,8 +55,8 @@ PROGRAM: Final = Program(
         _switch("cs", "run TPM_ContinueSelfTest, or TPM2_IncrementalSelfTest"),
         _switch("ea", "make sure that a TPM 1.2 is activated; status 129 if it needs a reset"),
         _switch("u", "give up physical presence, or give a TPM 2.0's platform a random password"),
-        _switch("v", "display the version and exit"),
-        Option("help", "display this help and exit", letter="h"),
+        Option("v", "display the version and exit", single_dash=True, ends=True),
+        Option("help", "display this help and exit", letter="h", ends=True),
     ),
     description=(
         "Sends a TPM the commands that firmware sends: startup, physical presence, enabling and "
@@ -83,6 +84,8 @@ PROGRAM: Final = Program(
     see_also=("swtpm(8)", "swtpm_ioctl(8)"),
     banner=version_text("BIOS emulator "),
     long_only=True,
+    lenient=Lenient.OPERANDS,
+    shows_help=True,
 )
 
 
@@ -94,60 +97,48 @@ def main() -> int:
 def _run(words: list[str]) -> int:
     from vtpm_cuse.cli.bios_steps import steps
 
-    given: dict[str, str] = {}
-    for item in Getopt(PROGRAM.name, words, PROGRAM.options, long_only=True):
-        match item:
-            case Complaint(text):
-                complain(text)
-                print(help_text(PROGRAM), end="")
-                return 1
-            case Operand(_):
-                pass  # ignored, as in the C suite
-            case (name, value, _):
-                given.pop(name, None)  # the order is that of the last ones
-                given[name] = value or ""
-                if name == "tcp":
-                    split_tcp(given[name], _DEFAULT_PORT)
-        if "help" in given or "v" in given:
-            # PEER: -v shows the help, too, and ends with status 1.
-            print(help_text(PROGRAM) if "help" in given else PROGRAM.banner + "\n", end="")
-            return 0
-    if "u" in given:
+    line = CommandLine(PROGRAM, words, look_at=_look_at)
+    if line.has("help") or line.has("v"):
+        # PEER: -v shows the help, too, and ends with status 1.
+        print(help_text(PROGRAM) if line.has("help") else PROGRAM.banner + "\n", end="")
+        return 0
+    if line.has("u"):
         from vtpm_cuse.service.confine.secrecy import hide_process
 
         hide_process()  # before there is a password for the platform
-    tpm2 = "tpm2" in given
+    tpm2 = line.has("tpm2")
     try:
-        return _send(_address(given), list(steps(_wanted(given), tpm2_=tpm2)), tpm2=tpm2)
+        return _send(_address(line), list(steps(_wanted(line), tpm2_=tpm2)), tpm2=tpm2)
     except FrontendError as exc:
         complain(str(exc))
         return _NO_TPM
 
 
-def _wanted(given: dict[str, str]) -> Wanted:
+def _look_at(given: Given) -> None:
+    if given.name == "tcp":
+        split_tcp(given.value or "", _DEFAULT_PORT)
+
+
+def _wanted(line: CommandLine) -> Wanted:
     """The last of the options that choose a startup counts, and the last of -o and those."""
     from vtpm_cuse.cli.bios_steps import Wanted
 
-    kinds: dict[str, Startup] = {"c": "c", "s": "s", "d": "d", "n": "n"}
-    startup: Startup = "c"
-    more = True
-    for name in given:
-        if name in kinds:
-            startup, more = kinds[name], name != "d"
-        elif name == "o":
-            more = False
-    return Wanted(startup, more, "cs" in given, "ea" in given, "u" in given)
+    kinds: dict[str | None, Startup] = {None: "c", "c": "c", "s": "s", "d": "d", "n": "n"}
+    startup = kinds[line.last_of("c", "s", "d", "n")]
+    more = line.last_of("c", "s", "d", "n", "o") not in {"d", "o"}
+    return Wanted(startup, more, line.has("cs"), line.has("ea"), line.has("u"))
 
 
-def _address(given: dict[str, str]) -> TpmAddress:
+def _address(line: CommandLine) -> TpmAddress:
     from vtpm_cuse.client.commands import TpmDevice, TpmTcp, TpmUnix
 
-    if "tpm-device" in given:
-        return TpmDevice(given["tpm-device"])
-    if "tcp" in given:
-        return TpmTcp(*split_tcp(given["tcp"], _DEFAULT_PORT))
-    if "unix" in given:
-        return TpmUnix(given["unix"])
+    device, tcp, unix = (line.value(name) for name in ("tpm-device", "tcp", "unix"))
+    if device is not None:
+        return TpmDevice(device)
+    if tcp is not None:
+        return TpmTcp(*split_tcp(tcp, _DEFAULT_PORT))
+    if unix is not None:
+        return TpmUnix(unix)
     if "TCSD_USE_TCP_DEVICE" in os.environ:
         host = os.environ.get("TCSD_TCP_DEVICE_HOSTNAME", "localhost")
         port = os.environ.get("TCSD_TCP_DEVICE_PORT", str(_DEFAULT_PORT))

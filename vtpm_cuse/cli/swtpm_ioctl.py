@@ -10,14 +10,15 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.ioctl_commands import COMMANDS, Asked, Command
-from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
 from vtpm_cuse.cli.words.program import complain, run_program, version_text
-from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.cli.words.table import Example, Lenient, Option, Program, Term
 from vtpm_cuse.cli.words.targets import split_tcp
 from vtpm_cuse.errors import FrontendError, UsageError, WireError
 
 if TYPE_CHECKING:
+    from vtpm_cuse.cli.words.getopt import Given
     from vtpm_cuse.client.base import Control
 
 _DEFAULT_PORT: Final = 6546
@@ -38,8 +39,8 @@ PROGRAM: Final = Program(
         Option(
             "unix", "connect to a control channel on a Unix socket", metavar="PATH", group="Device"
         ),
-        Option("version", "display the version and exit"),
-        Option("help", "display this help and exit"),
+        Option("version", "display the version and exit", ends=True),
+        Option("help", "display this help and exit", ends=True),
     ),
     usage=("COMMAND DEVICE",),
     operands=(Term("DEVICE", "the character device, or one of the options for it"),),
@@ -59,6 +60,7 @@ PROGRAM: Final = Program(
     see_also=("swtpm(8)", "swtpm_cuse(8)", "swtpm_socket(8)", "swtpm_ioctls(3)"),
     banner=version_text("control tool "),
     long_only=True,
+    lenient=Lenient.UNKNOWN | Lenient.MISUSED,
 )
 
 
@@ -68,13 +70,21 @@ def main() -> int:
 
 
 def _run(words: list[str]) -> int:
-    line = _Line(words)
-    if line.answer:
-        print(line.answer, end="")
+    commands = _Commands()
+    line = CommandLine(PROGRAM, words, look_at=commands.look_at)
+    if line.has("version"):
+        print(PROGRAM.banner)
         return 0
-    command, asked = line.checked_command()
-    with _connect(line.targets) as tpm:
-        if line.spelled != command.word:
+    if line.has("help"):
+        print(help_text(PROGRAM), end="")
+        return 0
+    if commands.given is None:
+        raise UsageError("No valid command.")
+    if not line.operands and line.last_of("tpm-device", "tcp", "unix") is None:
+        raise UsageError("Error: Missing device name.")
+    command, spelled, asked = commands.given
+    with _connect(line) as tpm:
+        if spelled != command.word:
             print(help_text(PROGRAM), end="")
             return 1
         try:
@@ -86,69 +96,39 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-class _Line:
-    """The command line; complaints are printed as they arise."""
+class _Commands:
+    """The commands on a command line, of which there may be one."""
 
-    def __init__(self, words: list[str]) -> None:
-        self.answer = ""
-        self.targets: dict[str, str] = {}
-        self.spelled = ""
-        self._command: Command | None = None
-        self._asked = Asked()
-        self._words = Getopt(PROGRAM.name, words, PROGRAM.options, long_only=True)
-        for item in self._words:
-            match item:
-                case Complaint(text):
-                    complain(text)
-                case Operand(word):
-                    self.targets.setdefault("operand", word)
-                case (name, value, spelled):
-                    self._take(name, value or "", spelled)
-            if self.answer:
-                return
+    def __init__(self) -> None:
+        self.given: tuple[Command, str, Asked] | None = None
 
-    def checked_command(self) -> tuple[Command, Asked]:
-        """The command. Raises UsageError without one, or without a target."""
-        if self._command is None:
-            raise UsageError("No valid command.")
-        if not self.targets:
-            raise UsageError("Error: Missing device name.")
-        return self._command, self._asked
-
-    def _take(self, name: str, value: str, spelled: str) -> None:
-        if name == "version":
-            self.answer = version_text("control tool ") + "\n"
-        elif name == "help":
-            self.answer = help_text(PROGRAM)
-        elif name == "tcp":
-            split_tcp(value, _DEFAULT_PORT)
-            self.targets[name] = value
-        elif name in {"tpm-device", "unix"}:
-            self.targets[name] = value
-        else:
-            self._take_command(next(c for c in COMMANDS if c.option.name == name), value, spelled)
-
-    def _take_command(self, command: Command, value: str, spelled: str) -> None:
-        if self._command is not None:
+    def look_at(self, given: Given) -> None:
+        """Takes a command with its values; looks at a place to connect to. Raises UsageError."""
+        if given.name == "tcp":
+            split_tcp(given.value or "", _DEFAULT_PORT)
+        command = next((c for c in COMMANDS if c.option.name == given.name), None)
+        if command is None:
+            return
+        if self.given is not None:
             raise UsageError("Only one command may be given.")
-        file = self._words.take_word() if " " in command.option.metavar else ""
-        if file is None:
-            raise UsageError(f"Missing filename argument for --{command.option.name} option")
-        self._command, self.spelled = command, spelled
-        self._asked = Asked(value, command.read(value), file)
+        if " " in command.option.metavar and given.second is None:
+            raise UsageError(f"Missing filename argument for --{given.name} option")
+        value = given.value or ""
+        asked = Asked(value, command.read(value), given.second or "")
+        self.given = command, given.spelled, asked
 
 
-def _connect(targets: dict[str, str]) -> Control:
-    device = targets.get("tpm-device")
-    if device is None and "tcp" in targets:
+def _connect(line: CommandLine) -> Control:
+    device, tcp, unix = (line.value(name) for name in ("tpm-device", "tcp", "unix"))
+    if device is None and tcp is not None:
         from vtpm_cuse.client.channel import tcp_channel
 
-        return tcp_channel(*split_tcp(targets["tcp"], _DEFAULT_PORT))
-    if device is None and "unix" in targets:
+        return tcp_channel(*split_tcp(tcp, _DEFAULT_PORT))
+    if device is None and unix is not None:
         from vtpm_cuse.client.channel import unix_channel
 
-        return unix_channel(targets["unix"])
-    return _open_device(targets["operand"] if device is None else device)
+        return unix_channel(unix)
+    return _open_device(line.operands[0] if device is None else device)
 
 
 def _open_device(path: str) -> Control:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from vtpm_cuse.errors import PtmError
+from vtpm_cuse.errors import AnswerError
 from vtpm_cuse.wire import ptm
 from vtpm_cuse.wire.blob import BLOB_SIZE_MAX
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult
@@ -33,7 +33,7 @@ class Control(ABC):
     """A running vTPM.
 
     Every call raises OSError when the vTPM cannot be reached or gives no answer,
-    WireError when the answer is too short, and PtmError when the vTPM says no.
+    WireError when the answer is too short, and AnswerError when the vTPM says no.
     """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Control(ABC):
         """Any request; the answer is what `PTM_SPECS` says, with a result of 0."""
         answer = self._exchange(command, body)
         if result := getattr(answer, "result", 0):  # GET_CAPABILITY's answer has none
-            raise PtmError(result, f"TPM result from {command.name}: 0x{result:x}")
+            raise AnswerError(result, f"TPM result from {command.name}: 0x{result:x}")
         return answer
 
     def capability(self) -> int:
@@ -135,7 +135,7 @@ class Control(ABC):
             # totlength counts the NUL, which may not be asked for alone; an empty piece has no end.
             if len(text) >= piece.totlength - 1 or not piece.length:
                 return text.rstrip(b"\0").decode(errors="replace")
-        raise PtmError(PtmResult.TPM_FAIL, f"Text in more than {_PIECES_MAX} pieces")
+        raise AnswerError(PtmResult.TPM_FAIL, f"Text in more than {_PIECES_MAX} pieces")
 
     def lock_storage(self, retries: int) -> None:
         """Takes the lock on the state, trying again *retries* times, each after 10 ms."""
@@ -149,6 +149,8 @@ class Control(ABC):
 
 
 def check_size(what: str, size: int, most: int = BLOB_SIZE_MAX) -> None:
-    """Raises PtmError for an answer that no vTPM gives: all of it would be taken into memory."""
+    """Raises AnswerError for an answer that no vTPM gives: all of it would be taken into memory."""
     if size > most:
-        raise PtmError(PtmResult.TPM_FAIL, f"{what} of {size} bytes: no vTPM has more than {most}")
+        raise AnswerError(
+            PtmResult.TPM_FAIL, f"{what} of {size} bytes: no vTPM has more than {most}"
+        )

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_plain
+from vtpm_cuse.files import open_to_write
 from vtpm_cuse.wire.pcapng import Conversation, file_header
 
 if TYPE_CHECKING:
@@ -81,11 +81,10 @@ def _now() -> int:
 
 
 def _open(config: PcapConfig) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         if config.path is None:
             return os.dup(-1 if config.fd is None else config.fd)
-        return open_plain(config.path, flags | (os.O_TRUNC if config.truncate else 0), config.mode)
+        return open_to_write(config.path, config.mode, truncate=config.truncate)
     except OSError as exc:
         where = config.fd if config.path is None else config.path
         raise UsageError(f"Could not open {where} for the packet capture: {exc.strerror}") from exc

@@ -10,8 +10,9 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.ca.certificates import CertificateKind, kind_shown
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import read_small
 from vtpm_cuse.manufacture.plan import RsaKey
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.ca.localca import LocalCa
     from vtpm_cuse.manufacture.config import CertificateConfig, SetupConfig
     from vtpm_cuse.manufacture.plan import (
-        CertificateKind,
+        Certifier,
         EndorsementKey,
         Reporter,
         SetupPlan,
@@ -31,22 +32,6 @@ if TYPE_CHECKING:
 
 _USUAL_PLACES: Final = ("", "/usr/bin", "/usr/local/bin", "/usr/share/swtpm")
 _OUR_TOOL: Final = ("swtpm_localca", "swtpm-localca")
-
-
-class SetupCertifier(Protocol):
-    """Makes certificates (`manufacture.plan.Certifier`), and is closed at the end."""
-
-    def begin(self) -> None:
-        """Begins what takes long."""
-
-    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
-        """The certificate, as it goes into NV. Raises VtpmError."""
-
-    def cancel(self) -> None:
-        """Ends what runs. From any thread."""
-
-    def close(self) -> None:
-        """Gives everything up."""
 
 
 class LocalCertifier:
@@ -60,7 +45,7 @@ class LocalCertifier:
         self._canceled = False
 
     def begin(self) -> None:
-        """See `SetupCertifier`."""
+        """See `Certifier`."""
         with contextlib.suppress(RuntimeError):  # no thread to be had: `certify` does it
             self._opening.start()
 
@@ -72,21 +57,18 @@ class LocalCertifier:
             self._opening.join()
         if self._ca is None or self._failure is not None:
             raise self._failure or UsageError("There is no local CA")
-        from vtpm_cuse.ca import certificates, localca
-
-        order = localca.Order(
-            certificates.CertificateKind(kind),
+        request = self._ca.request(
+            kind,
             _public_key(key),
-            certificates.Maker(facts.manufacturer, facts.model, facts.version),
-            certificates.TpmSpecification(facts.family, facts.level, facts.revision),
-            vmid=self._config.vmid or "",
+            facts.maker,
+            facts.specification,
+            self._config.vmid or "",
             is_tpm2=self._plan.tpm2,
             allow_signing=self._plan.allow_signing,
             decryption=self._plan.allow_signing and self._plan.decryption,
         )
-        certificate = self._ca.issue(order)
-        what = "EK" if kind == "ek" else kind
-        self._say(f"Successfully created {what} certificate locally.")
+        certificate = self._ca.issue(request)
+        self._say(f"Successfully created {kind_shown(kind.value)} certificate locally.")
         return certificate
 
     def cancel(self) -> None:
@@ -96,7 +78,7 @@ class LocalCertifier:
             ca.give_up()
 
     def close(self) -> None:
-        """See `SetupCertifier`."""
+        """See `Certifier`."""
         if self._opening.ident is not None:
             self._opening.join()
 
@@ -139,7 +121,7 @@ class ToolCertifier:
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """See `SetupCertifier`: nothing."""
+        """See `Certifier`: nothing."""
 
     def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
         """The certificate that the program made. Raises UsageError."""
@@ -158,7 +140,7 @@ class ToolCertifier:
             raise UsageError(f"{self._tool} exit with status {self._process.returncode}: {text}")
         for line in said.decode(errors="replace").splitlines():
             self._report.line(f"{name}: {line}")
-        path = Path(self._directory, f"{kind}.cert")
+        path = Path(self._directory, f"{kind.value}.cert")
         try:
             certificate = read_small(str(path))
             path.unlink()
@@ -168,19 +150,19 @@ class ToolCertifier:
 
     def _words(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> list[str]:
         config = self._config
-        words = [self._tool, "--type", kind, "--ek", key.text, "--dir", self._directory]
+        words = [self._tool, "--type", kind.value, "--ek", key.text, "--dir", self._directory]
         for option, value in (("--logfile", config.logfile), ("--vmid", config.vmid)):
             if value is not None:
                 words += [option, value]
-        words += ["--tpm-spec-family", facts.family]
-        words += ["--tpm-spec-level", str(facts.level)]
-        words += ["--tpm-spec-revision", str(facts.revision)]
-        words += ["--tpm-manufacturer", facts.manufacturer]
-        words += ["--tpm-model", facts.model]
-        words += ["--tpm-version", facts.version]
+        words += ["--tpm-spec-family", facts.specification.family]
+        words += ["--tpm-spec-level", str(facts.specification.level)]
+        words += ["--tpm-spec-revision", str(facts.specification.revision)]
+        words += ["--tpm-manufacturer", facts.maker.manufacturer]
+        words += ["--tpm-model", facts.maker.model]
+        words += ["--tpm-version", facts.maker.version]
         if self._plan.tpm2:
             words.append("--tpm2")
-        if kind == "ek" and self._plan.allow_signing:
+        if kind is CertificateKind.EK and self._plan.allow_signing:
             words += ["--allow-signing", *(["--decryption"] if self._plan.decryption else [])]
         for option, value in (("--configfile", config.configfile), ("--optsfile", config.optsfile)):
             if value is not None:
@@ -188,16 +170,16 @@ class ToolCertifier:
         return words
 
     def cancel(self) -> None:
-        """See `SetupCertifier`."""
+        """See `Certifier`."""
         if self._process is not None:
             self._process.terminate()
 
     def close(self) -> None:
-        """See `SetupCertifier`."""
+        """See `Certifier`."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def make_certifier(config: SetupConfig, report: Reporter) -> SetupCertifier:
+def make_certifier(config: SetupConfig, report: Reporter) -> Certifier:
     """Whoever the configuration names. Raises VtpmError when it cannot work."""
     wanted = config.certificates
     if wanted.tool is None or is_local_ca(wanted.tool):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.ca import configfile
 from vtpm_cuse.ca.settings import CONFIG_NAME, OPTIONS_NAME, STATE_FOLDER, machine_maker
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import make_folders, write_output
+from vtpm_cuse.files import make_folder, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -107,8 +107,9 @@ def create_config_files(how: str) -> Iterator[str]:
                 if "skip-if-exist" in words:
                     return
                 raise UsageError(f"File {path} already exists. Refusing to overwrite.")
-    make_folders(directory, 0o700)  # as the specification of XDG_CONFIG_HOME wants it
-    make_folders(_ca_directory(directory), 0o750)
+    # As the specification of XDG_CONFIG_HOME wants it.
+    make_folder(directory, 0o700, umask=False)
+    make_folder(_ca_directory(directory), 0o750, umask=False)
     for path, text in texts.items():
         yield path
         write_output(path, text, 0o644)

@@ -9,17 +9,18 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
+from vtpm_cuse.ca.certificates import Maker, TpmSpecification
 from vtpm_cuse.engine.base import Tpm
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vtpm_cuse.ca.certificates import CertificateKind
+
 INFO_SPECIFICATION: Final = 0x01
 INFO_ATTRIBUTES: Final = 0x02
 INFO_ACTIVE_PROFILE: Final = 0x20
-
-CertificateKind = Literal["ek", "platform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,8 @@ EndorsementKey = RsaKey | EccKey
 class TpmFacts:
     """What the certificates say about the TPM's make, as the TPM says it."""
 
-    family: str
-    level: int
-    revision: int
-    manufacturer: str
-    model: str
-    version: str
+    maker: Maker
+    specification: TpmSpecification
 
     @classmethod
     def from_json(cls, text: str) -> TpmFacts:
@@ -117,12 +114,16 @@ class TpmFacts:
             info: dict[str, Mapping[str, str | int]] = json.loads(text)
             specification, attributes = info["TPMSpecification"], info["TPMAttributes"]
             return cls(
-                family=str(specification["family"]),
-                level=int(specification["level"]),
-                revision=int(specification["revision"]),
-                manufacturer=str(attributes["manufacturer"]),
-                model=str(attributes["model"]),
-                version=str(attributes["version"]),
+                Maker(
+                    str(attributes["manufacturer"]),
+                    str(attributes["model"]),
+                    str(attributes["version"]),
+                ),
+                TpmSpecification(
+                    str(specification["family"]),
+                    int(specification["level"]),
+                    int(specification["revision"]),
+                ),
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise UsageError("Could not get the TPM spec and attribute parameters.") from exc
@@ -151,8 +152,17 @@ class SetupTpm(Tpm, Protocol):
 class Certifier(Protocol):
     """Makes certificates."""
 
+    def begin(self) -> None:
+        """Begins what takes long."""
+
     def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
         """The certificate, as it goes into NV. Raises VtpmError."""
+
+    def cancel(self) -> None:
+        """Ends what runs. From any thread."""
+
+    def close(self) -> None:
+        """Gives everything up."""
 
 
 class Reporter(Protocol):

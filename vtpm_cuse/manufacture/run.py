@@ -20,9 +20,8 @@ from vtpm_cuse.manufacture.tpms import ChildTpm, EngineTpm
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.manufacture.certify import SetupCertifier
     from vtpm_cuse.manufacture.config import SetupConfig
-    from vtpm_cuse.manufacture.plan import Reporter, SetupTpm
+    from vtpm_cuse.manufacture.plan import Certifier, Reporter, SetupTpm
     from vtpm_cuse.manufacture.target import Target
 
 _FILE_MODE: Final = 0o640
@@ -40,7 +39,7 @@ def set_up(config: SetupConfig, target: Target, report: Reporter) -> None:
     reconfigure = config.existing is Existing.RECONFIGURE
     before = target.blobs() if reconfigure else {}
     with contextlib.ExitStack() as closing:
-        certifier: SetupCertifier | None = None
+        certifier: Certifier | None = None
         if config.plan.needs_certificates:
             certifier = make_certifier(config, report)
             closing.callback(certifier.close)
@@ -74,9 +73,7 @@ def _make_tpm(config: SetupConfig, before: dict[str, bytes]) -> SetupTpm:
     return ConfinedTpm(config, before) if before else EngineTpm(config, before)
 
 
-def _interruptible(
-    work: Callable[[], None], tpm: SetupTpm, certifier: SetupCertifier | None
-) -> None:
+def _interruptible(work: Callable[[], None], tpm: SetupTpm, certifier: Certifier | None) -> None:
     """Calls *work* in a thread: a signal is seen at once here, and ends what libtpms is at.
 
     What the signal is to raise is raised when the thread has ended: whoever clears up must not

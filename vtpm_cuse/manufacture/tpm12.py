@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.ca.certificates import CertificateKind, bare_certificate
 from vtpm_cuse.errors import UsageError, WireError
 from vtpm_cuse.manufacture.plan import RsaKey, find_facts
 from vtpm_cuse.wire import tpm12
@@ -117,12 +118,12 @@ class Tpm12Setup:
         """All certificates are there before any is stored."""
         facts = find_facts(self._tpm)
         self._report.step("Creating certificates")
-        certificate = certifier.certify("ek", key, facts)
-        platform = (
-            certifier.certify("platform", key, facts) if self._plan.platform_certificate else b""
-        )
+        certificate = certifier.certify(CertificateKind.EK, key, facts)
+        platform = b""
+        if self._plan.platform_certificate:
+            platform = certifier.certify(CertificateKind.PLATFORM, key, facts)
         self._store(_EK_CERTIFICATE_INDEX, certificate)
-        self.certificates[_FILE_NAME] = tpm12.bare_certificate(certificate)
+        self.certificates[_FILE_NAME] = bare_certificate(certificate)
         self._report.line("Successfully created NVRAM area for EK certificate.")
         if platform:
             self._store(_PLATFORM_CERTIFICATE_INDEX, platform)

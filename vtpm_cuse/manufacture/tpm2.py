@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from vtpm_cuse.ca.certificates import CertificateKind
 from vtpm_cuse.errors import UsageError, WireError
 from vtpm_cuse.manufacture.plan import (
     INFO_ACTIVE_PROFILE,
@@ -223,7 +224,7 @@ class Tpm2Setup:
         key = _endorsement_key(public)
         if plan.ek_certificate and self._certifier is not None:
             report.step(f"Creating the certificate of the {place.name} endorsement key")
-            certificate = self._certifier.certify("ek", key, find_facts(self._tpm))
+            certificate = self._certifier.certify(CertificateKind.EK, key, find_facts(self._tpm))
             index = place.certificate_index
             self._store(index, certificate)
             self.certificates[place.file_name] = certificate
@@ -232,7 +233,9 @@ class Tpm2Setup:
             )
         if platform and plan.platform_certificate and self._certifier is not None:
             report.step("Creating the platform certificate")
-            certificate = self._certifier.certify("platform", key, find_facts(self._tpm))
+            certificate = self._certifier.certify(
+                CertificateKind.PLATFORM, key, find_facts(self._tpm)
+            )
             index = _PLATFORM_CERTIFICATE_INDEX
             self._store(index, certificate)
             report.line(f"Successfully created NVRAM area 0x{index:x} for platform certificate.")

@@ -12,7 +12,14 @@ import tempfile
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.config import VtpmConfig
-from vtpm_cuse.errors import PtmError, StateMissing, UsageError, VtpmError, WireError
+from vtpm_cuse.errors import (
+    AnswerError,
+    StateMissing,
+    TpmUnavailable,
+    UsageError,
+    VtpmError,
+    WireError,
+)
 from vtpm_cuse.manufacture.programs import start_program
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.locations import parse
@@ -54,7 +61,7 @@ class EngineTpm:
         """Powers the TPM on. Raises UsageError; the reason is in the log."""
         try:
             self._vtpm.start()
-        except PtmError as exc:
+        except TpmUnavailable as exc:
             version = "2" if self._vtpm.tpm2 else "1.2"
             raise UsageError(f"Could not start the TPM {version}.") from exc
         self._vtpm.startup(self._kind)
@@ -167,7 +174,7 @@ class ChildTpm:
             return self._control.info(flags)
         except OSError as exc:
             raise UsageError(f"Could not talk to swtpm: {exc.strerror or exc}") from exc
-        except PtmError:
+        except AnswerError:
             return "{}"  # an old emulator knows fewer flags
 
     def cancel(self) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from vtpm_cuse.engine.callbacks import uninterrupted
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
-from vtpm_cuse.errors import PtmError, UsageError
+from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.memory import MemoryStore
@@ -136,7 +136,7 @@ def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:
     """Starts the TPM if the flags say so; returns False when there is nothing to serve.
 
     Raises:
-        PtmError: The TPM could not be started.
+        TpmUnavailable: The TPM could not be started.
     """
     kind = config.startup.startup
     if kind == "deactivated" and config.tpm2:
@@ -148,5 +148,5 @@ def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:
             with uninterrupted():
                 vtpm.startup(_STARTUP_KINDS[config.tpm2][kind])
         if vtpm.state_lost:
-            raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
+            raise TpmUnavailable(PtmResult.TPM_FAIL, "The state is another process'")
     return True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
 from vtpm_cuse.config import Exits
-from vtpm_cuse.errors import FrontendError, PtmError, UsageError, VtpmError
+from vtpm_cuse.errors import FrontendError, TpmUnavailable, UsageError, VtpmError
 from vtpm_cuse.files import check_private, make_folder
 from vtpm_cuse.service.process import notify
 from vtpm_cuse.service.process.daemon import run_in_background
@@ -208,8 +208,8 @@ class _Life:
                 self._interface.load()
                 trio.run(self._serve, vtpm, ready)
                 if vtpm.state_lost:  # PEER: ends with status 0
-                    raise PtmError(PtmResult.TPM_FAIL, "The state is another process'")
-        except PtmError:  # said by the vTPM itself
+                    raise TpmUnavailable(PtmResult.TPM_FAIL, "The state is another process'")
+        except TpmUnavailable:
             return self._interface.exits.start
         except VtpmError as exc:
             log.error("%s", exc)

@@ -15,7 +15,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.errors import PtmError, StateDamaged, StateLocked, StateMissing, StorageError
+from vtpm_cuse.errors import BlobError, StateDamaged, StateLocked, StateMissing, StorageError
 from vtpm_cuse.files import flush_folder
 from vtpm_cuse.storage.base import (
     BACKUP_SUFFIX,
@@ -474,7 +474,7 @@ class DirectoryStore:
         """Whether the file is there and its header fits. Raises StorageError."""
         try:
             split_header_untrusted(self._load(file_name))
-        except (PtmError, StateMissing, StateDamaged):
+        except (BlobError, StateMissing, StateDamaged):
             return False
         return True
 

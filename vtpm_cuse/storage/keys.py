@@ -14,8 +14,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.errors import PtmError, UsageError
-from vtpm_cuse.files import open_plain
+from vtpm_cuse.errors import BlobError, UsageError
+from vtpm_cuse.files import open_to_read
 from vtpm_cuse.wire.blob import BlobTag, find_tlv_untrusted, tlv
 from vtpm_cuse.wire.ptm import PtmResult
 
@@ -67,45 +67,45 @@ class Key:
         """What `seal` was given. The HMAC is checked before anything is decrypted.
 
         Raises:
-            PtmError: TPM_FAIL without its elements, TPM_DECRYPT_ERROR for a wrong key or damage.
+            BlobError: TPM_FAIL without its elements, TPM_DECRYPT_ERROR for a wrong key or damage.
         """
         ciphertext = find_tlv_untrusted(stream, data_tag)
         digest = find_tlv_untrusted(stream, BlobTag.HMAC)
         if ciphertext is None or digest is None or len(digest) < _HMAC_SIZE:
             reason = f"Could not find HMAC or encrypted data (tag {data_tag}) in byte stream."
-            raise PtmError(PtmResult.TPM_FAIL, reason)
+            raise BlobError(PtmResult.TPM_FAIL, reason)
         iv = find_tlv_untrusted(stream, iv_tag)  # absent in old blobs: zeros, not authenticated
         if not hmac.compare_digest(digest[:_HMAC_SIZE], self._digest(ciphertext + (iv or b""))):
             reason = "Verification of HMAC failed. Data integrity is compromised"
-            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, reason)
+            raise BlobError(PtmResult.TPM_DECRYPT_ERROR, reason)
         if iv is not None and len(iv) != len(self.secret):
-            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, f"IV has {len(iv)} bytes")
+            raise BlobError(PtmResult.TPM_DECRYPT_ERROR, f"IV has {len(iv)} bytes")
         if iv is None and stream != tlv(data_tag, ciphertext) + tlv(BlobTag.HMAC, digest):
             # Whoever wrote blobs without an IV wrote just this; an IV under another tag is no IV.
-            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The blob has no IV, but something else")
+            raise BlobError(PtmResult.TPM_DECRYPT_ERROR, "The blob has no IV, but something else")
         return self._decrypt(ciphertext, iv or bytes(_BLOCK))
 
     def unseal_version_1_untrusted(self, body: bytes) -> bytes:
-        """The oldest form: no IV, no HMAC, a SHA-256 of the data before them. Raises PtmError.
+        """The oldest form: no IV, no HMAC, a SHA-256 of the data before them. Raises BlobError.
 
         PEER: says whether padding or checksum is wrong, by which who may try often can decrypt.
         """
-        with contextlib.suppress(PtmError):
+        with contextlib.suppress(BlobError):
             plain = self._decrypt(body, bytes(_BLOCK))
             digest, data = plain[:_HMAC_SIZE], plain[_HMAC_SIZE:]
             if hmac.compare_digest(digest, hashlib.sha256(data).digest()):
                 return data
-        raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The decrypted data is no state of a TPM")
+        raise BlobError(PtmResult.TPM_DECRYPT_ERROR, "The decrypted data is no state of a TPM")
 
     def _decrypt(self, ciphertext: bytes, iv: bytes) -> bytes:
         size = len(self.secret)
         if len(ciphertext) < size or len(ciphertext) % _BLOCK:
-            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The ciphertext is too short")
+            raise BlobError(PtmResult.TPM_DECRYPT_ERROR, "The ciphertext is too short")
         decryptor = self._cipher(iv).decryptor()
         plain = decryptor.update(ciphertext) + decryptor.finalize()
         pad = plain[-1]
         if not 1 <= pad <= size or plain[-pad:] != bytes([pad]) * pad:
-            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The padding of the decrypted data is bad")
+            raise BlobError(PtmResult.TPM_DECRYPT_ERROR, "The padding of the decrypted data is bad")
         return plain[:-pad]
 
     def _digest(self, data: bytes) -> bytes:
@@ -179,7 +179,7 @@ def _credential_path(name: str) -> str:
 def _read(path: str | None, fd: int | None, limit: int, what: str) -> bytes:
     """To the end of the file: a pipe may deliver in pieces."""
     try:
-        source = fd or 0 if path is None else open_plain(path, os.O_RDONLY)
+        source = fd or 0 if path is None else open_to_read(path, streams=True)
         with open(source, "rb") as file:
             data = file.read(limit + 1)
     except OSError as exc:

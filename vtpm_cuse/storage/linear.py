@@ -15,7 +15,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import (
-    PtmError,
+    BlobError,
     StateDamaged,
     StateLocked,
     StateMissing,
@@ -339,7 +339,7 @@ class LinearStore:
             return EMPTY_TABLE
         try:
             table = unpack_header_untrusted(header, size)
-        except PtmError as exc:
+        except BlobError as exc:
             raise self._damaged(exc.reason) from exc
         self._checked = header, size, table
         return table

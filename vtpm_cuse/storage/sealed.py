@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import PtmError, StateDamaged, StateKeyRejected
+from vtpm_cuse.errors import BlobError, StateDamaged, StateKeyRejected
 from vtpm_cuse.storage.reserve import Reserve
 from vtpm_cuse.wire.blob import (
     BlobFlag,
@@ -84,7 +84,7 @@ class SealedStore:
             payload = self._open_inner(
                 name, body, BlobFlag(header.flags), self._key, header.version
             )
-        except PtmError as exc:
+        except BlobError as exc:
             keys_fault = exc.result in _KEY_RESULTS or _is_other_way(body, self._key)
             kind = StateKeyRejected if keys_fault else StateDamaged
             raise kind(self.blobs.where(name), exc.reason, exc.result) from exc
@@ -122,7 +122,7 @@ class SealedStore:
         """Unwraps what `to_migration` or the C suite made; empty for a bare header.
 
         Raises:
-            PtmError: With the C suite's result code.
+            BlobError: With the C suite's result code.
         """
         header, body = split_header_untrusted(blob)
         if not body:
@@ -135,8 +135,8 @@ class SealedStore:
                 key = _need(self._key, "state", name)
             inner = self._open_outer(name, body, flags, header.version)
             return self._open_inner(name, inner, flags, key, header.version)
-        except PtmError as exc:
-            raise PtmError(exc.result, f"{name}: {exc.reason}") from exc
+        except BlobError as exc:
+            raise BlobError(exc.result, f"{name}: {exc.reason}") from exc
 
     def _open_outer(self, name: str, body: bytes, flags: BlobFlag, version: int) -> bytes:
         if flags & BlobFlag.MIGRATION_ENCRYPTED:
@@ -150,7 +150,7 @@ class SealedStore:
             return body
         inner = find_tlv_untrusted(body, BlobTag.MIGRATION_DATA)
         if inner is None:
-            raise PtmError(PtmResult.TPM_FAIL, "Could not find migration data in byte stream.")
+            raise BlobError(PtmResult.TPM_FAIL, "Could not find migration data in byte stream.")
         return inner
 
     # -- the layer both share -------------------------------------------------------------
@@ -170,19 +170,19 @@ class SealedStore:
             if key is not None:
                 return key.unseal_version_1_untrusted(stream)
             if flags & BlobFlag.ENCRYPTED:  # PEER: gives libtpms what is encrypted
-                raise PtmError(PtmResult.TPM_KEYNOTFOUND, "The data is encrypted.")
+                raise BlobError(PtmResult.TPM_KEYNOTFOUND, "The data is encrypted.")
             return stream
         if key is None:
             payload = find_tlv_untrusted(stream, BlobTag.DATA)
             if payload is None:
-                raise PtmError(PtmResult.TPM_FAIL, "Could not find plain data in byte stream.")
+                raise BlobError(PtmResult.TPM_FAIL, "Could not find plain data in byte stream.")
             return payload
         if flags & BlobFlag.ENCRYPTED:
             _check_size(key, flags & BlobFlag.KEY_256BIT)
         payload = key.unseal_untrusted(BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA, stream)
         if find_tlv_untrusted(stream, BlobTag.IV_DATA) is None and not is_payload(name, payload):
             # The same HMAC fits a blob whose IV somebody moved to the end of the ciphertext.
-            raise PtmError(PtmResult.TPM_DECRYPT_ERROR, "The decrypted data is no state of a TPM")
+            raise BlobError(PtmResult.TPM_DECRYPT_ERROR, "The decrypted data is no state of a TPM")
         return payload
 
 
@@ -194,7 +194,7 @@ def _is_other_way(stream: bytes, key: Key | None) -> bool:
 
 def _need(key: Key | None, kind: str, name: str) -> Key:
     if key is None:
-        raise PtmError(PtmResult.TPM_KEYNOTFOUND, f"Missing {kind} key to decrypt {name}")
+        raise BlobError(PtmResult.TPM_KEYNOTFOUND, f"Missing {kind} key to decrypt {name}")
     return key
 
 
@@ -202,4 +202,4 @@ def _check_size(key: Key, needs_256: int) -> None:
     if key.is_256bit != bool(needs_256):
         bits = 256 if needs_256 else 128
         reason = f"Wrong decryption key. Need {bits} bit key."
-        raise PtmError(PtmResult.TPM_BAD_KEY_PROPERTY, reason)
+        raise BlobError(PtmResult.TPM_BAD_KEY_PROPERTY, reason)

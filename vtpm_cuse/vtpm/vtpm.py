@@ -23,6 +23,7 @@ from vtpm_cuse.errors import (
     StateKeyRejected,
     StateLocked,
     StorageError,
+    TpmUnavailable,
     VtpmError,
 )
 from vtpm_cuse.storage.base import left_over
@@ -133,7 +134,7 @@ class Vtpm:
         """Starts the TPM, or resets it; makes a new one only where no state exists.
 
         Raises:
-            PtmError: With the result that PTM_INIT answers; the TPM is stopped.
+            TpmUnavailable: With the result that PTM_INIT answers; the TPM is stopped.
         """
         if self.running:
             with contextlib.suppress(PtmError):
@@ -145,7 +146,7 @@ class Vtpm:
         except VtpmError as exc:
             self._engine.stop()
             log.error("Error: Could not initialize the TPM: %s", exc)
-            raise PtmError(faults.tpm_result(exc), str(exc)) from exc
+            raise TpmUnavailable(faults.tpm_result(exc), str(exc)) from exc
 
     def _start(self, delete_volatile: bool) -> None:
         store = self.need_store()
@@ -551,7 +552,7 @@ class Vtpm:
         The order is permanent, volatile, savestate. Nothing is written before the start.
 
         Raises:
-            VtpmError: PtmError, StorageError, EngineError; all blobs given before are dropped.
+            VtpmError: PtmError, BlobError, StorageError, EngineError; all blobs given before are dropped.
         """
         state = self._state_type(kind, PtmResult.TPM_BAD_PARAMETER)
         store = self.need_store()

@@ -1,14 +1,14 @@
 """State blobs as the C suite writes them to files and hands them over in migrations.
 
 A blob is a 10-byte header, then TLV elements (version 2) or the bare payload
-(version 1). All integers are big-endian. Checks that fail raise PtmError with
+(version 1). All integers are big-endian. Checks that fail raise BlobError with
 the C suite's result code.
 """
 
 from enum import IntEnum, IntFlag
 from typing import Final
 
-from vtpm_cuse.errors import PtmError
+from vtpm_cuse.errors import BlobError
 from vtpm_cuse.wire.layout import BIG, U8, U16, U32, WireStruct, wire
 from vtpm_cuse.wire.ptm import PtmResult
 
@@ -101,27 +101,27 @@ def with_header(flags: BlobFlag, body: bytes) -> bytes:
 
 
 def split_header_untrusted(blob: bytes) -> tuple[BlobHeader, bytes]:
-    """Checks the header; returns it and the body. Raises PtmError."""
+    """Checks the header; returns it and the body. Raises BlobError."""
     if len(blob) < BlobHeader.SIZE:
-        raise PtmError(
+        raise BlobError(
             PtmResult.TPM_BAD_PARAMETER, f"not enough bytes for the blob header: {len(blob)}"
         )
     header = BlobHeader.unpack_untrusted(blob, BIG)
     if header.total_size != len(blob):
-        raise PtmError(
+        raise BlobError(
             PtmResult.TPM_BAD_PARAMETER,
             f"blob header says {header.total_size} bytes, {len(blob)} are there",
         )
     if header.min_version > BLOB_VERSION:
-        raise PtmError(
+        raise BlobError(
             PtmResult.TPM_BAD_VERSION,
             f"blob needs format version {header.min_version}, only {BLOB_VERSION} is understood",
         )
     if header.header_size != BlobHeader.SIZE:
-        raise PtmError(
+        raise BlobError(
             PtmResult.TPM_BAD_DATASIZE,
             f"blob header size is {header.header_size} instead of {BlobHeader.SIZE}",
         )
     if header.version not in {1, BLOB_VERSION}:
-        raise PtmError(PtmResult.TPM_FAIL, f"blob has unknown format version {header.version}")
+        raise BlobError(PtmResult.TPM_FAIL, f"blob has unknown format version {header.version}")
     return header, blob[BlobHeader.SIZE :]

@@ -12,7 +12,7 @@ a write which is cut off cannot reach the neighbours.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from vtpm_cuse.errors import PtmError
+from vtpm_cuse.errors import BlobError
 from vtpm_cuse.wire.blob import BLOB_SIZE_MAX
 from vtpm_cuse.wire.layout import LITTLE, U8, U16, U32, U64, WireStruct, wire
 from vtpm_cuse.wire.ptm import PtmResult
@@ -81,7 +81,7 @@ def unpack_header_untrusted(header: bytes, size: int) -> Table:
     """Checks every offset and length against *size*, the bytes of the whole file, before use.
 
     Raises:
-        PtmError: TPM_FAIL; the reason says which check failed.
+        BlobError: TPM_FAIL; the reason says which check failed.
     """
     if len(header) < LINEAR_HEADER_SIZE:
         raise _failure(f"has {len(header)} bytes of a header of {LINEAR_HEADER_SIZE}")
@@ -162,5 +162,5 @@ def _used(sections: Iterable[LinearSection]) -> list[LinearSection]:
     return sorted((one for one in sections if one.used), key=lambda one: one.offset)
 
 
-def _failure(reason: str) -> PtmError:
-    return PtmError(PtmResult.TPM_FAIL, reason)
+def _failure(reason: str) -> BlobError:
+    return BlobError(PtmResult.TPM_FAIL, reason)

@@ -228,29 +228,6 @@ def read_permanent_flags_untrusted(body: bytes) -> PermanentFlags:
     return PermanentFlags.read(Reader(flags, "TPM_PERMANENT_FLAGS"))
 
 
-TPM_TAG_PCCLIENT_STORED_CERT: Final = 0x1001
-TPM_TAG_PCCLIENT_FULL_CERT: Final = 0x1002
-
-
-@marshalled
-class StoredCertificate(TpmStruct):
-    """A certificate as it lies in NV (TCG PC Client Specific Implementation, 7.4.5)."""
-
-    tag: U16
-    certType: U8
-    cert: Sized16
-
-
-def bare_certificate(stored: bytes) -> bytes:
-    """The X.509 certificate in a `StoredCertificate`; other bytes stay as they are."""
-    try:
-        found = StoredCertificate.unpack_untrusted(stored)
-    except WireError:
-        return stored
-    full = TPM_TAG_PCCLIENT_FULL_CERT.to_bytes(2, "big")
-    return found.cert.removeprefix(full) if found.tag == TPM_TAG_PCCLIENT_STORED_CERT else stored
-
-
 def command(
     ordinal: TpmOrdinal, parameters: TpmStruct | None = None, auth: Authorization1 | None = None
 ) -> bytes:

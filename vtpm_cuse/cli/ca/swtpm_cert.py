@@ -145,7 +145,7 @@ def _run(words: list[str]) -> int:
 def _certify(line: CommandLine) -> None:
     from datetime import UTC, datetime
 
-    from vtpm_cuse.ca.certificates import Validity, tcg_header, tpm_certificate
+    from vtpm_cuse.ca.certificates import Validity, stored_form, tpm_certificate
 
     secrecy.hide_process()  # before keys and passwords are in memory
     request = _request(line)
@@ -158,7 +158,7 @@ def _certify(line: CommandLine) -> None:
 
         certificate = pem_certificate(certificate)
     elif line.has("add-header"):
-        certificate = tcg_header(certificate) + certificate
+        certificate = stored_form(certificate)
     _write(line.value("out-cert"), certificate)
 
 

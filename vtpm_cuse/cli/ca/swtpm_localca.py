@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
+from vtpm_cuse.ca.certificates import CertificateKind, kind_shown
 from vtpm_cuse.cli.ca import options as common
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
@@ -18,10 +19,9 @@ from vtpm_cuse.errors import CertificateError, UsageError, VtpmError
 from vtpm_cuse.service.confine import secrecy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from vtpm_cuse.ca.certificates import CertificateRequest
     from vtpm_cuse.ca.keys import PublicKey
-    from vtpm_cuse.ca.localca import Order
+    from vtpm_cuse.ca.localca import LocalCa
 
 _KINDS: Final = ("ek", "platform")
 _POINT: Final = re.compile(r"x=([^,]*),y=([^,]*)(?:,id=([^,]*))?")
@@ -100,7 +100,7 @@ def _run(words: list[str]) -> int:
     try:
         _issue(line, report)
     except (VtpmError, OSError) as exc:
-        report.error(f"Could not create {_shown(line.value('type') or '')} certificate locally")
+        report.error(f"Could not create {kind_shown(line.value('type') or '')} certificate locally")
         report.error(str(exc))
         return faults.exit_status(exc)
     return 0
@@ -111,30 +111,22 @@ def _issue(line: CommandLine, report: SetupReport) -> None:
     from vtpm_cuse.files import write_output
 
     ca = LocalCa.from_files(line.value("configfile"), line.value("optsfile"), report.line)
-    order = _order(line, ca.tpm)
+    request = _request(line, ca)
     folder = line.value("dir") or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"There is no folder {folder} that can be written to", hint="see --dir")
-    path = os.path.join(folder, f"{order.kind.value}.cert")
-    certificate = ca.issue(order)
+    path = os.path.join(folder, f"{request.kind.value}.cert")
+    certificate = ca.issue(request)
     try:
         write_output(path, certificate, 0o600)
     except OSError as exc:
         raise CertificateError(path, exc.strerror or str(exc)) from exc
-    done = f"Successfully created {_shown(order.kind.value)} certificate locally."
+    done = f"Successfully created {kind_shown(request.kind.value)} certificate locally."
     report.line(done)
     report.done(done)
 
 
-def _shown(kind: str) -> str:
-    return "EK" if kind == "ek" else kind
-
-
-def _order(line: CommandLine, tpm: Mapping[str, str]) -> Order:
-    """The order; *tpm* is what the CA's options say of TPMs. Raises UsageError."""
-    from vtpm_cuse.ca.certificates import CertificateKind
-    from vtpm_cuse.ca.localca import Order
-
+def _request(line: CommandLine, ca: LocalCa) -> CertificateRequest:
     word = line.value("type")
     if word not in _KINDS:
         # PEER: takes any other word for an EK and fails later, speaking of a platform.
@@ -143,15 +135,15 @@ def _order(line: CommandLine, tpm: Mapping[str, str]) -> Order:
     key = line.value(line.last_of("ek", "key") or "ek")
     if key is None:
         raise UsageError("The TPM's key is required.", hint="see --ek")
-    return Order(
+    return ca.request(
         kind,
         _public_key(key),
-        common.required_tpm(line, tpm),
-        common.required_specification(line, tpm) if kind is CertificateKind.EK else None,
+        common.required_tpm(line, ca.tpm),
+        common.required_specification(line, ca.tpm) if kind is CertificateKind.EK else None,
         common.readable(line.value("vmid") or "", "--vmid"),
-        line.has("tpm2"),
-        line.has("allow-signing"),
-        line.has("decryption"),
+        is_tpm2=line.has("tpm2"),
+        allow_signing=line.has("allow-signing"),
+        decryption=line.has("decryption"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm_cuse import PEER_VERSION
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.config import Exits
-from vtpm_cuse.errors import PtmError, UsageError
+from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.confine.privileges import become
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str
             rules.load()
         vtpm.start()
         return vtpm.info(flags) + "\n"
-    except PtmError:  # said by the vTPM itself
+    except TpmUnavailable:
         return None
     finally:
         vtpm.close()

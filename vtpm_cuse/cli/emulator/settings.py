@@ -30,7 +30,7 @@ from vtpm_cuse.config import (
     VtpmConfig,
 )
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_plain
+from vtpm_cuse.files import open_to_read
 from vtpm_cuse.storage.locations import absolute
 
 if TYPE_CHECKING:
@@ -556,7 +556,7 @@ def _profile_text(line: CommandLine, given: SubValues) -> str | None:
     if source is None:
         return given.text("profile")
     try:
-        with open(source if path is None else open_plain(path, os.O_RDONLY), "rb") as file:
+        with open(source if path is None else open_to_read(path, streams=True), "rb") as file:
             return file.read(_PROFILE_LIMIT).decode().strip()
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)

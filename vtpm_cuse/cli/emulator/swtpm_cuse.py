@@ -10,7 +10,7 @@ from vtpm_cuse.cli.emulator import prints, settings
 from vtpm_cuse.cli.emulator.options import options_of
 from vtpm_cuse.cli.emulator.run import run_emulator
 from vtpm_cuse.cli.words.commandline import CuseExit
-from vtpm_cuse.cli.words.table import Example, Interface, Program, Term
+from vtpm_cuse.cli.words.table import Example, Interface, Lenient, Program, Term
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ PROGRAM: Final = Program(
         Term("/var/lib/vtpm-cuse/NAME", "Its state, if no other place is named."),
     ),
     see_also=("swtpm(8)", "swtpm_ioctl(8)", "swtpm_ioctls(3)"),
-    lenient=True,
+    lenient=Lenient.UNKNOWN,
     bad_number=CuseExit.BAD_VALUE,
     bad_value=CuseExit.BAD_SUBOPTION,
     no_user=CuseExit.NO_USER,

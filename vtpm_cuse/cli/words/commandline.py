@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 from vtpm_cuse.cli.words import suboptions
 from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
+from vtpm_cuse.cli.words.help import help_text
 from vtpm_cuse.cli.words.numbers import number
 from vtpm_cuse.cli.words.program import complain
+from vtpm_cuse.cli.words.table import Lenient
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from vtpm_cuse.cli.words.getopt import Given
     from vtpm_cuse.cli.words.suboptions import SubValues
     from vtpm_cuse.cli.words.table import Option, Program
 
@@ -31,13 +34,24 @@ class CuseExit(IntEnum):
 class CommandLine:
     """What was given on a command line; sub-options are read when asked for."""
 
-    def __init__(self, program: Program, words: Sequence[str], name: str = "") -> None:
-        """Reads *words*; *name* is how the program was called, if by another name.
+    def __init__(
+        self,
+        program: Program,
+        words: Sequence[str],
+        name: str = "",
+        look_at: Callable[[Given], None] = lambda _: None,
+    ) -> None:
+        """Reads *words*.
+
+        Args:
+            program: Its table; it says, too, what is left out of account (`Lenient`).
+            words: What follows the program's name.
+            name: How the program was called, if by another name.
+            look_at: Is given each option as it is read; what it raises ends the reading.
 
         Raises:
             UsageError: An option lacks its value, is ambiguous or not available yet, or a word
-                is no option. A lenient program complains about an unknown option on standard
-                error and ignores it.
+                is no option.
         """
         self.program, self._name = program, name or program.name
         self._table = {option.name: option for option in program.options}
@@ -53,9 +67,14 @@ class CommandLine:
             elif isinstance(item, Complaint):
                 self._complain(item)
             else:
-                self._take(self._table[item.name], item.value or "")
+                option = self._table[item.name]
+                self._take(option, item.value or "")
+                look_at(item)
+                if option.ends:
+                    break
         # Help is given whatever else was said.
-        if self.operands and not (program.operands or self.has("help") or self.has("version")):
+        takes_operands = program.operands or Lenient.OPERANDS in program.lenient
+        if self.operands and not (takes_operands or self.has("help") or self.has("version")):
             raise UsageError(f"Unknown parameter '{self.operands[0]}'")
 
     def knows(self, name: str) -> bool:
@@ -125,6 +144,9 @@ class CommandLine:
     def _complain(self, complaint: Complaint) -> None:
         # PEER: CUSE goes on after every complaint. We do after an unknown option, which may be one
         # of a later version, but an option that lacks its value would be dropped unnoticed.
+        if self.program.shows_help:
+            print(help_text(self.program, self._name), end="")
+            raise UsageError(complaint.text)
         complain(complaint.text)
-        if not (self.program.lenient and complaint.unknown):
+        if (Lenient.UNKNOWN if complaint.unknown else Lenient.MISUSED) not in self.program.lenient:
             raise UsageError(f"Try '{self._name} --help' for the options")

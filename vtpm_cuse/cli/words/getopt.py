@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
 
 class Given(NamedTuple):
-    """An option on the command line; *spelled* is the word as typed, without a value."""
+    """An option on the command line.
+
+    Attributes:
+        name: Its long name.
+        value: Its value, if it has one.
+        spelled: The word as typed, without a value.
+        second: The second value of an option that takes two, if there is one.
+    """
 
     name: str
     value: str | None
     spelled: str
+    second: str | None = None
 
 
 class Complaint(NamedTuple):
@@ -74,8 +82,8 @@ class Getopt:
             else:
                 yield from self._letters(word[1:])
 
-    def take_word(self) -> str | None:
-        """Takes the next word as a value of the present option, if it is no option."""
+    def _take_word(self) -> str | None:
+        """The next word, if it is no option."""
         if not self._words or self._words[0].startswith("-"):
             return None
         return self._words.popleft()
@@ -96,12 +104,16 @@ class Getopt:
                 return self._complaint(f"option '{dashes}{option.name}' doesn't allow an argument")
             return Given(option.name, None, word)
         if equals:
-            return Given(option.name, value, dashes + name)
+            return self._given(option, value, dashes + name)
         if option.optional_value:
-            return Given(option.name, self.take_word(), dashes + name)
+            return Given(option.name, self._take_word(), dashes + name)
         if not self._words:
             return self._complaint(f"option '{dashes}{option.name}' requires an argument")
-        return Given(option.name, self._words.popleft(), dashes + name)
+        return self._given(option, self._words.popleft(), dashes + name)
+
+    def _given(self, option: Option, value: str, spelled: str) -> Given:
+        second = self._take_word() if " " in option.metavar else None
+        return Given(option.name, value, spelled, second)
 
     def _letters(self, cluster: str) -> Iterator[Given | Complaint]:
         for place, letter in enumerate(cluster, start=1):

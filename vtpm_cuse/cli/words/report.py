@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.words.program import complain, inform
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_log
+from vtpm_cuse.files import open_to_write
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -84,7 +84,7 @@ class SetupReport:
 
 def _open(path: str) -> int:
     try:
-        return open_log(path, _MODE)
+        return open_to_write(path, _MODE, umask=False)
     except OSError as exc:
         if exc.errno == errno.ELOOP and os.path.islink(path):
             raise UsageError("Logfile must not be a symlink.") from exc

@@ -9,7 +9,7 @@ Named tuples and not dataclasses: those cost a small tool half of its start.
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, Flag, auto
 from typing import NamedTuple
 
 
@@ -32,6 +32,15 @@ class Interface(Enum):
     CHARDEV = "chardev"
     CUSE = "cuse"
     FUSE = "fuse"
+
+
+class Lenient(Flag):
+    """What a program leaves out of account: of options it says so, of operands it does not."""
+
+    NOTHING = 0
+    UNKNOWN = auto()  # an option that is none
+    MISUSED = auto()  # an option that is ambiguous, or without its value
+    OPERANDS = auto()
 
 
 class SubOption(NamedTuple):
@@ -73,6 +82,7 @@ class Option(NamedTuple):
         group: Headline in the help screen; options of a group stand together in the table.
         more: What only the man page says, in sentences.
         interfaces: In the emulator's table, where the option exists; everywhere by default.
+        ends: No word behind it counts.
         available: False while it is not built: refused, and left out of help and manual.
     """
 
@@ -90,6 +100,7 @@ class Option(NamedTuple):
     group: str = "Options"
     more: str = ""
     interfaces: frozenset[Interface] = frozenset(Interface)
+    ends: bool = False
     available: bool = True
 
     @property
@@ -158,7 +169,8 @@ class Program(NamedTuple):
         section: Section of the manual.
         banner: First line of the help screen, where scripts or habits want one.
         long_only: One dash starts a long option too, as in getopt_long_only.
-        lenient: An unknown option is complained about and ignored.
+        lenient: What is left out of account instead of being an error.
+        shows_help: An option that does not fit brings the help screen.
         bad_number: Exit status after a number out of range.
         bad_value: Exit status after any other value that does not fit.
         no_user: Exit status after a user that does not exist.
@@ -180,7 +192,8 @@ class Program(NamedTuple):
     section: int = 8
     banner: str = ""
     long_only: bool = False
-    lenient: bool = False
+    lenient: Lenient = Lenient.NOTHING
+    shows_help: bool = False
     bad_number: int = 1
     bad_value: int = 1
     no_user: int = 1

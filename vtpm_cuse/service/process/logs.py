@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_for
+from vtpm_cuse.files import open_to_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,11 +183,8 @@ def descriptors() -> set[int]:
 def _open(config: LogConfig) -> int:
     if config.path is None:
         return _STDERR if config.fd is None else _writable(config.fd)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return open_for(
-            config.path, flags | (os.O_TRUNC if config.truncate else 0), 0o600, config.owner
-        )
+        return open_to_write(config.path, 0o600, config.owner, truncate=config.truncate)
     except OSError as exc:
         raise UsageError(f"Could not open logfile for writing: {exc.strerror}") from exc
 

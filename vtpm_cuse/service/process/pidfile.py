@@ -8,7 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_for
+from vtpm_cuse.files import open_to_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,15 +38,13 @@ class PidFile:
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         if self._path is not None and self.fd < 0:
             with self._errors():
                 self.ours = not os.path.lexists(self._path)
                 if self.ours and owner is None:  # another user could not rename it everywhere
                     folder, name = os.path.split(self.paths[0])
                     self.aside = f"{folder}/.{name}.{os.urandom(8).hex()}"
-                    flags |= os.O_EXCL
-                self.fd = open_for(self.aside or self._path, flags, 0o644, owner)
+                self.fd = open_to_write(self.aside or self._path, 0o644, owner, append=False)
         elif self.fd >= 0:
             with contextlib.suppress(OSError):  # said when it is written to
                 os.set_inheritable(self.fd, False)
