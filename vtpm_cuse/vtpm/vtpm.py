@@ -86,6 +86,39 @@ class VtpmOptions(NamedTuple):
     profile: str | None = None
 
 
+class SavedVtpm(NamedTuple):
+    """A vTPM between two commands, as plain values; as secret as its state.
+
+    It is resumed once, and the old one never goes on: two TPMs that resume from one volatile state
+    give the same random numbers and make the same keys. It belongs to the permanent state that was
+    stored when it was suspended, and to no other host or boot. What libtpms keeps of a TPM that is
+    off, the tpmEstablished bit, is not in it.
+
+    Attributes:
+        whose: Whose the state is (`custody.Whose`).
+        running: Whether the TPM is on.
+        volatile: If so, all that it would lose without power.
+        locality: Of the next command.
+        buffer_size: Bytes, as a client set them.
+        last_header: Of the last command, which decides on the shutdown in order.
+        hashing: Whether the platform is in the middle of a measurement.
+        failure_said: Whether the log has it that the TPM is in failure mode.
+        profile: What a new TPM is yet to be made by.
+        given: What another process has given for the next start: name and payload, in this order.
+    """
+
+    whose: str
+    running: bool
+    volatile: bytes
+    locality: int
+    buffer_size: int
+    last_header: bytes
+    hashing: bool
+    failure_said: bool
+    profile: str | None
+    given: tuple[tuple[str, bytes | None], ...]
+
+
 class Vtpm:
     """One TPM with its state.
 
@@ -256,6 +289,54 @@ class Vtpm:
         if self.running:
             self._auto_shutdown()
             self._engine.stop()
+
+    def suspend(self) -> SavedVtpm:
+        """The vTPM as plain values; only between two commands, and it is not used any more.
+
+        The TPM is off then, and notices nothing: no TPM2_Shutdown. The store stays open and locked.
+
+        Raises:
+            EngineError: There is no volatile state to be had; nothing has changed.
+        """
+        engine, running = self._engine, self.running
+        saved = SavedVtpm(
+            self._custody.suspend(),
+            running,
+            engine.volatile_state() if running else b"",
+            engine.locality,
+            engine.buffer_size(0)[0],
+            self._last_header,
+            self._hashing,
+            self._failure_said,
+            self._profile,
+            tuple((state.blob_name, payload) for state, payload in self._given.items()),
+        )
+        engine.stop()
+        return saved
+
+    def resume(self, saved: SavedVtpm) -> None:
+        """Goes on where *saved* was suspended; called once, before anything else.
+
+        Raises:
+            StorageError: The state is not there as it was, or another process has it locked.
+            EngineError: The engine refuses it.
+        """
+        if self._store is not None:
+            self._store.blobs.refresh()
+        self._custody.resume(saved.whose)
+        engine, kinds = self._engine, {kind.blob_name: kind for kind in StateType}
+        engine.locality = saved.locality
+        engine.buffer_size(saved.buffer_size)
+        self._last_header = saved.last_header
+        self._hashing = saved.hashing
+        self._failure_said = saved.failure_said
+        self._profile = saved.profile
+        self._given = {kinds[name]: payload for name, payload in saved.given}
+        for kind, payload in self._given.items():
+            engine.set_state(kind, payload)
+        if saved.running:
+            engine.set_state(StateType.VOLATILE, saved.volatile)
+            engine.start()
 
     def startup(self, kind: TpmSu) -> None:
         """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
