@@ -9,7 +9,7 @@ silent for days.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,14 @@ PLACES: Final = 32
 
 HELD_MAX: Final = 4 << 20
 """Bytes of requests that are not complete, of all connections: four of the longest."""
+
+
+class SavedPlace(NamedTuple):
+    """A connection's place as plain values: seconds since it was heard, and what is said below."""
+
+    silent: float
+    known: bool
+    held: int
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +44,14 @@ class Place:
     heard: float
     known: bool = False
     held: int = 0
+
+    def suspend(self, now: float) -> SavedPlace:
+        """The place as plain values."""
+        return SavedPlace(now - self.heard, self.known, self.held)
+
+    def resume(self, saved: SavedPlace, now: float) -> None:
+        """As it was suspended."""
+        self.heard, self.known, self.held = now - saved.silent, saved.known, saved.held
 
 
 class Places:

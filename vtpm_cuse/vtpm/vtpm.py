@@ -18,13 +18,11 @@ from vtpm_cuse.errors import (
     DeviceError,
     EngineError,
     PtmError,
-    StateDamaged,
-    StateKeyRejected,
     StorageError,
     VtpmError,
 )
-from vtpm_cuse.storage.base import left_over
 from vtpm_cuse.vtpm.custody import Custody, Whose
+from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -55,7 +53,6 @@ _SHA1_THREAD: Final = {
     code.to_bytes(4, "big")
     for code in (TpmOrdinal.TPM_ORD_SHA1Start, TpmOrdinal.TPM_ORD_SHA1Update)
 }
-_PERMANENT: Final = StateType.PERMANENT.blob_name
 _FAILURE_MODE: Final = {
     False: TpmRc.TPM_FAILEDSELFTEST.to_bytes(4, "big"),
     True: TpmRc.TPM_RC_FAILURE.to_bytes(4, "big"),
@@ -174,12 +171,15 @@ class Vtpm:
         store = self.need_store()
         store.blobs.refresh()
         # A state that is there can be looked at while its owner still has it; none begins so.
-        if self._custody.whose is not Whose.INCOMING or _PERMANENT not in store.blobs.sizes():
+        if self._custody.whose is not Whose.INCOMING or PERMANENT not in store.blobs.sizes():
             # PEER: locks after a new TPM may have been made; two could do so at once.
             self._custody.lock()
         if self._profile is not None and self.tpm2:
             self._engine.set_profile(self._profile)
-        self._start_engine(store)
+        given, self._given = self._given, {}
+        start_engine(
+            self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
+        )
         if self._profile is not None and self.tpm2 and not self._engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
@@ -187,95 +187,6 @@ class Vtpm:
         self._failure_said = False
         if delete_volatile and not self._custody.away:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
-
-    def _start_engine(self, store: SealedStore) -> None:
-        """From what is stored, else from its backup, as far as the store keeps one."""
-        store.last_loaded, given, self._given = "", self._given, {}
-        try:
-            if StateType.PERMANENT in given:
-                self._need_vacancy(store)
-            elif not self._custody.away and (backup := store.blobs.restore_backup()):
-                permanent = store.blobs.where(_PERMANENT)
-                log.warning("%s is missing: the TPM starts from %s", permanent, backup)
-            self._engine.start()
-        except VtpmError as exc:
-            refusal = PtmError(self._start_result(exc), self._explained(exc))
-            if not self._start_from_backup(store, exc):
-                raise refusal from exc
-
-    @staticmethod
-    def _need_vacancy(store: SealedStore) -> None:
-        """Before a TPM that another process gives: it may replace one, but not join what is left."""
-        if left := store.blobs.remains():
-            raise left_over(store.blobs, left)
-
-    def _start_from_backup(self, store: SealedStore, exc: VtpmError) -> bool:
-        """Whether the TPM runs after all; the state that was refused is the backup then."""
-        blobs = store.blobs
-        if self._custody.away or not self._is_permanent_damaged(store, exc):
-            return False
-        try:
-            kept = blobs.try_backup()
-            if not kept:
-                return False
-            log.warning("%s cannot be used: %s", blobs.where(_PERMANENT), exc)
-            log.warning("Attempting to start with backup state file.")
-            try:
-                self._engine.start()
-            except VtpmError:
-                blobs.end_try(accepted=False)
-                return False
-            blobs.end_try(accepted=True)
-        except StorageError as failure:
-            log.warning("The backup could not be tried in full: %s", failure)
-            return self.running
-        log.warning("The TPM runs from its backup; the state that was refused is now %s", kept)
-        return True
-
-    @staticmethod
-    def _is_permanent_damaged(store: SealedStore, exc: VtpmError) -> bool:
-        """Whether a failed start can be the permanent state's fault, and not a missing key's."""
-        if isinstance(exc, EngineError):
-            return store.last_loaded == _PERMANENT
-        return (
-            isinstance(exc, (StateDamaged, StateKeyRejected))
-            and exc.path == store.blobs.where(_PERMANENT)
-            and (isinstance(exc, StateDamaged) or exc.result == PtmResult.TPM_DECRYPT_ERROR)
-        )
-
-    def _start_result(self, exc: VtpmError) -> int:
-        """One code for a TPM 2; for a TPM 1.2 the cause, but not of its volatile state."""
-        if self.tpm2:
-            return PtmResult.TPM_RC_FAILURE
-        volatile = self.need_store().blobs.where(StateType.VOLATILE.blob_name)
-        if isinstance(exc, StorageError) and exc.path == volatile:
-            return PtmResult.TPM_FAIL
-        return faults.tpm_result(exc)
-
-    def _explained(self, exc: VtpmError) -> str:
-        """Which state is at fault for a failed start, why, and what can be done."""
-        store = self.need_store()
-        blobs, name = store.blobs, store.last_loaded
-        if isinstance(exc, StateKeyRejected):
-            return f"{exc}; nothing was changed: {self._key_cure(store, exc)}"
-        if isinstance(exc, StateDamaged):
-            kinds = (kind.blob_name for kind in StateType)
-            name = next((kind for kind in kinds if blobs.where(kind) == exc.path), _PERMANENT)
-            return f"{exc}; {blobs.remedy(name)}"
-        if isinstance(exc, EngineError) and name:
-            why = "it is damaged, of another TPM, or of a libtpms that is newer than this one"
-            return f"{exc}: libtpms refuses {blobs.where(name)}: {why}; {blobs.remedy(name)}"
-        return str(exc)
-
-    @staticmethod
-    def _key_cure(store: SealedStore, exc: StateKeyRejected) -> str:
-        if not store.config_flags & PtmConfigFlag.PTM_CONFIG_FLAG_FILE_KEY:
-            return "it is encrypted and needs --key with the key that it was written with"
-        if exc.result == PtmResult.TPM_FAIL:
-            return "it is not encrypted, so leave out --key"
-        if exc.result == PtmResult.TPM_DECRYPT_ERROR:
-            return "it needs the key that it was written with, or is damaged"
-        return "it needs the key that it was written with"
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""
@@ -597,7 +508,7 @@ class Vtpm:
                 store.blobs.refresh()
             self._custody.lock()
             if state is StateType.PERMANENT:
-                self._need_vacancy(store)
+                need_vacancy(store)
         except StorageError as exc:
             raise PtmError(PtmResult.TPM_IOERROR, str(exc)) from exc
         payload = b""
