@@ -550,7 +550,7 @@ def test_failure_mode_is_said_once_a_start(
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What would have been slept; no test waits for it."""
     taken: list[float] = []
-    monkeypatch.setattr("vtpm_cuse.vtpm.vtpm.time.sleep", taken.append)
+    monkeypatch.setattr("time.sleep", taken.append)
     return taken
 
 
@@ -578,7 +578,7 @@ def test_lock_that_comes_free_is_taken(
         if len(pauses) == 3:
             store.faults.clear()
 
-    monkeypatch.setattr("vtpm_cuse.vtpm.vtpm.time.sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     vtpm.lock_storage(300)
     assert len(pauses) == 3
 
@@ -595,7 +595,7 @@ def test_who_is_to_end_does_not_wait_for_a_lock(
         if len(pauses) == 5:
             vtpm.hurry()
 
-    monkeypatch.setattr("vtpm_cuse.vtpm.vtpm.time.sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     with pytest.raises(StateLocked):
         vtpm.lock_storage(300)
     assert len(pauses) == 5

@@ -76,6 +76,11 @@ class CharDevice:
         """Writes; returns how many bytes. Raises OSError, among them BlockingIOError."""
         return os.write(self._fd, data)
 
+    def detach(self) -> int:
+        """Gives the descriptor away, as a socket does; returns it."""
+        fd, self._fd = self._fd, -1
+        return fd
+
     def close(self) -> None:
         """Closes it; again is harmless."""
         if self._fd >= 0:

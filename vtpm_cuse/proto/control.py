@@ -46,6 +46,14 @@ class ControlRequest(NamedTuple):
     body: bytes
 
 
+class SavedControlStream(NamedTuple):
+    """A stream as plain values: what is kept of a request, and the stream's two marks."""
+
+    begun: bytes
+    known: bool
+    broken: bool
+
+
 class ControlStream:
     """Requests of one control connection.
 
@@ -62,6 +70,14 @@ class ControlStream:
         self._buffer = bytearray()
         self._known = False
         self.broken = False
+
+    def suspend(self) -> SavedControlStream:
+        """All that it knows."""
+        return SavedControlStream(bytes(self._buffer), self._known, self.broken)
+
+    def resume(self, saved: SavedControlStream) -> None:
+        """As it was suspended."""
+        self._buffer[:], self._known, self.broken = saved
 
     @property
     def held(self) -> int:

@@ -8,7 +8,7 @@ silent for days.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +18,14 @@ PLACES: Final = 32
 
 HELD_MAX: Final = 4 << 20
 """Bytes of requests that are not complete, of all connections: four of the longest."""
+
+
+class SavedPlace(NamedTuple):
+    """A connection's place as plain values: seconds since it was heard, and what is said below."""
+
+    silent: float
+    known: bool
+    held: int
 
 
 class Place:
@@ -37,6 +45,14 @@ class Place:
         self.heard = heard
         self.known = known
         self.held = held
+
+    def suspend(self, now: float) -> SavedPlace:
+        """The place as plain values."""
+        return SavedPlace(now - self.heard, self.known, self.held)
+
+    def resume(self, saved: SavedPlace, now: float) -> None:
+        """As it was suspended."""
+        self.heard, self.known, self.held = now - saved.silent, saved.known, saved.held
 
 
 class Places:

@@ -46,6 +46,14 @@ class CommandStream:
         self._buffer = b""
         self.broken = False
 
+    def suspend(self) -> bytes:
+        """All that it knows, as a plain value; one that is broken is not suspended."""
+        return self._buffer
+
+    def resume(self, saved: bytes) -> None:
+        """As it was suspended."""
+        self._buffer = saved
+
     @property
     def empty(self) -> bool:
         """Whether nothing waits: the next bytes are the beginning of a command."""

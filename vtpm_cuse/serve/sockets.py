@@ -7,43 +7,43 @@ keeps everything else off the TPM that must not run beside it.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
-import functools
 import logging
-import os
-import socket
-import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from vtpm_cuse.acquire.chardev import CharDevice
-from vtpm_cuse.proto.control import ControlRequest, ControlStream
-from vtpm_cuse.proto.places import Place, Places
-from vtpm_cuse.proto.stream import CommandStream, MessageStream, Request, framed
+from vtpm_cuse.proto.places import Places
+from vtpm_cuse.proto.stream import framed
+from vtpm_cuse.serve.connections import (
+    DATA_READ_SIZE,
+    ControlConnection,
+    DataConnection,
+    adopted,
+    at_end,
+    hang_up,
+    readable,
+)
 from vtpm_cuse.vtpm import control
 from vtpm_cuse.vtpm.ptm import ANSWERED_WHILE_BUSY, PtmService
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
 
 if TYPE_CHECKING:
+    import socket
+
     from vtpm_cuse.acquire.channels import Channels
+    from vtpm_cuse.acquire.chardev import CharDevice
+    from vtpm_cuse.proto.control import ControlRequest
+    from vtpm_cuse.proto.places import Place
+    from vtpm_cuse.proto.stream import Request
+    from vtpm_cuse.serve.connections import SavedControl, SavedData
     from vtpm_cuse.serve.worker import Worker
 
 log = logging.getLogger(__name__)
 
-_READ_SIZE: Final = 16384
-_DATA_READ_SIZE: Final = TPM_BUFFER_MAX + SendCommandHeader.SIZE
-_LINGER_SECONDS: Final = 50e-6
-"""How long a data connection looks for the next command before it sleeps."""
-
 _CHECKPOINT_EVERY: Final = 32
-_DATA_REST_SECONDS: Final = 1.0
-"""How long the rest of a command may take; then the TPM answers to what is there."""
-
 _DATA_FIRST_SECONDS: Final = 1.0
 """How long a client may say nothing while another one waits for the data channel."""
 
@@ -56,9 +56,27 @@ _CONTROL_FIRST_SECONDS: Final = 0.01
 
 _ACCEPT_AGAIN_SECONDS: Final = 0.1
 _NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
-_NETWORK: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
-_ROOM_FOR_ONE: Final = socket.CMSG_LEN(array.array("i").itemsize)
+
+
+class SavedSockets(NamedTuple):
+    """A socket server between two commands, as plain values; descriptors by their numbers.
+
+    Attributes:
+        data_listener: Where data connections come.
+        control_listener: Where control connections come.
+        only: The data connection whose end is the server's.
+        accepted: The one from the listener.
+        passed: Those that came over the control channel.
+        controls: In the order in which they came.
+    """
+
+    data_listener: int | None
+    control_listener: int | None
+    only: SavedData | None
+    accepted: SavedData | None
+    passed: tuple[SavedData, ...]
+    controls: tuple[SavedControl, ...]
 
 
 class SocketServer:
@@ -79,19 +97,73 @@ class SocketServer:
         self._turn = trio.Lock()
         self._served = 0
         self._places = Places()
-        self._passed: socket.socket | None = None
+        self._only: DataConnection | None = None
+        self._accepted: DataConnection | None = None
+        self._passed: list[DataConnection] = []
+        self._controls: list[ControlConnection] = []
 
     def start(self) -> None:
         """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the channels say so."""
-        channels, start = self._channels, self._nursery.start_soon
+        channels = self._channels
         if channels.data_stream is not None:
-            start(self._serve_only_data, channels.data_stream)
+            self._only = self._data(channels.data_stream, known=True)
+        if channels.control_stream is not None:
+            self._admit(ControlConnection(channels.control_stream, trio.current_time()))
+        self._start_tasks()
+
+    async def suspend(self) -> SavedSockets:
+        """The server as plain values, when no command runs any more; it ends, and its nursery.
+
+        The descriptors stay open and are the caller's: to be used when the nursery has ended, whose
+        tasks may still wait for them. After PTM_SHUTDOWN there is nothing to be suspended.
+        """
+        await self._turn.acquire()
+        channels, now = self._channels, trio.current_time()
+        listeners = channels.data_listener, channels.control_listener
+        data, controls = (None if found is None else found.detach() for found in listeners)
+        saved = SavedSockets(
+            data,
+            controls,
+            None if self._only is None else self._only.suspend(),
+            None if self._accepted is None else self._accepted.suspend(),
+            tuple(connection.suspend() for connection in self._passed),
+            tuple(connection.suspend(now) for connection in self._controls),
+        )
+        self._end()
+        return saved
+
+    def resume(self, saved: SavedSockets) -> None:
+        """In place of `start`: goes on where *saved* was suspended.
+
+        The channels that this server was made with say how it ends, and have no sockets but these.
+        """
+        channels, now, prefix = self._channels, trio.current_time(), self._vtpm.tpm2
+        if saved.data_listener is not None:
+            channels.data_listener = adopted(saved.data_listener)
+        if saved.control_listener is not None:
+            channels.control_listener = adopted(saved.control_listener)
+        if saved.only is not None:
+            self._only = DataConnection.resumed(saved.only, prefix=prefix)
+            channels.data_stream = self._only.connection
+        if saved.accepted is not None:
+            self._accepted = DataConnection.resumed(saved.accepted, prefix=prefix)
+        self._passed = [DataConnection.resumed(one, prefix=prefix) for one in saved.passed]
+        for one in saved.controls:
+            last = self._admit(ControlConnection.resumed(one, now))
+            self._turn_away(self._places.one_to_go(last.place))  # which was about to be
+        self._start_tasks()
+
+    def _start_tasks(self) -> None:
+        channels, start = self._channels, self._nursery.start_soon
+        if self._only is not None:
+            start(self._serve_only_data, self._only)
         elif channels.data_listener is not None:
             start(self._accept_data, channels.data_listener)
-        if channels.control_stream is not None:
-            place = self._take_place(channels.control_stream)
-            start(self._serve_control, channels.control_stream, place)
-        elif channels.control_listener is not None:
+        for passed in self._passed:
+            start(self._serve_passed_data, passed)
+        for connection in self._controls:
+            start(self._serve_control, connection)
+        if channels.control_listener is not None and channels.control_stream is None:
             start(self._accept_control, channels.control_listener)
 
     def _end(self) -> None:
@@ -100,6 +172,7 @@ class SocketServer:
     async def _accept(self, listener: socket.socket) -> socket.socket:
         channels = self._channels
         channels.regain_reserve()
+        await trio.lowlevel.checkpoint()  # none behind: who is accepted is not forgotten
         while True:
             try:
                 connection, _ = listener.accept()
@@ -119,64 +192,65 @@ class SocketServer:
                 await trio.sleep(_ACCEPT_AGAIN_SECONDS)
             else:
                 connection.setblocking(False)
-                await trio.lowlevel.checkpoint()
                 return connection
 
     # -- data -----------------------------------------------------------------------------
 
+    def _data(self, connection: socket.socket | CharDevice, *, known: bool) -> DataConnection:
+        return DataConnection(connection, prefix=self._vtpm.tpm2, known=known)
+
     async def _accept_data(self, listener: socket.socket) -> None:
         while True:
-            with await self._accept(listener) as connection:
-                await self._serve_data(connection, listener)
+            if self._accepted is None:
+                self._accepted = self._data(await self._accept(listener), known=False)
+            with contextlib.closing(self._accepted.connection):
+                await self._serve_data(self._accepted, listener)
+            self._accepted = None
             log.debug("Data client disconnected")
             if self._channels.terminate:
                 self._end()
                 return
 
-    async def _serve_only_data(self, connection: socket.socket | CharDevice) -> None:
+    async def _serve_only_data(self, data: DataConnection) -> None:
         """The end of this one is the server's; it is closed last, with the channels."""
-        await self._serve_data(connection)
+        await self._serve_data(data)
         log.info("Data client disconnected")
         self._end()
 
-    async def _serve_passed_data(self, connection: socket.socket) -> None:
-        with connection:
-            await self._serve_data(connection)
+    async def _serve_passed_data(self, data: DataConnection) -> None:
+        with contextlib.closing(data.connection):
+            await self._serve_data(data)
         log.debug("Data client disconnected")
-        if self._passed is connection:
-            self._passed = None
+        self._passed.remove(data)
         if self._channels.terminate:
             self._end()
 
     async def _serve_data(
-        self, connection: socket.socket | CharDevice, listener: socket.socket | None = None
+        self, data: DataConnection, listener: socket.socket | None = None
     ) -> None:
         try:
-            await self._converse(connection, listener)
+            await self._converse(data, listener)
         except OSError as exc:
             log.info("Data client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A data client could not be served")
 
-    async def _converse(
-        self, connection: socket.socket | CharDevice, listener: socket.socket | None
-    ) -> None:
-        vtpm, turn = self._vtpm, self._turn
+    async def _converse(self, client: DataConnection, listener: socket.socket | None) -> None:
+        vtpm, turn, stream, connection = self._vtpm, self._turn, client.stream, client.connection
         receive, send, process = connection.recv, connection.send, vtpm.process_known
-        whole = isinstance(connection, CharDevice) and connection.messages
-        strict = _from_network(connection)
-        stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2, strict=strict)
         plain = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
-        quick = plain
-        known, served, quick_ones = listener is None, False, 0
+        served = await self._answer_all(client, flush=False)  # what was there at a suspension
+        if self._is_over(client, served):
+            return
+        quick, quick_ones = plain and stream.empty, 0
         while True:
             try:
-                data: bytes | None = receive(_DATA_READ_SIZE)
+                data: bytes | None = receive(DATA_READ_SIZE)
             except BlockingIOError:
-                known = known or served
-                if listener and not known and not stream.awaits_rest:
+                client.known = client.known or served
+                if listener and not client.known and not stream.awaits_rest:
                     await _first_word(connection, listener)
-                data = await _receive(connection, stream, linger=served)
+                data = await client.receive(linger=served)
             if quick and data and not turn.locked() and (response := process(data)) is not None:
                 # The general way below, shortened for the usual command.
                 try:
@@ -184,7 +258,7 @@ class SocketServer:
                 except BlockingIOError:
                     sent = 0
                 if sent < len(response):
-                    await _send_all(connection, response[sent:])
+                    await client.send(response[sent:])
                 served = True
                 quick_ones += 1
                 if quick_ones == _CHECKPOINT_EVERY:
@@ -193,17 +267,28 @@ class SocketServer:
                 continue
             if data:
                 stream.feed(data)
-            served = False
-            while (request := stream.next_request(flush=not data)) is not None:
-                response = await self._process(request)
-                await _send_all(connection, framed(response, request))
-                served = True
-            if stream.broken:
-                log.warning(_FOREIGN)
+            served = await self._answer_all(client, flush=not data)
+            if self._is_over(client, served) or data == b"":
                 return
             quick = plain and stream.empty
-            if data == b"" or (served and self._channels.disconnect):
-                return
+
+    def _is_over(self, client: DataConnection, served: bool) -> bool:
+        if client.stream.broken:
+            log.warning(_FOREIGN)
+        return client.stream.broken or (served and self._channels.disconnect)
+
+    async def _answer_all(self, client: DataConnection, *, flush: bool) -> bool:
+        """Answers the commands that are there; returns whether there was one."""
+        served = False
+        while True:
+            if client.unsent:
+                await client.send_rest()
+                served = True
+            elif (request := client.take_request(flush=flush)) is not None:
+                response = await self._process(request)
+                client.request, client.unsent = None, memoryview(framed(response, request))
+            else:
+                return served
 
     async def _process(self, request: Request) -> bytes:
         vtpm = self._vtpm
@@ -237,16 +322,16 @@ class SocketServer:
         places = self._places
         while True:
             connection = await self._accept(listener)
-            place = self._take_place(connection)
-            self._nursery.start_soon(self._serve_control, connection, place)
-            if (first := places.one_to_go(place)) is not None:
+            client = self._admit(ControlConnection(connection, trio.current_time()))
+            self._nursery.start_soon(self._serve_control, client)
+            if (first := places.one_to_go(client.place)) is not None:
                 await trio.sleep_until(first.heard + _CONTROL_FIRST_SECONDS)
-                self._turn_away(places.one_to_go(place))
+                self._turn_away(places.one_to_go(client.place))
 
-    def _take_place(self, connection: socket.socket) -> Place:
-        place = Place(functools.partial(_hang_up, connection), trio.current_time())
-        self._places.take(place)
-        return place
+    def _admit(self, client: ControlConnection) -> ControlConnection:
+        self._controls.append(client)
+        self._places.take(client.place)
+        return client
 
     @staticmethod
     def _turn_away(place: Place | None) -> None:
@@ -254,54 +339,60 @@ class SocketServer:
             log.warning("Too many control clients: one was turned away")
             place.end()
 
-    async def _serve_control(self, connection: socket.socket, place: Place) -> None:
-        fds: list[int] = []
+    async def _serve_control(self, client: ControlConnection) -> None:
         try:
-            with connection:
-                await self._obey(connection, place, fds)
+            with client.connection:
+                await self._obey(client)
         except OSError as exc:
             log.info("Control client: %s", exc.strerror)
         except Exception:  # as for data
             log.exception("A control client could not be served")
         finally:
-            _close_beyond(0, fds)
-            self._places.leave(place)
+            client.close_passed()
+            self._controls.remove(client)
+            self._places.leave(client.place)
             if self._channels.control_terminate and not len(self._places):
                 self._end()
 
-    async def _obey(self, connection: socket.socket, place: Place, fds: list[int]) -> None:
-        """Answers requests; *fds* has the one passed with a request that is not complete yet."""
-        stream = ControlStream(strict=_from_network(connection))
-        begun = float("inf")
-        while True:
+    async def _obey(self, client: ControlConnection) -> None:
+        """Answers requests."""
+        stream, place = client.stream, client.place
+        await self._answer_request(client)  # what was there at a suspension
+        over = stream.broken
+        while not over:
             data = b""
             rest = _CONTROL_REST_SECONDS if stream.pressing else _CONTROL_WHOLE_SECONDS
-            with trio.move_on_at(begun + rest) as scope:
-                data = await _receive_with_fd(connection, fds)
+            with trio.move_on_at(client.begun + rest) as scope:
+                data = await client.receive()
             place.heard = trio.current_time()
             stream.feed(data)
-            request = stream.next_request(flush=not data)
+            request = client.request = stream.next_request(flush=not data)
             place.held = stream.held
             place.known = place.known or (request is not None and request.command is not None)
-            answer = request and await self._answer_control(request, fds)
-            if request is not None or not stream.takes_descriptor:
-                _close_beyond(0, fds)
-            if self._ptm.shutdown_requested:  # also for one who does not take the answer
-                self._end()
-            if answer:
-                await _send_all(connection, answer)
-            if stream.broken:
-                if request is None:
-                    log.warning(_FOREIGN)
-                return
-            if not data and (request is None or not scope.cancelled_caught):
+            over = stream.broken
+            if over and request is None:
+                log.warning(_FOREIGN)
+            await self._answer_request(client)
+            if over or (not data and (request is None or not scope.cancelled_caught)):
                 return
             if not stream.held:
-                begun = float("inf")
+                client.begun = float("inf")
             else:
-                begun = min(begun, place.heard)
+                client.begun = min(client.begun, place.heard)
                 self._turn_away(self._places.one_to_drop())
             await trio.lowlevel.checkpoint()
+
+    async def _answer_request(self, client: ControlConnection) -> None:
+        """Executes the request in hand, if there is one, and sends what is to be sent."""
+        if client.request is not None:
+            answer = await self._answer_control(client.request, client.fds)
+            client.request, client.unsent = None, memoryview(answer)
+            client.close_passed()
+        elif not client.stream.takes_descriptor:
+            client.close_passed()
+        if self._ptm.shutdown_requested:  # also for one who does not take the answer
+            self._end()
+        await client.send_rest()
 
     async def _answer_control(self, request: ControlRequest, fds: list[int]) -> bytes:
         log.debug("Ctrl Cmd: 0x%x, length %d", request.number, len(request.body))
@@ -321,70 +412,30 @@ class SocketServer:
         return control.answer(self._vtpm, self._ptm, request)
 
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
-        channels, passed = self._channels, self._passed
+        channels = self._channels
         # The end of the last one may be there without its task knowing it yet.
-        in_use = passed is not None and not _at_end(passed)
+        in_use = not all(at_end(data.connection) for data in self._passed)
         if in_use or channels.data_listener or channels.data_stream:
             return PtmResult.TPM_IOERROR
         if not fds:
             log.error("no valid data socket in message")
             return PtmResult.TPM_BAD_PARAMETER
         try:
-            connection = socket.socket(fileno=fds[0])
+            connection = adopted(fds[0])
         except OSError as exc:
             # PEER: takes anything, and the TPM's answers to a pipe go nowhere.
             log.error("The passed descriptor is no socket: %s", exc.strerror)
             return PtmResult.TPM_BAD_PARAMETER
         fds.pop(0)
-        connection.setblocking(False)
-        self._passed = connection
-        self._nursery.start_soon(self._serve_passed_data, connection)
+        data = self._data(connection, known=True)
+        self._passed.append(data)
+        self._nursery.start_soon(self._serve_passed_data, data)
         return PtmResult.TPM_SUCCESS
-
-
-def _at_end(connection: socket.socket) -> bool:
-    try:
-        return connection.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def _from_network(connection: socket.socket | CharDevice) -> bool:
-    """Whether it may come from a web browser, as nothing on a Unix socket does."""
-    return isinstance(connection, socket.socket) and connection.family in _NETWORK
-
-
-def _hang_up(connection: socket.socket | CharDevice) -> None:
-    """Its task finds the end of the stream."""
-    if isinstance(connection, socket.socket):
-        with contextlib.suppress(OSError):  # it has gone itself
-            connection.shutdown(socket.SHUT_RDWR)
-
-
-async def _receive(
-    connection: socket.socket | CharDevice, stream: CommandStream, *, linger: bool
-) -> bytes | None:
-    """Bytes; none at the end of the stream; None when the rest of a command does not come.
-
-    With *linger*, looks for them a while before it sleeps.
-    """
-    until = time.perf_counter() + _LINGER_SECONDS if linger else 0.0
-    while True:
-        if time.perf_counter() < until:
-            os.sched_yield()
-        elif not await _readable(connection, _DATA_REST_SECONDS if stream.awaits_rest else None):
-            return None
-        try:
-            return connection.recv(_DATA_READ_SIZE)
-        except BlockingIOError:
-            continue
 
 
 async def _first_word(connection: socket.socket | CharDevice, listener: socket.socket) -> None:
     """Waits for it, or the end; after a while only as long as nobody else waits for the TPM."""
-    if await _readable(connection, _DATA_FIRST_SECONDS):
+    if await readable(connection, _DATA_FIRST_SECONDS):
         return
     async with trio.open_nursery() as nursery:
 
@@ -392,58 +443,8 @@ async def _first_word(connection: socket.socket | CharDevice, listener: socket.s
             await trio.lowlevel.wait_readable(listener)
             log.warning("A data client that has said nothing made way for another one")
             nursery.cancel_scope.cancel()
-            _hang_up(connection)
+            hang_up(connection)
 
         nursery.start_soon(make_way)
         await trio.lowlevel.wait_readable(connection)
         nursery.cancel_scope.cancel()
-
-
-async def _readable(connection: socket.socket | CharDevice, seconds: float | None) -> bool:
-    """Waits for bytes or the end; False when *seconds* passed first."""
-    if seconds is None:
-        await trio.lowlevel.wait_readable(connection)
-        return True
-    with trio.move_on_after(seconds) as scope:
-        await trio.lowlevel.wait_readable(connection)
-    return not scope.cancelled_caught
-
-
-async def _send_all(connection: socket.socket | CharDevice, data: bytes) -> None:
-    view = memoryview(data)
-    while True:
-        try:
-            sent = connection.send(view)
-        except BlockingIOError:
-            sent = 0
-        if sent == len(view):
-            return
-        view = view[sent:]
-        await trio.lowlevel.wait_writable(connection)
-
-
-async def _receive_with_fd(connection: socket.socket, fds: list[int]) -> bytes:
-    """Bytes; a descriptor that came with them, now the caller's, is added to *fds*, but one alone.
-
-    There is room for one: the kernel gives out none of the others.
-    """
-    while True:
-        try:
-            data, ancillary, *_ = connection.recvmsg(
-                _READ_SIZE, _ROOM_FOR_ONE, socket.MSG_CMSG_CLOEXEC
-            )
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(connection)
-            continue
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                passed = array.array("i")
-                passed.frombytes(payload[: len(payload) - len(payload) % passed.itemsize])
-                fds += passed
-        _close_beyond(1, fds)
-        return data
-
-
-def _close_beyond(count: int, fds: list[int]) -> None:
-    while len(fds) > count:
-        os.close(fds.pop())

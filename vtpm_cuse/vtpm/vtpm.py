@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse import faults
@@ -19,14 +18,12 @@ from vtpm_cuse.errors import (
     DeviceError,
     EngineError,
     PtmError,
-    StateDamaged,
-    StateKeyRejected,
-    StateLocked,
     StorageError,
     TpmUnavailable,
     VtpmError,
 )
-from vtpm_cuse.storage.base import left_over
+from vtpm_cuse.vtpm.custody import Custody, Whose
+from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -57,16 +54,10 @@ _SHA1_THREAD: Final = {
     code.to_bytes(4, "big")
     for code in (TpmOrdinal.TPM_ORD_SHA1Start, TpmOrdinal.TPM_ORD_SHA1Update)
 }
-_PERMANENT: Final = StateType.PERMANENT.blob_name
 _FAILURE_MODE: Final = {
     False: TpmRc.TPM_FAILEDSELFTEST.to_bytes(4, "big"),
     True: TpmRc.TPM_RC_FAILURE.to_bytes(4, "big"),
 }
-_LOCK_RETRY_SECONDS: Final = 0.01
-_HANDOVER_RETRIES: Final = 300
-"""Tries, 3 s of them, as in the C suite: the destination of a migration that came to nothing gives the lock back."""
-_LOCK_RETRIES_MAX: Final = 6000
-"""Tries, a minute of them: whoever asks for more waits for what will not come."""
 _KNOWN_MAX: Final = 64
 """Headers kept: no client may fill the memory with ever new ones."""
 _STATE_TYPES: Final = {
@@ -93,14 +84,44 @@ class VtpmOptions(NamedTuple):
     profile: str | None = None
 
 
+class SavedVtpm(NamedTuple):
+    """A vTPM between two commands, as plain values; as secret as its state.
+
+    It is resumed once, and the old one never goes on: two TPMs that resume from one volatile state
+    give the same random numbers and make the same keys. It belongs to the permanent state that was
+    stored when it was suspended, and to no other host or boot. What libtpms keeps of a TPM that is
+    off, the tpmEstablished bit, is not in it.
+
+    Attributes:
+        whose: Whose the state is (`custody.Whose`).
+        running: Whether the TPM is on.
+        volatile: If so, all that it would lose without power.
+        locality: Of the next command.
+        buffer_size: Bytes, as a client set them.
+        last_header: Of the last command, which decides on the shutdown in order.
+        hashing: Whether the platform is in the middle of a measurement.
+        failure_said: Whether the log has it that the TPM is in failure mode.
+        profile: What a new TPM is yet to be made by.
+        given: What another process has given for the next start: name and payload, in this order.
+    """
+
+    whose: str
+    running: bool
+    volatile: bytes
+    locality: int
+    buffer_size: int
+    last_header: bytes
+    hashing: bool
+    failure_said: bool
+    profile: str | None
+    given: tuple[tuple[str, bytes | None], ...]
+
+
 class Vtpm:
     """One TPM with its state.
 
     The locality, the buffer size and the last command survive `start`: a VM
     monitor tracks the locality itself and does not send it again after a reset.
-
-    Attributes:
-        state_lost: Another process has the state now: end, without a word to any client.
     """
 
     def __init__(
@@ -116,12 +137,11 @@ class Vtpm:
         self._last_header = b""
         self._failure_mode = _FAILURE_MODE[self.tpm2]
         self._failure_said = False
-        self._incoming = self._lock_pending = self.options.incoming
-        self._is_given = False
-        self._lock_retries = 0
-        self._hurried = False
+        self._custody = Custody(
+            None if store is None else store.blobs, incoming=self.options.incoming
+        )
+        self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
-        self.state_lost = False
 
     # -- life cycle -----------------------------------------------------------------------
 
@@ -138,7 +158,7 @@ class Vtpm:
         """
         if self.running:
             with contextlib.suppress(PtmError):
-                self.need_lock()  # the orderly shutdown before a reset writes
+                self._custody.need()  # the orderly shutdown before a reset writes
         self.stop()
         self._hashing = False
         try:
@@ -152,108 +172,22 @@ class Vtpm:
         store = self.need_store()
         store.blobs.refresh()
         # A state that is there can be looked at while its owner still has it; none begins so.
-        if not self._incoming or _PERMANENT not in store.blobs.sizes():
+        if self._custody.whose is not Whose.INCOMING or PERMANENT not in store.blobs.sizes():
             # PEER: locks after a new TPM may have been made; two could do so at once.
-            self.lock_storage(self._lock_retries)
+            self._custody.lock()
         if self._profile is not None and self.tpm2:
             self._engine.set_profile(self._profile)
-        self._start_engine(store)
+        given, self._given = self._given, {}
+        start_engine(
+            self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
+        )
         if self._profile is not None and self.tpm2 and not self._engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
         self._profile = None
         self._failure_said = False
-        if delete_volatile and not self._lock_pending:
+        if delete_volatile and not self._custody.away:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
-
-    def _start_engine(self, store: SealedStore) -> None:
-        """From what is stored, else from its backup, as far as the store keeps one."""
-        store.last_loaded, given, self._is_given = "", self._is_given, False
-        try:
-            if given:
-                self._need_vacancy(store)
-            elif not self._lock_pending and (backup := store.blobs.restore_backup()):
-                permanent = store.blobs.where(_PERMANENT)
-                log.warning("%s is missing: the TPM starts from %s", permanent, backup)
-            self._engine.start()
-        except VtpmError as exc:
-            refusal = PtmError(self._start_result(exc), self._explained(exc))
-            if not self._start_from_backup(store, exc):
-                raise refusal from exc
-
-    @staticmethod
-    def _need_vacancy(store: SealedStore) -> None:
-        """Before a TPM that another process gives: it may replace one, but not join what is left."""
-        if left := store.blobs.remains():
-            raise left_over(store.blobs, left)
-
-    def _start_from_backup(self, store: SealedStore, exc: VtpmError) -> bool:
-        """Whether the TPM runs after all; the state that was refused is the backup then."""
-        blobs = store.blobs
-        if self._lock_pending or not self._is_permanent_damaged(store, exc):
-            return False
-        try:
-            kept = blobs.try_backup()
-            if not kept:
-                return False
-            log.warning("%s cannot be used: %s", blobs.where(_PERMANENT), exc)
-            log.warning("Attempting to start with backup state file.")
-            try:
-                self._engine.start()
-            except VtpmError:
-                blobs.end_try(accepted=False)
-                return False
-            blobs.end_try(accepted=True)
-        except StorageError as failure:
-            log.warning("The backup could not be tried in full: %s", failure)
-            return self.running
-        log.warning("The TPM runs from its backup; the state that was refused is now %s", kept)
-        return True
-
-    @staticmethod
-    def _is_permanent_damaged(store: SealedStore, exc: VtpmError) -> bool:
-        """Whether a failed start can be the permanent state's fault, and not a missing key's."""
-        if isinstance(exc, EngineError):
-            return store.last_loaded == _PERMANENT
-        return (
-            isinstance(exc, (StateDamaged, StateKeyRejected))
-            and exc.path == store.blobs.where(_PERMANENT)
-            and (isinstance(exc, StateDamaged) or exc.result == PtmResult.TPM_DECRYPT_ERROR)
-        )
-
-    def _start_result(self, exc: VtpmError) -> int:
-        """One code for a TPM 2; for a TPM 1.2 the cause, but not of its volatile state."""
-        if self.tpm2:
-            return PtmResult.TPM_RC_FAILURE
-        volatile = self.need_store().blobs.where(StateType.VOLATILE.blob_name)
-        if isinstance(exc, StorageError) and exc.path == volatile:
-            return PtmResult.TPM_FAIL
-        return faults.tpm_result(exc)
-
-    def _explained(self, exc: VtpmError) -> str:
-        """Which state is at fault for a failed start, why, and what can be done."""
-        store = self.need_store()
-        blobs, name = store.blobs, store.last_loaded
-        if isinstance(exc, StateKeyRejected):
-            return f"{exc}; nothing was changed: {self._key_cure(store, exc)}"
-        if isinstance(exc, StateDamaged):
-            kinds = (kind.blob_name for kind in StateType)
-            name = next((kind for kind in kinds if blobs.where(kind) == exc.path), _PERMANENT)
-            return f"{exc}; {blobs.remedy(name)}"
-        if isinstance(exc, EngineError) and name:
-            why = "it is damaged, of another TPM, or of a libtpms that is newer than this one"
-            return f"{exc}: libtpms refuses {blobs.where(name)}: {why}; {blobs.remedy(name)}"
-        return str(exc)
-
-    @staticmethod
-    def _key_cure(store: SealedStore, exc: StateKeyRejected) -> str:
-        if not store.config_flags & PtmConfigFlag.PTM_CONFIG_FLAG_FILE_KEY:
-            return "it is encrypted and needs --key with the key that it was written with"
-        if exc.result == PtmResult.TPM_FAIL:
-            return "it is not encrypted, so leave out --key"
-        if exc.result == PtmResult.TPM_DECRYPT_ERROR:
-            return "it needs the key that it was written with, or is damaged"
-        return "it needs the key that it was written with"
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""
@@ -267,6 +201,54 @@ class Vtpm:
         if self.running:
             self._auto_shutdown()
             self._engine.stop()
+
+    def suspend(self) -> SavedVtpm:
+        """The vTPM as plain values; only between two commands, and it is not used any more.
+
+        The TPM is off then, and notices nothing: no TPM2_Shutdown. The store stays open and locked.
+
+        Raises:
+            EngineError: There is no volatile state to be had; nothing has changed.
+        """
+        engine, running = self._engine, self.running
+        saved = SavedVtpm(
+            self._custody.suspend(),
+            running,
+            engine.volatile_state() if running else b"",
+            engine.locality,
+            engine.buffer_size(0)[0],
+            self._last_header,
+            self._hashing,
+            self._failure_said,
+            self._profile,
+            tuple((state.blob_name, payload) for state, payload in self._given.items()),
+        )
+        engine.stop()
+        return saved
+
+    def resume(self, saved: SavedVtpm) -> None:
+        """Goes on where *saved* was suspended; called once, before anything else.
+
+        Raises:
+            StorageError: The state is not there as it was, or another process has it locked.
+            EngineError: The engine refuses it.
+        """
+        if self._store is not None:
+            self._store.blobs.refresh()
+        self._custody.resume(saved.whose)
+        engine, kinds = self._engine, {kind.blob_name: kind for kind in StateType}
+        engine.locality = saved.locality
+        engine.buffer_size(saved.buffer_size)
+        self._last_header = saved.last_header
+        self._hashing = saved.hashing
+        self._failure_said = saved.failure_said
+        self._profile = saved.profile
+        self._given = {kinds[name]: payload for name, payload in saved.given}
+        for kind, payload in self._given.items():
+            engine.set_state(kind, payload)
+        if saved.running:
+            engine.set_state(StateType.VOLATILE, saved.volatile)
+            engine.start()
 
     def startup(self, kind: TpmSu) -> None:
         """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
@@ -283,7 +265,7 @@ class Vtpm:
             and self.options.auto_shutdown
             and command_code(self._last_header) != _SHUTDOWN
         )
-        if not wanted or self._lock_pending:  # without the lock nothing may be written
+        if not wanted or self._custody.away:  # without the lock nothing may be written
             return
         for kind in (TpmSu.TPM_SU_STATE, TpmSu.TPM_SU_CLEAR):
             try:
@@ -300,11 +282,11 @@ class Vtpm:
 
     def is_long(self, command: bytes) -> bool:
         """Whether the command may take long enough to belong on a worker."""
-        return self.running and (command_code(command) in self._long or self._lock_pending)
+        return self.running and (command_code(command) in self._long or self._custody.away)
 
     def process(self, command: bytes) -> bytes:
         """One command, one response; never raises: a fault becomes a TPM response."""
-        if not self._engine.running or (self._lock_pending and not self._take_state_back()):
+        if not self._engine.running or (self._custody.away and not self._custody.take_back()):
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         if len(command) < TPM_HEADER_SIZE:
             return self._refusal(TpmRc.TPM_BAD_PARAM_SIZE, TpmRc.TPM_RC_INSUFFICIENT)
@@ -363,7 +345,7 @@ class Vtpm:
             raise PtmError(PtmResult.TPM_BAD_ORDINAL, "the TPM is off")
         thread = not self.tpm2 and command_code(self._last_header) in _SHA1_THREAD
         # Any command may update a clock in the state, which may be another process' by now.
-        if thread or self._hashing or self._lock_pending:
+        if thread or self._hashing or self._custody.away:
             raise DeviceError(errno.EBUSY)
         before, self._engine.locality = self._engine.locality, 0
         try:
@@ -377,7 +359,7 @@ class Vtpm:
 
     def hurry(self) -> None:
         """The process wants to end: whatever runs or blocks is to end early. From any thread."""
-        self._hurried = True
+        self._custody.hurry()
         self.cancel()
 
     def _refusal(self, tpm12: TpmRc, tpm2: TpmRc) -> bytes:
@@ -430,7 +412,7 @@ class Vtpm:
 
     def hash_start(self) -> int:
         """Begins a measurement by the platform (TPM_IO_Hash_Start); returns the result code."""
-        self.need_lock()  # it sets the tpmEstablished bit, which a TPM 1.2 stores
+        self._custody.need()  # it sets the tpmEstablished bit, which a TPM 1.2 stores
         self._hashing = True
         return self._engine.hash_start()
 
@@ -447,7 +429,7 @@ class Vtpm:
         """Clears the tpmEstablished bit in *locality* (3 or 4 may); returns the result code."""
         if locality > 4:
             return PtmResult.TPM_BAD_LOCALITY
-        self.need_lock()
+        self._custody.need()
         before = self._engine.locality
         self._engine.locality = locality
         try:
@@ -460,61 +442,27 @@ class Vtpm:
     @property
     def holds_lock(self) -> bool:
         """Whether the state is surely locked, so that locking it again does nothing."""
-        return self.running and not self._lock_pending
+        return self.running and not self._custody.away
+
+    @property
+    def state_lost(self) -> bool:
+        """Another process has the state now: end, without a word to any client."""
+        return self._custody.whose is Whose.LOST
 
     def may_wait_for_lock(self, command: PtmCommand | None) -> bool:
         """Whether a PTM request may block for the lock's retries, and so belongs on a worker."""
         return command is PtmCommand.PTM_LOCK_STORAGE or (
-            self._lock_pending and command in {PtmCommand.PTM_INIT, PtmCommand.PTM_SET_STATEBLOB}
+            self._custody.away and command in {PtmCommand.PTM_INIT, PtmCommand.PTM_SET_STATEBLOB}
         )
 
     def lock_storage(self, retries: int) -> None:
-        """Locks the state, trying again every 10 ms, for a minute at most. Blocks.
-
-        PEER: tries as often as it is told to, which can be for years.
-
-        Raises:
-            StorageError: It could not be locked.
-        """
-        retries = min(retries, _LOCK_RETRIES_MAX)
-        if self._store is not None:
-            while True:
-                try:
-                    self._store.blobs.lock()
-                    break
-                except StateLocked:
-                    if retries == 0 or self._hurried:
-                        raise
-                retries -= 1
-                time.sleep(_LOCK_RETRY_SECONDS)
-        self._incoming = self._lock_pending = False
-        self._lock_retries = 0
-
-    def _take_state_back(self) -> bool:
-        """Before a command, after the state was handed out; sets `state_lost` when it is gone."""
-        try:
-            self.lock_storage(self._lock_retries)
-        except StorageError as exc:
-            log.error("%s", exc)
-            self.state_lost = True
-            return False
-        self.state_lost = False
-        return True
-
-    def need_lock(self) -> None:
-        """Before anything but a command that writes state. Raises PtmError."""
-        if self._lock_pending:
-            try:
-                self.lock_storage(0)
-            except StorageError as exc:
-                raise PtmError(PtmResult.TPM_FAIL, str(exc)) from exc
+        """Locks the state, trying again every 10 ms. Blocks. Raises StorageError."""
+        self._custody.lock(retries)
 
     def release_storage(self) -> None:
         """Lets the destination of a migration lock the state; the next command takes it back."""
-        if self._store is not None:
-            self._store.blobs.unlock()
-            self._known.clear()
-            self._lock_pending, self._lock_retries = True, _HANDOVER_RETRIES
+        self._custody.hand_out()
+        self._known.clear()
 
     # -- state ----------------------------------------------------------------------------
 
@@ -529,7 +477,7 @@ class Vtpm:
 
     def store_volatile(self) -> None:
         """Writes the volatile state beside the permanent one. Raises VtpmError."""
-        self.need_lock()
+        self._custody.need()
         payload = self._engine.volatile_state()
         self.need_store().store(StateType.VOLATILE.blob_name, payload)
 
@@ -540,7 +488,7 @@ class Vtpm:
         if state is StateType.VOLATILE:
             payload = self._engine.volatile_state()
             # It is on its way to another TPM: no later start here may resume from a stored one.
-            if not self._lock_pending:  # else the directory may be another process' by now
+            if not self._custody.away:  # else the directory may be another process' by now
                 store.delete(state.blob_name, must_exist=False)
         else:
             payload = store.load(state.blob_name)
@@ -559,9 +507,9 @@ class Vtpm:
         try:
             if not self.running:
                 store.blobs.refresh()
-            self.lock_storage(self._lock_retries)
+            self._custody.lock()
             if state is StateType.PERMANENT:
-                self._need_vacancy(store)
+                need_vacancy(store)
         except StorageError as exc:
             raise PtmError(PtmResult.TPM_IOERROR, str(exc)) from exc
         payload = b""
@@ -571,9 +519,9 @@ class Vtpm:
             # PEER: the next start then ends the process. Here a stored TPM stays as it is.
             log.warning("An empty permanent state was given; the stored one stays in use")
             return
-        given, self._is_given = self._is_given, False  # as in the engine, should it refuse
+        given, self._given = self._given, {}  # as in the engine, should it refuse
         self._engine.set_state(state, payload or None)
-        self._is_given = given or state is StateType.PERMANENT
+        self._given = {**given, state: payload or None}
 
     @staticmethod
     def _state_type(kind: int, unknown: PtmResult) -> StateType:

@@ -1,0 +1,130 @@
+"""From which state a TPM starts, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse import faults
+from vtpm_cuse.engine.base import StateType
+from vtpm_cuse.errors import (
+    EngineError,
+    PtmError,
+    StateDamaged,
+    StateKeyRejected,
+    StorageError,
+    VtpmError,
+)
+from vtpm_cuse.storage.base import left_over
+from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult
+
+if TYPE_CHECKING:
+    from vtpm_cuse.engine.base import Engine
+    from vtpm_cuse.storage.sealed import SealedStore
+
+log = logging.getLogger(__name__)
+
+PERMANENT: Final = StateType.PERMANENT.blob_name
+
+
+def start_engine(engine: Engine, store: SealedStore, *, given: bool, away: bool) -> None:
+    """Starts it from what is stored, else from its backup, as far as the store keeps one.
+
+    Args:
+        engine: Is off.
+        store: Where its state is.
+        given: It starts from a permanent state that another process has given instead.
+        away: The state may be another process': nothing is put in its place.
+
+    Raises:
+        PtmError: It does not start; with the result that PTM_INIT answers.
+    """
+    store.last_loaded = ""
+    try:
+        if given:
+            need_vacancy(store)
+        elif not away and (backup := store.blobs.restore_backup()):
+            log.warning(
+                "%s is missing: the TPM starts from %s", store.blobs.where(PERMANENT), backup
+            )
+        engine.start()
+    except VtpmError as exc:
+        refusal = PtmError(_start_result(engine, store, exc), _explained(store, exc))
+        if away or not _start_from_backup(engine, store, exc):
+            raise refusal from exc
+
+
+def need_vacancy(store: SealedStore) -> None:
+    """Before a TPM that another process gives: it may replace one, but not join what is left."""
+    if left := store.blobs.remains():
+        raise left_over(store.blobs, left)
+
+
+def _start_from_backup(engine: Engine, store: SealedStore, exc: VtpmError) -> bool:
+    """Whether the TPM runs after all; the state that was refused is the backup then."""
+    blobs = store.blobs
+    if not _is_permanent_damaged(store, exc):
+        return False
+    try:
+        kept = blobs.try_backup()
+        if not kept:
+            return False
+        log.warning("%s cannot be used: %s", blobs.where(PERMANENT), exc)
+        log.warning("Attempting to start with backup state file.")
+        try:
+            engine.start()
+        except VtpmError:
+            blobs.end_try(accepted=False)
+            return False
+        blobs.end_try(accepted=True)
+    except StorageError as failure:
+        log.warning("The backup could not be tried in full: %s", failure)
+        return engine.running
+    log.warning("The TPM runs from its backup; the state that was refused is now %s", kept)
+    return True
+
+
+def _is_permanent_damaged(store: SealedStore, exc: VtpmError) -> bool:
+    """Whether a failed start can be the permanent state's fault, and not a missing key's."""
+    if isinstance(exc, EngineError):
+        return store.last_loaded == PERMANENT
+    return (
+        isinstance(exc, (StateDamaged, StateKeyRejected))
+        and exc.path == store.blobs.where(PERMANENT)
+        and (isinstance(exc, StateDamaged) or exc.result == PtmResult.TPM_DECRYPT_ERROR)
+    )
+
+
+def _start_result(engine: Engine, store: SealedStore, exc: VtpmError) -> int:
+    """One code for a TPM 2; for a TPM 1.2 the cause, but not of its volatile state."""
+    if engine.tpm2:
+        return PtmResult.TPM_RC_FAILURE
+    volatile = store.blobs.where(StateType.VOLATILE.blob_name)
+    if isinstance(exc, StorageError) and exc.path == volatile:
+        return PtmResult.TPM_FAIL
+    return faults.tpm_result(exc)
+
+
+def _explained(store: SealedStore, exc: VtpmError) -> str:
+    """Which state is at fault for a failed start, why, and what can be done."""
+    blobs, name = store.blobs, store.last_loaded
+    if isinstance(exc, StateKeyRejected):
+        return f"{exc}; nothing was changed: {_key_cure(store, exc)}"
+    if isinstance(exc, StateDamaged):
+        kinds = (kind.blob_name for kind in StateType)
+        name = next((kind for kind in kinds if blobs.where(kind) == exc.path), PERMANENT)
+        return f"{exc}; {blobs.remedy(name)}"
+    if isinstance(exc, EngineError) and name:
+        why = "it is damaged, of another TPM, or of a libtpms that is newer than this one"
+        return f"{exc}: libtpms refuses {blobs.where(name)}: {why}; {blobs.remedy(name)}"
+    return str(exc)
+
+
+def _key_cure(store: SealedStore, exc: StateKeyRejected) -> str:
+    if not store.config_flags & PtmConfigFlag.PTM_CONFIG_FLAG_FILE_KEY:
+        return "it is encrypted and needs --key with the key that it was written with"
+    if exc.result == PtmResult.TPM_FAIL:
+        return "it is not encrypted, so leave out --key"
+    if exc.result == PtmResult.TPM_DECRYPT_ERROR:
+        return "it needs the key that it was written with, or is damaged"
+    return "it needs the key that it was written with"
