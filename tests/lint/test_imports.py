@@ -45,7 +45,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "acquire": frozenset(
         {"acquire.keeper", "config", "containers", "errors", "files", "proto", "wire"}
     ),
-    "acquire.keeper": frozenset(),
+    "acquire.keeper": frozenset({"files"}),
     "client": frozenset({"errors", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),

@@ -104,7 +104,8 @@ def test_a_tpm12_outlives_a_suspension() -> None:
     )
 
     def run(after: Callable[[Host], None]) -> list[object]:
-        host, seen = Host(blobs, tpm2=False), []
+        host = Host(blobs, tpm2=False)
+        seen: list[object] = []
         host.vtpm.start()
         for command in script:
             seen.append((host.vtpm.process(command), _asked(host.vtpm), *host.seen()))
