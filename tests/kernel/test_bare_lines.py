@@ -20,6 +20,7 @@ from tests.kernel.harness import (
     exchange,
     needs,
     opened,
+    processes,
     ptm,
     run,
     wait_exit,
@@ -51,18 +52,6 @@ def end(pid: int) -> None:
         wait_exit(pidfd)
     finally:
         os.close(pidfd)
-
-
-def processes(word: str) -> list[int]:
-    """Those with such a word on their command line, as ps shows them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.parametrize("name", ["vtpmbare", "/dev/vtpmbare"])
