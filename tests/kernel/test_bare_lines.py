@@ -171,7 +171,7 @@ def test_proxy_alone(start: tuple[str, ...], tmp_path: Path) -> None:
         assert line == f"swtpm: /dev/tpm{found[1]} is a TPM 2.0, whose state is in {state}.\n"
         device = Path(f"/dev/tpmrm{found[1]}")
         if start:
-            assert process.wait(PATIENCE) == 0
+            assert process.wait(PATIENCE) == 0, process.stderr.read()
         wait_until(device.exists, "the device")
         with opened(device) as fd:
             assert code_of(exchange(fd, RANDOM)) == 0
