@@ -120,6 +120,18 @@ def run(
     return result
 
 
+def processes(word: str) -> list[int]:
+    """Those with such a word on their command line, as ps shows them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
 # -- waiting ------------------------------------------------------------------------------
 
 

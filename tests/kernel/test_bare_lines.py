@@ -20,6 +20,7 @@ from tests.kernel.harness import (
     exchange,
     needs,
     opened,
+    processes,
     ptm,
     run,
     wait_exit,
@@ -51,18 +52,6 @@ def end(pid: int) -> None:
         wait_exit(pidfd)
     finally:
         os.close(pidfd)
-
-
-def processes(word: str) -> list[int]:
-    """Those with such a word on their command line, as ps shows them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.parametrize("name", ["vtpmbare", "/dev/vtpmbare"])
@@ -182,7 +171,7 @@ def test_proxy_alone(start: tuple[str, ...], tmp_path: Path) -> None:
         assert line == f"swtpm: /dev/tpm{found[1]} is a TPM 2.0, whose state is in {state}.\n"
         device = Path(f"/dev/tpmrm{found[1]}")
         if start:
-            assert process.wait(PATIENCE) == 0
+            assert process.wait(PATIENCE) == 0, process.stderr.read()
         wait_until(device.exists, "the device")
         with opened(device) as fd:
             assert code_of(exchange(fd, RANDOM)) == 0

@@ -29,6 +29,7 @@ from tests.kernel.harness import (
     exchange,
     needs,
     opened,
+    processes,
     run,
     wait_blocked,
     wait_child,
@@ -202,6 +203,17 @@ def test_long_command_leaves_the_control_channel_free(shared: Proxy) -> None:
     assert isinstance(response, bytes)
     assert tpm.code_of(response) == 0
     assert asked > 1
+
+
+def test_who_is_told_of_the_device_finds_one_process(tmp_path: Path) -> None:
+    """By its command line, as ps shows it."""
+    proxy, others = Proxy(tmp_path), set(processes("--vtpm-proxy"))
+    with uevents() as events:
+        proxy.begin()
+        found = set(processes("--vtpm-proxy")) - others
+        events.wait("add", *proxy.names)
+    assert found == {proxy.process.pid}
+    assert proxy.end() == 0
 
 
 # -- the other version, start and end -------------------------------------------------------

@@ -476,3 +476,24 @@ def test_no_channel(monkeypatch: pytest.MonkeyPatch, path: str, words: str) -> N
         open_cuse()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_ends_without_an_answer_when_another_process_has_the_state(
+    pair: tuple[socket.socket, CuseChannel],
+) -> None:
+    """As for sockets: no client may take the refusal for the word of its TPM."""
+
+    async def scenario(served: Served) -> None:
+        client = served.client
+        await client.open()
+        served.vtpm.release_storage()
+        served.store.faults["lock"] = StateLocked("x", "taken")
+        assert await client.write(RANDOM) == 0
+        await client.start_read()
+        await served.ended.wait()
+        with pytest.raises(BlockingIOError):
+            pair[0].recv(1)
+
+    served = serve(pair, scenario)
+    assert served.vtpm.state_lost
+    assert served.engine.calls == ["start"]

@@ -208,6 +208,7 @@ class ProxyMaker:
         """
         os.write(self._ours.fileno(), _GO)
         answer, fds, told, _ = socket.recv_fds(self._ours, _ANSWER_MAX, 1)
+        self._ours.recv(1)  # the other one has ended: who looks for this process finds one
         self.close()
         if not fds:
             raise _refused(errno.EMFILE if told & socket.MSG_CTRUNC else int(answer or errno.EIO))

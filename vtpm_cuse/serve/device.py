@@ -103,7 +103,7 @@ class DeviceServer:
         self._session.resume(saved.session)
 
     async def serve(self) -> None:
-        """Until PTM_SHUTDOWN.
+        """Until PTM_SHUTDOWN, or until another process has the state.
 
         Raises:
             DeviceGone: The kernel took the device away.
@@ -158,6 +158,9 @@ class DeviceServer:
             self._give_grace()
 
     def _wake(self) -> None:
+        if self._vtpm.state_lost:  # whoever waits for an answer hears that the device is gone
+            self._scope.cancel()
+            return
         try:
             for message in self._session.wake():
                 self._send(message)
