@@ -20,9 +20,16 @@ _RESULTS: Final = CACHE / "test"
 _DEPLOYED: Final = CACHE / "deployed"
 _SECONDS: Final = "1500"
 _NOTHING_COLLECTED: Final = 5
+# Once more with the newer libtpms, libffi and Python: engine, state, and what the sandbox takes away.
 _UNSTABLE: Final = (
     *("tests/unit", "tests/fuzz/test_wire.py", "tests/fuzz/test_device.py"),
-    *("tests/integration/test_crash.py", "tests/integration/test_certificates_peer.py"),
+    *(
+        f"tests/integration/test_{name}.py"
+        for name in (
+            *("crash", "failed_store", "certificates_peer", "sandbox", "sandbox_start"),
+            *("remains", "isolation", "below_another_root"),
+        )
+    ),
     "tests/differential",
 )
 
