@@ -5,28 +5,40 @@ On the real library, one TPM after the other; what differs are the random number
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import random
-from typing import TYPE_CHECKING, Final
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final, cast
 
 import pytest
+import trio
+import trio.testing
 
 from tests.support import commands as tpm
 from tests.support import ptm
+from tests.support import sockets as s
 from tests.support.engine import FakeEngine
 from tests.support.kernel import FakeKernel, Jobs, Reply
 from tests.support.processes import in_child
 from tests.support.ptm import u32
 from tests.support.stores import FailingStore
 from tests.support.suspension import SCRIPT, Host, chances, command_of, masked, prepared
+from vtpm_cuse.acquire.channels import Channels
 from vtpm_cuse.errors import DeviceError, EngineError, VtpmError
 from vtpm_cuse.proto.device import DeviceSession
+from vtpm_cuse.serve.sockets import SavedSockets, SocketServer
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.vtpm.vtpm import SavedVtpm, Vtpm, VtpmOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from vtpm_cuse.serve.worker import Worker
 
 SEEDS: Final = range(12)
 STEPS: Final = 80
@@ -299,3 +311,301 @@ def test_what_a_device_has_to_lose_outlives_a_suspension() -> None:
         yield exchange(kernel, tpm.pcr_read(10))
 
     both_devices(steps)
+
+
+# -- behind sockets -----------------------------------------------------------------------
+
+
+class InlineWorker:
+    """Does a job where it is given: nothing depends on a thread's pace."""
+
+    async def run(self, job: Callable[[], bytes], _hurry: Callable[[], object]) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return job()
+
+    async def insist(self, _hurry: Callable[[], object]) -> None:
+        """No job runs beside anything."""
+
+
+_END: Final = b"(end)"
+
+
+class Sockets:
+    """A served TPM and its clients: how they come to their connections is the *way*."""
+
+    def __init__(self, way: str, folder: Path, blobs: dict[str, bytes]) -> None:
+        self.host = Host(blobs)
+        self.clock = trio.testing.MockClock()
+        self._way, self._folder = way, folder
+        self.channels = Channels()
+        self.controls: list[socket.socket] = []
+        self.data: socket.socket | None = None
+        self._saved: SavedSockets | None = None
+        if way == "listeners":
+            self.channels.data_listener = _listener(folder / "data")
+            self.channels.control_listener = _listener(folder / "ctrl")
+            self.connect_control()
+            self.connect_data()
+            return
+        ours, self.channels.control_stream = _pair()
+        self.controls.append(ours)
+        if way == "streams":
+            self.data, self.channels.data_stream = _pair()
+
+    def connect_control(self) -> None:
+        """One more client, where it can."""
+        if self._way == "listeners":
+            self.controls.append(_connected(self._folder / "ctrl"))
+
+    def connect_data(self) -> None:
+        """A new data client in the place of the old, where it can."""
+        if self._way == "listeners":
+            if self.data is not None:
+                self.data.close()
+            self.data = _connected(self._folder / "data")
+        elif self._way == "passed" and self.data is None:
+            self.data, theirs = _pair()
+            with theirs:
+                message = s.u32(s.SET_DATAFD)
+                socket.send_fds(self.controls[0], [message[:3]], [theirs.fileno()])
+                self.controls[0].send(message[3:])
+
+    async def received(self) -> list[bytes]:
+        """All that each client has been sent, once nothing happens any more."""
+        clients = [*self.controls, *([self.data] if self.data else [])]
+        got = [b"" for _ in clients]
+        while True:
+            await trio.testing.wait_all_tasks_blocked()
+            found = [
+                b"" if before.endswith(_END) else _available(client)
+                for client, before in zip(clients, got, strict=True)
+            ]
+            if not any(found):
+                break
+            got = [before + more for before, more in zip(got, found, strict=True)]
+        for client, all_of_it in zip(clients, got, strict=True):
+            if all_of_it.endswith(_END):
+                self._forget(client)
+        return got
+
+    def _forget(self, client: socket.socket) -> None:
+        client.close()
+        if client is self.data:
+            self.data = None
+        else:
+            self.controls.remove(client)
+
+    @contextlib.asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """Meanwhile clients are served; before and behind, nothing is there but plain values."""
+        worker = cast("Worker", InlineWorker())
+        async with trio.open_nursery() as nursery:
+            if self._saved is None:
+                server = SocketServer(nursery, self.channels, PtmService(self.host.vtpm), worker)
+                server.start()
+            else:
+                self.host.renew()
+                server = SocketServer(nursery, Channels(), PtmService(self.host.vtpm), worker)
+                server.resume(self._saved)
+            yield
+            self._saved = await server.suspend()
+
+    def close(self) -> None:
+        """Both ends, and the TPM."""
+        assert self._saved is not None
+        for fd in _descriptors(self._saved):
+            os.close(fd)
+        for client in (*self.controls, *([self.data] if self.data else [])):
+            client.close()
+        self.host.close()
+
+
+def _descriptors(saved: SavedSockets) -> Iterator[int]:
+    for listener in (saved.data_listener, saved.control_listener):
+        if listener is not None:
+            yield listener
+    yield from (one.fd for one in (saved.only, saved.accepted, *saved.passed) if one is not None)
+    for control in saved.controls:
+        yield from (control.fd, *control.passed)
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # a few responses
+    return ours, theirs
+
+
+def _listener(path: Path) -> socket.socket:
+    found = s.listener(path)
+    found.setblocking(False)
+    return found
+
+
+def _connected(path: Path) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    found.connect(str(path))
+    found.setblocking(False)
+    return found
+
+
+def _available(client: socket.socket) -> bytes:
+    try:
+        return client.recv(1 << 16) or _END
+    except BlockingIOError:
+        return b""
+    except ConnectionResetError:
+        return _END
+
+
+Act = Callable[[Sockets], bool]
+"""What clients do; returns whether the answers hold random numbers."""
+
+
+async def _serve(served: Sockets, steps: list[Act], *, restless: bool) -> list[object]:
+    """What is seen of each step, of a server that lives through all of them, or half of one."""
+    seen: list[object] = []
+
+    async def look(hidden: bool) -> None:
+        got = await served.received()
+        seen.append(([one[:4] for one in got] if hidden else got, *served.host.seen()))
+
+    if restless:
+        for act in steps:
+            async with served.served():
+                hidden = act(served)
+            async with served.served():
+                await look(hidden)
+    else:
+        async with served.served():
+            for act in steps:
+                await look(act(served))
+    return seen
+
+
+def both_servers(way: str, folder: Path, steps: list[Act]) -> None:
+    """The same is seen of a server that is suspended twice a step as of one that is not."""
+    blobs = prepared()
+    seen = []
+    for restless in (False, True):
+        (folder / str(restless)).mkdir()
+        served = Sockets(way, folder / str(restless), blobs)
+        seen.append(
+            trio.run(
+                functools.partial(_serve, restless=restless), served, steps, clock=served.clock
+            )
+        )
+        served.close()
+    plain, found = seen
+    assert len(plain) == len(steps)
+    for number, (expected, other) in enumerate(zip(plain, found, strict=True)):
+        assert other == expected, number
+
+
+def _data(data: bytes, *, hidden: bool = False) -> Act:
+    def act(served: Sockets) -> bool:
+        if served.data is not None:
+            served.data.send(data)
+        return hidden
+
+    return act
+
+
+def _control(data: bytes, *, last: bool = False, hidden: bool = False, least: int = 0) -> Act:
+    """On the first control connection, or the *last*; if there are more than the *least*."""
+
+    def act(served: Sockets) -> bool:
+        if len(served.controls) > least:
+            served.controls[-1 if last else 0].send(data)
+        return hidden
+
+    return act
+
+
+def _waits(served: Sockets) -> bool:
+    """Longer than for the rest of a command, or of a request."""
+    served.clock.jump(2)
+    return False
+
+
+def _comes(served: Sockets) -> bool:
+    served.connect_control()
+    return False
+
+
+def _goes(served: Sockets) -> bool:
+    if len(served.controls) > 1:
+        served.controls.pop().close()
+    return False
+
+
+def _data_comes(served: Sockets) -> bool:
+    served.connect_data()
+    return False
+
+
+def _prefixed(command: bytes, locality: int) -> bytes:
+    return s.u32(8) + bytes([locality]) + s.u32(len(command)) + command
+
+
+def _pieces(data: bytes, chance: random.Random) -> list[bytes]:
+    cut = chance.randrange(1, len(data)) if len(data) > 1 else 1
+    return [data[:cut], data[cut:]] if data[cut:] else [data]
+
+
+def sockets_step(chance: random.Random) -> list[Act]:
+    """One thing that clients may do, in one step or several."""
+    kind = chance.choice(
+        ("command",) * 5
+        + ("pieces", "many", "prefixed", "control", "control", "split", "power")
+        + ("hash", "blobs", "half", "waits", "comes", "goes", "data comes")
+    )
+    command, number = command_of(chance), chance.randrange(0, 22)
+    while kind != "command" and command[6:10] == tpm.get_random(1)[6:10]:
+        command = command_of(chance)
+    argument = s.u32(chance.choice((0, 1, 3, 5, 3500)))
+    match kind:
+        case "command":
+            return [_data(command, hidden=command[6:10] == tpm.get_random(1)[6:10]), _waits]
+        case "pieces":
+            return [*(_data(piece) for piece in _pieces(command, chance)), _waits]
+        case "many":
+            return [_data(tpm.pcr_read(10) * chance.randrange(2, 100))]
+        case "prefixed":
+            return [_data(_prefixed(command, chance.randrange(6)))]
+        case "control" if number not in {s.SHUTDOWN, s.GET_STATEBLOB, s.SET_DATAFD}:
+            return [_control(s.u32(number) + argument, last=True), _waits]
+        case "split":
+            request = s.u32(s.SET_LOCALITY) + argument
+            return [_control(piece) for piece in _pieces(request, chance)]
+        case "power":
+            start = chance.choice((tpm.TPM2_STARTUP_STATE, tpm.TPM2_STARTUP_CLEAR))
+            return [_control(s.u32(s.STOP)), _control(s.u32(s.INIT, 0)), _data(start)]
+        case "hash":
+            steps = [s.u32(s.HASH_START), s.u32(s.HASH_DATA, 3) + b"abc", s.u32(s.HASH_END)]
+            return [_control(step) for step in steps[: chance.randrange(1, 4)]]
+        case "blobs":  # the last hands the state out
+            return [_control(s.u32(s.GET_STATEBLOB, 0, 1 + number % 3, 0), hidden=True)]
+        case "half":
+            half = s.u32(s.SET_STATEBLOB, 0, 2, 30) + bytes(9)
+            return [_control(half, last=True, least=1), _waits]
+        case "waits":
+            return [_waits]
+        case "comes":
+            return [_comes]
+        case "goes":
+            return [_goes]
+        case "data comes":
+            return [_data_comes]
+    return []
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("way", ["streams", "listeners", "passed"])
+@in_child
+def test_a_socket_server_suspended_at_every_step(way: str, seed: int, tmp_path: Path) -> None:
+    steps: list[Act] = [_data_comes, _control(s.u32(s.INIT, 0)), _data(tpm.TPM2_STARTUP_CLEAR)]
+    for chance in chances(seed, STEPS):
+        steps += sockets_step(chance)
+    both_servers(way, tmp_path, steps)

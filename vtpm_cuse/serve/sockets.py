@@ -231,6 +231,7 @@ class SocketServer:
         try:
             await self._converse(data, listener)
         except OSError as exc:
+            await trio.lowlevel.checkpoint_if_cancelled()  # suspended: nothing has happened
             log.info("Data client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A data client could not be served")
@@ -344,6 +345,7 @@ class SocketServer:
             with client.connection:
                 await self._obey(client)
         except OSError as exc:
+            await trio.lowlevel.checkpoint_if_cancelled()
             log.info("Control client: %s", exc.strerror)
         except Exception:  # as for data
             log.exception("A control client could not be served")
@@ -368,6 +370,7 @@ class SocketServer:
             stream.feed(data)
             request = client.request = stream.next_request(flush=not data)
             place.held = stream.held
+            client.begun = min(client.begun, place.heard) if stream.held else float("inf")
             place.known = place.known or (request is not None and request.command is not None)
             over = stream.broken
             if over and request is None:
@@ -375,10 +378,7 @@ class SocketServer:
             await self._answer_request(client)
             if over or (not data and (request is None or not scope.cancelled_caught)):
                 return
-            if not stream.held:
-                client.begun = float("inf")
-            else:
-                client.begun = min(client.begun, place.heard)
+            if stream.held:
                 self._turn_away(self._places.one_to_drop())
             await trio.lowlevel.checkpoint()
 

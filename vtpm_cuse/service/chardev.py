@@ -10,7 +10,6 @@ from vtpm_cuse.acquire.sockets import acquire_control, take_stream
 from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service import life
-from vtpm_cuse.service.process import notify
 from vtpm_cuse.service.socket import load_channels, serve_channels
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ class _Chardev(life.Interface):
             self._channels.data_stream = take_stream(config.fd)
         else:
             self._maker = ProxyMaker(tpm2=config.vtpm.tpm2)
-            # Somebody waits for us to be ready: the process that started us, a service manager.
-            if config.process.background or notify.connected():
+            if self.awaited:
                 self._watcher = DeviceWatcher(tpm2=config.vtpm.tpm2)
             if config.vtpm.state is not None and config.vtpm.state.own_place:
                 life.make_state_directory(config.vtpm, 0o700, config.process.runas, 1)

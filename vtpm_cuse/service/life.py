@@ -44,6 +44,8 @@ class Interface:
     exits = Exits()
     give_up: Callable[[], None]
     """For `serve`: gives up what a successor needs, before a requested end is answered."""
+    awaited = False
+    """Whether somebody waits for it to be ready: the process that started it, a service manager."""
     sockets = False
     """Whether it accepts clients on sockets."""
 
@@ -163,6 +165,8 @@ def _check_threads() -> None:
 
 
 class _Life:
+    _manager: notify.ServiceManager
+
     def __init__(self, interface: Interface, process: ProcessConfig, config: VtpmConfig) -> None:
         self._interface = interface
         self._process = process
@@ -221,7 +225,8 @@ class _Life:
         self._remover.end(pid_files=self._pid_file.ours or self._process.background)
 
     def _acquire(self) -> None:
-        notify.connect()
+        self._manager = notify.connect()
+        self._interface.awaited = self._process.background or self._manager.waits
         self._interface.open()
         if not self._process.background:  # else `part` makes it, when all is ready
             self._pid_file.open(self._owner)
@@ -265,13 +270,13 @@ class _Life:
         gc.enable()
 
         def announce() -> None:
-            notify.ready()
+            self._manager.ready()
             ready()
 
         try:
             await self._interface.serve(vtpm, worker, announce)
         finally:
-            notify.stopping()
+            self._manager.stopping()
 
     def _give_up(self, vtpm: Vtpm) -> None:
         """The pid file goes last: then names, state and lock are a successor's to take."""

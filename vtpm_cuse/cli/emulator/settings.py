@@ -160,7 +160,7 @@ def enter_root(line: CommandLine) -> None:
 
         line.look_up()
         user(line)
-        notify.connect()
+        notify.keep()
         for name in import_all():
             if name != KEYRING or _takes_keyring(line):
                 raise UsageError(f"{name} is missing, which --chroot needs", hint="install it")

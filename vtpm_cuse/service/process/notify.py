@@ -1,50 +1,80 @@
-"""Readiness for service managers: the datagrams of sd_notify(3)."""
+"""Readiness for service managers: the datagrams of sd_notify(3).
+
+By hand, for it is a dozen lines, and the library for it makes a socket for each message: a sandbox
+allows none, and below another root the path is somebody else's.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
+from typing import Final
 
 log = logging.getLogger(__name__)
 
-_manager: socket.socket | None = None
+_VARIABLE: Final = "NOTIFY_SOCKET"
+_DESCRIPTOR: Final = "fd:"
 
 
-def connect() -> None:
-    """Connects to the manager that NOTIFY_SOCKET names, if any; before a sandbox or a new root."""
-    global _manager
-    path = os.environ.pop("NOTIFY_SOCKET", "")
-    if path[:1] not in {"/", "@"} or _manager is not None:
-        return
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.connect(f"\0{path[1:]}" if path[0] == "@" else path)
-    except OSError as exc:
-        sock.close()
-        log.warning("Could not reach the service manager at %s: %s", path, exc.strerror or exc)
-    else:
-        _manager = sock
+class ServiceManager:
+    """Who waits for this process to be ready, if anybody does; no child of it speaks for it."""
 
+    def __init__(self, connection: socket.socket | None) -> None:
+        self._connection = connection
+        self._process = os.getpid()
 
-def connected() -> bool:
-    """Whether there is one to tell."""
-    return _manager is not None
+    @property
+    def waits(self) -> bool:
+        """Whether there is one."""
+        return self._connection is not None
 
+    def ready(self) -> None:
+        """Clients are served; by this process, which need not be the one that was started."""
+        self._tell(f"READY=1\nMAINPID={self._process}")
 
-def ready() -> None:
-    """Clients are served; by this process, which need not be the one that was started."""
-    _tell(f"READY=1\nMAINPID={os.getpid()}")
+    def stopping(self) -> None:
+        """The service is about to end."""
+        self._tell("STOPPING=1")
 
-
-def stopping() -> None:
-    """The service is about to end."""
-    _tell("STOPPING=1")
-
-
-def _tell(state: str) -> None:
-    if _manager is not None:
+    def _tell(self, state: str) -> None:
+        if self._connection is None or os.getpid() != self._process:
+            return
         try:
-            _manager.send(state.encode())
+            self._connection.send(state.encode())
         except OSError as exc:
             log.warning("Could not tell the service manager: %s", exc.strerror)
+
+
+def connect() -> ServiceManager:
+    """Takes the manager that NOTIFY_SOCKET names, if any, for this process; before a sandbox."""
+    return ServiceManager(_connected())
+
+
+def keep() -> None:
+    """Lets `connect` work below another root: the variable then names a descriptor."""
+    if (connection := _connected()) is not None:
+        os.environ[_VARIABLE] = f"{_DESCRIPTOR}{connection.detach()}"
+
+
+def _connected() -> socket.socket | None:
+    name = os.environ.pop(_VARIABLE, "")
+    try:
+        if name.startswith(_DESCRIPTOR):
+            return socket.socket(fileno=int(name.removeprefix(_DESCRIPTOR)))
+        if name[:1] in {"/", "@"}:
+            return _connected_to(f"\0{name[1:]}" if name[0] == "@" else name)
+    except (OSError, ValueError, OverflowError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        log.warning("Could not reach the service manager at %s: %s", name, reason)
+    return None
+
+
+def _connected_to(address: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.connect(address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
