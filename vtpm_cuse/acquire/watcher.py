@@ -57,6 +57,7 @@ class DeviceWatcher:
 def _watch(theirs: int, *, tpm2: bool) -> NoReturn:
     try:
         settle_down("vtpm-watcher: waits for a TPM device", {theirs})
+        logging.disable()  # libraries would write to what was the log
         # Nothing is left to be cleared up: who ends the service need not wait.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
