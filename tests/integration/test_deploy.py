@@ -257,7 +257,7 @@ def test_a_package_with_another_hash_is_not_installed(tmp_path: Path) -> None:
     )
     assert done.returncode
     assert "DO NOT MATCH THE HASHES" in done.stderr
-    assert "--require-hashes" in (ROOT / "setup").read_text()
+    assert "--require-hashes" in (ROOT / "tools/programs.py").read_text()
 
 
 def test_a_second_time_replaces_the_first(system: Path, venv: Path, tmp_path: Path) -> None:

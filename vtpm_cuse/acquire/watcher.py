@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 from typing import Final, NoReturn
 
@@ -57,9 +56,7 @@ class DeviceWatcher:
 def _watch(theirs: int, *, tpm2: bool) -> NoReturn:
     try:
         settle_down("vtpm-watcher: waits for a TPM device", {theirs})
-        # Nothing is left to be cleared up: who ends the service need not wait.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_DFL)
+        logging.disable()  # libraries would write to what was the log
         answer = _SHOWN
         try:
             _wait(theirs, tpm2=tpm2)
