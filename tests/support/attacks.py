@@ -260,6 +260,10 @@ def _deadly(code: str, *outside: str) -> Attack:
     return Attack(code, "killed", outside or ("done",))
 
 
+_OLD_OR_NEW: Final = ("done", "EACCES")
+"""New code: from Linux 6.3 on, the process has told the kernel to refuse it, sandbox or none."""
+
+
 ATTACKS: Final = {
     "nothing": Attack("pass", "done"),
     "bug": Attack("raise RuntimeError('a bug of ours')", "no answer", ()),
@@ -396,12 +400,11 @@ ATTACKS: Final = {
     "ask-tcp": _refused("LISTENER.getsockopt(6, 11, 100)"),
     # -- code --------------------------------------------------------------------------------
     "code": _refused("mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_EXEC)"),
-    # By PR_SET_MDWE the kernel refuses three of these from 6.3 on, sandbox or not.
-    "code-writable": _refused("mmap.mmap(-1, PAGE, prot=7)", "done", "EACCES"),
+    "code-writable": _refused("mmap.mmap(-1, PAGE, prot=7)", *_OLD_OR_NEW),
     "code-high-bits": _refused("sc('mmap', 0, PAGE, 1 << 33 | 5, 0x22, -1, 0)", "done", "EINVAL"),
     "code-of-file": _refused("fd = made('elf'); os.write(fd, b'x'); mmap.mmap(fd, 1, prot=5)"),
-    "code-protect": _refused("sc('mprotect', mapped(), PAGE, 5)", "done", "EACCES"),
-    "code-protect-key": _refused("sc('pkey_mprotect', mapped(), PAGE, 5, -1)", "done", "EACCES"),
+    "code-protect": _refused("sc('mprotect', mapped(), PAGE, 5)", *_OLD_OR_NEW),
+    "code-protect-key": _refused("sc('pkey_mprotect', mapped(), PAGE, 5, -1)", *_OLD_OR_NEW),
     "code-in-memory-file": _refused("os.close(sc('memfd_create', b'x', 0))"),
     "code-in-secret-file": _refused("sc('memfd_secret', 0)", "done", "ENOSYS"),
     "remap": _refused("sc('remap_file_pages', 0, 0, 0, 0, 0)", "EINVAL"),
