@@ -90,7 +90,7 @@ def test_other_programs(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     code = (
         "import os, signal, sys\n"
-        "from vtpm_cuse.cli import swtpm_setup\n"
+        "from vtpm_cuse.cli.setup import swtpm_setup\n"
         "from vtpm_cuse.manufacture import run\n"
         "begin = run._interruptible\n"
         "def interrupted(work, tpm, certifier):\n"

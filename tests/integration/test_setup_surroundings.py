@@ -358,7 +358,7 @@ def test_where_hardly_a_process_may_be_started_nothing_is_half_made(
 
 SAY_DUMPABLE = """
 import ctypes, sys
-from vtpm_cuse.cli import {module}
+from vtpm_cuse.cli.{room} import {module}
 from vtpm_cuse.ca.keys import PrivateKey
 real = PrivateKey.sign
 def sign(self, *args):
@@ -384,7 +384,8 @@ def test_nobody_looks_into_a_process_that_has_keys(workshop: Workshop, module: s
             *("--issuercert", workshop.ca / "issuercert.pem"),
         )
     path = workshop.path / "dumpable"
-    code = SAY_DUMPABLE.format(module=module, path=str(path))
+    room = "setup" if module == "swtpm_setup" else "ca"
+    code = SAY_DUMPABLE.format(room=room, module=module, path=str(path))
     run = workshop.run(sys.executable, "-c", code, *words)
     assert run.returncode == 0, run.stderr
     assert set(path.read_text().split()) == {"0"}
@@ -396,7 +397,7 @@ def test_a_token_key_without_its_library_names_the_command(workshop: Workshop) -
     shutil.copy(workshop.ca / "issuercert.pem", issuer)
     code = (
         "import sys; sys.modules['pkcs11'] = None\n"
-        "from vtpm_cuse.cli import swtpm_cert; sys.exit(swtpm_cert.main())"
+        "from vtpm_cuse.cli.ca import swtpm_cert; sys.exit(swtpm_cert.main())"
     )
     run = workshop.run(
         *(sys.executable, "-c", code, "--tpm2", "--modulus", "c" * 512, *TPM, *MAKER),

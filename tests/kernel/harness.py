@@ -288,7 +288,8 @@ import json, os, sys
 import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.acquire.cuse
 import vtpm_cuse.client.ioctl, vtpm_cuse.service.process.pidfile, vtpm_cuse.serve.worker
 import vtpm_cuse.service.chardev, vtpm_cuse.serve.sockets, vtpm_cuse.cli.emulator.swtpm_chardev
-from vtpm_cuse.cli import swtpm, swtpm_cuse
+from vtpm_cuse.cli import swtpm
+from vtpm_cuse.cli.emulator import swtpm_cuse
 print("ready", flush=True)
 for line in sys.stdin:
     argv = json.loads(line)

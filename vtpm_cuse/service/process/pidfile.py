@@ -31,7 +31,7 @@ class PidFile:
         """Open once `open` has been called; -1 where there is to be no pid file."""
         self.paths = _path_of(self.fd) if self._path is None else [os.path.abspath(self._path)]
         """What is removed at the end."""
-        self.ours = False
+        self.ours = self._is_new = False
         """Whether it has been made, or written to, and so is to be removed."""
 
     def open(self, owner: tuple[int, int] | None) -> None:
@@ -39,8 +39,9 @@ class PidFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         if self._path is not None and self.fd < 0:
             with self._errors():
-                self.ours = not os.path.lexists(self._path)
+                is_new = not os.path.lexists(self._path)
                 self.fd = open_for(self._path, flags, 0o644, owner)
+                self.ours = self._is_new = is_new
         elif self.fd >= 0:
             with contextlib.suppress(OSError):  # said when it is written to
                 os.set_inheritable(self.fd, False)
@@ -54,7 +55,19 @@ class PidFile:
 
     def write_for(self, process_id: int) -> None:
         """Puts another process' id there. Raises UsageError."""
-        self.write(lambda: write_number(self.fd, process_id))
+        with self.discarded():
+            self.write(lambda: write_number(self.fd, process_id))
+
+    @contextlib.contextmanager
+    def discarded(self) -> Iterator[None]:
+        """Where this fails, a file that `open` has made is not left empty."""
+        try:
+            yield
+        except BaseException:
+            if self._is_new:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.paths[0])
+            raise
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
