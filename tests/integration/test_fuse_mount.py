@@ -356,6 +356,31 @@ def test_bad_command_lines(words: tuple[str, ...], said: str, tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("run", "XDG_RUNTIME_DIR is not an absolute path"),
+        ("{0}/run", "XDG_RUNTIME_DIR is another user's: {0}/run"),
+        ("{0}/link", "XDG_RUNTIME_DIR is another user's: {0}/link"),
+    ],
+)
+def test_a_runtime_folder_that_is_not_ours(folder: str, said: str, tmp_path: Path) -> None:
+    """Its owner could have a TPM mounted wherever he likes, over any empty folder."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    (tmp_path / "run").mkdir()
+    os.chown(tmp_path / "run", 65534, 65534)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    os.chown(tmp_path / "link", 65534, 65534, follow_symlinks=False)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "run/vtpm").symlink_to(tmp_path / "victim")
+    env = {"XDG_STATE_HOME": str(tmp_path), "XDG_RUNTIME_DIR": folder.format(tmp_path)}
+    state = f"dir={tmp_path / 'victim'}"
+    done = run(*SWTPM_FUSE, "-n", "x", "--tpmstate", state, status=1, env=env)
+    assert f"Error: {said.format(tmp_path)}; give --mount DIR\n" in done.stderr
+    assert not list((tmp_path / "victim").iterdir())
+
+
 def test_without_fusermount3(make: Callable[..., Server], tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     words = ("-c", "import sys; from vtpm_cuse.cli.swtpm import main; sys.exit(main())", "fuse")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.kernel.harness import PROGRAMS
+from tests.support import sockets as s
 from tests.support.fuse import User, needs_fuse, ordinary_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -45,3 +48,70 @@ def test_no_thread_and_no_process(words: str, missing: str, user: User) -> None:
     assert done.stderr == f"swtpm: Error: No {missing} can be started; {hint}\n"
     assert set(os.listdir(user.folder)) <= {"state", "run"}
     assert not os.listdir(user.folder / "state")
+
+
+@pytest.mark.parametrize("most", range(1, 6))
+def test_as_many_as_it_takes_or_one_line(most: int, user: User) -> None:
+    """Sockets and pid file outside the state's folder take a process more than the rest."""
+    (user.folder / "state").mkdir()
+    user.own(user.folder / "state")
+    swtpm, state = str(PROGRAMS / "swtpm"), f"dir={user.folder / 'state'}"
+    words = "socket --ctrl type=unixio,path=c --pid file=p --tpm2 --flags startup-deactivated"
+    done = user.run(
+        *("bash", "-c", f'cd "$1"; shift; ulimit -u {most}; exec "$@"', "bash", user.folder),
+        *(swtpm, *words.split(), "--tpmstate", state),
+        status=None,
+    )
+    limit = "thread can be started; raise the limit: 'ulimit -u', or TasksMax= of a unit"
+    reasons = {f"Error: No {limit}", "TPM 2 does not support startup deactivated."}
+    assert done.stderr.removeprefix("swtpm: ").rstrip("\n") in reasons
+    assert set(os.listdir(user.folder)) <= {"state", "run"}
+
+
+@pytest.mark.parametrize("kib", [24_000, 32_000, 36_000, 40_000, 44_000])
+def test_too_little_memory(kib: int, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}", "--flags", "startup-clear"]
+    control = f"type=unixio,path={tmp_path / 'c'}"
+    program = ("bash", "-c", f'ulimit -v {kib}; exec "$@"', "bash", *s.OURS)
+    done = s.run_swtpm(*words, "--ctrl", control, program=program)
+    reason = "There is too little memory; raise the limit: 'ulimit -v', or LimitAS= of a unit"
+    assert done.returncode == 1
+    assert done.stderr.removeprefix("swtpm: ").removeprefix("Error: ") == f"{reason}\n"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_too_few_descriptors_are_no_reason_to_install_libtpms(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from vtpm_cuse.engine._libtpms import ffi;"
+        "from vtpm_cuse.errors import VtpmError; from vtpm_cuse.engine import libtpms;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "try: libtpms.supported_versions()\n"
+        "except VtpmError as exc: sys.exit(str(exc))"
+    )
+    done = subprocess.run(
+        [PROGRAMS / "python", "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stderr.endswith("Too many open files\n")
+    assert "install" not in done.stderr
+
+
+@pytest.mark.parametrize("background", [(), ("--daemon",)], ids=["", "daemon"])
+@pytest.mark.parametrize(
+    "control",
+    ["type=unixio,path={0}/nowhere/c", "type=unixio,path={0}/taken", "type=unixio,path={0}/c"],
+)
+def test_a_start_that_fails_leaves_no_pid_file(
+    control: str, background: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Whether it fails before or after there are sockets; one that was there stays."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/tpm2-00.permall").write_bytes(bytes(100))
+    (tmp_path / "taken").write_text("of somebody else")
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}", "--flags", "startup-clear"]
+    words += ["--ctrl", control.format(tmp_path), "--pid", f"file={tmp_path / 'pid'}", *background]
+    for there in ({"state", "taken"}, {"state", "taken", "pid"}):
+        done = s.run_swtpm(*words)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert set(os.listdir(tmp_path)) == there
+        (tmp_path / "pid").write_text("123")

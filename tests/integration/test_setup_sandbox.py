@@ -155,6 +155,28 @@ def test_what_is_no_state_is_not_stored(
     assert contents(state) == before
 
 
+def test_a_volatile_state_that_cannot_be_used_stays(workshop: Workshop, state: Path) -> None:
+    """The TPM starts without it, as when it is served."""
+    (state / "tpm2-00.volatilestate").write_bytes(b"of somebody else")
+    before = contents(state)
+    status, said = reconfigure(workshop, state, "pass")
+    assert (status, len(said.splitlines())) == (0, 1)
+    after = contents(state)
+    assert after["tpm2-00.volatilestate"] == before["tpm2-00.volatilestate"]
+    assert after["tpm2-00.permall"] != before["tpm2-00.permall"]
+
+
+def test_a_damaged_state_is_not_said_to_be_in_memory(workshop: Workshop, state: Path) -> None:
+    """What can be done about it is the same as when it is served."""
+    path = state / "tpm2-00.permall"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    before = contents(state)
+    status, said = reconfigure(workshop, state, "pass")
+    assert status == 1
+    assert "put back a copy that you kept" in said
+    assert contents(state) == before
+
+
 def test_an_encrypted_state_stays_encrypted(workshop: Workshop) -> None:
     """Also where libtpms, subverted, gives back the plain one."""
     (workshop.path / "key").write_text("00" * 16)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SONAME = "libtpms.so.0"
+_NOT_THERE = "No such file"
 _NOWHERE = 0x7FFFFFFF  # a number that no descriptor can have
 _TPM_FAIL = 0x9
 _TPM_RETRY = 0x800
@@ -44,6 +45,8 @@ def _open_library() -> Libtpms:
     try:
         library: Libtpms = ffi.dlopen(_SONAME)
     except OSError as exc:
+        if _NOT_THERE not in str(exc):  # but could not be opened, or mapped
+            raise EngineUnavailable(str(exc)) from exc
         raise EngineUnavailable(f"cannot load {_SONAME}", "apt-get install libtpms0") from exc
     # Of itself libtpms writes to descriptor 2, at any level: the whole command after which it
     # is in failure mode, with what is secret in it.

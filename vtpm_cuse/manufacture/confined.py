@@ -47,6 +47,7 @@ class ConfinedTpm:
 
     def __init__(self, config: SetupConfig, blobs: dict[str, bytes]) -> None:
         self._tpm = EngineTpm(config, blobs)  # reads the key; libtpms sees nothing yet
+        self._before = blobs
         self.tpm2 = self._tpm.tpm2
         self._canceled = False
         try:
@@ -93,7 +94,8 @@ class ConfinedTpm:
         found = {name: blob for name, blob in found.items() if blob}
         if PERMANENT not in found:
             raise UsageError("The TPM does not give its state back.")
-        self._tpm.take(found)
+        changed = {name for name, blob in found.items() if blob != self._before.get(name)}
+        self._tpm.take(found, changed)
         return found
 
     def close(self) -> None:

@@ -87,11 +87,11 @@ class EngineTpm:
         self._vtpm.stop()
         return dict(self.blobs)
 
-    def take(self, blobs: dict[str, bytes]) -> None:
-        """Has these as its state, while it is off. Raises StorageError: It could not read them."""
+    def take(self, blobs: dict[str, bytes], changed: set[str]) -> None:
+        """Has these as its state, while it is off. Raises StorageError: One *changed* is none."""
         self.blobs.clear()
         self.blobs.update(blobs)
-        for name in blobs:
+        for name in changed:
             self._vtpm.need_store().load(name)
 
     def close(self) -> None:

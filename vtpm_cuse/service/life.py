@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import logging
+import mmap
 import os
 import threading
 from typing import TYPE_CHECKING, Final
@@ -27,7 +28,7 @@ from vtpm_cuse.service.remover import Remover
 from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vtpm_cuse.config import ProcessConfig, User, VtpmConfig
     from vtpm_cuse.serve.worker import Worker
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LIMIT_HINT: Final = "raise the limit: 'ulimit -u', or TasksMax= of a unit"
+_HELPERS: Final = 2
+"""Threads and processes that are to come: the worker, the remover."""
+_MEMORY: Final = 32 << 20
+"""Bytes, about what serving takes besides what it has at the start."""
 
 
 class Interface:
@@ -145,6 +150,7 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
     Raises:
         VtpmError: What was wrong.
     """
+    _check_memory()
     life = _Life(interface, process, vtpm)
     try:
         if process.background:
@@ -154,14 +160,35 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
         raise UsageError("Error: No other process can be started", hint=_LIMIT_HINT) from exc
 
 
-def _check_threads() -> None:
-    """One is needed later on, when a client may be there already. Raises UsageError."""
-    thread = threading.Thread(target=int)
+def _check_memory() -> None:
+    """Raises UsageError where there is too little: Python may then loop for ever, or show how it ends."""
     try:
-        thread.start()
+        mmap.mmap(-1, _MEMORY, prot=mmap.PROT_READ).close()
+    except OSError as exc:
+        hint = "raise the limit: 'ulimit -v', or LimitAS= of a unit"
+        raise UsageError("Error: There is too little memory", hint=hint) from exc
+
+
+def _check_threads() -> None:
+    """They are needed later on, when a client may be there already. Raises UsageError."""
+    enough = threading.Event()
+    threads = [threading.Thread(target=enough.wait) for _ in range(_HELPERS)]
+    try:
+        with _starting_threads():
+            for thread in threads:
+                thread.start()
+    finally:
+        enough.set()
+    for thread in threads:
+        thread.join()
+
+
+@contextlib.contextmanager
+def _starting_threads() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as exc:
         raise UsageError("Error: No thread can be started", hint=_LIMIT_HINT) from exc
-    thread.join()
 
 
 class _Life:
@@ -230,6 +257,10 @@ class _Life:
         self._interface.open()
         if not self._process.background:  # else `part` makes it, when all is ready
             self._pid_file.open(self._owner)
+        with self._pid_file.discarded():
+            self._acquire_as_user()
+
+    def _acquire_as_user(self) -> None:
         if (user := self._process.runas) is not None:
             from vtpm_cuse.service.confine.preload import import_all
             from vtpm_cuse.service.confine.privileges import become
@@ -292,7 +323,8 @@ class _Life:
         try:
             rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
             sandbox.restrict(process, sandbox.state_paths(self._config.state))
-            worker = Worker()  # restricted as this thread is, and the last that is started
+            with _starting_threads():
+                worker = Worker()  # restricted as this thread is, and the last that is started
             try:
                 sandbox.forbid_threads(process)
                 if rules is not None:

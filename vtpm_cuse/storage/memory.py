@@ -77,8 +77,8 @@ class MemoryStore:
         return name
 
     def remedy(self, _name: str) -> str:
-        """There is none."""
-        return "it was in memory only"
+        """Somebody gave it, and may have another."""
+        return "put back a copy that you kept"
 
     def work_beside(self, _beside: Beside) -> None:
         """Nothing takes long here."""

@@ -66,10 +66,7 @@ def fuse_config(line: CommandLine) -> FuseConfig:
     name = _file_name(line)
     mount = line.value("mount")
     if mount is None:
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        if not runtime:
-            raise UsageError("Error: XDG_RUNTIME_DIR is not set", hint="give --mount DIR")
-        mount = f"{runtime}/vtpm"
+        mount = f"{_runtime_folder()}/vtpm"
     vtpm = vtpm_config(line)
     return FuseConfig(
         name=name,
@@ -78,6 +75,21 @@ def fuse_config(line: CommandLine) -> FuseConfig:
         process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm._replace(startup=_ready(vtpm.startup)),
     )
+
+
+def _runtime_folder() -> str:
+    """Of the user's own: another one could have root mount over any empty folder."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    reason = ""
+    if not runtime:
+        reason = "is not set"
+    elif not os.path.isabs(runtime):
+        reason = "is not an absolute path"
+    elif os.path.lexists(runtime) and os.lstat(runtime).st_uid != os.geteuid():
+        reason = f"is another user's: {runtime}"
+    if reason:
+        raise UsageError(f"Error: XDG_RUNTIME_DIR {reason}", hint="give --mount DIR")
+    return runtime
 
 
 def socket_config(line: CommandLine) -> SocketConfig:

@@ -34,7 +34,7 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         status = 1
-    except (VtpmError, OSError, ImportError, KeyboardInterrupt) as exc:
+    except (VtpmError, OSError, ImportError, MemoryError, KeyboardInterrupt) as exc:
         if not isinstance(exc, KeyboardInterrupt):
             report(_sentence(exc))
         status = _status_of(exc)
@@ -63,6 +63,8 @@ def inform(text: str, stream: TextIO | None = None) -> None:
 def _sentence(exc: BaseException) -> str:
     if isinstance(exc, ImportError):
         return f"A part of this program cannot be loaded: {exc}"
+    if isinstance(exc, MemoryError):
+        return "There is too little memory; raise the limit: 'ulimit -v', or LimitAS= of a unit"
     return str(exc)
 
 

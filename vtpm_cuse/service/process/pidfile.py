@@ -33,18 +33,19 @@ class PidFile:
         """What is removed at the end."""
         self.aside = ""
         """The name that a new one has until it is written: whoever finds it finds a number in it."""
-        self.ours = False
+        self.ours = self._is_new = False
         """Whether it has been made, or written to, and so is to be removed."""
 
     def open(self, owner: tuple[int, int] | None) -> None:
         """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
         if self._path is not None and self.fd < 0:
             with self._errors():
-                self.ours = not os.path.lexists(self._path)
-                if self.ours and owner is None:  # another user could not rename it everywhere
+                is_new = not os.path.lexists(self._path)
+                if is_new and owner is None:  # another user could not rename it everywhere
                     folder, name = os.path.split(self.paths[0])
                     self.aside = f"{folder}/.{name}.{os.urandom(8).hex()}"
                 self.fd = open_to_write(self.aside or self._path, 0o644, owner, append=False)
+                self.ours = self._is_new = is_new
         elif self.fd >= 0:
             with contextlib.suppress(OSError):  # said when it is written to
                 os.set_inheritable(self.fd, False)
@@ -64,7 +65,19 @@ class PidFile:
             if self.aside:
                 os.rename(self.aside, self.paths[0])
 
-        self.write(put)
+        with self.discarded():
+            self.write(put)
+
+    @contextlib.contextmanager
+    def discarded(self) -> Iterator[None]:
+        """Where this fails, a file that `open` has made is not left empty."""
+        try:
+            yield
+        except BaseException:
+            if self._is_new:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.aside or self.paths[0])
+            raise
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
