@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import ssl
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -177,9 +178,9 @@ def _own_key() -> bytes:
 
 def certificate(data: bytes) -> None:
     """The issuer's certificate, DER within PEM, and one that is no PEM at all."""
-    from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
+    from vtpm_cuse.ca.issuers import open_issuer
 
-    pem = pem_certificate(data[1:]) if data[:1] < b"\xf0" else data[1:]
+    pem = ssl.DER_cert_to_PEM_cert(data[1:]).encode() if data[:1] < b"\xf0" else data[1:]
     issuer = open_issuer(file_of(pem, "certificate"), file_of(_own_key(), "key"))
     assert issuer.key_id
 

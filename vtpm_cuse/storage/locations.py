@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-SCHEMES: Final = ("dir", "file", "mem")
 _WITH_PATH: Final = ("dir", "file")
 
 
@@ -15,7 +14,7 @@ class Location:
     """Where a state is.
 
     Attributes:
-        scheme: One of `SCHEMES`; empty for a URI that says nothing of the kind.
+        scheme: "dir", "file" or "mem"; empty for a URI that says nothing of the kind.
         path: The directory, the file or the block device, absolute; empty for memory.
     """
 
