@@ -107,7 +107,7 @@ class LinearMemory(LinearStore):
     """On a descriptor; nothing is flushed, and nothing is closed."""
 
     def __init__(self, fd: int) -> None:
-        super().__init__("/memory", lock=False, fsync=False)
+        super().__init__(f"/proc/self/fd/{fd}", lock=False, fsync=False)
         self._fd = fd
 
 

@@ -1,4 +1,7 @@
-"""Readiness for service managers: the datagrams of sd_notify(3)."""
+"""Readiness for service managers: the datagrams of sd_notify(3).
+
+By hand, for systemd-python needs a compiler to be installed, and a message is one line of text.
+"""
 
 from __future__ import annotations
 
