@@ -21,8 +21,8 @@ from vtpm_cuse.errors import (
     WireError,
 )
 from vtpm_cuse.manufacture.programs import start_program
-from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.locations import parse
+from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmRc, TpmSu
 
