@@ -35,7 +35,7 @@ def store(
     """On a file system that takes long to free files, after it has shown that."""
     monkeypatch.setattr(disposal, "_LONG_SECONDS", 0.0)
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False)
-    store.work_beside(jobs.append)
+    store.defer_to(jobs.append)
     store.store("permall", BLOBS[0])
     yield store
     store.close()
@@ -70,7 +70,7 @@ def test_so_are_replaced_backups(
 ) -> None:
     store.close()
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False, backup=True)
-    store.work_beside(jobs.append)
+    store.defer_to(jobs.append)
     seen = []
     for number in range(1, 4):
         store.store("permall", BLOBS[number])
@@ -138,7 +138,7 @@ def test_where_it_takes_no_time_nothing_is_left_to_others(
 ) -> None:
     monkeypatch.setattr(disposal, "_LONG_SECONDS", float("inf"))
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False)
-    store.work_beside(jobs.append)
+    store.defer_to(jobs.append)
     for blob in BLOBS[:5]:
         store.store("permall", blob)
     assert (outliving(tmp_path), jobs) == (0, [])

@@ -50,7 +50,7 @@ class Worker:
 
         self._jobs.put(run)
 
-    def beside(self, job: Callable[[], object]) -> None:
+    def run_later(self, job: Callable[[], object]) -> None:
         """Runs *job*, which is short and never raises, in the thread; nobody waits for it."""
         self._jobs.put(job)
 

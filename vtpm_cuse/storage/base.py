@@ -19,7 +19,7 @@ OWNER_MODE: Final = 0o600
 """What the owner of a state file needs: a later start may have no capabilities to do without."""
 LOCK_CONFLICT: Final = (errno.EAGAIN, errno.EACCES)
 
-Beside = Callable[[Callable[[], object]], None]
+RunLater = Callable[[Callable[[], object]], None]
 """Takes a function and has it called in another thread: soon, or never when all ends."""
 
 
@@ -120,8 +120,8 @@ class StateStore(Protocol):
     def remedy(self, name: str) -> str:
         """What can be done when a blob is damaged, as a clause of a message; may look for it."""
 
-    def work_beside(self, beside: Beside) -> None:
-        """From now on, *beside* may be given what no answer has to wait for."""
+    def defer_to(self, run_later: RunLater) -> None:
+        """From now on, *run_later* may be given what no answer has to wait for."""
 
     def close(self) -> None:
         """Gives up lock and descriptors."""

@@ -36,7 +36,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from vtpm_cuse.storage.base import Beside
+    from vtpm_cuse.storage.base import RunLater
 
 log = logging.getLogger(__name__)
 
@@ -296,9 +296,9 @@ class DirectoryStore:
                 )
         return "nothing was changed: put back a copy that you kept, or use another directory"
 
-    def work_beside(self, beside: Beside) -> None:
+    def defer_to(self, run_later: RunLater) -> None:
         """Replaced files are freed there."""
-        self._disposal.beside = beside
+        self._disposal.run_later = run_later
 
     def close(self) -> None:
         """Gives up lock and descriptors."""

@@ -48,7 +48,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from vtpm_cuse.storage.base import Beside
+    from vtpm_cuse.storage.base import RunLater
     from vtpm_cuse.wire.linear import Table
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class LinearStore:
             )
         return "nothing was changed: put back a copy that you kept, or use another file"
 
-    def work_beside(self, _beside: Beside) -> None:
+    def defer_to(self, _run_later: RunLater) -> None:
         """Nothing is ever freed here."""
 
     def close(self) -> None:

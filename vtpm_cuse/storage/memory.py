@@ -10,7 +10,7 @@ from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vtpm_cuse.storage.base import Beside
+    from vtpm_cuse.storage.base import RunLater
 
 
 class MemoryStore:
@@ -80,7 +80,7 @@ class MemoryStore:
         """There is none."""
         return "it was in memory only"
 
-    def work_beside(self, _beside: Beside) -> None:
+    def defer_to(self, _run_later: RunLater) -> None:
         """Nothing takes long here."""
 
     def close(self) -> None:
