@@ -182,5 +182,5 @@ class DeviceServer:
         """Ends a running command early and waits for it; it is never abandoned."""
         with trio.CancelScope(shield=True):
             while self._file.busy:
-                self._vtpm.hurry()
+                self._vtpm.abort()
                 await trio.sleep(_CANCEL_AGAIN_SECONDS)

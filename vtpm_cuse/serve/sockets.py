@@ -224,7 +224,7 @@ class SocketServer:
         if not vtpm.is_long(request.command):
             return vtpm.process(request.command)
         async with self._turn:
-            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.hurry)
+            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.abort)
         if vtpm.state_lost:
             self._end()
             await trio.lowlevel.checkpoint()
@@ -309,7 +309,7 @@ class SocketServer:
             return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
         if self._vtpm.may_wait_for_lock(request.command):
             async with self._turn:
-                return await self._worker.run(lambda: self._answer(request), self._vtpm.hurry)
+                return await self._worker.run(lambda: self._answer(request), self._vtpm.abort)
         if request.command is PtmCommand.PTM_CANCEL_TPM_CMD:
             self._nursery.start_soon(self._worker.insist, self._vtpm.cancel)
         if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:

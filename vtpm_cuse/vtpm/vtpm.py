@@ -119,7 +119,7 @@ class Vtpm:
         self._incoming = self._lock_pending = self.options.incoming
         self._is_given = False
         self._lock_retries = 0
-        self._hurried = False
+        self._aborted = False
         self._hashing = False
         self.state_lost = False
 
@@ -375,9 +375,9 @@ class Vtpm:
         """Asks a running command to end early; returns the result code. From any thread."""
         return self._engine.cancel()
 
-    def hurry(self) -> None:
+    def abort(self) -> None:
         """The process wants to end: whatever runs or blocks is to end early. From any thread."""
-        self._hurried = True
+        self._aborted = True
         self.cancel()
 
     def _refusal(self, tpm12: TpmRc, tpm2: TpmRc) -> bytes:
@@ -483,7 +483,7 @@ class Vtpm:
                     self._store.blobs.lock()
                     break
                 except StateLocked:
-                    if retries == 0 or self._hurried:
+                    if retries == 0 or self._aborted:
                         raise
                 retries -= 1
                 time.sleep(_LOCK_RETRY_SECONDS)
