@@ -311,7 +311,7 @@ class SocketServer:
             async with self._turn:
                 return await self._worker.run(lambda: self._answer(request), self._vtpm.abort)
         if request.command is PtmCommand.PTM_CANCEL_TPM_CMD:
-            self._nursery.start_soon(self._worker.insist, self._vtpm.cancel)
+            self._nursery.start_soon(self._worker.repeat_until_ended, self._vtpm.cancel)
         if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:
             async with self._turn:
                 return self._answer(request)

@@ -72,11 +72,11 @@ class Worker:
             await ended.wait()
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
-                await self.insist(abort)
+                await self.repeat_until_ended(abort)
             raise
         return results[0]
 
-    async def insist(self, abort: Callable[[], object]) -> None:
+    async def repeat_until_ended(self, abort: Callable[[], object]) -> None:
         """Calls *abort* again and again until the job of `run` has ended; not at all without one.
 
         libtpms forgets a cancellation that comes before it has begun with the command.
