@@ -379,7 +379,7 @@ class DirectoryStore:
             os.close(fd)
 
     def _outliving(self, *file_names: str) -> contextlib.AbstractContextManager[None]:
-        return self._disposal.outliving(self._directory, *file_names)
+        return self._disposal.freed_later(self._directory, *file_names)
 
     def _write_aside(self, aside: str, blob: bytes) -> None:
         try:

@@ -39,7 +39,7 @@ class Disposal:
         self._closing = threading.Lock()
 
     @contextlib.contextmanager
-    def outliving(self, directory: int, *names: str) -> Iterator[None]:
+    def freed_later(self, directory: int, *names: str) -> Iterator[None]:
         """Within, files of these names may lose them; what they take on the disk is free later."""
         held = []
         if self._worthwhile and self.run_later is not None:
