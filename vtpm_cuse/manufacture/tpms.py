@@ -110,7 +110,7 @@ class ChildTpm:
 
     def start(self) -> None:
         """Starts the emulator. Raises VtpmError."""
-        from vtpm_cuse.client.channel import ChannelControl
+        from vtpm_cuse.client.channel import SocketControl
 
         store = self._open_store()
         for name, blob in self._blobs.items():
@@ -134,7 +134,7 @@ class ChildTpm:
             raise UsageError(f"Could not start swtpm '{words[0]}': {exc.strerror}") from exc
         data_end.close()
         control_end.close()
-        self._control = ChannelControl(control.dup)
+        self._control = SocketControl(control.dup)
         try:
             self._control.capability()  # answered when it is up
         except (OSError, VtpmError) as exc:
