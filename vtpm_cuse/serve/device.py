@@ -42,7 +42,7 @@ _RELEASE_GRACE_SECONDS: Final = 1.0
 """After PTM_SHUTDOWN: time for the requester to close the device."""
 
 
-class Channel(Protocol):
+class KernelChannel(Protocol):
     """What gives the kernel's requests and takes the replies."""
 
     @property
@@ -79,7 +79,7 @@ class DeviceServer:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: KernelChannel,
         vtpm: Vtpm,
         ptm: PtmService,
         worker: Worker,
