@@ -30,7 +30,7 @@ from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
 
 if TYPE_CHECKING:
-    from vtpm_cuse.acquire.channels import Channels
+    from vtpm_cuse.acquire.endpoints import Endpoints
     from vtpm_cuse.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -67,12 +67,12 @@ class SocketServer:
     def __init__(
         self,
         nursery: trio.Nursery,
-        channels: Channels,
+        endpoints: Endpoints,
         ptm: PtmService,
         worker: Worker,
     ) -> None:
         self._nursery = nursery
-        self._channels = channels
+        self._endpoints = endpoints
         self._vtpm = ptm.vtpm
         self._ptm = ptm
         self._worker = worker
@@ -82,24 +82,24 @@ class SocketServer:
         self._passed: socket.socket | None = None
 
     def start(self) -> None:
-        """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the channels say so."""
-        channels, start = self._channels, self._nursery.start_soon
-        if channels.data_stream is not None:
-            start(self._serve_only_data, channels.data_stream)
-        elif channels.data_listener is not None:
-            start(self._accept_data, channels.data_listener)
-        if channels.control_stream is not None:
-            place = self._take_place(channels.control_stream)
-            start(self._serve_control, channels.control_stream, place)
-        elif channels.control_listener is not None:
-            start(self._accept_control, channels.control_listener)
+        """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the endpoints say so."""
+        endpoints, start = self._endpoints, self._nursery.start_soon
+        if endpoints.data_stream is not None:
+            start(self._serve_only_data, endpoints.data_stream)
+        elif endpoints.data_listener is not None:
+            start(self._accept_data, endpoints.data_listener)
+        if endpoints.control_stream is not None:
+            place = self._take_place(endpoints.control_stream)
+            start(self._serve_control, endpoints.control_stream, place)
+        elif endpoints.control_listener is not None:
+            start(self._accept_control, endpoints.control_listener)
 
     def _end(self) -> None:
         self._nursery.cancel_scope.cancel()
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
-        channels = self._channels
-        channels.regain_reserve()
+        endpoints = self._endpoints
+        endpoints.regain_reserve()
         while True:
             try:
                 connection, _ = listener.accept()
@@ -109,7 +109,7 @@ class SocketServer:
                 if exc.errno in _NO_DESCRIPTOR:
                     stranger = self._places.stranger()
                     self._turn_away(stranger)
-                    if channels.spend_reserve():
+                    if endpoints.spend_reserve():
                         continue
                     if stranger is not None:
                         await trio.lowlevel.checkpoint()
@@ -129,12 +129,12 @@ class SocketServer:
             with await self._accept(listener) as connection:
                 await self._serve_data(connection, listener)
             log.debug("Data client disconnected")
-            if self._channels.terminate:
+            if self._endpoints.terminate:
                 self._end()
                 return
 
     async def _serve_only_data(self, connection: socket.socket | CharDevice) -> None:
-        """The end of this one is the server's; it is closed last, with the channels."""
+        """The end of this one is the server's; it is closed last, with the endpoints."""
         await self._serve_data(connection)
         log.info("Data client disconnected")
         self._end()
@@ -145,7 +145,7 @@ class SocketServer:
         log.debug("Data client disconnected")
         if self._passed is connection:
             self._passed = None
-        if self._channels.terminate:
+        if self._endpoints.terminate:
             self._end()
 
     async def _serve_data(
@@ -166,7 +166,7 @@ class SocketServer:
         whole = isinstance(connection, CharDevice) and connection.messages
         strict = _from_network(connection)
         stream = MessageStream() if whole else CommandStream(prefix=vtpm.tpm2, strict=strict)
-        plain = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
+        plain = not (self._endpoints.disconnect or log.isEnabledFor(logging.DEBUG))
         quick = plain
         known, served, quick_ones = listener is None, False, 0
         while True:
@@ -202,7 +202,7 @@ class SocketServer:
                 log.warning(_FOREIGN)
                 return
             quick = plain and stream.empty
-            if data == b"" or (served and self._channels.disconnect):
+            if data == b"" or (served and self._endpoints.disconnect):
                 return
 
     async def _process(self, request: Request) -> bytes:
@@ -266,7 +266,7 @@ class SocketServer:
         finally:
             _close_beyond(0, fds)
             self._places.leave(place)
-            if self._channels.control_terminate and not len(self._places):
+            if self._endpoints.control_terminate and not len(self._places):
                 self._end()
 
     async def _obey(self, connection: socket.socket, place: Place, fds: list[int]) -> None:
@@ -321,10 +321,10 @@ class SocketServer:
         return control.answer(self._vtpm, self._ptm, request)
 
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
-        channels, passed = self._channels, self._passed
+        endpoints, passed = self._endpoints, self._passed
         # The end of the last one may be there without its task knowing it yet.
         in_use = passed is not None and not _at_end(passed)
-        if in_use or channels.data_listener or channels.data_stream:
+        if in_use or endpoints.data_listener or endpoints.data_stream:
             return PtmResult.TPM_IOERROR
         if not fds:
             log.error("no valid data socket in message")

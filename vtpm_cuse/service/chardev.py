@@ -6,12 +6,12 @@ import logging
 import os
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.acquire.channels import Channels
 from vtpm_cuse.acquire.chardev import ProxyDevice, ProxyMaker, open_device
+from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.sockets import acquire_control, take_stream
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service import life
-from vtpm_cuse.service.socket import load_channels, serve_channels
+from vtpm_cuse.service.socket import load_endpoints, serve_endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,31 +48,31 @@ class _Chardev(life.Interface):
         self._announce = announce
         self._maker: ProxyMaker | None = None
         self._made = ""
-        self._channels = Channels(control_terminate=config.control_terminate)
+        self._endpoints = Endpoints(control_terminate=config.control_terminate)
 
     def open(self) -> None:
         config = self._config
         if config.path is not None:
-            self._channels.data_stream = open_device(config.path)
+            self._endpoints.data_stream = open_device(config.path)
         elif config.fd is not None:
-            self._channels.data_stream = take_stream(config.fd)
+            self._endpoints.data_stream = take_stream(config.fd)
         else:
             self._maker = ProxyMaker(tpm2=config.vtpm.tpm2)
             if config.vtpm.state is not None and config.vtpm.state.own_place:
                 life.make_state_directory(config.vtpm, 0o700, config.process.runas, 1)
 
     def acquire(self) -> None:
-        acquire_control(self._channels, self._config.control)
+        acquire_control(self._endpoints, self._config.control)
 
     def load(self) -> None:
-        load_channels()
+        load_endpoints()
 
     async def appear(self) -> None:
         """Last of all: from then on the kernel waits for answers, and not for long."""
         if self._maker is None:
             return
         config = self._config.vtpm
-        self._channels.data_stream, made = self._maker.make()
+        self._endpoints.data_stream, made = self._maker.make()
         self._made = f"tpm{'rm' if config.tpm2 else ''}{made.tpm_num}"
         numbers = f"(major/minor = {made.major}/{made.minor})"
         self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
@@ -82,26 +82,26 @@ class _Chardev(life.Interface):
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.vtpm.ptm import PtmService
 
-        device = self._channels.data_stream
+        device = self._endpoints.data_stream
 
         async def announce() -> None:
             if self._made and vtpm.running:
                 await _shown(self._made)
             ready()
 
-        await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker, announce)
+        await serve_endpoints(self._endpoints, PtmService(vtpm, self.give_up), worker, announce)
         if isinstance(device, ProxyDevice) and device.gone:
             # PEER: ends with status 0.
             raise FrontendError("The kernel has given the TPM device up", "see dmesg")
 
     def withdraw(self) -> None:
-        self._channels.withdraw()
+        self._endpoints.withdraw()
 
     def give_up_paths(self) -> list[str]:
-        return self._channels.give_up_paths()
+        return self._endpoints.give_up_paths()
 
     def close(self) -> None:
-        self._channels.close()
+        self._endpoints.close()
         if self._maker is not None:
             self._maker.close()
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Channels:
+class Endpoints:
     """The sockets and the device a server takes over, all non-blocking, and when it ends by itself.
 
     Attributes:
