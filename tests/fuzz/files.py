@@ -8,6 +8,7 @@ import os
 import re
 import ssl
 import struct
+import tempfile
 from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.pieces import pieces
@@ -83,10 +84,11 @@ def _check_kept(sealed: SealedStore, payload: bytes) -> None:
 
 def linear(data: bytes) -> None:
     """A linear file: nothing is written into one that is damaged, and blobs keep apart."""
-    fd = _memory_file("linear")
+    file = _named_file()
+    fd = file.fileno()
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
-    store = LinearMemory(fd)
+    store = LinearOpen(file.name, fd)
     found: dict[str, bytes] = {}
     try:
         sizes = store.sizes()
@@ -103,11 +105,17 @@ def linear(data: bytes) -> None:
         raise
 
 
-class LinearMemory(LinearStore):
+@functools.cache
+def _named_file() -> tempfile._TemporaryFileWrapper[bytes]:
+    """A store does not write to a file without a name, as those in memory are."""
+    return tempfile.NamedTemporaryFile()
+
+
+class LinearOpen(LinearStore):
     """On a descriptor; nothing is flushed, and nothing is closed."""
 
-    def __init__(self, fd: int) -> None:
-        super().__init__(f"/proc/self/fd/{fd}", lock=False, fsync=False)
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path, lock=False, fsync=False)
         self._fd = fd
 
 
