@@ -127,6 +127,24 @@ class StateStore(Protocol):
         """Gives up lock and descriptors."""
 
 
+class WithoutBackup:
+    """What stores are alike in that keep no backup and have nothing that could wait."""
+
+    def restore_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def try_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def end_try(self, *, accepted: bool) -> None:
+        """Nothing was tried."""
+
+    def defer_to(self, _run_later: RunLater) -> None:
+        """Nothing takes long here."""
+
+
 def write_all(write: Callable[[memoryview, int], int], data: bytes) -> None:
     """Calls *write* with what is left and how many bytes are done until nothing is left."""
     view, done = memoryview(data), 0
