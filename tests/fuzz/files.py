@@ -6,9 +6,10 @@ import contextlib
 import functools
 import os
 import re
+import ssl
 import struct
 import tempfile
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.pieces import pieces
 from vtpm_cuse.ca import configfile
@@ -34,12 +35,6 @@ KEYS: Final = (None, Key(bytes(range(16))), Key(bytes(range(32))))
 @functools.cache
 def _memory_file(_name: str) -> int:
     return os.memfd_create("fuzz")
-
-
-@functools.cache
-def _named_file() -> IO[bytes]:
-    """A store does not write into a file that nobody would find again."""
-    return tempfile.NamedTemporaryFile(prefix="fuzz")
 
 
 def file_of(data: bytes, name: str = "") -> str:
@@ -89,10 +84,11 @@ def _check_kept(sealed: SealedStore, payload: bytes) -> None:
 
 def linear(data: bytes) -> None:
     """A linear file: nothing is written into one that is damaged, and blobs keep apart."""
-    fd = _named_file().fileno()
+    file = _named_file()
+    fd = file.fileno()
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
-    store = LinearMemory(fd)
+    store = LinearOpen(file.name, fd)
     found: dict[str, bytes] = {}
     try:
         sizes = store.sizes()
@@ -109,11 +105,17 @@ def linear(data: bytes) -> None:
         raise
 
 
-class LinearMemory(LinearStore):
+@functools.cache
+def _named_file() -> tempfile._TemporaryFileWrapper[bytes]:
+    """A store does not write to a file without a name, as those in memory are."""
+    return tempfile.NamedTemporaryFile()
+
+
+class LinearOpen(LinearStore):
     """On a descriptor; nothing is flushed, and nothing is closed."""
 
-    def __init__(self, fd: int) -> None:
-        super().__init__("/memory", lock=False, fsync=False)
+    def __init__(self, path: str, fd: int) -> None:
+        super().__init__(path, lock=False, fsync=False)
         self._fd = fd
 
 
@@ -184,9 +186,9 @@ def _own_key() -> bytes:
 
 def certificate(data: bytes) -> None:
     """The issuer's certificate, DER within PEM, and one that is no PEM at all."""
-    from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
+    from vtpm_cuse.ca.issuers import open_issuer
 
-    pem = pem_certificate(data[1:]) if data[:1] < b"\xf0" else data[1:]
+    pem = ssl.DER_cert_to_PEM_cert(data[1:]).encode() if data[:1] < b"\xf0" else data[1:]
     issuer = open_issuer(file_of(pem, "certificate"), file_of(_own_key(), "key"))
     assert issuer.key_id
 

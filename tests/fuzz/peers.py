@@ -15,7 +15,7 @@ from vtpm_cuse.cli import swtpm_bios
 from vtpm_cuse.cli.bios_steps import Wanted, steps
 from vtpm_cuse.cli.ca.options import point_key, rsa_key
 from vtpm_cuse.client import ioctl as ioctl_client
-from vtpm_cuse.client.channel import ChannelControl
+from vtpm_cuse.client.channel import SocketControl
 from vtpm_cuse.client.ioctl import DeviceControl
 from vtpm_cuse.manufacture.plan import EccKey, Ownership, RsaKey, SetupPlan
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
@@ -53,7 +53,7 @@ def channel(data: bytes) -> None:
             theirs.shutdown(socket.SHUT_WR)
             return ours
 
-        tpm = stack.enter_context(ChannelControl(connect))
+        tpm = stack.enter_context(SocketControl(connect))
         answer = _REQUESTS[sum(data[:1]) % len(_REQUESTS)](tpm)
         assert answer is None or len(repr(answer)) < 1 << 21
 

@@ -14,7 +14,7 @@ from vtpm_cuse.errors import FrontendError, VtpmError, WireError
 from vtpm_cuse.proto import cuse as cuse_init
 from vtpm_cuse.proto import fuse as fuse_init
 from vtpm_cuse.proto.control import REQUEST_MAX, ControlRequest, ControlStream
-from vtpm_cuse.proto.fuse import FuseSession, Ownership
+from vtpm_cuse.proto.fuse import FileOwnership, FuseSession
 from vtpm_cuse.proto.stream import CommandStream, MessageStream, framed
 from vtpm_cuse.vtpm import control as control_channel
 from vtpm_cuse.vtpm.attributes import TpmAttributes
@@ -83,7 +83,7 @@ def stream(data: bytes) -> None:
 class _Mount(Machine):
     def make_session(self) -> FuseSession[SavedOpen]:
         texts = TpmAttributes(self.vtpm, self.file, lambda: b"a line\n", {"pid": 7})
-        return FuseSession(self.file, texts, "vtpm0", Ownership(1000, 100, 0o600, 1234567))
+        return FuseSession(self.file, texts, "vtpm0", FileOwnership(1000, 100, 0o600, 1234567))
 
 
 def cuse(data: bytes) -> None:

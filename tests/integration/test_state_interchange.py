@@ -19,7 +19,7 @@ from tests.integration.crash_child import INDEX_12
 from tests.support import commands as tpm
 from tests.support import sockets as s
 from tests.support.vectors import STATE
-from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

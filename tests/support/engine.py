@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tests.support.waiting import PATIENCE_SECONDS
-from vtpm_cuse.errors import EngineError, StateMissing
+from vtpm_cuse.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,21 +148,11 @@ class FakeEngine:
         self._called("volatile_state")
         return self.volatile
 
-    def get_state(self, kind: StateType) -> bytes:
-        self._called("get_state")
-        data = self.given.get(kind.blob_name)
-        if data is None:
-            raise StateMissing(kind.blob_name, "no such state")
-        return data
-
     def set_state(self, kind: StateType, data: bytes | None) -> None:
         if self._running:
             raise EngineError("TPMLIB_SetState", 0x26)
         self._called("set_state")
         self.given[kind.blob_name] = data
-
-    def validate_state(self, kind: StateType) -> None:
-        self._called("validate_state")
 
     def info(self, flags: int) -> str:
         self._called("info")

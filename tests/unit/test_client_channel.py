@@ -156,7 +156,7 @@ def test_any_answer_is_an_answer_or_an_error(answer: bytes) -> None:
     with theirs:
         theirs.sendall(answer)
         theirs.shutdown(socket.SHUT_WR)
-        tpm = channel.ChannelControl(lambda: ours)
+        tpm = channel.SocketControl(lambda: ours)
         try:
             assert (
                 tpm.get_state(PERMANENT, DECRYPTED) == answer[16:][: int.from_bytes(answer[12:16])]

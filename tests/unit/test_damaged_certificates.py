@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+import ssl
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from tests.support.certificates import der_of, make_ca
-from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
+from vtpm_cuse.ca.issuers import open_issuer
 from vtpm_cuse.ca.keys import PrivateKey, PublicKey
 from vtpm_cuse.errors import CertificateError
 
@@ -26,7 +27,7 @@ ML_DSA = bytes.fromhex("06092a864886f70d01017f")  # as long, and nobody's
 def opened(folder: Path, certificate: bytes, key: Path) -> str:
     """What is said of an issuer; empty if it is taken."""
     path = folder / "cert.pem"
-    path.write_bytes(pem_certificate(certificate))
+    path.write_text(ssl.DER_cert_to_PEM_cert(certificate))
     try:
         open_issuer(str(path), str(key))
     except CertificateError as exc:

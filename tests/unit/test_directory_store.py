@@ -17,8 +17,8 @@ from tests.support.files import open_descriptors, tmpfs, umask
 from tests.support.processes import in_child
 from tests.support.waiting import wait_until
 from vtpm_cuse.errors import StateDamaged, StateLocked, StateMissing, StorageError, UsageError
-from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.directory import DirectoryStore
+from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.blob import BLOB_SIZE_MAX, BlobFlag, with_header
 
 NOBODY = 65534
@@ -447,7 +447,7 @@ def test_lock_is_the_c_suites(store: DirectoryStore, tmp_path: Path) -> None:
 
 HANDED_ON = """
 import os, sys
-from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.stores import open_store
 store = open_store(sys.argv[1], tpm2=True)
 store.lock()
 if sys.argv[2] == "fork":

@@ -35,13 +35,13 @@ def store(
     """On a file system that takes long to free files, after it has shown that."""
     monkeypatch.setattr(disposal, "_LONG_SECONDS", 0.0)
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False)
-    store.work_beside(jobs.append)
+    store.defer_to(jobs.append)
     store.store("permall", BLOBS[0])
     yield store
     store.close()
 
 
-def outliving(state: Path) -> int:
+def freed_later(state: Path) -> int:
     """Files below *state* that this process keeps alive without a name."""
     count = 0
     for fd in os.listdir("/proc/self/fd"):
@@ -56,13 +56,13 @@ def test_replaced_files_are_freed_in_the_other_thread(
 ) -> None:
     for number in range(1, 4):
         store.store("permall", BLOBS[number])
-        assert outliving(tmp_path) == len(jobs) == number
+        assert freed_later(tmp_path) == len(jobs) == number
     assert store.load("permall") == BLOBS[3]
     store.delete("permall")
-    assert outliving(tmp_path) == len(jobs) == 4
+    assert freed_later(tmp_path) == len(jobs) == 4
     for job in jobs:
         job()
-    assert outliving(tmp_path) == 0
+    assert freed_later(tmp_path) == 0
 
 
 def test_so_are_replaced_backups(
@@ -70,17 +70,17 @@ def test_so_are_replaced_backups(
 ) -> None:
     store.close()
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False, backup=True)
-    store.work_beside(jobs.append)
+    store.defer_to(jobs.append)
     seen = []
     for number in range(1, 4):
         store.store("permall", BLOBS[number])
-        seen.append(outliving(tmp_path))
+        seen.append(freed_later(tmp_path))
         while jobs:
             jobs.pop()()
     assert seen == [0, 1, 1]
     assert (tmp_path / "tpm2-00.permall.bak").read_bytes() == BLOBS[2]
     store.close()
-    assert outliving(tmp_path) == 0
+    assert freed_later(tmp_path) == 0
 
 
 def test_close_frees_what_nobody_has_freed(
@@ -89,9 +89,9 @@ def test_close_frees_what_nobody_has_freed(
     for blob in BLOBS[1:6]:
         store.store("permall", blob)
     jobs[0]()
-    assert outliving(tmp_path) == 4
+    assert freed_later(tmp_path) == 4
     store.close()
-    assert outliving(tmp_path) == 0
+    assert freed_later(tmp_path) == 0
     for job in jobs:  # comes too late, and finds nothing
         job()
 
@@ -99,7 +99,7 @@ def test_close_frees_what_nobody_has_freed(
 def test_not_more_than_64_wait(store: DirectoryStore, tmp_path: Path) -> None:
     for blob in BLOBS[1:200]:
         store.store("permall", blob)
-    assert outliving(tmp_path) == 64
+    assert freed_later(tmp_path) == 64
 
 
 def test_a_full_disk_gets_their_room_first(
@@ -108,7 +108,7 @@ def test_a_full_disk_gets_their_room_first(
     """A write that fitted before must fit still."""
 
     def write(fd: int, data: bytes) -> int:
-        if outliving(tmp_path):
+        if freed_later(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return os.write(fd, data)
 
@@ -138,10 +138,10 @@ def test_where_it_takes_no_time_nothing_is_left_to_others(
 ) -> None:
     monkeypatch.setattr(disposal, "_LONG_SECONDS", float("inf"))
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False)
-    store.work_beside(jobs.append)
+    store.defer_to(jobs.append)
     for blob in BLOBS[:5]:
         store.store("permall", blob)
-    assert (outliving(tmp_path), jobs) == (0, [])
+    assert (freed_later(tmp_path), jobs) == (0, [])
 
 
 def test_nor_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,4 +150,4 @@ def test_nor_where_there_are_no_others(tmp_path: Path, monkeypatch: pytest.Monke
     store = DirectoryStore(str(tmp_path), tpm2=True, fsync=False)
     for blob in BLOBS[:5]:
         store.store("permall", blob)
-        assert outliving(tmp_path) == 0
+        assert freed_later(tmp_path) == 0

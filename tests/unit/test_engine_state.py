@@ -22,7 +22,7 @@ from tests.support.processes import in_child
 from tests.support.stores import FailingStore
 from tests.support.vectors import state_in
 from vtpm_cuse.engine.base import StateType
-from vtpm_cuse.errors import EngineError, StateDamaged, StateMissing, StorageError, VtpmError
+from vtpm_cuse.errors import EngineError, StateDamaged, VtpmError
 from vtpm_cuse.storage.sealed import SealedStore
 
 # -- state --------------------------------------------------------------------------------
@@ -70,11 +70,12 @@ def test_state_moves_to_another_tpm(tpm2: bool) -> None:
         if tpm2
         else (tpm.tpm12_pcr_extend(10, b"\x33" * 20), tpm.tpm12_pcr_read(10))
     )
-    engine = started(tpm2=tpm2)
+    store = FailingStore()
+    engine = started(tpm2=tpm2, store=store)
     assert run(engine, extend) == 0
     expected = engine.process(read)
     volatile = engine.volatile_state()
-    permanent = engine.get_state(StateType.PERMANENT)
+    permanent = SealedStore(store).load("permall")
     engine.close()
 
     store = FailingStore()
@@ -115,34 +116,6 @@ def test_savestate_of_tpm2_is_of_bad_type() -> None:
     with pytest.raises(EngineError) as caught:
         engine.set_state(StateType.SAVESTATE, b"x" * 100)
     assert caught.value.rc == 0x34
-
-
-@BOTH
-@in_child
-def test_get_state_of_a_stopped_engine(tpm2: bool) -> None:
-    store = FailingStore()
-    engine = make(tpm2=tpm2, store=store)
-    with pytest.raises(StateMissing):
-        engine.get_state(StateType.PERMANENT)
-    engine.start()
-    engine.stop()
-    assert engine.get_state(StateType.PERMANENT) == SealedStore(store).load("permall")
-    store.faults["load"] = StorageError("x", "disk on fire")
-    with pytest.raises(StorageError, match="fire"):
-        make(tpm2=tpm2, store=store).get_state(StateType.PERMANENT)
-
-
-@BOTH
-@in_child
-def test_validate_state(tpm2: bool) -> None:
-    store = FailingStore()
-    engine = started(tpm2=tpm2, store=store)
-    engine.stop()
-    engine.validate_state(StateType.PERMANENT)
-    SealedStore(store).store("permall", b"rubbish" * 30)
-    engine = make(tpm2=tpm2, store=store)
-    with pytest.raises(VtpmError):
-        engine.validate_state(StateType.PERMANENT)
 
 
 @in_child
@@ -204,7 +177,7 @@ def test_c_suites_savestate(tmp_path_factory: pytest.TempPathFactory) -> None:
     shutil.copy(source / "tpm-00.permall", directory)
     engine = on_directory(directory, tpm2=False)
     engine.start()
-    assert engine.get_state(StateType.SAVESTATE)
+    assert run(engine, tpm.TPM12_STARTUP_STATE) == 0
 
 
 # -- damage -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from vtpm_cuse.errors import StorageError
 from vtpm_cuse.files import write_output
-from vtpm_cuse.storage import open_store
+from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,7 +25,7 @@ from tests.support.kernel import (
     Reply,
 )
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.proto.fuse import FuseSession, Ownership, init_reply
+from vtpm_cuse.proto.fuse import FileOwnership, FuseSession, init_reply
 from vtpm_cuse.vtpm.attributes import TpmAttributes, is_attribute
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Mount(Machine):
 
     def make_session(self) -> FuseSession[SavedOpen]:
         texts = TpmAttributes(self.vtpm, self.file, lambda: b"a line\n", {"pid": 7})
-        return FuseSession(self.file, texts, "vtpm0", Ownership(1000, 100, 0o600, 1234567))
+        return FuseSession(self.file, texts, "vtpm0", FileOwnership(1000, 100, 0o600, 1234567))
 
     def at(self, node: int) -> FakeKernel:
         self.kernel.node = node

@@ -12,8 +12,8 @@ import pytest
 from tests.support.files import descriptors_closed, open_descriptors, umask
 from tests.support.processes import in_child
 from vtpm_cuse.errors import StateDamaged, StateLocked, StateMissing, StorageError, UsageError
-from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.linear import LinearStore
+from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from vtpm_cuse.acquire.channels import Channels
+    from vtpm_cuse.acquire.endpoints import Endpoints
 
 
 def config_of(words: str) -> SocketConfig:
@@ -44,7 +44,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield first, second
 
 
-def acquired(words: str) -> Channels:
+def acquired(words: str) -> Endpoints:
     return acquire(config_of(words))
 
 
@@ -149,12 +149,12 @@ def test_sandbox_complaints(option: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("host", "family"), [("127.0.0.1", "AF_INET"), ("::1", "AF_INET6")])
 def test_tcp(host: str, family: str) -> None:
-    channels = acquired(f"--server port=0,bindaddr={host}")
-    assert channels.data_listener is not None
-    assert channels.data_listener.family == socket.AddressFamily[family]
-    port = channels.data_listener.getsockname()[1]
+    endpoints = acquired(f"--server port=0,bindaddr={host}")
+    assert endpoints.data_listener is not None
+    assert endpoints.data_listener.family == socket.AddressFamily[family]
+    port = endpoints.data_listener.getsockname()[1]
     socket.create_connection((host, port)).close()
-    channels.close()
+    endpoints.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, port))
 
@@ -172,8 +172,8 @@ def test_tcp_connections_answer_at_once_and_end_with_the_clients_machine(inherit
     """They have it from the listening socket: nothing can be set in the sandbox."""
     with socket.create_server(("127.0.0.1", 0)) as given:
         words = f"type=tcp,fd={os.dup(given.fileno())}" if inherited else "type=tcp,port=0"
-        channels = acquired(f"--ctrl {words}")
-        listener = channels.control_listener
+        endpoints = acquired(f"--ctrl {words}")
+        listener = endpoints.control_listener
         assert listener is not None
         listener.setblocking(True)
         with socket.create_connection(listener.getsockname()):
@@ -182,7 +182,7 @@ def test_tcp_connections_answer_at_once_and_end_with_the_clients_machine(inherit
                 assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
                 assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                 assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
-        channels.close()
+        endpoints.close()
 
 
 def test_tcp_port_in_use() -> None:
@@ -193,13 +193,13 @@ def test_tcp_port_in_use() -> None:
 
 def test_port_is_free_again_at_once() -> None:
     """Connections of a process before may linger in TIME_WAIT."""
-    channels = acquired("--server port=0")
-    assert channels.data_listener is not None
-    port = channels.data_listener.getsockname()[1]
+    endpoints = acquired("--server port=0")
+    assert endpoints.data_listener is not None
+    port = endpoints.data_listener.getsockname()[1]
     with socket.create_connection(("127.0.0.1", port)):
-        channels.data_listener.setblocking(True)
-        channels.data_listener.accept()[0].close()
-    channels.close()
+        endpoints.data_listener.setblocking(True)
+        endpoints.data_listener.accept()[0].close()
+    endpoints.close()
     acquired(f"--server port={port}").close()
 
 
@@ -209,18 +209,18 @@ def test_port_is_free_again_at_once() -> None:
 def test_unix_mode_is_exact_whatever_the_umask(option: str, mode: int, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with umask(0o077 if mode == 0o777 else 0):
-        channels = acquired(f"--ctrl type=unixio,path={path}{option}")
+        endpoints = acquired(f"--ctrl type=unixio,path={path}{option}")
     assert stat.S_IMODE(path.stat().st_mode) == mode
-    channels.close()
+    endpoints.close()
     assert not path.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_unix_owner(tmp_path: Path) -> None:
     path = tmp_path / "s"
-    channels = acquired(f"--server type=unixio,path={path},uid=12345,gid=daemon")
+    endpoints = acquired(f"--server type=unixio,path={path},uid=12345,gid=daemon")
     assert (path.stat().st_uid, path.stat().st_gid) == (12345, 1)
-    channels.close()
+    endpoints.close()
 
 
 def test_path_left_over_is_replaced(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_path_left_over_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(path))
     assert not connects_unix(path)
-    channels = acquired(f"--ctrl type=unixio,path={path}")
+    endpoints = acquired(f"--ctrl type=unixio,path={path}")
     assert connects_unix(path)
-    channels.close()
+    endpoints.close()
 
 
 def test_failure_takes_back_what_was_bound(tmp_path: Path) -> None:
@@ -251,16 +251,16 @@ def test_inherited_descriptors(pair: tuple[socket.socket, socket.socket], tmp_pa
         listening.bind(str(tmp_path / "s"))
         listening.listen()
         words = f"--ctrl type=unixio,fd={os.dup(listening.fileno())},clientfd=999,path=/x"
-        channels = acquired(f"{words} --server type=tcp,port=1,fd={connected}")
-    assert channels.control_listener is not None, "fd comes before clientfd and path"
-    assert channels.control_stream is None
-    assert channels.data_stream is not None, "for tcp it is connected"
-    assert channels.data_listener is None
-    channels.close()
-    channels = acquired(f"--ctrl type=unixio,clientfd={os.dup(pair[1].fileno())},path=/x")
-    assert channels.control_stream is not None
-    assert channels.control_listener is None
-    channels.close()
+        endpoints = acquired(f"{words} --server type=tcp,port=1,fd={connected}")
+    assert endpoints.control_listener is not None, "fd comes before clientfd and path"
+    assert endpoints.control_stream is None
+    assert endpoints.data_stream is not None, "for tcp it is connected"
+    assert endpoints.data_listener is None
+    endpoints.close()
+    endpoints = acquired(f"--ctrl type=unixio,clientfd={os.dup(pair[1].fileno())},path=/x")
+    assert endpoints.control_stream is not None
+    assert endpoints.control_listener is None
+    endpoints.close()
 
 
 @pytest.mark.parametrize("words", ["--server type=unixio,fd={}", "--ctrl type=unixio,fd={}"])
@@ -299,11 +299,11 @@ def test_descriptor_of_a_file(words: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", ["-f {}", "--server type=tcp,fd={}"])
 def test_data_may_come_from_a_terminal_but_from_no_file(words: str, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
-    channels = acquired(words.format(theirs))
-    stream = channels.data_stream
+    endpoints = acquired(words.format(theirs))
+    stream = endpoints.data_stream
     assert stream is not None
     assert stream.fileno() == theirs
-    channels.close()
+    endpoints.close()
     os.close(ours)
     with open(tmp_path / "file", "w") as file:
         fd = os.dup(file.fileno())

@@ -8,9 +8,10 @@ import pytest
 
 from tests.support import sockets as s
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.storage import locations, open_store
+from vtpm_cuse.storage import locations
 from vtpm_cuse.storage.locations import Location
 from vtpm_cuse.storage.memory import MemoryStore
+from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
     from pathlib import Path

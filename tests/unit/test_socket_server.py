@@ -13,7 +13,7 @@ from tests.support import sockets as s
 from tests.support.engine import FakeEngine
 from tests.support.sockets import u32
 from tests.support.stores import FailingStore
-from vtpm_cuse.acquire.channels import Channels
+from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.serve.sockets import SocketServer
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.ptm import PtmService
@@ -35,9 +35,9 @@ def served(scenario: Callable[[socket.socket], Awaitable[None]]) -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            channels = Channels()
-            channels.control_stream = theirs
-            SocketServer(nursery, channels, PtmService(vtpm), no_worker).start()
+            endpoints = Endpoints()
+            endpoints.control_stream = theirs
+            SocketServer(nursery, endpoints, PtmService(vtpm), no_worker).start()
             await scenario(client)
             nursery.cancel_scope.cancel()
 

@@ -26,7 +26,7 @@ from tests.support.processes import in_child
 from tests.support.ptm import u32
 from tests.support.stores import FailingStore
 from tests.support.suspension import SCRIPT, Host, chances, command_of, masked, prepared
-from vtpm_cuse.acquire.channels import Channels
+from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.errors import DeviceError, EngineError, VtpmError
 from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.serve.sockets import SavedSockets, SocketServer
@@ -337,20 +337,20 @@ class Sockets:
         self.host = Host(blobs)
         self.clock = trio.testing.MockClock()
         self._way, self._folder = way, folder
-        self.channels = Channels()
+        self.endpoints = Endpoints()
         self.controls: list[socket.socket] = []
         self.data: socket.socket | None = None
         self._saved: SavedSockets | None = None
         if way == "listeners":
-            self.channels.data_listener = _listener(folder / "data")
-            self.channels.control_listener = _listener(folder / "ctrl")
+            self.endpoints.data_listener = _listener(folder / "data")
+            self.endpoints.control_listener = _listener(folder / "ctrl")
             self.connect_control()
             self.connect_data()
             return
-        ours, self.channels.control_stream = _pair()
+        ours, self.endpoints.control_stream = _pair()
         self.controls.append(ours)
         if way == "streams":
-            self.data, self.channels.data_stream = _pair()
+            self.data, self.endpoints.data_stream = _pair()
 
     def connect_control(self) -> None:
         """One more client, where it can."""
@@ -401,11 +401,11 @@ class Sockets:
         worker = cast("Worker", InlineWorker())
         async with trio.open_nursery() as nursery:
             if self._saved is None:
-                server = SocketServer(nursery, self.channels, PtmService(self.host.vtpm), worker)
+                server = SocketServer(nursery, self.endpoints, PtmService(self.host.vtpm), worker)
                 server.start()
             else:
                 self.host.renew()
-                server = SocketServer(nursery, Channels(), PtmService(self.host.vtpm), worker)
+                server = SocketServer(nursery, Endpoints(), PtmService(self.host.vtpm), worker)
                 server.resume(self._saved)
             yield
             self._saved = await server.suspend()

@@ -339,7 +339,7 @@ def test_nothing_is_known_while_the_state_is_handed_out() -> None:
     vtpm.process(tpm.get_random(8))
     vtpm.release_storage()
     store.faults["lock"] = StateLocked("/x/.lock", "taken")
-    vtpm.hurry()
+    vtpm.abort()
     assert vtpm.process_known(tpm.get_random(8)) is None
     assert vtpm.process(tpm.get_random(8)).hex() == "80010000000a00000101"
     assert vtpm.process_known(tpm.get_random(8)) is None
@@ -593,7 +593,7 @@ def test_who_is_to_end_does_not_wait_for_a_lock(
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == 5:
-            vtpm.hurry()
+            vtpm.abort()
 
     monkeypatch.setattr("time.sleep", sleep)
     with pytest.raises(StateLocked):

@@ -132,7 +132,7 @@ def test_who_insists_is_heard_until_the_job_ends() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.run, job, lambda: None)
             await trio.testing.wait_all_tasks_blocked()
-            await worker.insist(heard.release)
+            await worker.repeat_until_ended(heard.release)
 
     with_worker(scenario)
 
@@ -140,9 +140,9 @@ def test_who_insists_is_heard_until_the_job_ends() -> None:
 def test_nobody_insists_without_a_job() -> None:
     async def scenario(worker: Worker) -> None:
         calls: list[bool] = []
-        await worker.insist(lambda: calls.append(True))
+        await worker.repeat_until_ended(lambda: calls.append(True))
         assert await worker.run(lambda: b"done", lambda: None) == b"done"
-        await worker.insist(lambda: calls.append(True))
+        await worker.repeat_until_ended(lambda: calls.append(True))
         assert calls == []
 
     with_worker(scenario)

@@ -8,7 +8,7 @@ import socket
 import stat
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.acquire.channels import Channels
+from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import give_socket
 
@@ -22,50 +22,50 @@ _PATH_MAX = 107
 _ACCEPTCON = 1 << 16  # __SO_ACCEPTCON, linux/net.h
 
 
-def acquire(config: SocketConfig) -> Channels:
+def acquire(config: SocketConfig) -> Endpoints:
     """Binds, or takes over, all sockets of a configuration.
 
     Raises:
         UsageError: One of them cannot be had; none stays open.
     """
-    channels = Channels(
+    endpoints = Endpoints(
         disconnect=config.disconnect,
         terminate=config.terminate,
         control_terminate=config.control_terminate,
     )
     with contextlib.ExitStack() as undo:
-        undo.callback(channels.close)
-        acquire_control(channels, config.control)
-        _acquire_data(channels, config.data)
+        undo.callback(endpoints.close)
+        acquire_control(endpoints, config.control)
+        _acquire_data(endpoints, config.data)
         undo.pop_all()
-    return channels
+    return endpoints
 
 
-def acquire_control(channels: Channels, address: SocketAddress | None) -> None:
+def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None:
     """Binds, or takes over, the control channel, if there is one. Raises UsageError."""
     if address is None:
         return
     if address.fd is None and address.clientfd is not None:
-        channels.control_stream = inherit(address.clientfd, listening=False)
+        endpoints.control_stream = inherit(address.clientfd, listening=False)
     else:
-        channels.control_listener = _listener(channels, address)
+        endpoints.control_listener = _listener(endpoints, address)
 
 
-def _acquire_data(channels: Channels, address: SocketAddress | None) -> None:
+def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:
     if address is None:
         return
     if address.kind == "tcp" and address.fd is not None:
-        channels.data_stream = take_stream(address.fd)
+        endpoints.data_stream = take_stream(address.fd)
     else:
-        channels.data_listener = _listener(channels, address)
+        endpoints.data_listener = _listener(endpoints, address)
 
 
-def _listener(channels: Channels, address: SocketAddress) -> socket.socket:
+def _listener(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
     if address.fd is not None:
         return inherit(address.fd, listening=True)
     try:
         if address.path is not None:
-            return _listen_unix(channels, address, address.path)
+            return _listen_unix(endpoints, address, address.path)
         return _listen_tcp(address)
     except OSError as exc:
         where = address.path or f"{address.bindaddr}:{address.port}"
@@ -114,7 +114,7 @@ def _prepare_network(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 10)
 
 
-def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socket.socket:
+def _listen_unix(endpoints: Endpoints, address: SocketAddress, path: str) -> socket.socket:
     if len(os.fsencode(path)) > _PATH_MAX:
         raise UsageError(f"Path for UnixIO socket is too long: {path}")
     _remove_leftover(path)
@@ -123,7 +123,7 @@ def _listen_unix(channels: Channels, address: SocketAddress, path: str) -> socke
     try:
         os.fchmod(sock.fileno(), address.mode)  # of the path to come: nobody can swap it
         sock.bind(path)
-        channels.own(path)
+        endpoints.own(path)
         if address.uid is not None or address.gid is not None:
             keep = -1
             uid = keep if address.uid is None else address.uid

@@ -1,8 +1,7 @@
 """DER, as much of it as a certificate needs. Source: ITU-T X.690.
 
-Certificates are put together here and not by a library's builder: the C suite
-has extensions that no typed builder makes (the directory name of a TPM 1.2
-platform), an order of its own, SHA-1 signatures, and keys in PKCS#11 tokens.
+By hand, for `cryptography`'s builder signs nothing with SHA-1, as the certificates of a TPM 1.2
+are signed, and makes no PrintableString, as those of the C suite have.
 """
 
 from __future__ import annotations

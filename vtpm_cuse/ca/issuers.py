@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from vtpm_cuse.ca.certificates import Issuer
@@ -59,9 +58,7 @@ def open_issuer(
 
 def pem_certificate(certificate: bytes) -> bytes:
     """PEM of a certificate in DER."""
-    text = base64.encodebytes(certificate).replace(b"\n", b"")
-    lines = [text[start : start + 64] for start in range(0, len(text), 64)]
-    return b"\n".join([b"-----BEGIN CERTIFICATE-----", *lines, b"-----END CERTIFICATE-----", b""])
+    return x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
 
 
 def _contents(

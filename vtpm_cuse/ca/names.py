@@ -3,6 +3,8 @@
 Attribute names count in either case. A name of several attributes in one
 component (``CN=a+OU=b``), dotted identifiers and quotation marks are refused,
 as the C suite refuses them.
+
+By hand, for `cryptography` reads such texts, too, but makes UTF8Strings of all of them.
 """
 
 from __future__ import annotations

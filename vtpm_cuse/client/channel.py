@@ -37,7 +37,7 @@ _ANSWER_SECONDS: Final = 60
 _UNIX_PATH_BYTES: Final = 107  # of sun_path, without the NUL
 
 
-class ChannelControl(Control):
+class SocketControl(Control):
     """Connects at once, for the first request, and again for every later one.
 
     Args:
@@ -74,16 +74,16 @@ class ChannelControl(Control):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from exc
 
 
-def unix_channel(path: str) -> ChannelControl:
+def unix_channel(path: str) -> SocketControl:
     """A vTPM at a Unix socket. Raises FrontendError."""
     if len(os.fsencode(path)) > _UNIX_PATH_BYTES:
         raise FrontendError("Socket path is too long.")
-    return ChannelControl(partial(_connect_unix, path))
+    return SocketControl(partial(_connect_unix, path))
 
 
-def tcp_channel(host: str, port: int) -> ChannelControl:
+def tcp_channel(host: str, port: int) -> SocketControl:
     """A vTPM at a TCP port. Raises FrontendError."""
-    return ChannelControl(partial(_connect_tcp, host, port))
+    return SocketControl(partial(_connect_tcp, host, port))
 
 
 def _connect_unix(path: str) -> socket.socket:

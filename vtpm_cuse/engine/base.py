@@ -102,18 +102,12 @@ class Engine(Tpm, Protocol):
     def volatile_state(self) -> bytes:
         """The volatile state of the running TPM. Raises EngineError."""
 
-    def get_state(self, kind: StateType) -> bytes:
-        """The state as the engine would store it. Raises StateMissing, EngineError."""
-
     def set_state(self, kind: StateType, data: bytes | None) -> None:
         """Gives a stopped engine the state for its next start; None means "explicitly empty".
 
         Raises:
             EngineError: The engine refuses it; then it has dropped all blobs given before.
         """
-
-    def validate_state(self, kind: StateType) -> None:
-        """Raises EngineError. Consumes a volatile state given before: do not call before a start."""
 
     def info(self, flags: int) -> str:
         """JSON text (TPMLIB_GetInfo)."""

@@ -27,8 +27,6 @@ from vtpm_cuse.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vtpm_cuse.engine._libtpms import CData, Libtpms
     from vtpm_cuse.engine.base import Nvram
 
@@ -107,12 +105,6 @@ class LibtpmsEngine:
             return ffi.string(text).decode()
         finally:
             self._libc.free(text)  # OWNER: ours since the return
-
-    def tpm_property(self, number: int) -> int:
-        """An integer property (TPMLIB_GetTPMProperty). Raises EngineError."""
-        value = ffi.new("int *")
-        self._check("TPMLIB_GetTPMProperty", self._lib.TPMLIB_GetTPMProperty(number, value))
-        return int(value[0])
 
     def set_debug(self, fd: int, level: int, prefix: str) -> None:
         """Lets libtpms log to *fd*, secrets too; level 0 is off."""
@@ -229,16 +221,13 @@ class LibtpmsEngine:
     def volatile_state(self) -> bytes:
         """The volatile state of the running TPM. Raises EngineError."""
         self._need_running("TPMLIB_VolatileAll_Store")
-        return self._take("TPMLIB_VolatileAll_Store", self._lib.TPMLIB_VolatileAll_Store)
-
-    def get_state(self, kind: StateType) -> bytes:
-        """The state as it would be stored. Raises StateMissing, StorageError, EngineError."""
+        buffer, size = ffi.new("unsigned char **"), ffi.new("uint32_t *")
+        rc = self._lib.TPMLIB_VolatileAll_Store(buffer, size)
         try:
-            return self._take("TPMLIB_GetState", self._lib.TPMLIB_GetState, kind)
-        except EngineError as exc:
-            if exc.rc == _TPM_RETRY:
-                raise StateMissing(kind.blob_name, "no such state") from exc
-            raise
+            self._check("TPMLIB_VolatileAll_Store", rc)
+            return ffi.buffer(buffer[0], size[0])[:] if size[0] else b""
+        finally:
+            self._libc.free(buffer[0])  # OWNER: ours since the return; NULL is fine
 
     def set_state(self, kind: StateType, data: bytes | None) -> None:
         """State for the next start, None for "explicitly empty". Raises EngineError."""
@@ -246,11 +235,6 @@ class LibtpmsEngine:
         buffer = ffi.NULL if data is None else data
         size = 0 if data is None else len(data)
         self._check("TPMLIB_SetState", self._lib.TPMLIB_SetState(kind, buffer, size))
-
-    def validate_state(self, kind: StateType) -> None:
-        """Raises EngineError. Consumes a volatile state given before."""
-        self._choose_version()
-        self._check("TPMLIB_ValidateState", self._lib.TPMLIB_ValidateState(kind, 0))
 
     # -- callbacks ------------------------------------------------------------------------
 
@@ -331,16 +315,6 @@ class LibtpmsEngine:
     def _need_running(self, function: str) -> None:
         if not self.running:
             raise EngineError(function, _TPM_FAIL)
-
-    def _take(self, name: str, function: Callable[..., int], *arguments: int) -> bytes:
-        """Calls a function that hands over a buffer, and frees it."""
-        buffer, size = ffi.new("unsigned char **"), ffi.new("uint32_t *")
-        rc = function(*arguments, buffer, size)
-        try:
-            self._check(name, rc)
-            return ffi.buffer(buffer[0], size[0])[:] if size[0] else b""
-        finally:
-            self._libc.free(buffer[0])  # OWNER: ours since the return; NULL is fine
 
     def _choose_version(self) -> None:
         if self.running:

@@ -12,9 +12,9 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import StateMissing, UsageError
-from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
 from vtpm_cuse.storage.locations import parse
+from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore

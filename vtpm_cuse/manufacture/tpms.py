@@ -21,8 +21,8 @@ from vtpm_cuse.errors import (
     WireError,
 )
 from vtpm_cuse.manufacture.programs import start_program
-from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.locations import parse
+from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmRc, TpmSu
 
@@ -121,7 +121,7 @@ class ChildTpm:
 
     def start(self) -> None:
         """Starts the emulator. Raises VtpmError."""
-        from vtpm_cuse.client.channel import ChannelControl
+        from vtpm_cuse.client.channel import SocketControl
 
         store = self._open_store()
         for name, blob in self._blobs.items():
@@ -145,7 +145,7 @@ class ChildTpm:
             raise UsageError(f"Could not start swtpm '{words[0]}': {exc.strerror}") from exc
         data_end.close()
         control_end.close()
-        self._control = ChannelControl(control.dup)
+        self._control = SocketControl(control.dup)
         try:
             self._control.capability()  # answered when it is up
         except (OSError, VtpmError) as exc:

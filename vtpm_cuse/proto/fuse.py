@@ -95,7 +95,7 @@ class Texts(Protocol):
         """The text; None where that is to be tried again after a change. Raises VtpmError."""
 
 
-class Ownership(NamedTuple):
+class FileOwnership(NamedTuple):
     """What stat(2) tells of every file.
 
     Attributes:
@@ -115,7 +115,7 @@ class FuseSession(DeviceSession[Saved]):
     """One mount: *name* is the device file's."""
 
     def __init__(
-        self, file: DeviceFile[Saved], texts: Texts, name: str, ownership: Ownership
+        self, file: DeviceFile[Saved], texts: Texts, name: str, ownership: FileOwnership
     ) -> None:
         super().__init__(file)
         self._texts = texts

@@ -42,7 +42,7 @@ _RELEASE_GRACE_SECONDS: Final = 1.0
 """After PTM_SHUTDOWN: time for the requester to close the device."""
 
 
-class Channel(Protocol):
+class KernelChannel(Protocol):
     """What gives the kernel's requests and takes the replies."""
 
     @property
@@ -79,7 +79,7 @@ class DeviceServer:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: KernelChannel,
         vtpm: Vtpm,
         ptm: PtmService,
         worker: Worker,
@@ -185,5 +185,5 @@ class DeviceServer:
         """Ends a running command early and waits for it; it is never abandoned."""
         with trio.CancelScope(shield=True):
             while self._file.busy:
-                self._vtpm.hurry()
+                self._vtpm.abort()
                 await trio.sleep(_CANCEL_AGAIN_SECONDS)

@@ -33,8 +33,8 @@ from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 if TYPE_CHECKING:
     import socket
 
-    from vtpm_cuse.acquire.channels import Channels
     from vtpm_cuse.acquire.chardev import CharDevice
+    from vtpm_cuse.acquire.endpoints import Endpoints
     from vtpm_cuse.proto.control import ControlRequest
     from vtpm_cuse.proto.places import Place
     from vtpm_cuse.proto.stream import Request
@@ -85,12 +85,12 @@ class SocketServer:
     def __init__(
         self,
         nursery: trio.Nursery,
-        channels: Channels,
+        endpoints: Endpoints,
         ptm: PtmService,
         worker: Worker,
     ) -> None:
         self._nursery = nursery
-        self._channels = channels
+        self._channels = endpoints
         self._vtpm = ptm.vtpm
         self._ptm = ptm
         self._worker = worker
@@ -103,12 +103,12 @@ class SocketServer:
         self._controls: list[ControlConnection] = []
 
     def start(self) -> None:
-        """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the channels say so."""
-        channels = self._channels
-        if channels.data_stream is not None:
-            self._only = self._data(channels.data_stream, known=True)
-        if channels.control_stream is not None:
-            self._admit(ControlConnection(channels.control_stream, trio.current_time()))
+        """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the endpoints say so."""
+        endpoints = self._channels
+        if endpoints.data_stream is not None:
+            self._only = self._data(endpoints.data_stream, known=True)
+        if endpoints.control_stream is not None:
+            self._admit(ControlConnection(endpoints.control_stream, trio.current_time()))
         self._start_tasks()
 
     async def suspend(self) -> SavedSockets:
@@ -118,8 +118,8 @@ class SocketServer:
         tasks may still wait for them. After PTM_SHUTDOWN there is nothing to be suspended.
         """
         await self._turn.acquire()
-        channels, now = self._channels, trio.current_time()
-        listeners = channels.data_listener, channels.control_listener
+        endpoints, now = self._channels, trio.current_time()
+        listeners = endpoints.data_listener, endpoints.control_listener
         data, controls = (None if found is None else found.detach() for found in listeners)
         saved = SavedSockets(
             data,
@@ -135,16 +135,16 @@ class SocketServer:
     def resume(self, saved: SavedSockets) -> None:
         """In place of `start`: goes on where *saved* was suspended.
 
-        The channels that this server was made with say how it ends, and have no sockets but these.
+        The endpoints that this server was made with say how it ends, and have no sockets but these.
         """
-        channels, now, prefix = self._channels, trio.current_time(), self._vtpm.tpm2
+        endpoints, now, prefix = self._channels, trio.current_time(), self._vtpm.tpm2
         if saved.data_listener is not None:
-            channels.data_listener = adopted(saved.data_listener)
+            endpoints.data_listener = adopted(saved.data_listener)
         if saved.control_listener is not None:
-            channels.control_listener = adopted(saved.control_listener)
+            endpoints.control_listener = adopted(saved.control_listener)
         if saved.only is not None:
             self._only = DataConnection.resumed(saved.only, prefix=prefix)
-            channels.data_stream = self._only.connection
+            endpoints.data_stream = self._only.connection
         if saved.accepted is not None:
             self._accepted = DataConnection.resumed(saved.accepted, prefix=prefix)
         self._passed = [DataConnection.resumed(one, prefix=prefix) for one in saved.passed]
@@ -154,24 +154,24 @@ class SocketServer:
         self._start_tasks()
 
     def _start_tasks(self) -> None:
-        channels, start = self._channels, self._nursery.start_soon
+        endpoints, start = self._channels, self._nursery.start_soon
         if self._only is not None:
             start(self._serve_only_data, self._only)
-        elif channels.data_listener is not None:
-            start(self._accept_data, channels.data_listener)
+        elif endpoints.data_listener is not None:
+            start(self._accept_data, endpoints.data_listener)
         for passed in self._passed:
             start(self._serve_passed_data, passed)
         for connection in self._controls:
             start(self._serve_control, connection)
-        if channels.control_listener is not None and channels.control_stream is None:
-            start(self._accept_control, channels.control_listener)
+        if endpoints.control_listener is not None and endpoints.control_stream is None:
+            start(self._accept_control, endpoints.control_listener)
 
     def _end(self) -> None:
         self._nursery.cancel_scope.cancel()
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
-        channels = self._channels
-        channels.regain_reserve()
+        endpoints = self._channels
+        endpoints.regain_reserve()
         await trio.lowlevel.checkpoint()  # none behind: who is accepted is not forgotten
         while True:
             try:
@@ -182,7 +182,7 @@ class SocketServer:
                 if exc.errno in _NO_DESCRIPTOR:
                     stranger = self._places.stranger()
                     self._turn_away(stranger)
-                    if channels.spend_reserve():
+                    if endpoints.spend_reserve():
                         continue
                     if stranger is not None:
                         await trio.lowlevel.checkpoint()
@@ -212,7 +212,7 @@ class SocketServer:
                 return
 
     async def _serve_only_data(self, data: DataConnection) -> None:
-        """The end of this one is the server's; it is closed last, with the channels."""
+        """The end of this one is the server's; it is closed last, with the endpoints."""
         await self._serve_data(data)
         log.info("Data client disconnected")
         self._end()
@@ -310,7 +310,7 @@ class SocketServer:
         if not vtpm.is_long(request.command):
             return vtpm.process(request.command)
         async with self._turn:
-            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.hurry)
+            response = await self._worker.run(lambda: vtpm.process(request.command), vtpm.abort)
         if vtpm.state_lost:
             self._end()
             await trio.lowlevel.checkpoint()
@@ -400,9 +400,9 @@ class SocketServer:
             return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
         if self._vtpm.may_wait_for_lock(request.command):
             async with self._turn:
-                return await self._worker.run(lambda: self._answer(request), self._vtpm.hurry)
+                return await self._worker.run(lambda: self._answer(request), self._vtpm.abort)
         if request.command is PtmCommand.PTM_CANCEL_TPM_CMD:
-            self._nursery.start_soon(self._worker.insist, self._vtpm.cancel)
+            self._nursery.start_soon(self._worker.repeat_until_ended, self._vtpm.cancel)
         if self._turn.locked() and request.command not in ANSWERED_WHILE_BUSY:
             async with self._turn:
                 return self._answer(request)
@@ -412,10 +412,10 @@ class SocketServer:
         return control.answer(self._vtpm, self._ptm, request)
 
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
-        channels = self._channels
+        endpoints = self._channels
         # The end of the last one may be there without its task knowing it yet.
         in_use = not all(at_end(data.connection) for data in self._passed)
-        if in_use or channels.data_listener or channels.data_stream:
+        if in_use or endpoints.data_listener or endpoints.data_stream:
             return PtmResult.TPM_IOERROR
         if not fds:
             log.error("no valid data socket in message")

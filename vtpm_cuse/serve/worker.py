@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HURRY_SECONDS: Final = 0.01
+_ABORT_SECONDS: Final = 0.01
 
 
 class Worker:
@@ -50,14 +50,14 @@ class Worker:
 
         self._jobs.put(run)
 
-    def beside(self, job: Callable[[], object]) -> None:
+    def run_later(self, job: Callable[[], object]) -> None:
         """Runs *job*, which is short and never raises, in the thread; nobody waits for it."""
         self._jobs.put(job)
 
-    async def run(self, job: Callable[[], bytes], hurry: Callable[[], object]) -> bytes:
+    async def run(self, job: Callable[[], bytes], abort: Callable[[], object]) -> bytes:
         """Runs *job* and returns its result.
 
-        When the caller is cancelled meanwhile, *hurry* is called until the job has ended: a
+        When the caller is cancelled meanwhile, *abort* is called until the job has ended: a
         running command is never abandoned.
         """
         results: list[bytes] = []
@@ -72,19 +72,19 @@ class Worker:
             await ended.wait()
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
-                await self.insist(hurry)
+                await self.repeat_until_ended(abort)
             raise
         return results[0]
 
-    async def insist(self, hurry: Callable[[], object]) -> None:
-        """Calls *hurry* again and again until the job of `run` has ended; not at all without one.
+    async def repeat_until_ended(self, abort: Callable[[], object]) -> None:
+        """Calls *abort* again and again until the job of `run` has ended; not at all without one.
 
         libtpms forgets a cancellation that comes before it has begun with the command.
         """
         ended = self._ended
         while not ended.is_set():
-            hurry()
-            with trio.move_on_after(_HURRY_SECONDS):
+            abort()
+            with trio.move_on_after(_ABORT_SECONDS):
                 await ended.wait()
 
     def close(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.acquire.channels import Channels
 from vtpm_cuse.acquire.chardev import ProxyDevice, ProxyMaker, open_device
+from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.sockets import acquire_control, take_stream
 from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service import life
-from vtpm_cuse.service.socket import load_channels, serve_channels
+from vtpm_cuse.service.socket import load_endpoints, serve_endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,14 +42,14 @@ class _Chardev(life.Interface):
         self._maker: ProxyMaker | None = None
         self._made = -1
         self._watcher: DeviceWatcher | None = None
-        self._channels = Channels(control_terminate=config.control_terminate)
+        self._endpoints = Endpoints(control_terminate=config.control_terminate)
 
     def open(self) -> None:
         config = self._config
         if config.path is not None:
-            self._channels.data_stream = open_device(config.path)
+            self._endpoints.data_stream = open_device(config.path)
         elif config.fd is not None:
-            self._channels.data_stream = take_stream(config.fd)
+            self._endpoints.data_stream = take_stream(config.fd)
         else:
             self._maker = ProxyMaker(tpm2=config.vtpm.tpm2)
             if self.awaited:
@@ -58,17 +58,17 @@ class _Chardev(life.Interface):
                 life.make_state_directory(config.vtpm, 0o700, config.process.runas, 1)
 
     def acquire(self) -> None:
-        acquire_control(self._channels, self._config.control)
+        acquire_control(self._endpoints, self._config.control)
 
     def load(self) -> None:
-        load_channels()
+        load_endpoints()
 
     async def appear(self) -> None:
         """Last of all: from then on the kernel waits for answers, and not for long."""
         if self._maker is None:
             return
         config = self._config.vtpm
-        self._channels.data_stream, made = self._maker.make()
+        self._endpoints.data_stream, made = self._maker.make()
         self._made = made.tpm_num
         numbers = f"(major/minor = {made.major}/{made.minor})"
         self._announce(f"New TPM device: /dev/tpm{made.tpm_num} {numbers}")
@@ -78,7 +78,7 @@ class _Chardev(life.Interface):
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.vtpm.ptm import PtmService
 
-        device, made = self._channels.data_stream, self._made
+        device, made = self._endpoints.data_stream, self._made
 
         async def announce() -> None:
             if self._watcher is not None and vtpm.running:
@@ -87,19 +87,19 @@ class _Chardev(life.Interface):
             if self._watcher is not None:
                 self._watcher.close()
 
-        await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker, announce)
+        await serve_endpoints(self._endpoints, PtmService(vtpm, self.give_up), worker, announce)
         if isinstance(device, ProxyDevice) and device.gone:
             # PEER: ends with status 0.
             raise FrontendError("The kernel has given the TPM device up", "see dmesg")
 
     def withdraw(self) -> None:
-        self._channels.withdraw()
+        self._endpoints.withdraw()
 
     def give_up_paths(self) -> list[str]:
-        return self._channels.give_up_paths()
+        return self._endpoints.give_up_paths()
 
     def close(self) -> None:
-        self._channels.close()
+        self._endpoints.close()
         for helper in (self._maker, self._watcher):
             if helper is not None:
                 helper.close()

@@ -9,9 +9,9 @@ from vtpm_cuse.engine.callbacks import uninterrupted
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.process import logs
-from vtpm_cuse.storage import open_store
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu

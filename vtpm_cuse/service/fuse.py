@@ -82,7 +82,7 @@ class _FuseFile(life.Interface):
 
     def _session(self, vtpm: Vtpm, file: TpmDeviceFile) -> FuseSession[SavedOpen]:
         from vtpm_cuse import __version__
-        from vtpm_cuse.proto.fuse import FuseSession, Ownership
+        from vtpm_cuse.proto.fuse import FileOwnership, FuseSession
         from vtpm_cuse.vtpm.attributes import TpmAttributes
 
         config, now = self._config, int(time.time())
@@ -99,7 +99,7 @@ class _FuseFile(life.Interface):
             file,
             TpmAttributes(vtpm, file, self._recent, status),
             config.name,
-            Ownership(os.getuid(), os.getgid(), mode, now),
+            FileOwnership(os.getuid(), os.getgid(), mode, now),
         )
 
     def close(self) -> None:

@@ -293,7 +293,7 @@ class _Life:
             self._interface.close()
 
     async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
-        vtpm.work_beside(worker.beside)
+        vtpm.defer_to(worker.run_later)
         await self._interface.appear()
         if not self._process.background:
             self._pid_file.write(self._remover.write_pid)

@@ -10,7 +10,7 @@ from vtpm_cuse.service import life
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from vtpm_cuse.acquire.channels import Channels
+    from vtpm_cuse.acquire.endpoints import Endpoints
     from vtpm_cuse.config import SocketConfig
     from vtpm_cuse.serve.worker import Worker
     from vtpm_cuse.vtpm.ptm import PtmService
@@ -28,7 +28,7 @@ def run(config: SocketConfig) -> int:
 
 class _Sockets(life.Interface):
     sockets = True
-    _channels: Channels
+    _endpoints: Endpoints
 
     def __init__(self, config: SocketConfig) -> None:
         self._config = config
@@ -37,38 +37,38 @@ class _Sockets(life.Interface):
     def acquire(self) -> None:
         from vtpm_cuse.acquire.sockets import acquire
 
-        self._channels = acquire(self._config)
-        self._undo.callback(self._channels.close)
+        self._endpoints = acquire(self._config)
+        self._undo.callback(self._endpoints.close)
 
     def load(self) -> None:
-        load_channels()
+        load_endpoints()
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.vtpm.ptm import PtmService
 
         ready()
-        await serve_channels(self._channels, PtmService(vtpm, self.give_up), worker)
+        await serve_endpoints(self._endpoints, PtmService(vtpm, self.give_up), worker)
 
     def withdraw(self) -> None:
-        self._channels.withdraw()
+        self._endpoints.withdraw()
 
     def give_up_paths(self) -> list[str]:
-        return self._channels.give_up_paths()
+        return self._endpoints.give_up_paths()
 
     def close(self) -> None:
         self._undo.close()
 
 
-def load_channels() -> None:
-    """Imports what `serve_channels` takes."""
+def load_endpoints() -> None:
+    """Imports what `serve_endpoints` takes."""
     from vtpm_cuse.serve import sockets
     from vtpm_cuse.vtpm import ptm
 
     _ = ptm, sockets
 
 
-async def serve_channels(
-    channels: Channels,
+async def serve_endpoints(
+    endpoints: Endpoints,
     ptm: PtmService,
     worker: Worker,
     beside: Callable[[], Awaitable[None]] | None = None,
@@ -79,7 +79,7 @@ async def serve_channels(
     from vtpm_cuse.serve.sockets import SocketServer
 
     async with trio.open_nursery() as nursery:
-        SocketServer(nursery, channels, ptm, worker).start()
+        SocketServer(nursery, endpoints, ptm, worker).start()
         if beside is not None:
             nursery.start_soon(beside)
         await trio.sleep_forever()

@@ -19,7 +19,7 @@ OWNER_MODE: Final = 0o600
 """What the owner of a state file needs: a later start may have no capabilities to do without."""
 LOCK_CONFLICT: Final = (errno.EAGAIN, errno.EACCES)
 
-Beside = Callable[[Callable[[], object]], None]
+RunLater = Callable[[Callable[[], object]], None]
 """Takes a function and has it called in another thread: soon, or never when all ends."""
 
 
@@ -120,11 +120,29 @@ class StateStore(Protocol):
     def remedy(self, name: str) -> str:
         """What can be done when a blob is damaged, as a clause of a message; may look for it."""
 
-    def work_beside(self, beside: Beside) -> None:
-        """From now on, *beside* may be given what no answer has to wait for."""
+    def defer_to(self, run_later: RunLater) -> None:
+        """From now on, *run_later* may be given what no answer has to wait for."""
 
     def close(self) -> None:
         """Gives up lock and descriptors."""
+
+
+class WithoutBackup:
+    """What stores are alike in that keep no backup and have nothing that could wait."""
+
+    def restore_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def try_backup(self) -> str:
+        """There is none."""
+        return ""
+
+    def end_try(self, *, accepted: bool) -> None:
+        """Nothing was tried."""
+
+    def defer_to(self, _run_later: RunLater) -> None:
+        """Nothing takes long here."""
 
 
 def write_all(write: Callable[[memoryview, int], int], data: bytes) -> None:

@@ -36,7 +36,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from vtpm_cuse.storage.base import Beside
+    from vtpm_cuse.storage.base import RunLater
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class DirectoryStore:
                 aside = self._aside_of_permanent()
             try:
                 self._write_aside(aside, blob)
-                with self._outliving(file_name, *([file_name + BACKUP_SUFFIX] if backup else [])):
+                with self._freed_later(file_name, *([file_name + BACKUP_SUFFIX] if backup else [])):
                     if backup and self._is_good(file_name):
                         self._put(file_name, file_name + BACKUP_SUFFIX)
                     self._settled = False
@@ -129,7 +129,7 @@ class DirectoryStore:
         self._keep_locked()
         file_name = self._file_name(name)
         try:
-            with self._errors(file_name, reading=True), self._outliving(file_name):
+            with self._errors(file_name, reading=True), self._freed_later(file_name):
                 os.unlink(file_name, dir_fd=self._directory)
                 self._flush_directory()
         except StateMissing:
@@ -296,9 +296,9 @@ class DirectoryStore:
                 )
         return "nothing was changed: put back a copy that you kept, or use another directory"
 
-    def work_beside(self, beside: Beside) -> None:
+    def defer_to(self, run_later: RunLater) -> None:
         """Replaced files are freed there."""
-        self._disposal.beside = beside
+        self._disposal.run_later = run_later
 
     def close(self) -> None:
         """Gives up lock and descriptors."""
@@ -378,8 +378,8 @@ class DirectoryStore:
         finally:
             os.close(fd)
 
-    def _outliving(self, *file_names: str) -> contextlib.AbstractContextManager[None]:
-        return self._disposal.outliving(self._directory, *file_names)
+    def _freed_later(self, *file_names: str) -> contextlib.AbstractContextManager[None]:
+        return self._disposal.freed_later(self._directory, *file_names)
 
     def _write_aside(self, aside: str, blob: bytes) -> None:
         try:

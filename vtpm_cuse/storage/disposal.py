@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vtpm_cuse.storage.base import Beside
+    from vtpm_cuse.storage.base import RunLater
 
 _LONG_SECONDS: Final = 200e-6
 """Between what it takes where files are freed at once and the millisecond where they are not."""
@@ -29,20 +29,20 @@ class Disposal:
     """Lets files outlive their names, once the loss of one has taken long.
 
     Attributes:
-        beside: Where to run what need not be done now; None while there is no such place.
+        run_later: Where to run what need not be done now; None while there is no such place.
     """
 
     def __init__(self) -> None:
-        self.beside: Beside | None = None
+        self.run_later: RunLater | None = None
         self._worthwhile = False
         self._waiting: deque[int] = deque()
         self._closing = threading.Lock()
 
     @contextlib.contextmanager
-    def outliving(self, directory: int, *names: str) -> Iterator[None]:
+    def freed_later(self, directory: int, *names: str) -> Iterator[None]:
         """Within, files of these names may lose them; what they take on the disk is free later."""
         held = []
-        if self._worthwhile and self.beside is not None:
+        if self._worthwhile and self.run_later is not None:
             flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
             for name in names:
                 with contextlib.suppress(OSError):  # there is none; or it is freed within
@@ -63,10 +63,10 @@ class Disposal:
             pass
 
     def _leave(self) -> None:
-        if self.beside is None or len(self._waiting) > _WAITING_MAX:
+        if self.run_later is None or len(self._waiting) > _WAITING_MAX:
             self._free_one()
         else:
-            self.beside(self._free_one)
+            self.run_later(self._free_one)
 
     def _free_one(self) -> bool:
         """Whether there was one. The lock: who finds none may rely on all being free."""

@@ -30,6 +30,7 @@ from vtpm_cuse.storage.base import (
     OWNER_MODE,
     PERMANENT,
     REPLACED,
+    WithoutBackup,
     left_over,
     write_all,
 )
@@ -48,7 +49,6 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from vtpm_cuse.storage.base import Beside
     from vtpm_cuse.wire.linear import Table
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ _BLANK_CHECK: Final = 1 << 20
 partition tables and volume managers keep what they recognise themselves by."""
 
 
-class LinearStore:
+class LinearStore(WithoutBackup):
     """Implements `storage.base.StateStore` on one file or block device.
 
     Args:
@@ -170,17 +170,6 @@ class LinearStore:
         sizes = self.sizes()
         return "" if PERMANENT in sizes or not sizes else self.where(next(iter(sizes)))
 
-    def restore_backup(self) -> str:
-        """There is none."""
-        return ""
-
-    def try_backup(self) -> str:
-        """There is none."""
-        return ""
-
-    def end_try(self, *, accepted: bool) -> None:
-        """Nothing was tried."""
-
     def where(self, name: str) -> str:
         """The file, and which of its blobs."""
         return f"{self._path} ({name})"
@@ -193,9 +182,6 @@ class LinearStore:
                 "the whole file that you kept"
             )
         return "nothing was changed: put back a copy that you kept, or use another file"
-
-    def work_beside(self, _beside: Beside) -> None:
-        """Nothing is ever freed here."""
 
     def close(self) -> None:
         """Gives up lock and descriptor."""

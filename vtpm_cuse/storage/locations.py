@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Final, NamedTuple
 
-SCHEMES: Final = ("dir", "file", "mem")
 _WITH_PATH: Final = ("dir", "file")
 
 
@@ -13,7 +12,7 @@ class Location(NamedTuple):
     """Where a state is.
 
     Attributes:
-        scheme: One of `SCHEMES`; empty for a URI that says nothing of the kind.
+        scheme: "dir", "file" or "mem"; empty for a URI that says nothing of the kind.
         path: The directory, the file or the block device, absolute; empty for memory.
     """
 

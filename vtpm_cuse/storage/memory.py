@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import StateMissing
-from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
+from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, WithoutBackup, left_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vtpm_cuse.storage.base import Beside
 
-
-class MemoryStore:
+class MemoryStore(WithoutBackup):
     """Implements `storage.base.StateStore`."""
 
     def __init__(self) -> None:
@@ -61,17 +59,6 @@ class MemoryStore:
         """Another blob without the permanent one."""
         return "" if PERMANENT in self.blobs else next(iter(self.sizes()), "")
 
-    def restore_backup(self) -> str:
-        """There is none."""
-        return ""
-
-    def try_backup(self) -> str:
-        """There is none."""
-        return ""
-
-    def end_try(self, *, accepted: bool) -> None:
-        """Nothing was tried."""
-
     def where(self, name: str) -> str:
         """Just the name."""
         return name
@@ -79,9 +66,6 @@ class MemoryStore:
     def remedy(self, _name: str) -> str:
         """Somebody gave it, and may have another."""
         return "put back a copy that you kept"
-
-    def work_beside(self, _beside: Beside) -> None:
-        """Nothing takes long here."""
 
     def close(self) -> None:
         """Nothing to give up."""

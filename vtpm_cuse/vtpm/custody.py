@@ -101,7 +101,7 @@ class Custody:
 
     def __init__(self, blobs: StateStore | None, *, incoming: bool) -> None:
         self._blobs = blobs
-        self._hurried = False
+        self._aborted = False
         self._become(Whose.INCOMING if incoming else Whose.OURS_TO_LOCK)
 
     def _become(self, whose: Whose) -> None:
@@ -132,7 +132,7 @@ class Custody:
                     self._blobs.lock()
                     break
                 except StateLocked:
-                    if retries == 0 or self._hurried:
+                    if retries == 0 or self._aborted:
                         raise
                 retries -= 1
                 time.sleep(LOCK_RETRY_SECONDS)
@@ -162,9 +162,9 @@ class Custody:
             self.go(Step.HAND_OUT)
             self._blobs.unlock()
 
-    def hurry(self) -> None:
+    def abort(self) -> None:
         """No lock is waited for any more. From any thread."""
-        self._hurried = True
+        self._aborted = True
 
     def suspend(self) -> str:
         """Whose the state is, as a plain value; what was locked stays so."""

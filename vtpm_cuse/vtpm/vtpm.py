@@ -43,7 +43,7 @@ from vtpm_cuse.wire.tpm import (
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
-    from vtpm_cuse.storage.base import Beside
+    from vtpm_cuse.storage.base import RunLater
     from vtpm_cuse.storage.sealed import SealedStore
 
 log = logging.getLogger(__name__)
@@ -357,9 +357,9 @@ class Vtpm:
         """Asks a running command to end early; returns the result code. From any thread."""
         return self._engine.cancel()
 
-    def hurry(self) -> None:
+    def abort(self) -> None:
         """The process wants to end: whatever runs or blocks is to end early. From any thread."""
-        self._custody.hurry()
+        self._custody.abort()
         self.cancel()
 
     def _refusal(self, tpm12: TpmRc, tpm2: TpmRc) -> bytes:
@@ -466,10 +466,10 @@ class Vtpm:
 
     # -- state ----------------------------------------------------------------------------
 
-    def work_beside(self, beside: Beside) -> None:
-        """From now on, *beside* may be given what no answer has to wait for."""
+    def defer_to(self, run_later: RunLater) -> None:
+        """From now on, *run_later* may be given what no answer has to wait for."""
         if self._store is not None:
-            self._store.blobs.work_beside(beside)
+            self._store.blobs.defer_to(run_later)
 
     def config_flags(self) -> PtmConfigFlag:
         """Which keys are in use."""

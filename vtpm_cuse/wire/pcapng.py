@@ -1,6 +1,9 @@
 """Packet captures: a conversation with a TPM as the TCP connection that analysers know.
 
 draft-ietf-opsawg-pcapng; Wireshark takes port 2321 for a TPM's. Pure: gives the bytes of a file.
+
+By hand, for three kinds of block are all there is, and the headers of Ethernet, IP and TCP in them,
+for which a library of captures would need a second one.
 """
 
 from __future__ import annotations

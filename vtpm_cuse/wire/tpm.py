@@ -7,6 +7,7 @@ Sources: TCG TPM 1.2 Main Part 2 (Structures), TCG TPM 2.0 Library Part 2
 from enum import IntEnum
 from typing import Final
 
+from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer, WireStruct, wire
 
 TPM_HEADER_SIZE: Final = 10
@@ -160,6 +161,21 @@ def response(code: int, *, tpm2: bool) -> bytes:
 def response_code(data: Buffer) -> int:
     """The code of a response. Raises WireError when it is shorter than a header."""
     return TpmHeader.unpack_untrusted(data, BIG).code
+
+
+def response_body_untrusted(name: str, data: Buffer) -> tuple[int, bytes]:
+    """The tag of a successful response to the command *name*, and what follows its header.
+
+    Raises:
+        TpmError: The TPM refused *name*.
+        WireError: It is no response.
+    """
+    header = TpmHeader.unpack_untrusted(data, BIG)
+    if header.code != TpmRc.TPM_SUCCESS:
+        raise TpmError(name, header.code)
+    if header.size != len(data):
+        raise WireError(f"Response to {name}", header.size, len(data))
+    return header.tag, bytes(data[TPM_HEADER_SIZE:])
 
 
 def _with_u16(tag: TpmTag, code: int, value: int) -> bytes:

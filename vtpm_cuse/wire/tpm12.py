@@ -5,10 +5,15 @@ Sources: TCG TPM 1.2 Main Part 2 (structures) and Part 3 (commands).
 
 from typing import Final
 
-from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer
 from vtpm_cuse.wire.marshal import Digest20, Reader, Sized16, Sized32, TpmStruct, marshalled
-from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmHeader, TpmOrdinal, TpmRc, TpmTag
+from vtpm_cuse.wire.tpm import (
+    TPM_HEADER_SIZE,
+    TpmHeader,
+    TpmOrdinal,
+    TpmTag,
+    response_body_untrusted,
+)
 
 TPM_ALG_RSA: Final = 1
 TPM_ES_RSAESOAEP_SHA1_MGF1: Final = 3
@@ -241,15 +246,5 @@ def command(
 
 
 def read_response_untrusted(name: str, data: Buffer) -> bytes:
-    """What follows the header of a successful response.
-
-    Raises:
-        TpmError: The TPM refused *name*.
-        WireError: It is no response.
-    """
-    header = TpmHeader.unpack_untrusted(data, BIG)
-    if header.code != TpmRc.TPM_SUCCESS:
-        raise TpmError(name, header.code)
-    if header.size != len(data):
-        raise WireError(f"Response to {name}", header.size, len(data))
-    return Reader(data[TPM_HEADER_SIZE:], name).take(header.size - TPM_HEADER_SIZE)
+    """What follows the header of a successful response. Raises TpmError, WireError."""
+    return response_body_untrusted(name, data)[1]

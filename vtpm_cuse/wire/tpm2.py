@@ -7,10 +7,16 @@ authorisation is an empty password: hierarchies of a new TPM have no other.
 from enum import IntEnum
 from typing import Annotated, Final, NamedTuple
 
-from vtpm_cuse.errors import TpmError, WireError
+from vtpm_cuse.errors import WireError
 from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer
 from vtpm_cuse.wire.marshal import ListOf, Reader, Sized8, Sized16, TpmStruct, marshalled
-from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmCc, TpmHeader, TpmRc, TpmTag
+from vtpm_cuse.wire.tpm import (
+    TPM_HEADER_SIZE,
+    TpmCc,
+    TpmHeader,
+    TpmTag,
+    response_body_untrusted,
+)
 
 TPM_RH_OWNER: Final = 0x40000001
 TPM_RS_PW: Final = 0x40000009
@@ -359,12 +365,8 @@ def read_response_untrusted(name: str, data: Buffer, *, handles: int = 0) -> Res
         TpmError: The TPM refused.
         WireError: It is no response.
     """
-    header = TpmHeader.unpack_untrusted(data, BIG)
-    if header.code != TpmRc.TPM_SUCCESS:
-        raise TpmError(name, header.code)
-    if header.size != len(data):
-        raise WireError(f"Response to {name}", header.size, len(data))
-    reader = Reader(data[TPM_HEADER_SIZE:], f"Response to {name}")
+    tag, body = response_body_untrusted(name, data)
+    reader = Reader(body, f"Response to {name}")
     found = tuple(reader.number(4) for _ in range(handles))
-    size = reader.number(4) if header.tag == TpmTag.TPM_ST_SESSIONS else reader.left
+    size = reader.number(4) if tag == TpmTag.TPM_ST_SESSIONS else reader.left
     return Response(found, reader.take(size))

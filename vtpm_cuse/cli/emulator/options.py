@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.words.table import Interface, Kind, Option, SubOption
+from vtpm_cuse.cli.words.table import InterfaceName, Kind, Option, SubOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ALL: Final = frozenset(Interface)
-CUSE: Final = frozenset({Interface.CUSE})
-FUSE: Final = frozenset({Interface.FUSE})
-SOCKET: Final = frozenset({Interface.SOCKET})
-CHARDEV: Final = frozenset({Interface.CHARDEV})
+ALL: Final = frozenset(InterfaceName)
+CUSE: Final = frozenset({InterfaceName.CUSE})
+FUSE: Final = frozenset({InterfaceName.FUSE})
+SOCKET: Final = frozenset({InterfaceName.SOCKET})
+CHARDEV: Final = frozenset({InterfaceName.CHARDEV})
 STREAMS: Final = SOCKET | CHARDEV
 
 
@@ -400,6 +400,6 @@ OPTIONS: Final[Sequence[Option]] = (
 )
 
 
-def options_of(interface: Interface) -> tuple[Option, ...]:
+def options_of(interface: InterfaceName) -> tuple[Option, ...]:
     """The options of one interface, those not available included."""
     return tuple(option for option in OPTIONS if interface in option.interfaces)

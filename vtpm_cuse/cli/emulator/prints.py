@@ -45,7 +45,7 @@ PEER: lists all of them always. We promise what the program can do today.
 """
 
 _BACKENDS: Final = ("dir", "file")
-"""The schemes that `storage.open_store` knows."""
+"""The schemes that `storage.stores.open_store` knows."""
 
 
 _ASKING: Final = ("print-capabilities", "print-states", "print-profiles")
@@ -107,7 +107,7 @@ def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str
 
 def _states(line: CommandLine) -> str:
     """Takes no lock: works while another process serves the state."""
-    from vtpm_cuse.storage import open_store
+    from vtpm_cuse.storage.stores import open_store
 
     state = settings.state_config(line)
     if state is None:

@@ -257,7 +257,7 @@ def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
     meant = is_tpm2(line)
     if not state.own_place:
         return meant
-    from vtpm_cuse.storage import open_store
+    from vtpm_cuse.storage.stores import open_store
 
     there = [v for v in (True, False) if open_store(state.uri, tpm2=v, lock=False).sizes()]
     asked = [v for v, option in ((True, "tpm2"), (False, "tpm12")) if line.has(option)]

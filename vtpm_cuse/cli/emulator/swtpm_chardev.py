@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.cli.emulator.options import options_of
 from vtpm_cuse.cli.emulator.run import run_emulator
-from vtpm_cuse.cli.words.table import Example, Interface, Program, Term
+from vtpm_cuse.cli.words.table import Example, InterfaceName, Program, Term
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = Program(
     "swtpm chardev",
     "a TPM on a character device, or as a TPM device of the kernel's",
-    options_of(Interface.CHARDEV),
+    options_of(InterfaceName.CHARDEV),
     description=(
         "With --vtpm-proxy the kernel makes a TPM device, which looks to every program, and to "
         "the kernel itself, as that of a TPM chip does: /dev/tpmN, for a TPM 2.0 /dev/tpmrmN "

@@ -10,7 +10,7 @@ from vtpm_cuse.cli.emulator import prints, settings
 from vtpm_cuse.cli.emulator.options import options_of
 from vtpm_cuse.cli.emulator.run import run_emulator
 from vtpm_cuse.cli.words.commandline import CuseExit
-from vtpm_cuse.cli.words.table import Example, Interface, Lenient, Program, Term
+from vtpm_cuse.cli.words.table import Example, InterfaceName, Lenient, Program, Term
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _CUSE_DEVICE: Final = "/dev/cuse"
 PROGRAM: Final = Program(
     "swtpm cuse",
     "a TPM as a character device in /dev",
-    options_of(Interface.CUSE),
+    options_of(InterfaceName.CUSE),
     aliases=("swtpm-cuse", "swtpm_cuse"),
     description=(
         "Makes the character device /dev/NAME with the kernel's CUSE driver and serves a TPM "

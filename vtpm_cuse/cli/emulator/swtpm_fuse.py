@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.emulator import prints, settings
 from vtpm_cuse.cli.emulator.options import options_of
 from vtpm_cuse.cli.emulator.run import run_emulator
-from vtpm_cuse.cli.words.table import Example, Interface, Program, Term
+from vtpm_cuse.cli.words.table import Example, InterfaceName, Program, Term
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = Program(
     "swtpm fuse",
     "a TPM as a file in a FUSE mount, without root",
-    options_of(Interface.FUSE),
+    options_of(InterfaceName.FUSE),
     description=(
         "Mounts a small file system with FUSE and serves a TPM as the file NAME in it: programs "
         "write TPM commands and read responses as on the kernel's /dev/tpm0, and swtpm_ioctl(8) "

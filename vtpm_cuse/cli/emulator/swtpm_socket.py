@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.cli.emulator.options import options_of
 from vtpm_cuse.cli.emulator.run import run_emulator
-from vtpm_cuse.cli.words.table import Example, Interface, Program, Term
+from vtpm_cuse.cli.words.table import Example, InterfaceName, Program, Term
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = Program(
     "swtpm socket",
     "a TPM over TCP or Unix sockets",
-    options_of(Interface.SOCKET),
+    options_of(InterfaceName.SOCKET),
     description=(
         "Serves a TPM to one client at a time: its commands come over the data channel "
         "(--server), and the control channel (--ctrl) powers the TPM on and off and moves its "

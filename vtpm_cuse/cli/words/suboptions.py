@@ -2,6 +2,8 @@
 
 The first of several equal names wins. There is no quoting, but a value that
 starts with ``{`` runs to the matching ``}`` and so may contain commas.
+
+By hand, for Python has no getsubopt(3).
 """
 
 from __future__ import annotations

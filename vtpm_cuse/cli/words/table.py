@@ -25,7 +25,7 @@ class Kind(Enum):
     GID = "gid"
 
 
-class Interface(Enum):
+class InterfaceName(Enum):
     """How the emulator serves a vTPM; its interfaces share a table, `cli.options`."""
 
     SOCKET = "socket"
@@ -99,7 +99,7 @@ class Option(NamedTuple):
     single_dash: bool = False
     group: str = "Options"
     more: str = ""
-    interfaces: frozenset[Interface] = frozenset(Interface)
+    interfaces: frozenset[InterfaceName] = frozenset(InterfaceName)
     ends: bool = False
     available: bool = True
 

@@ -26,12 +26,9 @@ TPM_RESULT TPMLIB_Process(unsigned char **respbuffer, uint32_t *resp_size, uint3
                           unsigned char *command, uint32_t command_size);
 TPM_RESULT TPMLIB_CancelCommand(void);
 TPM_RESULT TPMLIB_VolatileAll_Store(unsigned char **buffer, uint32_t *buflen);
-TPM_RESULT TPMLIB_GetTPMProperty(int prop, int *result);
 char *TPMLIB_GetInfo(int flags);
 uint32_t TPMLIB_SetBufferSize(uint32_t wanted_size, uint32_t *min_size, uint32_t *max_size);
-TPM_RESULT TPMLIB_ValidateState(int st, unsigned int flags);
 TPM_RESULT TPMLIB_SetState(int st, const unsigned char *buffer, uint32_t buflen);
-TPM_RESULT TPMLIB_GetState(int st, unsigned char **buffer, uint32_t *buflen);
 
 void TPMLIB_SetDebugFD(int fd);
 void TPMLIB_SetDebugLevel(unsigned level);

@@ -1,4 +1,7 @@
-"""The capabilities of a process, given up; see capabilities(7)."""
+"""The capabilities of a process, given up; see capabilities(7).
+
+By system call, for python-prctl needs a compiler to be installed.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Landlock: which paths this thread, and those it starts, may still use; see landlock(7).
 
-By system call: the C library has no functions for it.
+By system call, for the C library has no functions for it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.acquire.chardev import CharDevice
 
 
-class Channels:
+class Endpoints:
     """The sockets and the device a server takes over, all non-blocking, and when it ends by itself.
 
     Attributes:
