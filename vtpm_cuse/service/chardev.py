@@ -63,10 +63,14 @@ class _Chardev(life.Interface):
     def load(self) -> None:
         load_endpoints()
 
-    async def appear(self) -> None:
-        """Last of all: from then on the kernel waits for answers, and not for long."""
+    async def appear(self, vtpm: Vtpm) -> None:
+        """Last of all: from then on the kernel waits for answers, and not for long.
+
+        It begins with a self-test, and gives that three seconds on the slowest machine.
+        """
         if self._maker is None:
             return
+        vtpm.self_test()
         config = self._config.vtpm
         self._endpoints.data_stream, made = self._maker.make()
         self._made = made.tpm_num

@@ -61,7 +61,7 @@ class _CuseDevice(life.Interface):
 
         _ = ptm, device
 
-    async def appear(self) -> None:
+    async def appear(self, _vtpm: Vtpm) -> None:
         config = self._config
         await self._channel.create_device(config.name, config.major, config.minor)
         log.info("CUSE TPM successfully initialized.")

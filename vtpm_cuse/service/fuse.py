@@ -57,7 +57,7 @@ class _FuseFile(life.Interface):
         # Last, and yet before the TPM is on, for which a client who is quick waits.
         self._mount.mount()
 
-    async def appear(self) -> None:
+    async def appear(self, _vtpm: Vtpm) -> None:
         await self._mount.answer_init()
         life.introduce(f"{self._config.mount}/{self._config.name}", self._config.vtpm)
 

@@ -71,7 +71,7 @@ class Interface:
     def load(self) -> None:
         """Does the last of what the sandbox refuses: it imports and starts what later steps take."""
 
-    async def appear(self) -> None:
+    async def appear(self, vtpm: Vtpm) -> None:
         """Shows the device, in the sandbox, if that takes a TPM which is there and on.
 
         Raises:
@@ -294,7 +294,7 @@ class _Life:
 
     async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         vtpm.defer_to(worker.run_later)
-        await self._interface.appear()
+        await self._interface.appear(vtpm)
         if not self._process.background:
             self._pid_file.write(self._remover.write_pid)
         gc.freeze()  # what start-up made stays

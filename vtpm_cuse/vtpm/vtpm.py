@@ -37,6 +37,7 @@ from vtpm_cuse.wire.tpm import (
     long_commands,
     response,
     response_code,
+    self_test_command,
     shutdown_command,
     startup_command,
 )
@@ -253,6 +254,11 @@ class Vtpm:
     def startup(self, kind: TpmSu) -> None:
         """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
         self.process(startup_command(kind, tpm2=self.tpm2))
+
+    def self_test(self) -> None:
+        """TPM2_SelfTest, of what a first client would otherwise wait for; a TPM 1.2 is quick."""
+        if self.tpm2 and self.holds_lock:
+            self.process(self_test_command())
 
     def _auto_shutdown(self) -> None:
         """An unorderly reset would raise the dictionary attack counter.

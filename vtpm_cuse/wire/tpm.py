@@ -189,6 +189,12 @@ def startup_command(kind: TpmSu, *, tpm2: bool) -> bytes:
     return _with_u16(TpmTag.TPM_TAG_RQU_COMMAND, TpmOrdinal.TPM_ORD_Startup, kind)
 
 
+def self_test_command() -> bytes:
+    """TPM2_SelfTest of what has not been tested yet, 11 bytes."""
+    header = TpmHeader(TpmTag.TPM_ST_NO_SESSIONS, TPM_HEADER_SIZE + 1, TpmCc.TPM_CC_SelfTest)
+    return header.pack(BIG) + b"\0"
+
+
 def shutdown_command(kind: TpmSu) -> bytes:
     """TPM2_Shutdown, 12 bytes."""
     return _with_u16(TpmTag.TPM_ST_NO_SESSIONS, TpmCc.TPM_CC_Shutdown, kind)
