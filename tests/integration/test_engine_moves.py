@@ -6,7 +6,6 @@ One side runs here, the other in the folder of kernel-helpers/unstable; both are
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support import commands as tpm
+from tests.support import unstable
 from tests.support.waiting import wait_until
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.storage.memory import MemoryStore
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     Send = Callable[[bytes], bytes]
 
-ROOT = Path(__file__).parents[2]
-UNSTABLE = ROOT / "kernel-helpers/unstable"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtpm-cuse"
 PATIENCE_SECONDS = 30
 HERE, THERE = "here", "in unstable"
 PERMANENT, SHUTDOWN = "tpm2-00.permall", (3).to_bytes(4, "big")
@@ -35,7 +32,7 @@ PERMANENT, SHUTDOWN = "tpm2-00.permall", (3).to_bytes(4, "big")
 
 def both_engines() -> bool:
     """The folder is made, this process is outside of it, and may enter it."""
-    if os.geteuid() or not (CACHE / "unstable/var/lib/vtpm-cuse/venv/stamp").exists():
+    if not unstable.is_ready():
         return False
     engine = LibtpmsEngine(tpm2=True, nvram=MemoryStore())
     return engine.version < (0, 10, 0)
@@ -50,7 +47,7 @@ def command(where: str, folder: Path) -> list[str | Path]:
     """The program on one of the engines."""
     if where == HERE:
         return [Path(sys.executable).parent / "swtpm"]
-    return [UNSTABLE, "--share", folder, "--", "swtpm"]
+    return [unstable.UNSTABLE, "--share", folder, "--", "swtpm"]
 
 
 @contextlib.contextmanager

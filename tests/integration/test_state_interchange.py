@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -18,17 +16,15 @@ import pytest
 from tests.integration.crash_child import INDEX_12
 from tests.support import commands as tpm
 from tests.support import sockets as s
+from tests.support import unstable
 from tests.support.vectors import STATE
 from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 PEER: Final = ("/usr/bin/swtpm",)
-UNSTABLE: Final = s.TREE / "kernel-helpers/unstable"
-FOLDER: Final = (
-    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtpm-cuse/unstable"
-)
 TURNS: Final = (s.OURS, PEER, s.OURS, PEER, PEER, s.OURS)
 PCR: Final = 10
 DIGEST: Final = bytes(range(32))
@@ -194,10 +190,7 @@ def states(program: tuple[str, ...], place: str, *, tpm2: bool) -> str:
     return run.stdout
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or not (FOLDER / "var/lib/vtpm-cuse/venv/stamp").exists(),
-    reason="needs root and kernel-helpers/unstable --prepare",
-)
+@pytest.mark.skipif(not unstable.is_ready(), reason=unstable.REASON)
 @pytest.mark.parametrize(
     ("tpm2", "backend", "key"),
     [(True, "file", "plain"), (True, "dir", "pbkdf2-256"), (False, "file", "hex128")],
@@ -210,7 +203,7 @@ def test_one_tpm_in_turns_with_debian_unstable(
     tmp_path: Path,
 ) -> None:
     """Its newer swtpm and libtpms; sections are moved by other code."""
-    newer = (str(UNSTABLE), "--share", str(tmp_path), "--", "/usr/bin/swtpm")
+    newer = (str(unstable.UNSTABLE), "--share", str(tmp_path), "--", "/usr/bin/swtpm")
     words = ("--tpmstate", f"backend-uri={uri(backend, tmp_path)}", *keys(key))
     in_turns(tmp_path, (s.OURS, newer, s.OURS, newer, s.OURS), words, tpm2=tpm2)
 

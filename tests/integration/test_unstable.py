@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtpm-cuse"
-FOLDER = CACHE / "unstable"
+from tests.support.unstable import FOLDER, REASON, ROOT, UNSTABLE, is_ready
 
-needs_folder = pytest.mark.skipif(
-    os.geteuid() != 0 or not (FOLDER / "var/lib/vtpm-cuse/venv/stamp").exists(),
-    reason="needs root and kernel-helpers/unstable --prepare",
-)
+needs_folder = pytest.mark.skipif(not is_ready(), reason=REASON)
 
 
 def unstable(
     *words: str | Path, cwd: Path = ROOT, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "kernel-helpers/unstable", *words],
+        [UNSTABLE, *words],
         cwd=cwd,
         env={**os.environ, **environment},
         check=False,
@@ -63,6 +59,33 @@ def test_shared_folder(tmp_path: Path) -> None:
     assert unstable("--share", shared, "--", "sh", "-c", script).returncode == 0
     assert (shared / "file").read_text() == "written\n"
     assert unstable("--share", tmp_path / "none", "--", "true").returncode == 125
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_two_checkouts_do_not_take_each_other_the_python(tmp_path: Path) -> None:
+    """One folder serves them all, at the same time; this one has the host's programs."""
+    folder = tmp_path / "cache/vtpm-cuse/unstable"
+    for name in ("proc", "dev", "etc"):
+        (folder / name).mkdir(parents=True)
+    for name in ("bin", "lib", "lib64"):
+        (folder / name).symlink_to(f"usr/{name}")
+    found = []
+    for checkout in ("first", "first", "second"):
+        helper = tmp_path / checkout / "kernel-helpers/unstable"
+        helper.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(UNSTABLE, helper)
+        run = subprocess.run(
+            [helper, "--inside", "--share", "/usr", "--", "sh", "-c", 'echo "${PATH%%:*}"'],
+            cwd=helper.parent,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        found.append(run.stdout)
+    assert found[0] == found[1] != found[2]
+    assert all(path.endswith("/bin\n") for path in found)
 
 
 @pytest.mark.parametrize("words", [[], ["--"], ["--nonsense"], ["--share"]])

@@ -1,0 +1,5 @@
+"""What all tests with arbitrary input stand on."""
+
+from __future__ import annotations
+
+import tests.support.untimed  # noqa: F401
