@@ -31,7 +31,7 @@ from vtpm_cuse.acquire.channels import Channels
 from vtpm_cuse.errors import DeviceError, EngineError, VtpmError
 from vtpm_cuse.proto.control import ControlRequest, SavedControlStream
 from vtpm_cuse.proto.device import DeviceSession
-from vtpm_cuse.proto.places import SavedPlace
+from vtpm_cuse.proto.places import PLACES, SavedPlace
 from vtpm_cuse.proto.stream import Request
 from vtpm_cuse.serve.connections import (
     ControlConnection,
@@ -736,3 +736,57 @@ def test_who_is_accepted_when_the_server_is_suspended_is_not_forgotten(tmp_path:
             os.close(fd)
 
     trio.run(main)
+
+
+def test_a_resumed_server_takes_no_second_data_connection() -> None:
+    """Its own is in use, whoever passes another."""
+    vtpm = Vtpm(FakeEngine(), SealedStore(FailingStore()))
+    client, theirs = _pair()
+    monitor, control = _pair()
+
+    async def main() -> None:
+        worker = cast("Worker", InlineWorker())
+        async with trio.open_nursery() as nursery:
+            channels = Channels(data_stream=theirs, control_stream=control)
+            server = SocketServer(nursery, channels, PtmService(vtpm), worker)
+            server.start()
+            saved = await server.suspend()
+        async with trio.open_nursery() as nursery:
+            server = SocketServer(nursery, Channels(), PtmService(vtpm), worker)
+            server.resume(saved)
+            socket.send_fds(monitor, [s.u32(s.SET_DATAFD)], [client.fileno()])
+            await trio.testing.wait_all_tasks_blocked()
+            assert _available(monitor) == s.u32(0x1F)
+            for fd in _descriptors(await server.suspend()):
+                os.close(fd)
+
+    with client, monitor:
+        trio.run(main)
+
+
+def test_who_was_about_to_be_turned_away_is_so_after_a_resumption() -> None:
+    vtpm = Vtpm(FakeEngine(), SealedStore(FailingStore()))
+    pairs = [_pair() for _ in range(PLACES + 1)]
+    empty = SavedControlStream(b"", False, False)
+    saved = SavedSockets(
+        *(None, None, None, None, ()),
+        controls=tuple(
+            SavedControl(theirs.detach(), SavedPlace(9.0, False, 0), empty, None, None, b"", ())
+            for _, theirs in pairs
+        ),
+    )
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            worker = cast("Worker", InlineWorker())
+            server = SocketServer(nursery, Channels(), PtmService(vtpm), worker)
+            server.resume(saved)
+            await trio.testing.wait_all_tasks_blocked()
+            ended = [number for number, (ours, _) in enumerate(pairs) if _available(ours) == _END]
+            assert ended == [0]
+            for fd in _descriptors(await server.suspend()):
+                os.close(fd)
+
+    trio.run(main)
+    for ours, _ in pairs:
+        ours.close()
