@@ -20,28 +20,40 @@ import trio.testing
 from tests.support import commands as tpm
 from tests.support import ptm
 from tests.support import sockets as s
-from tests.support.engine import FakeEngine
+from tests.support.engine import FakeEngine, echo
 from tests.support.kernel import FakeKernel, Jobs, Reply
 from tests.support.processes import in_child
 from tests.support.ptm import u32
 from tests.support.stores import FailingStore
 from tests.support.suspension import SCRIPT, Host, chances, command_of, masked, prepared
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.errors import DeviceError, EngineError, VtpmError
+from vtpm_cuse.proto.control import ControlRequest, SavedControlStream
 from vtpm_cuse.proto.device import DeviceSession
+from vtpm_cuse.proto.places import PLACES, SavedPlace
+from vtpm_cuse.proto.stream import Request
+from vtpm_cuse.serve.connections import (
+    ControlConnection,
+    DataConnection,
+    SavedControl,
+    SavedData,
+)
 from vtpm_cuse.serve.sockets import SavedSockets, SocketServer
+from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.vtpm.vtpm import SavedVtpm, Vtpm, VtpmOptions
+from vtpm_cuse.wire.ptm import PtmCommand
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vtpm_cuse.serve.worker import Worker
 
 SEEDS: Final = range(12)
 STEPS: Final = 80
+LONG: Final = tpm.create_primary_rsa()
 
 
 # -- the vTPM alone -----------------------------------------------------------------------
@@ -472,9 +484,11 @@ async def _serve(served: Sockets, steps: list[Act], *, restless: bool) -> list[o
         seen.append(([one[:4] for one in got] if hidden else got, *served.host.seen()))
 
     if restless:
-        for act in steps:
+        for number, act in enumerate(steps):
             async with served.served():
                 hidden = act(served)
+                for _ in range(number % 5):  # as far as the server gets in that time
+                    await trio.lowlevel.checkpoint()
             async with served.served():
                 await look(hidden)
     else:
@@ -609,3 +623,170 @@ def test_a_socket_server_suspended_at_every_step(way: str, seed: int, tmp_path: 
     for chance in chances(seed, STEPS):
         steps += sockets_step(chance)
     both_servers(way, tmp_path, steps)
+
+
+@pytest.mark.parametrize("kind", ["socket", "device", "proxy"])
+def test_every_value_of_a_data_connection_outlives_a_suspension(kind: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        begun = b"" if kind == "proxy" else b"\x80\x01"
+        saved = SavedData(theirs.detach(), kind, True, begun, Request(b"command", 3), b"unsent")
+        resumed = DataConnection.resumed(saved, prefix=True)
+        assert resumed.suspend() == saved
+        os.close(saved.fd)
+
+
+def test_every_value_of_a_control_connection_outlives_a_suspension() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        saved = SavedControl(
+            fd=theirs.detach(),
+            place=SavedPlace(3.0, True, 5),
+            begun=SavedControlStream(b"\0\0", True, True),
+            waited=0.25,
+            request=ControlRequest(PtmCommand.PTM_STOP, 14, b""),
+            unsent=b"unsent",
+            passed=(77,),
+        )
+        resumed = ControlConnection.resumed(saved, 100.0)
+        assert (resumed.place.heard, resumed.begun, resumed.fds) == (97.0, 99.75, [77])
+        assert resumed.suspend(101.0) == saved._replace(place=SavedPlace(4.0, True, 5), waited=1.25)
+        assert resumed.fds == []  # nobody closes what is not his any more
+        os.close(saved.fd)
+
+
+def test_a_suspension_waits_for_the_command_that_runs() -> None:
+    """And who waits for the TPM meanwhile has his answer from the next."""
+    engine = FakeEngine()
+    vtpm = Vtpm(engine, SealedStore(FailingStore()))
+    vtpm.start()
+    client, theirs = _pair()
+    monitor, control = _pair()
+
+    async def main() -> None:
+        worker, saved = Worker(), []
+        async with trio.open_nursery() as around, trio.open_nursery() as nursery:
+            endpoints = Endpoints(data_stream=theirs, control_stream=control)
+            server = SocketServer(nursery, endpoints, PtmService(vtpm), worker)
+            server.start()
+            engine.hold()
+            client.send(LONG)
+            await trio.to_thread.run_sync(engine.entered.wait, PATIENCE_SECONDS)
+
+            async def suspend() -> None:
+                saved.append(await server.suspend())
+
+            around.start_soon(suspend)
+            await trio.testing.wait_all_tasks_blocked()
+            monitor.send(s.u32(s.GET_TPMESTABLISHED))
+            await trio.testing.wait_all_tasks_blocked()
+            assert saved == []
+            engine.release()
+        assert client.recv(4096) == echo(LONG)
+        assert _available(monitor) == b""
+        async with trio.open_nursery() as nursery:
+            server = SocketServer(nursery, Endpoints(), PtmService(vtpm), worker)
+            server.resume(saved[0])
+            await trio.testing.wait_all_tasks_blocked()
+            assert _available(monitor) == s.u32(0) + bytes(4)
+            for fd in _descriptors(await server.suspend()):
+                os.close(fd)
+        worker.close()
+
+    with client, monitor:
+        trio.run(main)
+
+
+def test_who_is_accepted_when_the_server_is_suspended_is_not_forgotten(tmp_path: Path) -> None:
+    vtpm = Vtpm(FakeEngine(), SealedStore(FailingStore()))
+    vtpm.start()
+
+    async def main() -> None:
+        worker = cast("Worker", InlineWorker())
+        endpoints = Endpoints(
+            data_listener=_listener(tmp_path / "data"), control_listener=_listener(tmp_path / "c")
+        )
+        saved = None
+        for ticks in range(8):
+            async with trio.open_nursery() as nursery:
+                server = SocketServer(nursery, endpoints, PtmService(vtpm), worker)
+                if saved is None:
+                    server.start()
+                else:
+                    server.resume(saved)
+                    await trio.testing.wait_all_tasks_blocked()
+                monitor, client = _connected(tmp_path / "c"), _connected(tmp_path / "data")
+                for _ in range(ticks):
+                    await trio.lowlevel.checkpoint()
+                saved, endpoints = await server.suspend(), Endpoints()
+            async with trio.open_nursery() as nursery:
+                server = SocketServer(nursery, endpoints, PtmService(vtpm), worker)
+                server.resume(saved)
+                monitor.send(s.u32(s.GET_CONFIG))
+                client.send(tpm.get_random(4))
+                await trio.testing.wait_all_tasks_blocked()
+                assert _available(monitor) == bytes(8), ticks
+                assert _available(client) == echo(tpm.get_random(4)), ticks
+                monitor.close()
+                client.close()
+                await trio.testing.wait_all_tasks_blocked()
+                saved, endpoints = await server.suspend(), Endpoints()
+        assert saved is not None
+        for fd in _descriptors(saved):
+            os.close(fd)
+
+    trio.run(main)
+
+
+def test_a_resumed_server_takes_no_second_data_connection() -> None:
+    """Its own is in use, whoever passes another."""
+    vtpm = Vtpm(FakeEngine(), SealedStore(FailingStore()))
+    client, theirs = _pair()
+    monitor, control = _pair()
+
+    async def main() -> None:
+        worker = cast("Worker", InlineWorker())
+        async with trio.open_nursery() as nursery:
+            endpoints = Endpoints(data_stream=theirs, control_stream=control)
+            server = SocketServer(nursery, endpoints, PtmService(vtpm), worker)
+            server.start()
+            saved = await server.suspend()
+        async with trio.open_nursery() as nursery:
+            server = SocketServer(nursery, Endpoints(), PtmService(vtpm), worker)
+            server.resume(saved)
+            socket.send_fds(monitor, [s.u32(s.SET_DATAFD)], [client.fileno()])
+            await trio.testing.wait_all_tasks_blocked()
+            assert _available(monitor) == s.u32(0x1F)
+            for fd in _descriptors(await server.suspend()):
+                os.close(fd)
+
+    with client, monitor:
+        trio.run(main)
+
+
+def test_who_was_about_to_be_turned_away_is_so_after_a_resumption() -> None:
+    vtpm = Vtpm(FakeEngine(), SealedStore(FailingStore()))
+    pairs = [_pair() for _ in range(PLACES + 1)]
+    empty = SavedControlStream(b"", False, False)
+    saved = SavedSockets(
+        *(None, None, None, None, ()),
+        controls=tuple(
+            SavedControl(theirs.detach(), SavedPlace(9.0, False, 0), empty, None, None, b"", ())
+            for _, theirs in pairs
+        ),
+    )
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            worker = cast("Worker", InlineWorker())
+            server = SocketServer(nursery, Endpoints(), PtmService(vtpm), worker)
+            server.resume(saved)
+            await trio.testing.wait_all_tasks_blocked()
+            ended = [number for number, (ours, _) in enumerate(pairs) if _available(ours) == _END]
+            assert ended == [0]
+            for fd in _descriptors(await server.suspend()):
+                os.close(fd)
+
+    trio.run(main)
+    for ours, _ in pairs:
+        ours.close()

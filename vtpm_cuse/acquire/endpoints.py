@@ -25,18 +25,21 @@ class Endpoints:
         control_terminate: End when the control connection is closed.
     """
 
-    data_listener: socket.socket | None = None
-    data_stream: socket.socket | CharDevice | None = None
-    control_listener: socket.socket | None = None
-    control_stream: socket.socket | None = None
-
     def __init__(
         self,
         *,
+        data_listener: socket.socket | None = None,
+        data_stream: socket.socket | CharDevice | None = None,
+        control_listener: socket.socket | None = None,
+        control_stream: socket.socket | None = None,
         disconnect: bool = False,
         terminate: bool = False,
         control_terminate: bool = False,
     ) -> None:
+        self.data_listener = data_listener
+        self.data_stream = data_stream
+        self.control_listener = control_listener
+        self.control_stream = control_stream
         self.disconnect = disconnect
         self.terminate = terminate
         self.control_terminate = control_terminate
