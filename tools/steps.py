@@ -21,6 +21,7 @@ _LOG: Final = CACHE / "setup.log"
 _SHOWN_LINES: Final = 40
 _PATIENCE: Final = 30.0  # s, for a command that was told to end
 _WORTH_TELLING: Final = 5  # s
+_NOT_FOUND: Final = 127
 
 
 class Signalled(BaseException):
@@ -69,14 +70,18 @@ def run(command: Sequence[str | Path], output: IO[bytes] | None = None) -> int:
 
     Returns its exit status, as a shell has it.
     """
-    process = subprocess.Popen(
-        command,
-        cwd=TREE,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT if output else None,
-        process_group=0,
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=TREE,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            process_group=0,
+        )
+    except OSError as exc:
+        say(f"{command[0]}: {exc.strerror}")
+        return _NOT_FOUND
     try:
         status = process.wait()
     except Signalled as exc:

@@ -81,6 +81,12 @@ def test_a_step_that_fails_shows_what_it_said() -> None:
     assert "\nthe reason\nsetup: trying failed; all that was said is in .cache/setup.log\n" in said
 
 
+def test_a_program_that_is_missing_is_named() -> None:
+    out, said = (process := started("steps.run(['/none/such'])")).communicate(timeout=60)
+    assert (process.returncode, out) == (127, "")
+    assert said == "setup: /none/such: No such file or directory\n"
+
+
 @pytest.mark.parametrize("words", [["--nonsense"], ["--root"], ["DIR"], ["--uninstall=1"]])
 def test_deploy_does_not_guess_what_was_meant(words: list[str]) -> None:
     done = subprocess.run(
