@@ -122,7 +122,7 @@ def _check_all(suite: Suite) -> None:
     suite.check("ruff format", _PYTHON, "-m", "ruff", "format", "--check", ".", *pythons)
     suite.check("mypy", *strict)
     suite.check("mypy, helpers", *strict, "--scripts-are-modules", *pythons)
-    suite.check("shellcheck", "shellcheck", *_scripts("/sh", "/bash"))
+    suite.check("shellcheck", "shellcheck", *_scripts("/sh", " sh", "bash"))
 
 
 def _native_tests(suite: Suite, words: Sequence[str]) -> None:
