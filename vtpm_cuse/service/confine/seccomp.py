@@ -15,7 +15,7 @@ import fcntl
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import FrontendError
 
@@ -94,12 +94,17 @@ _LOG: Final = 0x7FFC_0000
 _ALLOW: Final = 0x7FFF_0000
 _ERRNO: Final = 0x0005_0000
 _ACT_BADARCH: Final = 2
-_CTL_TSYNC: Final = 4
 _CTL_OPTIMIZE: Final = 8
 _BINARY_TREE: Final = 2
 _CMP_LT: Final = 2
 _CMP_MASKED_EQ: Final = 7
 _NO_SUCH_CALL: Final = -1
+
+# linux/seccomp.h, linux/filter.h, linux/prctl.h
+_SET_MODE_FILTER: Final = 1
+_FLAG_TSYNC: Final = 1
+_INSTRUCTION_SIZE: Final = 8
+_PR_SET_NO_NEW_PRIVS: Final = 38
 
 _INT: Final = 0xFFFF_FFFF
 _WHOLE: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -121,9 +126,9 @@ def _below(number: int, limit: int) -> bytes:
 
 _SYMLINK_FOLLOW: Final = 0x400  # AT_SYMLINK_FOLLOW, as Python's os.link() says
 
-_Rules = tuple[tuple[str, tuple[bytes, ...]], ...]
+_WithArguments = tuple[tuple[str, tuple[bytes, ...]], ...]
 
-_WITH_ARGUMENTS: Final[_Rules] = (
+_WITH_ARGUMENTS: Final[_WithArguments] = (
     # No file that makes its caller another user. Without O_CREAT the mode may be anything.
     ("openat", (_none_of(2, os.O_CREAT | _TMPFILE),)),
     ("openat", (_none_of(3, _SPECIAL_BITS),)),
@@ -143,14 +148,41 @@ _WITH_ARGUMENTS: Final[_Rules] = (
     *((name, (_none_of(2, _PROT_EXEC),)) for name in ("mmap", "mmap2", "mprotect")),
 )
 
-_SOCKETS_WITH_ARGUMENTS: Final[_Rules] = (
+_SOCKETS_WITH_ARGUMENTS: Final[_WithArguments] = (
     ("setsockopt", (_is(1, socket.IPPROTO_TCP), _is(2, socket.TCP_NODELAY))),
     ("getsockopt", (_is(1, socket.SOL_SOCKET),)),
 )
 
 
-class Filter:
-    """The rules; `load` puts them in force."""
+class Filter(NamedTuple):
+    """A program for the kernel, made once: who is forked from its maker needs no library for it.
+
+    Attributes:
+        program: As seccomp(2) takes it.
+        call: The number of that call on this machine, for the C library has no function for it.
+    """
+
+    program: bytes
+    call: int
+
+    def load(self) -> None:
+        """From now on, for good, for all threads. Raises FrontendError."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.syscall.restype = ctypes.c_long
+        code = ctypes.create_string_buffer(self.program, len(self.program))
+        # struct sock_fprog: how many instructions, and where
+        length = len(self.program) // _INSTRUCTION_SIZE
+        argument = struct.pack("@HP", length, ctypes.addressof(code))
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        result = libc.syscall(ctypes.c_long(self.call), _SET_MODE_FILTER, _FLAG_TSYNC, argument)
+        if result > 0:
+            raise _refused(f"thread {result} has another one")
+        if result:
+            raise _refused(os.strerror(ctypes.get_errno()))
+
+
+class _Rules:
+    """The rules of a filter, by libseccomp."""
 
     def __init__(self, default: int, other_machines: int) -> None:
         try:
@@ -169,7 +201,7 @@ class Filter:
 
     def add(self, action: int, name: str, *arguments: bytes) -> None:
         """What becomes of a system call with all of such arguments. Raises FrontendError."""
-        number = self._lib.seccomp_syscall_resolve_name(name.encode())
+        number = self._number(name)
         if number == _NO_SUCH_CALL:  # none of this machine's
             return
         self._check(
@@ -178,13 +210,23 @@ class Filter:
             )
         )
 
-    def load(self) -> None:
-        """From now on, for good, for all threads. Raises FrontendError."""
+    def finish(self) -> Filter:
+        """The filter of these rules, which are used up. Raises FrontendError."""
         # Of no matter for what is allowed: an old libseccomp has no tree.
         self._lib.seccomp_attr_set(self._context, _CTL_OPTIMIZE, _BINARY_TREE)
-        self._check(self._lib.seccomp_attr_set(self._context, _CTL_TSYNC, 1))  # all threads
-        self._check(self._lib.seccomp_load(self._context))
-        self._lib.seccomp_release(self._context)
+        try:
+            # Only from 2.6 on could it write to memory.
+            with open(os.memfd_create("seccomp"), "w+b") as file:
+                self._check(self._lib.seccomp_export_bpf(self._context, file.fileno()))
+                file.seek(0)
+                return Filter(file.read(), self._number("seccomp"))
+        except OSError as exc:
+            raise _refused(str(exc)) from exc
+        finally:
+            self._lib.seccomp_release(self._context)
+
+    def _number(self, name: str) -> int:
+        return int(self._lib.seccomp_syscall_resolve_name(name.encode()))
 
     @staticmethod
     def _check(result: int) -> None:
@@ -207,7 +249,7 @@ def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
     if action == "none":
         return None
     kill = action == "kill"
-    rules = Filter(_ERRNO | errno.ENOSYS if kill else _LOG, _KILL_PROCESS if kill else _LOG)
+    rules = _Rules(_ERRNO | errno.ENOSYS if kill else _LOG, _KILL_PROCESS if kill else _LOG)
     for name in _ALLOWED.split() + (_SOCKETS.split() if sockets else []):
         rules.add(_ALLOW, name)
     for name, arguments in _WITH_ARGUMENTS + (_SOCKETS_WITH_ARGUMENTS if sockets else ()):
@@ -217,7 +259,7 @@ def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
     if kill:
         for name in _DEADLY.split():
             rules.add(_KILL_PROCESS, name)
-    return rules
+    return rules.finish()
 
 
 def _unavailable(reason: str, remedy: str) -> FrontendError:
