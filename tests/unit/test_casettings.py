@@ -279,3 +279,27 @@ def test_a_password_that_is_too_long_is_not_cut(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="longer than") as caught:
         read_password(f"file:{path}", "o", {})
     assert "sss" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to nothing"])
+def test_what_is_in_the_place_of_the_users_file_is_not_passed_over(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's file may name another CA."""
+    monkeypatch.setattr(configfile, "SYSTEM_FOLDER", str(tmp_path / "etc"))
+    monkeypatch.setattr(configfile, "changed_by_others", lambda _: "")
+    for folder in ("etc", "own"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "etc/x.conf").write_text("name = value\n")
+    path = tmp_path / "own/x.conf"
+    environ = {"XDG_CONFIG_HOME": str(path.parent)}
+    assert configfile.find("x.conf", environ, "--x") == str(tmp_path / "etc/x.conf")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    assert configfile.find("x.conf", environ, "--x") == str(path)
+    with pytest.raises(OSError, match=r"pipe|directory"):
+        configfile.read_text(str(path))

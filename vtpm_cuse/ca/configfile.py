@@ -37,13 +37,16 @@ def user_folder(environ: Mapping[str, str]) -> str:
 def find(name: str, environ: Mapping[str, str], named_by: str) -> str | None:
     """The user's file of that name, else the system's; None if neither can be read.
 
+    What is there in its place, a pipe or a link to what is not there, is given as well: to read it
+    is an error, and to take the system's instead would be another CA.
+
     Raises:
         UsageError: This is root, and somebody else could have written the file, in the folder
             that HOME names, say. It may name programs and libraries, paths of keys and a CA.
     """
     for folder in (user_folder(environ), SYSTEM_FOLDER):
         path = os.path.join(folder, name)
-        if os.path.isfile(path) and os.access(path, os.R_OK):
+        if os.access(path, os.R_OK) or (os.path.islink(path) and not os.path.exists(path)):
             if others := changed_by_others(path):
                 raise UsageError(
                     f"Root does not use {path}: {others}",
