@@ -40,6 +40,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "engine": ERRORS | {"config", "files", "wire", "engine.base"},
     "engine.base": frozenset(),
     "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
+    "resmgr": frozenset({"errors", "wire", "engine.base"}),
     # from outside, and to the outside
     "containers": frozenset({"errors"}),
     "acquire": frozenset(
@@ -98,7 +99,7 @@ CONCRETE: Final = {
 }
 MAKE_THEM: Final = ("service.compose", "engine", "storage")
 
-SANS_IO: Final = {"errors", "faults", "wire", "proto"}
+SANS_IO: Final = {"errors", "faults", "wire", "proto", "resmgr"}
 NO_IO: Final = {
     *{"socket", "select", "selectors", "fcntl", "subprocess", "threading", "queue", "time"},
     *{"asyncio", "trio", "cffi", "pathlib", "io", "shutil", "tempfile", "signal", "logging"},

@@ -84,7 +84,10 @@ class TpmCc(IntEnum):
     TPM_CC_Startup = 0x144
     TPM_CC_Shutdown = 0x145
     TPM_CC_Create = 0x153
+    TPM_CC_ContextLoad = 0x161
+    TPM_CC_ContextSave = 0x162
     TPM_CC_FlushContext = 0x165
+    TPM_CC_StartAuthSession = 0x176
     TPM_CC_GetCapability = 0x17A
     TPM_CC_PCR_Read = 0x17E
     TPM_CC_CreateLoaded = 0x191
@@ -106,6 +109,17 @@ class TpmRc(IntEnum):
     TPM_RC_INITIALIZE = 0x100
     TPM_RC_FAILURE = 0x101
     TPM_RC_LOCALITY = 0x107
+    TPM_RC_COMMAND_CODE = 0x143
+    TPM_RC_HANDLE_P1 = 0x1CB
+    TPM_RC_INTEGRITY_P1 = 0x1DF
+    TPM_RC_CONTEXT_GAP = 0x901
+    TPM_RC_OBJECT_MEMORY = 0x902
+    TPM_RC_SESSION_MEMORY = 0x903
+    TPM_RC_MEMORY = 0x904
+    TPM_RC_SESSION_HANDLES = 0x905
+    TPM_RC_OBJECT_HANDLES = 0x906
+    TPM_RC_REFERENCE_H0 = 0x910
+    TPM_RC_REFERENCE_S0 = 0x918
 
 
 class TpmSu(IntEnum):

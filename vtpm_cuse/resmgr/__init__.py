@@ -1,0 +1,6 @@
+"""A TPM 2.0 for each connection: handles of its own, and as much room as there is memory.
+
+Pure: commands and responses in, commands and responses out, on any `engine.base.Tpm`. `manager`
+takes a connection's command through, `objects` and `sessions` keep what it has and swap it in and
+out, `inner` makes the commands that takes.
+"""

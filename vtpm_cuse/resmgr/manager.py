@@ -1,0 +1,540 @@
+"""Connections to one TPM 2.0, each of which sees a TPM of its own.
+
+Every handle that a client sends is translated or refused, none is passed on unknown; every answer
+that is made up here is one that a TPM could give. Nothing is saved before somebody needs the room:
+a client that stays within the TPM's limits costs no inner command.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.errors import TpmError, WireError
+from vtpm_cuse.resmgr.inner import Inner
+from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
+from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.sessions import Place, Session, Sessions, digest_of
+from vtpm_cuse.wire import tpm2_handles as wire
+from vtpm_cuse.wire.tpm import (
+    TPM_HEADER_SIZE,
+    TpmCc,
+    TpmRc,
+    command_code,
+    command_size,
+    response_code,
+)
+from vtpm_cuse.wire.tpm2_handles import (
+    SESSIONS,
+    CapabilityList,
+    CommandAttributes,
+    Context,
+    TpmHt,
+    index_of,
+    kind_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from vtpm_cuse.engine.base import Tpm
+
+_FIRST_OBJECT: Final = 0x8000_0000
+_LAST_OBJECT: Final = 0x80FF_FFFE  # tpm2-tss takes 80FFFFFF for none
+_LIST_MAX: Final = 254
+_VENDOR: Final = 0x2000_0000
+_TAGS: Final = frozenset({b"\x80\x01", b"\x80\x02"})
+_ALWAYS_READ: Final = frozenset(
+    {
+        TpmCc.TPM_CC_Startup,
+        TpmCc.TPM_CC_FlushContext,
+        TpmCc.TPM_CC_ContextSave,
+        TpmCc.TPM_CC_ContextLoad,
+        TpmCc.TPM_CC_GetCapability,
+        TpmCc.TPM_CC_StartAuthSession,
+    }
+)
+"""Commands that are never simply passed on."""
+
+
+class Limits(NamedTuple):
+    """How much one client may have.
+
+    Attributes:
+        objects: Of each connection.
+        sessions: Of each connection.
+        abandoned: Sessions that closed connections left saved, for others to load.
+    """
+
+    objects: int = 64
+    sessions: int = 16
+    abandoned: int = 4
+
+
+class Manager:
+    """Manages *tpm*; one call at a time, `Connection.cancel` alone beside a running command.
+
+    Args:
+        tpm: The TPM.
+        inner: Gives it a command of the manager's, where that is another way than *tpm*'s.
+        limits: What a client may have.
+        ours: Nobody else uses the TPM: what was left in it is flushed at the start.
+    """
+
+    def __init__(
+        self,
+        tpm: Tpm,
+        *,
+        inner: Callable[[bytes], bytes] | None = None,
+        limits: Limits | None = None,
+        ours: bool = True,
+    ) -> None:
+        self.tpm = tpm
+        self.limits = limits or Limits()
+        self._inner = Inner(inner or tpm.process)
+        self._ours = ours
+        self._ready = False
+        self._attributes: dict[int, CommandAttributes] = {}
+        self._simple: frozenset[bytes] = frozenset()
+        self._sessions_max = 0
+        self._numbers = itertools.count(1)
+        self._connections: dict[int, Connection] = {}
+        self._clock = itertools.count(1)
+        self.objects = Objects(self._inner, 0)
+        self.sessions = Sessions(self._inner, 0, 0)
+
+    def connect(self) -> Connection:
+        """A new client."""
+        found = Connection(self, next(self._numbers))
+        self._connections[found.number] = found
+        return found
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """Those that are open."""
+        return tuple(self._connections.values())
+
+    @property
+    def inner_commands(self) -> int:
+        """How many commands the manager itself has given the TPM."""
+        return self._inner.count
+
+    def reset(self) -> None:
+        """The TPM was reset, or has another state: what clients had is no more."""
+        self._ready = False
+        for connection in self._connections.values():
+            connection.objects.clear()
+        self.objects = Objects(self._inner, 0)
+        self.sessions = Sessions(self._inner, 0, 0)
+
+    def prepare(self) -> bool:
+        """Asks the TPM what it is like; False while it is not started."""
+        if self._ready:
+            return True
+        inner = self._inner
+        try:
+            self._attributes = inner.attributes()
+            slots = inner.tpm_property(wire.TPM_PT_HR_TRANSIENT_MIN) or 1
+            loaded = inner.tpm_property(wire.TPM_PT_HR_LOADED_MIN) or 1
+            gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
+            self._sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
+            if self._ours:
+                for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24, TpmHt.POLICY_SESSION << 24):
+                    for handle in inner.handles(first):
+                        inner.flush(handle)
+        except TpmError:
+            return False
+        self.objects = Objects(inner, slots)
+        self.sessions = Sessions(inner, loaded, gap)
+        self._simple = frozenset(
+            code.to_bytes(4, "big")
+            for code, known in self._attributes.items()
+            if known == CommandAttributes(0, False, False, False) and code not in _ALWAYS_READ
+        )
+        self._ready = True
+        return True
+
+    def close(self, connection: Connection) -> None:
+        """A client has gone: what it leaves is ended, but for sessions that it saved."""
+        if self._connections.pop(connection.number, None) is None:
+            return
+        for found in connection.objects.values():
+            try:
+                self.objects.flush(found)
+            except TpmError:
+                self.objects.remove(found)
+        connection.objects.clear()
+        self.sessions.abandon(connection.number, self.limits.abandoned)
+
+    # -- a command ------------------------------------------------------------------------
+
+    def process(self, connection: Connection, command: bytes) -> bytes:
+        """The response to a connection's command; never raises VtpmError."""
+        code_bytes = command_code(command)
+        if code_bytes in self._simple and command[:2] == b"\x80\x01":
+            return self.tpm.process(command)
+        whole = len(command) >= TPM_HEADER_SIZE and command_size(command) == len(command)
+        if not whole or command[:2] not in _TAGS:
+            return self.tpm.process(command)  # which refuses it
+        code = int.from_bytes(code_bytes, "big")
+        if code == TpmCc.TPM_CC_Startup or not self.prepare():
+            return self._start(command)
+        try:
+            return self._managed(connection, command, code)
+        except Refusal as exc:
+            return wire.plain_response(exc.code)
+
+    def _start(self, command: bytes) -> bytes:
+        """Of a TPM that is not started, or may be started by this."""
+        response = self.tpm.process(command)
+        if not _failed(response):
+            self.reset()
+        return response
+
+    def _managed(self, connection: Connection, command: bytes, code: int) -> bytes:
+        attributes = self._attributes.get(code)
+        if attributes is None or code & _VENDOR:
+            raise Refusal(LAYER | TpmRc.TPM_RC_COMMAND_CODE)
+        match code:
+            case TpmCc.TPM_CC_FlushContext if len(command) == TPM_HEADER_SIZE + 4:
+                return self._flush(connection, command)
+            case TpmCc.TPM_CC_ContextLoad:
+                return self._context_load(connection, command, attributes)
+            case TpmCc.TPM_CC_GetCapability if question := wire.capability_question(command):
+                return self._capability(connection, command, question)
+        return self._run(connection, command, code, attributes)
+
+    def _run(
+        self, connection: Connection, command: bytes, code: int, attributes: CommandAttributes
+    ) -> bytes:
+        """The general way: everything it uses is loaded, it is sent, what it did is noted."""
+        handles = wire.handles_of(command, attributes.handles)
+        if handles is None:
+            raise Refusal(LAYER | TpmRc.TPM_RC_INSUFFICIENT)
+        used = _Used(self, connection, handles, wire.sessions_of(command, len(handles)))
+        self._check_quota(connection, code, attributes)
+        response = self._send(command, used, code, attributes)
+        if _failed(response):
+            return response
+        self._note_sessions(response, attributes, used)
+        if attributes.flushes:
+            for found in used.objects:
+                connection.objects.pop(found.handle, None)
+                self.objects.remove(found)
+        if code == TpmCc.TPM_CC_ContextSave and used.sessions:
+            self.sessions.saved_by_owner(used.sessions[0], response[TPM_HEADER_SIZE:])
+        if attributes.extensive:
+            self._check_objects()
+        if attributes.returns_handle:
+            return self._note_handle(connection, response, code)
+        return response
+
+    def _check_quota(
+        self, connection: Connection, code: int, attributes: CommandAttributes
+    ) -> None:
+        if not attributes.returns_handle:
+            return
+        if code == TpmCc.TPM_CC_StartAuthSession:
+            if len(self.sessions.of(connection.number)) >= self.limits.sessions:
+                raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
+        elif len(connection.objects) >= self.limits.objects:
+            raise Refusal(LAYER | TpmRc.TPM_RC_OBJECT_MEMORY)
+
+    def _send(self, command: bytes, used: _Used, code: int, attributes: CommandAttributes) -> bytes:
+        starts_session = code == TpmCc.TPM_CC_StartAuthSession
+        scratch = (attributes.returns_handle and not starts_session) or code == TpmCc.TPM_CC_Create
+        used.load_sessions()
+        if starts_session:
+            self.sessions.make_room(used.sessions)
+        self.objects.make_room(used.slots_needed() + scratch, used.objects)
+        while True:
+            response = self.tpm.process(wire.with_handles(command, used.load_objects()))
+            if not self._can_help(_code_of(response), used.objects, used.sessions):
+                return response
+
+    def _can_help(
+        self, code: int, objects: Collection[Object], sessions: Collection[Session]
+    ) -> bool:
+        """Whether the same command may pass now; a refused one has changed nothing."""
+        if code in NO_ROOM and self.objects.evict(objects):
+            return True
+        match code:
+            case TpmRc.TPM_RC_SESSION_MEMORY | TpmRc.TPM_RC_MEMORY:
+                return self.sessions.evict(sessions)
+            case TpmRc.TPM_RC_CONTEXT_GAP:
+                return self.sessions.refresh_oldest()
+            case TpmRc.TPM_RC_SESSION_HANDLES:
+                return self.sessions.drop_abandoned()
+        return False
+
+    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: _Used) -> None:
+        """A session ends by its response, not by the request: a failed command ends none."""
+        if not used.authorizations:
+            return
+        lives = wire.continued(
+            response, returns_handle=attributes.returns_handle, count=len(used.authorizations)
+        )
+        for found, on in zip(used.authorizations, lives, strict=True):
+            if found is not None and not on:
+                self.sessions.remove(found)
+
+    def _note_handle(self, connection: Connection, response: bytes, code: int) -> bytes:
+        handle = wire.response_handle(response)
+        if handle is None:
+            raise Refusal(LAYER | TpmRc.TPM_RC_FAILURE)
+        if kind_of(handle) in SESSIONS:
+            found = Session(handle, connection.number, used=self.now())
+            self.sessions.add(found)
+            return response
+        changes = code in _SEQUENCES
+        new = Object(connection.number, connection.next_handle(), changes, handle, used=self.now())
+        connection.objects[new.handle] = new
+        self.objects.add(new)
+        return wire.with_response_handle(response, new.handle)
+
+    def _check_objects(self) -> None:
+        try:
+            self.objects.check()
+        except TpmError:
+            return  # a TPM in failure mode has none
+
+    def now(self) -> int:
+        """Counts commands that use something."""
+        return next(self._clock)
+
+    # -- commands with a meaning of their own ---------------------------------------------
+
+    def _flush(self, connection: Connection, command: bytes) -> bytes:
+        (handle,) = wire.handles_of(command, 1) or (0,)
+        kind = kind_of(handle)
+        if kind != TpmHt.TRANSIENT and kind not in SESSIONS:
+            return self.tpm.process(command)  # which refuses it
+        try:
+            if kind == TpmHt.TRANSIENT:
+                self.objects.flush(connection.objects.pop(handle))
+            else:
+                session = self.sessions.find(handle)
+                if session is None or session.owner not in {connection.number, None}:
+                    raise Refusal(LAYER | TpmRc.TPM_RC_HANDLE_P1)
+                self.sessions.flush(session)
+        except KeyError:
+            raise Refusal(LAYER | TpmRc.TPM_RC_HANDLE_P1) from None
+        except TpmError as exc:
+            raise Refusal(exc.code) from exc
+        return wire.plain_response(0)
+
+    def _context_load(
+        self, connection: Connection, command: bytes, attributes: CommandAttributes
+    ) -> bytes:
+        context = command[TPM_HEADER_SIZE:]
+        head = Context.of(context)
+        if head is None or command[:2] != b"\x80\x01":
+            return self.tpm.process(command)  # which refuses it
+        if kind_of(head.handle) in SESSIONS:
+            return self._session_load(connection, command, context, head)
+        response = self._run(connection, command, TpmCc.TPM_CC_ContextLoad, attributes)
+        if not _failed(response):
+            found = connection.objects[wire.response_handle(response) or 0]
+            found.changes = head.handle == wire.SEQUENCE_OBJECT
+            if not found.changes:
+                found.context = context
+        return response
+
+    def _session_load(
+        self, connection: Connection, command: bytes, context: bytes, head: Context
+    ) -> bytes:
+        """The context is the permission: who has it takes the session over, and uses it up."""
+        found = self.sessions.find(head.handle)
+        if len(self.sessions.of(connection.number)) >= self.limits.sessions and (
+            found is None or found.owner != connection.number
+        ):
+            raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
+        self.sessions.make_room(())
+        if found is None:  # of before our time
+            while self._can_help(_code_of(response := self.tpm.process(command)), (), ()):
+                pass
+            if not _failed(response):
+                self._note_handle(connection, response, TpmCc.TPM_CC_ContextLoad)
+            return response
+        if found.place is not Place.SAVED or found.digest != digest_of(context):
+            raise Refusal(LAYER | TpmRc.TPM_RC_HANDLE_P1)
+        try:
+            self.sessions.load(found, ())
+        except Dead:
+            raise Refusal(LAYER | TpmRc.TPM_RC_HANDLE_P1) from None
+        found.owner, found.digest, found.used = connection.number, b"", self.now()
+        return wire.plain_response(0, found.handle.to_bytes(4, "big"))
+
+    def _capability(
+        self, connection: Connection, command: bytes, question: tuple[int, int, int]
+    ) -> bytes:
+        capability, first, count = question
+        kind = kind_of(first)
+        if capability == wire.TPM_CAP_HANDLES and (kind == TpmHt.TRANSIENT or kind in SESSIONS):
+            listed = self._listed(connection, kind, first)
+            return CapabilityList(
+                len(listed) > min(count, _LIST_MAX),
+                wire.TPM_CAP_HANDLES,
+                tuple(listed[: min(count, _LIST_MAX)]),
+            ).pack()
+        response = self.tpm.process(command)
+        if capability != wire.TPM_CAP_TPM_PROPERTIES or _failed(response):
+            return response
+        found = CapabilityList.of(response, 2)
+        if found is None:
+            return response
+        own = self._properties(connection)
+        words = list(found.words)
+        for at in range(0, len(words), 2):
+            words[at + 1] = own.get(words[at], words[at + 1])
+        return found._replace(words=tuple(words)).pack(2)
+
+    def _listed(self, connection: Connection, kind: int, first: int) -> list[int]:
+        if kind == TpmHt.TRANSIENT:
+            return sorted(handle for handle in connection.objects if handle >= first)
+        sessions = self.sessions.of(connection.number)
+        if kind == TpmHt.HMAC_SESSION:  # the loaded ones, whoever has swapped them out
+            listed = [found.handle for found in sessions if found.place is not Place.SAVED]
+        else:  # the saved ones, as libtpms lists them whatever their kind
+            saved = [found for found in sessions if found.place is Place.SAVED]
+            indices = sorted(found.index for found in [*saved, *self.sessions.of(None)])
+            listed = [TpmHt.HMAC_SESSION << 24 | index for index in indices]
+        return [handle for handle in listed if index_of(handle) >= index_of(first)]
+
+    def _properties(self, connection: Connection) -> dict[int, int]:
+        sessions = self.sessions.of(connection.number)
+        loaded = sum(found.place is not Place.SAVED for found in sessions)
+        most = min(self._sessions_max, self.limits.sessions)
+        return {
+            wire.TPM_PT_ACTIVE_SESSIONS_MAX: most,
+            wire.TPM_PT_CONTEXT_GAP_MAX: 0xFFFF_FFFF,
+            wire.TPM_PT_HR_LOADED: loaded,
+            wire.TPM_PT_HR_LOADED_AVAIL: most - len(sessions),
+            wire.TPM_PT_HR_ACTIVE: len(sessions),
+            wire.TPM_PT_HR_ACTIVE_AVAIL: most - len(sessions),
+            wire.TPM_PT_HR_TRANSIENT_AVAIL: self.limits.objects - len(connection.objects),
+        }
+
+
+class Connection:
+    """One client of a manager (implements `engine.base.Tpm`).
+
+    Attributes:
+        number: Tells it apart from others, past ones too.
+        objects: Its transient objects, by the handles it knows.
+    """
+
+    tpm2 = True
+
+    def __init__(self, manager: Manager, number: int) -> None:
+        self._manager = manager
+        self.number = number
+        self.objects: dict[int, Object] = {}
+        self._next = _FIRST_OBJECT
+
+    def process(self, command: bytes) -> bytes:
+        """One command, one response."""
+        return self._manager.process(self, command)
+
+    def cancel(self) -> int:
+        """Asks a running command to end early; only while it is this connection's."""
+        return self._manager.tpm.cancel()
+
+    def close(self) -> None:
+        """Ends what it leaves; again is harmless."""
+        self._manager.close(self)
+
+    def next_handle(self) -> int:
+        """Ascending, as lists must be; none is used again before all were."""
+        while True:
+            handle = self._next
+            self._next = _FIRST_OBJECT if handle == _LAST_OBJECT else handle + 1
+            if handle not in self.objects:
+                return handle
+
+
+class _Used:
+    """What one command uses. Raises Refusal for anything that is not its connection's."""
+
+    def __init__(
+        self,
+        manager: Manager,
+        connection: Connection,
+        handles: tuple[int, ...],
+        authorizations: tuple[wire.UsedSession, ...],
+    ) -> None:
+        self._manager = manager
+        self._connection = connection
+        self._handles = handles
+        self.objects: list[Object] = []
+        self.sessions: list[Session] = []
+        self.authorizations: list[Session | None] = []
+        self._places: dict[Session, int] = {}
+        for place, handle in enumerate(handles):
+            if kind_of(handle) == TpmHt.TRANSIENT:
+                self._use_object(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
+            elif kind_of(handle) in SESSIONS:
+                self._use_session(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
+        for place, used in enumerate(authorizations):
+            found = None
+            if kind_of(used.handle) in SESSIONS:
+                found = self._use_session(used.handle, TpmRc.TPM_RC_REFERENCE_S0 + place)
+            self.authorizations.append(found)
+
+    def _use_object(self, handle: int, code: int) -> None:
+        found = self._connection.objects.get(handle)
+        if found is None:
+            raise Refusal(LAYER | code)
+        found.used = self._manager.now()
+        if found not in self.objects:
+            self.objects.append(found)
+
+    def _use_session(self, handle: int, code: int) -> Session:
+        found = self._manager.sessions.refuse_unowned(handle, self._connection.number, code)
+        found.used = self._manager.now()
+        if found not in self.sessions:
+            self.sessions.append(found)
+            self._places[found] = code
+        return found
+
+    def slots_needed(self) -> int:
+        """Objects that are to be loaded, and persistent ones, which take a slot for as long."""
+        missing = sum(found.physical is None for found in self.objects)
+        return missing + sum(kind_of(handle) == TpmHt.PERSISTENT for handle in self._handles)
+
+    def load_sessions(self) -> None:
+        """All of them. Raises Refusal."""
+        try:
+            self._manager.sessions.load_all(self.sessions)
+        except Dead as exc:
+            raise Refusal(LAYER | self._places[exc.args[0]]) from exc
+
+    def load_objects(self) -> tuple[int, ...]:
+        """The handle area in the TPM's numbers. Raises Refusal."""
+        physical: list[int] = []
+        for place, handle in enumerate(self._handles):
+            if kind_of(handle) != TpmHt.TRANSIENT:
+                physical.append(handle)
+                continue
+            found = self._connection.objects[handle]
+            try:
+                physical.append(self._manager.objects.load(found, self.objects))
+            except Dead:
+                if found.context is None:
+                    del self._connection.objects[handle]
+                raise Refusal(LAYER | TpmRc.TPM_RC_REFERENCE_H0 + place) from None
+        return tuple(physical)
+
+
+_SEQUENCES: Final = frozenset({0x15B, 0x186})  # TPM2_HMAC_Start, TPM2_HashSequenceStart
+
+
+def _code_of(response: bytes) -> int:
+    try:
+        return response_code(response)
+    except WireError:
+        return TpmRc.TPM_RC_FAILURE
+
+
+def _failed(response: bytes) -> bool:
+    return _code_of(response) != 0

@@ -1,0 +1,152 @@
+"""Transient objects of all connections, of which the TPM holds a few at a time.
+
+An object keeps its slot until somebody needs it. One that cannot change is saved once in its life;
+a sequence is saved at each eviction, and its saved copy is void when it is loaded: loading an older
+one would silently resume an older state.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import TpmError
+from vtpm_cuse.resmgr.refusal import Dead, Refusal
+from vtpm_cuse.wire.tpm import TpmRc
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from vtpm_cuse.resmgr.inner import Inner
+
+NO_ROOM: Final = frozenset(
+    {TpmRc.TPM_RC_OBJECT_MEMORY, TpmRc.TPM_RC_MEMORY, TpmRc.TPM_RC_OBJECT_HANDLES}
+)
+
+
+@dataclass(slots=True, eq=False)
+class Object:
+    """A transient object.
+
+    Attributes:
+        owner: Number of the connection it belongs to.
+        handle: What that connection calls it.
+        changes: A sequence, whose saved copy is void after each use.
+        physical: The TPM's handle while it is loaded.
+        context: Its saved copy, while there is a valid one.
+        used: When it was last used, in the manager's count of commands.
+    """
+
+    owner: int
+    handle: int
+    changes: bool
+    physical: int | None
+    context: bytes | None = None
+    used: int = 0
+
+
+class Objects:
+    """Those of one TPM, which surely holds *slots* at a time."""
+
+    def __init__(self, inner: Inner, slots: int) -> None:
+        self._inner = inner
+        self.slots = slots
+        self._loaded: dict[int, Object] = {}
+        self.evictions = 0
+
+    def add(self, found: Object) -> None:
+        """Takes an object that has just been loaded as a client wished."""
+        assert found.physical is not None  # noqa: S101
+        self._take_slot(found, found.physical)
+
+    def _take_slot(self, found: Object, physical: int) -> None:
+        # Whoever had this number has lost it without a word, by somebody's Clear, say.
+        stale = self._loaded.get(physical)
+        if stale is not None and stale is not found:
+            stale.physical = None
+        found.physical = physical
+        self._loaded[physical] = found
+
+    def remove(self, found: Object) -> None:
+        """The TPM, or its owner, has ended it."""
+        if found.physical is not None:
+            self._loaded.pop(found.physical, None)
+            found.physical = None
+        found.context = None
+
+    def flush(self, found: Object) -> None:
+        """Ends it. Raises TpmError."""
+        physical = found.physical
+        self.remove(found)
+        if physical is not None:
+            self._inner.flush(physical)
+
+    def make_room(self, count: int, keep: Collection[Object]) -> None:
+        """So that *count* more can be loaded, if that can be. Raises Refusal."""
+        while len(self._loaded) + count > self.slots and self.evict(keep):
+            pass
+
+    def evict(self, keep: Collection[Object]) -> bool:
+        """Takes one that is not in *keep* out of the TPM; False if there is none. Raises Refusal."""
+        candidates = [found for found in self._loaded.values() if found not in keep]
+        if not candidates:
+            return False
+        # First from whom has most, or one greedy client evicts all others at each turn.
+        held = Counter(found.owner for found in self._loaded.values())
+        victim = min(candidates, key=lambda found: (-held[found.owner], found.used))
+        assert victim.physical is not None  # noqa: S101
+        try:
+            if victim.context is None:
+                victim.context = self._inner.save(victim.physical)
+            self._inner.flush(victim.physical)
+        except TpmError as exc:
+            if exc.code in _GONE:
+                self.remove(victim)
+                return True
+            raise Refusal(exc.code) from exc
+        del self._loaded[victim.physical]
+        victim.physical = None
+        self.evictions += 1
+        return True
+
+    def load(self, found: Object, keep: Collection[Object]) -> int:
+        """The TPM's handle of an object, which is loaded if need be.
+
+        Raises:
+            Dead: It has ended.
+            Refusal: It cannot be loaded now.
+        """
+        if found.physical is not None:
+            return found.physical
+        if found.context is None:
+            raise Dead
+        while True:
+            try:
+                physical = self._inner.load(found.context)
+            except TpmError as exc:
+                if exc.code in NO_ROOM and self.evict(keep):
+                    continue
+                if exc.code == TpmRc.TPM_RC_INTEGRITY_P1:
+                    found.context = None
+                if exc.code in _NOT_NOW:
+                    raise Dead from exc
+                raise Refusal(exc.code) from exc
+            break
+        if found.changes:
+            found.context = None
+        self._take_slot(found, physical)
+        return physical
+
+    def check(self) -> None:
+        """After a command that may have ended any: finds those that are no more. Raises TpmError."""
+        there = set(self._inner.handles(_FIRST))
+        for physical in [number for number in self._loaded if number not in there]:
+            found = self._loaded.pop(physical)
+            found.physical = None  # a saved copy tells by itself whether it is void
+
+
+_FIRST: Final = 0x8000_0000
+_GONE: Final = frozenset({TpmRc.TPM_RC_REFERENCE_H0, 0x184, 0x1C4, TpmRc.TPM_RC_HANDLE_P1})
+_NOT_NOW: Final = frozenset({TpmRc.TPM_RC_INTEGRITY_P1, 0x1C5})
+"""Void for good, or as long as its hierarchy is off."""
