@@ -215,12 +215,22 @@ def u32(*values: int) -> bytes:
 
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    """A file descriptor of the device."""
-    fd = os.open(path, flags)
+    """A file descriptor of the device, whose node the kernel makes a moment before the device."""
+    fds: list[int] = []
+
+    def is_there() -> bool:
+        try:
+            fds.append(os.open(path, flags))
+        except OSError as exc:
+            if exc.errno != errno.ENXIO:
+                raise
+        return bool(fds)
+
+    waiting.wait_until(is_there, f"{path} has a device behind its node")
     try:
-        yield fd
+        yield fds[0]
     finally:
-        os.close(fd)
+        os.close(fds[0])
 
 
 def errno_from(call: Callable[[], object]) -> int:

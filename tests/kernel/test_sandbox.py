@@ -28,6 +28,7 @@ from tests.integration.test_sandbox_start import (  # noqa: F401
     test_what_the_caller_left_open_is_closed,
     test_who_is_killed_leaves_no_socket_and_no_process,
 )
+from tests.kernel.harness import opened
 from tests.kernel.proxy import LINE
 from tests.support import sockets as s
 from tests.support.attacks import ATTACKS, WITNESS, attack, subverted
@@ -77,12 +78,9 @@ def victim(tmp_path: Path, cuse: None) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def suffer(name: str) -> str:
-    device = os.open(f"/dev/{NAME}", os.O_RDWR)
-    try:
+    with opened(Path(f"/dev/{NAME}")) as device:
         os.write(device, attack(name))
         return os.read(device, 1000).decode().removeprefix("refused: ")
-    finally:
-        os.close(device)
 
 
 def test_this_kernel_has_landlock() -> None:
@@ -106,9 +104,9 @@ def test_deadly_on_cuse(name: str, victim: subprocess.Popen[bytes]) -> None:
 
 def test_no_state_is_touched_outside_the_sandbox_on_cuse(tmp_path: Path, cuse: None) -> None:
     with started(tmp_path, WITNESS) as process:
-        with open(f"/dev/{NAME}", "rb+", buffering=0) as device:
-            device.write(get_random(8))
-            assert len(device.read(100)) == 20
+        with opened(Path(f"/dev/{NAME}")) as device:
+            os.write(device, get_random(8))
+            assert len(os.read(device, 100)) == 20
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=PATIENCE_SECONDS)
     assert set(told.decode().splitlines()) == {
