@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import pytest
 import trio
@@ -189,6 +189,33 @@ def test_where_sysfs_cannot_be_seen(
     watcher, _ = watcher_for(machine, monkeypatch)
     trio.run(watcher.shown, 7)
     assert caplog.records == []
+
+
+@in_child
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FrontendError("There are no events"), "There are no events"),
+        (ImportError("No module named 'pyroute2'"), "No module named 'pyroute2'"),
+        (ZeroDivisionError(), "nobody could look"),
+    ],
+)
+def test_a_watcher_that_has_ended_before_it_is_asked(
+    error: Exception,
+    reason: str,
+    machine: Machine,  # which has a sysfs
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(until: int) -> Never:
+        raise error
+
+    monkeypatch.setattr(nodes, "Events", fail)
+    watcher = DeviceWatcher(tpm2=True)
+    assert os.waitpid(-1, 0)[1] == 0
+    with caplog.at_level(logging.WARNING):
+        trio.run(watcher.shown, 7)
+    assert caplog.messages == [f"/dev/tpmrm7 may not be there yet: {reason}"]
 
 
 @in_child

@@ -7,6 +7,7 @@ process of its own does it, forked before, which imports while the server starts
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -40,9 +41,12 @@ class DeviceWatcher:
         """Returns when the kernel shows it, or does not for too long, which is logged."""
         import trio
 
-        os.write(self._ours.fileno(), b"%d" % number)
+        answer = b""
+        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is still there
+            os.write(self._ours.fileno(), b"%d" % number)
         await trio.lowlevel.wait_readable(self._ours)
-        answer = os.read(self._ours.fileno(), _MESSAGE_MAX)
+        with contextlib.suppress(ConnectionResetError):
+            answer = os.read(self._ours.fileno(), _MESSAGE_MAX)
         if answer != _SHOWN:
             path = f"/dev/tpm{'rm' if self._tpm2 else ''}{number}"
             reason = answer.decode() or "nobody could look"
@@ -60,7 +64,7 @@ def _watch(theirs: int, *, tpm2: bool) -> NoReturn:
         answer = _SHOWN
         try:
             _wait(theirs, tpm2=tpm2)
-        except FrontendError as exc:
+        except (FrontendError, ImportError, OSError) as exc:
             answer = str(exc).encode()
         os.write(theirs, answer)
     finally:
@@ -70,7 +74,8 @@ def _watch(theirs: int, *, tpm2: bool) -> NoReturn:
 def _wait(theirs: int, *, tpm2: bool) -> None:
     from vtpm_cuse.containers import nodes
 
-    events = nodes.Events(until=theirs)
+    # Without sysfs, below another root, say, nobody can tell, nor import what would.
+    events = nodes.Events(until=theirs) if nodes.CLASSES.exists() else None
     number = os.read(theirs, _MESSAGE_MAX)
-    if number and nodes.CLASSES.exists():  # without it nobody can tell
+    if number and events is not None:
         nodes.wait_for(events, int(number), _SECONDS, tpm2=tpm2)
