@@ -33,9 +33,9 @@ class Reserve:
             self._held.append(origin)
         self._fill()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for fd in self._held:
-            os.close(fd)
+            close(fd)  # when the interpreter ends, os may have gone already
 
     def help(self, work: Callable[[], T]) -> T:
         """What *work* returns; it is done again, with room, if descriptors were missing."""
