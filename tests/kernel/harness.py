@@ -310,6 +310,7 @@ import json, os, sys
 import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.acquire.cuse
 import vtpm_cuse.client.ioctl, vtpm_cuse.service.process.pidfile, vtpm_cuse.serve.worker
 import vtpm_cuse.service.chardev, vtpm_cuse.serve.sockets, vtpm_cuse.cli.emulator.swtpm_chardev
+import pyroute2.netlink.uevent, vtpm_cuse.acquire.watcher, vtpm_cuse.containers.nodes
 from vtpm_cuse.cli import swtpm
 from vtpm_cuse.cli.emulator import swtpm_cuse
 print("ready", flush=True)

@@ -1,16 +1,14 @@
-"""Answers that the manager gives in the TPM's place."""
+"""Answers that the manager gives in the TPM's place. Neither leaves this room."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from vtpm_cuse.errors import VtpmError
-
 LAYER: Final = 0x000B_0000
 """The response code layer of a resource manager; tpm2-tss reads codes of the TPM in it."""
 
 
-class Refusal(VtpmError):
+class Refusal(Exception):
     """A connection's command is answered with ``code`` and not given to the TPM."""
 
     def __init__(self, code: int) -> None:
@@ -18,5 +16,5 @@ class Refusal(VtpmError):
         self.code = code
 
 
-class Dead(VtpmError):
+class Dead(Exception):
     """What a handle stood for has ended without its owner's doing."""
