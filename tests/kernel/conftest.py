@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,13 @@ def cuse() -> None:
     error = errno_from(lambda: os.close(os.open("/dev/cuse", os.O_RDWR)))
     reason = os.strerror(error) if error else ""
     needs(not error, f"/dev/cuse: {reason}; run kernel-helpers/lab -- ... or modprobe cuse as root")
+
+
+@pytest.fixture(autouse=True)
+def _children_are_heard() -> Iterator[None]:
+    """A server that makes a device of the kernel's ignores how its children end; tests must not."""
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @pytest.fixture
