@@ -475,6 +475,7 @@ def test_response_that_came_too_late(caplog: pytest.LogCaptureFixture) -> None:
 # -- again and again ------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # a hundred self-tests by the kernel, on an emulated processor
 def test_devices_come_and_go(zygote: Zygote, tmp_path: Path) -> None:
     """By turns ended in order and killed; no descriptor, memory or number is lost on the way."""
     rounds = int(os.environ.get("PROXY_ROUNDS", "100"))
