@@ -20,6 +20,7 @@ import pytest
 from tests.device.semantics import KNOWN_STATE, LONGER, cancelled, footprint
 from tests.kernel.harness import (
     OUR_IOCTL,
+    PATIENCE,
     PTM_HASH_END,
     PTM_HASH_START,
     PTM_SHUTDOWN,
@@ -35,6 +36,8 @@ from tests.kernel.harness import (
     wait_exit,
     wait_until,
 )
+from tests.support import sockets as s
+from tests.support.attacks import WITNESS
 from tests.support.commands import TPM2_SHUTDOWN_CLEAR, code_of, get_random, pcr_extend, tpm12
 from tests.support.fuse import SWTPM_FUSE, FuseServer, User, mounts, needs_fuse, ordinary_user
 from tests.support.sockets import is_locked
@@ -548,3 +551,21 @@ def test_who_has_the_answer_to_ptm_shutdown_finds_pid_file_and_lock_gone(server:
         assert not server.pid_file.exists()
         assert not is_locked(server.state)
     server.gone()
+
+
+def test_no_state_is_touched_outside_the_sandbox_in_a_fuse_mount(tmp_path: Path) -> None:
+    mount = tmp_path / "mount"
+    words = ["-n", "vtpm0", "--mount", str(mount), "--tpmstate", f"dir={tmp_path / 'state'}"]
+    words += ["--flags", "startup-clear,not-need-init", "--foreground"]
+    with subprocess.Popen(
+        [*WITNESS, "fuse", *words], env=s.environment(), stderr=subprocess.PIPE
+    ) as process:
+        try:
+            wait_until((mount / "vtpm0").exists, "the device is there")
+            process.terminate()
+            _, told = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    found = {line for line in told.decode().splitlines() if "sandbox" in line}
+    assert found == {"libtpms: in the sandbox", "state: in the sandbox"}

@@ -26,7 +26,6 @@ from tests.support.attacks import (
     under_filter,
 )
 from tests.support.commands import get_random
-from tests.support.fuse import needs_fuse
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
@@ -197,25 +196,6 @@ def test_no_state_is_touched_outside_the_sandbox_to_print_facts(tmp_path: Path) 
         "libtpms: in the sandbox",
         "state: in the sandbox",
     }
-
-
-def test_no_state_is_touched_outside_the_sandbox_in_a_fuse_mount(tmp_path: Path) -> None:
-    needs_fuse()
-    mount = tmp_path / "mount"
-    words = ["-n", "vtpm0", "--mount", str(mount), "--tpmstate", f"dir={tmp_path / 'state'}"]
-    words += ["--flags", "startup-clear,not-need-init", "--foreground"]
-    with subprocess.Popen(
-        [*WITNESS, "fuse", *words], env=s.environment(), stderr=subprocess.PIPE
-    ) as process:
-        try:
-            wait_until((mount / "vtpm0").exists, "the device is there", process=process)
-            process.terminate()
-            _, told = process.communicate(timeout=PATIENCE_SECONDS)
-        finally:
-            process.kill()
-    assert process.returncode == 0
-    found = {line for line in told.decode().splitlines() if "sandbox" in line}
-    assert found == {"libtpms: in the sandbox", "state: in the sandbox"}
 
 
 def test_no_state_is_touched_outside_the_sandbox_on_a_device(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ from tests.kernel.harness import (
     seeded,
     u32,
     wait_for_line,
+    wait_until,
 )
 from tests.support.commands import (
     NV_INDEX,
@@ -53,10 +55,9 @@ from tests.support.commands import (
     pcr_value,
     tpm2,
 )
+from tests.support.files import tmpfs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests.kernel.conftest import Serve
 
 GOOD_STATE = ROOT / "tests/vectors/state/v0.7.1-tpm2-dir-plain/tpm2-00.permall"
@@ -253,22 +254,21 @@ def test_second_server_on_the_same_state(serve: Serve) -> None:
         assert code_of(exchange(fd, TPM2_STARTUP_CLEAR)) == 0
 
 
-@contextmanager
-def tmpfs(folder: Path, options: str) -> Iterator[Path]:
-    folder.mkdir()
-    run("mount", "-t", "tmpfs", "-o", options, "tmpfs", folder)
-    try:
-        yield folder
-    finally:
-        run("umount", folder)
-
-
 def fill(folder: Path) -> Path:
     """Leaves not a byte."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         assert errno_from(lambda: [file.write(bytes(4096)) for _ in range(10_000)]) == errno.ENOSPC
     return filler
+
+
+def nothing_to_free(server: Server, folder: Path) -> bool:
+    """Whether the server holds no file there that has lost its name."""
+    held = []
+    for fd in Path(f"/proc/{server.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            held.append(os.readlink(fd))
+    return not any(path.startswith(f"{folder}/") and "(deleted)" in path for path in held)
 
 
 def test_read_only_state(serve: Serve, tmp_path: Path) -> None:
@@ -300,6 +300,7 @@ def test_disk_full_later(serve: Serve, tmp_path: Path) -> None:
             assert code_of(exchange(fd, nv_define(NV_INDEX, 16))) == 0
             assert code_of(exchange(fd, nv_write(NV_INDEX, b"old"))) == 0
             before = server.permall.read_bytes()
+            wait_until(partial(nothing_to_free, server, disk), "the replaced file is freed")
             filler = fill(disk)
             assert code_of(exchange(fd, nv_write(NV_INDEX, b"new"))) != 0
             assert server.permall.read_bytes() == before
