@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 TREE: Final = Path(__file__).resolve().parents[1]
 SETUP: Final = str(TREE / "setup")
@@ -65,10 +65,14 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(128 + exc.number)
 
 
-def run(command: Sequence[str | Path], output: IO[bytes] | None = None) -> int:
-    """Runs a command in a process group of its own, so that it gets signals from here, once.
+@contextlib.contextmanager
+def started(
+    command: Sequence[str | Path], output: IO[bytes] | None = None
+) -> Iterator[Callable[[], int]]:
+    """Starts a command in a process group of its own, so that it gets signals from here, once.
 
-    Returns its exit status, as a shell has it.
+    Gives what waits for its end and returns its exit status, as a shell has it. When the block is
+    left otherwise, the command is ended.
     """
     try:
         process = subprocess.Popen(
@@ -81,13 +85,24 @@ def run(command: Sequence[str | Path], output: IO[bytes] | None = None) -> int:
         )
     except OSError as exc:
         say(f"{command[0]}: {exc.strerror}")
-        return _NOT_FOUND
-    try:
+        yield lambda: _NOT_FOUND
+        return
+
+    def wait() -> int:
         status = process.wait()
-    except Signalled as exc:
-        _end(process, exc.number)
+        return status if status >= 0 else 128 - status
+
+    try:
+        yield wait
+    except BaseException as exc:
+        _end(process, exc.number if isinstance(exc, Signalled) else signal.SIGTERM)
         raise
-    return status if status >= 0 else 128 - status
+
+
+def run(command: Sequence[str | Path], output: IO[bytes] | None = None) -> int:
+    """Runs a command as `started`; returns its exit status."""
+    with started(command, output) as wait:
+        return wait()
 
 
 def _end(process: subprocess.Popen[bytes], number: int) -> None:
