@@ -1,7 +1,7 @@
 """The vTPM: engine, store, lifecycle and locality, one command at a time.
 
 Synchronous and free of trio: a frontend runs short calls inline and gives the
-long ones (`Vtpm.is_long`) to a `device.worker.Worker`. While one runs there,
+long ones (`Vtpm.is_long`) to a `serve.worker.Worker`. While one runs there,
 only `Vtpm.cancel` and what reads plain attributes may be called beside it.
 """
 
