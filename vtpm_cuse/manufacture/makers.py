@@ -40,7 +40,7 @@ class TpmMakers:
     def __init__(self, command: str | None) -> None:
         self.command = tuple((command or "").split())
         if self.command:
-            from vtpm_cuse.manufacture.programs import find_program
+            from vtpm_cuse.programs import find_program
 
             found = find_program(self.command[0])
             if found is None:

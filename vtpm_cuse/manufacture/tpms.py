@@ -20,7 +20,7 @@ from vtpm_cuse.errors import (
     VtpmError,
     WireError,
 )
-from vtpm_cuse.manufacture.programs import start_program
+from vtpm_cuse.programs import start_program
 from vtpm_cuse.storage.locations import parse
 from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.layout import BIG

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.programs import find_program
 from vtpm_cuse.service import flaws
 from vtpm_cuse.service.confine import landlock
 
@@ -129,7 +129,7 @@ class Machine:
 
     def program(self, name: str) -> bool:
         """Whether there is such a program."""
-        return shutil.which(name, path=self._path) is not None
+        return find_program(name, self._path) is not None
 
     def module_there(self, name: str) -> bool:
         """Whether the kernel's modules have it."""
