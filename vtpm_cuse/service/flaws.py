@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import os
 import struct
+import zlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.wire.tpm import TpmSu, response_code, startup_command
@@ -84,7 +85,7 @@ def _changelog(machine: Machine, version: Version) -> str:
     """That of Debian's package and its like, if it is of this version."""
     try:
         text = gzip.decompress(machine.file(_CHANGELOG).read_bytes()).decode(errors="replace")
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return ""
     number = ".".join(map(str, version))
     return text if text.partition(")")[0].startswith(f"libtpms ({number}") else ""
@@ -97,7 +98,10 @@ def _try(flaw: Flaw) -> bool | None:
     """In a child without a word and without a core dump; None if it comes to nothing."""
     if flaw.tried is None:
         return None
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:  # no process more for this user
+        return None
     if child == 0:
         status = _NOT_TRIED
         with contextlib.suppress(BaseException):
