@@ -78,9 +78,6 @@ class Engine(Tpm, Protocol):
     def set_debug(self, fd: int, level: int, prefix: str) -> None:
         """Lets the library log to *fd*; level 0 is off."""
 
-    def close(self) -> None:
-        """Stops and gives everything up."""
-
     def hash_start(self) -> int:
         """TPM_IO_Hash_Start; returns the result code."""
 
