@@ -145,7 +145,7 @@ def introduce(device: str, config: VtpmConfig) -> None:
 def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
     """Serves a vTPM until it is told to end; returns the exit status.
 
-    In the background case the calling process returns when clients are served.
+    In the background case the calling process ends when clients are served.
 
     Raises:
         VtpmError: What was wrong.
@@ -204,14 +204,14 @@ class _Life:
         )
 
     def part(self, child: int) -> None:
-        """Ends the process that has started *child* in the background, which is ready.
+        """The last that the process does which has started *child*, a background one, now ready.
 
-        Who finds the pid file shall find one process.
+        Raises:
+            VtpmError: It does not answer, or the pid file cannot be written.
         """
         self._interface.confirm()
         self._pid_file.open(self._owner)
         self._pid_file.write_for(child)
-        os._exit(0)
 
     @property
     def _owner(self) -> tuple[int, int] | None:
