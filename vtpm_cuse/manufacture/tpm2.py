@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.ca.certificates import CertificateKind
+from vtpm_cuse.engine.base import InfoFlag
 from vtpm_cuse.errors import UsageError, WireError
 from vtpm_cuse.manufacture.plan import (
-    INFO_ACTIVE_PROFILE,
     EccKey,
     EndorsementKey,
     RsaKey,
@@ -186,7 +186,7 @@ class Tpm2Setup:
     def run(self) -> None:
         """All that the plan asks for. Raises VtpmError, OSError."""
         plan = self._plan
-        profile = self._tpm.info(INFO_ACTIVE_PROFILE).strip()
+        profile = self._tpm.info(InfoFlag.ACTIVE_PROFILE).strip()
         if profile.startswith(_ACTIVE_PROFILE):  # libtpms 0.9 has none
             self._report.line(f"Active profile: {profile[len(_ACTIVE_PROFILE) : -1]}")
         if not plan.reconfigure:
