@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Any, Final
 
+from vtpm_cuse.client.connect import receive
 from vtpm_cuse.config import VtpmConfig
 from vtpm_cuse.errors import (
     AnswerError,
@@ -165,6 +166,8 @@ class ChildTpm:
             if not TPM_HEADER_SIZE <= size <= _RESPONSE_MAX:
                 raise WireError("Response", TPM_HEADER_SIZE, size)
             return response + receive(self._data, size - TPM_HEADER_SIZE)
+        except EOFError as exc:
+            raise UsageError(f"Could not talk to swtpm: {exc}") from exc
         except OSError as exc:
             raise UsageError(f"Could not talk to swtpm: {exc.strerror or exc}") from exc
 
@@ -240,17 +243,6 @@ class ChildTpm:
     def _key_fds(self) -> list[int]:
         key = self._config.key
         return [] if key is None else [fd for fd in (key.fd, key.pwdfd) if fd is not None]
-
-
-def receive(end: socket.socket, size: int) -> bytes:
-    """So many bytes. Raises OSError, also where they end before."""
-    data = bytearray()
-    while len(data) < size:
-        part = end.recv(size - len(data))
-        if not part:
-            raise ConnectionResetError("it ended")
-        data += part
-    return bytes(data)
 
 
 def _key_words(key: KeySource) -> str:
