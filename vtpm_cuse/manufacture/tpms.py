@@ -15,13 +15,13 @@ from vtpm_cuse.client.connect import receive
 from vtpm_cuse.config import VtpmConfig
 from vtpm_cuse.errors import (
     AnswerError,
-    StateMissing,
     TpmUnavailable,
     UsageError,
     VtpmError,
     WireError,
 )
 from vtpm_cuse.programs import start_program
+from vtpm_cuse.storage.base import load_all
 from vtpm_cuse.storage.locations import parse
 from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.layout import BIG
@@ -191,10 +191,7 @@ class ChildTpm:
         """See `SetupTpm`."""
         self._end_process()
         store = self._open_store()
-        found = {}
-        for name in store.sizes():
-            with contextlib.suppress(StateMissing):
-                found[name] = store.load(name)
+        found = load_all(store)
         store.close()
         return found
 
