@@ -84,7 +84,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
     "cli.setup": WORDS
-    | {"config", "files", "manufacture", "service.confine", "service.process"}
+    | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},
     "cli.emulator": WORDS
     | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}
