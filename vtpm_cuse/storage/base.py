@@ -146,13 +146,6 @@ class WithoutBackup:
         """Nothing takes long here."""
 
 
-def write_all(write: Callable[[memoryview, int], int], data: bytes) -> None:
-    """Calls *write* with what is left and how many bytes are done until nothing is left."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += write(view[done:], done)
-
-
 def load_all(store: StateStore) -> dict[str, bytes]:
     """All blobs that are there, by name. Raises StorageError."""
     found = {}
