@@ -57,7 +57,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
-    | {"storage.base", "storage.sealed", "vtpm", "wire"},
+    | {"storage.sealed", "vtpm", "wire"},
     "service.life": LIFE | {"files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
     "service.cuse": SERVED,
     "service.fuse": SERVED | {"client", "proto", "vtpm.attributes"},

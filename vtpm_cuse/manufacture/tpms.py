@@ -53,7 +53,7 @@ class EngineTpm:
         self._canceled = False
         self.blobs = dict(blobs)
         tpm2 = self.tpm2 = config.plan.tpm2
-        self._vtpm = make_vtpm_in_memory(
+        self._vtpm, self._store = make_vtpm_in_memory(
             VtpmConfig(tpm2=tpm2, profile=config.profile, key=config.key), self.blobs
         )
         self._kind = TpmSu.TPM_SU_CLEAR if tpm2 else TpmSu.TPM_ST_CLEAR
@@ -93,7 +93,7 @@ class EngineTpm:
         self.blobs.clear()
         self.blobs.update(blobs)
         for name in changed:
-            self._vtpm.need_store().load(name)
+            self._store.load(name)
 
     def close(self) -> None:
         """See `SetupTpm`. A TPM in memory that nobody wants needs no orderly end."""
