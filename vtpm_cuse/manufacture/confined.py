@@ -146,12 +146,8 @@ def _serve(tpm: EngineTpm, end: socket.socket, rules: seccomp.Filter | None) -> 
 
 
 def _enter_sandbox(rules: seccomp.Filter | None) -> None:
-    process = ProcessConfig()
     try:
-        sandbox.restrict(process, {})
-        sandbox.forbid_threads(process)
-        if rules is not None:
-            rules.load()
+        sandbox.enter(ProcessConfig(), {}, rules, sandbox.no_thread)
     except FrontendError as exc:
         raise UsageError(exc.reason, hint=_HINT) from exc
 

@@ -320,18 +320,19 @@ class _Life:
         from vtpm_cuse.service.confine import sandbox, seccomp
 
         process, interface = self._process, self._interface
-        try:
-            rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
-            sandbox.restrict(process, sandbox.state_paths(self._config.state))
-            with _starting_threads():
-                worker = Worker()  # restricted as this thread is, and the last that is started
+        with contextlib.ExitStack() as undo:
+
+            def start_worker() -> Worker:
+                with _starting_threads():
+                    worker = Worker()
+                undo.callback(worker.close)
+                return worker
+
             try:
-                sandbox.forbid_threads(process)
-                if rules is not None:
-                    rules.load()
-            except BaseException:
-                worker.close()
-                raise
-        except FrontendError as exc:
-            raise UsageError(str(exc), interface.exits.sandbox) from exc
-        return worker
+                rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
+                paths = sandbox.state_paths(self._config.state)
+                worker = sandbox.enter(process, paths, rules, start_worker)
+            except FrontendError as exc:
+                raise UsageError(str(exc), interface.exits.sandbox) from exc
+            undo.pop_all()
+            return worker
