@@ -116,7 +116,7 @@ def failed_at(state: Path, at: int) -> tuple[bool, list[str]]:
     store = reopened(state)
     error = outcome(lambda: with_steps(steps, lambda: store.store("permall", NEW)))
     store.close()
-    assert open_descriptors() == before, "a descriptor leaks"
+    assert open_descriptors() <= before, "a descriptor leaks"
     return error is not None, steps.trace
 
 
