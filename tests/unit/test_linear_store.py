@@ -182,7 +182,7 @@ def test_close_gives_up_every_descriptor(path: Path) -> None:
     assert not os.get_inheritable(int(held.partition(":")[0]))
     store.close()
     store.close()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def locked_by_others(path: Path) -> bool:
@@ -227,7 +227,7 @@ def test_lock_of_another_process(path: Path) -> None:
             before = open_descriptors()
             with pytest.raises(StateLocked, match="Resource temporarily unavailable"):
                 LinearStore(str(path)).lock()
-            assert open_descriptors() == before
+            assert open_descriptors() <= before
             LinearStore(str(path), lock=False).lock()
 
         check()
@@ -308,7 +308,7 @@ def test_other_kinds_of_file_are_refused(path: Path, kind: str) -> None:
     for action in (store.lock, store.sizes, lambda: store.store("permall", b"x")):
         with pytest.raises(StorageError):
             action()
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 # -- damage -------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_failed_load_is_never_absence(state: Path) -> None:
         error = outcome(partial(with_steps, Steps(at, dies=False), partial(_load, store)))
         assert error is not None, (at, name)
         store.close()
-        assert open_descriptors() == before, f"step {at}, {name}, leaks a descriptor"
+        assert open_descriptors() <= before, f"step {at}, {name}, leaks a descriptor"
     assert reopened(state).load("permall") == OLD
 
 
