@@ -277,6 +277,7 @@ class SocketConfig(NamedTuple):
     Attributes:
         data: Where TPM commands come from (``--server``, ``--port``, ``--fd``).
         control: Where control commands come from (``--ctrl``).
+        managed: Where clients of the resource manager connect (``--managed``).
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
@@ -285,6 +286,7 @@ class SocketConfig(NamedTuple):
     vtpm: VtpmConfig
     data: SocketAddress | None = None
     control: SocketAddress | None = None
+    managed: SocketAddress | None = None
     disconnect: bool = False
     terminate: bool = False
     control_terminate: bool = False
@@ -299,6 +301,7 @@ class ChardevConfig(NamedTuple):
         path: Else the device to open.
         fd: Else an open descriptor; or a socket.
         control: Where control commands come from (``--ctrl``).
+        managed: Where clients of the resource manager connect (``--managed``).
         control_terminate: End when the control connection is closed.
     """
 
@@ -307,5 +310,6 @@ class ChardevConfig(NamedTuple):
     path: str | None = None
     fd: int | None = None
     control: SocketAddress | None = None
+    managed: SocketAddress | None = None
     control_terminate: bool = False
     process: ProcessConfig = ProcessConfig()

@@ -7,6 +7,7 @@ a client that stays within the TPM's limits costs no inner command.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -78,7 +79,9 @@ class Manager:
         tpm: The TPM.
         inner: Gives it a command of the manager's, where that is another way than *tpm*'s.
         limits: What a client may have.
-        ours: Nobody else uses the TPM: what was left in it is flushed at the start.
+
+    Attributes:
+        alone: Nobody else uses the TPM: what was left in it is flushed at the start.
     """
 
     def __init__(
@@ -87,12 +90,12 @@ class Manager:
         *,
         inner: Callable[[bytes], bytes] | None = None,
         limits: Limits | None = None,
-        ours: bool = True,
+        alone: bool = True,
     ) -> None:
         self.tpm = tpm
         self.limits = limits or Limits()
         self._inner = Inner(inner or tpm.process)
-        self._ours = ours
+        self.alone = alone
         self._ready = False
         self._attributes: dict[int, CommandAttributes] = {}
         self._simple: frozenset[bytes] = frozenset()
@@ -127,6 +130,12 @@ class Manager:
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
+    def drop(self) -> None:
+        """Ends all that clients have, but not the clients: the TPM's state is about to leave."""
+        for connection in self._connections.values():
+            self._end_objects(connection)
+        self.sessions.drop_all()
+
     def prepare(self) -> bool:
         """Asks the TPM what it is like; False while it is not started."""
         if self._ready:
@@ -138,7 +147,7 @@ class Manager:
             loaded = inner.tpm_property(wire.TPM_PT_HR_LOADED_MIN) or 1
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
             self._sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
-            if self._ours:
+            if self.alone:
                 for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24, TpmHt.POLICY_SESSION << 24):
                     for handle in inner.handles(first):
                         inner.flush(handle)
@@ -158,13 +167,14 @@ class Manager:
         """A client has gone: what it leaves is ended, but for sessions that it saved."""
         if self._connections.pop(connection.number, None) is None:
             return
-        for found in connection.objects.values():
-            try:
-                self.objects.flush(found)
-            except TpmError:
-                self.objects.remove(found)
-        connection.objects.clear()
+        self._end_objects(connection)
         self.sessions.abandon(connection.number, self.limits.abandoned)
+
+    def _end_objects(self, connection: Connection) -> None:
+        for found in connection.objects.values():
+            with contextlib.suppress(TpmError):  # it had ended already
+                self.objects.flush(found)
+        connection.objects.clear()
 
     # -- a command ------------------------------------------------------------------------
 

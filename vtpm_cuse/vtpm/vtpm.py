@@ -43,6 +43,8 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.base import RunLater
     from vtpm_cuse.storage.sealed import SealedStore
@@ -123,6 +125,10 @@ class Vtpm:
 
     The locality, the buffer size and the last command survive `start`: a VM
     monitor tracks the locality itself and does not send it again after a reset.
+
+    Attributes:
+        starts: How often it was started: what was in it before the last time is no more.
+        before_snapshot: Called before all that it holds leaves for another TPM.
     """
 
     def __init__(
@@ -143,6 +149,8 @@ class Vtpm:
         )
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
+        self.starts = 0
+        self.before_snapshot: Callable[[], None] = lambda: None
 
     # -- life cycle -----------------------------------------------------------------------
 
@@ -170,6 +178,7 @@ class Vtpm:
             raise TpmUnavailable(faults.tpm_result(exc), str(exc)) from exc
 
     def _start(self, delete_volatile: bool) -> None:
+        self.starts += 1
         store = self.need_store()
         store.blobs.refresh()
         # A state that is there can be looked at while its owner still has it; none begins so.
@@ -339,6 +348,12 @@ class Vtpm:
                 reason,
             )
 
+    def manage(self, command: bytes) -> bytes:
+        """As `process` for a command of the resource manager's, which is no client's last one."""
+        if not self._engine.running or (self._custody.away and not self._custody.take_back()):
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+        return self._execute(command)
+
     def query(self, command: bytes) -> bytes:
         """The response to a command of ours that only asks, in locality 0: no client notices it.
 
@@ -484,6 +499,7 @@ class Vtpm:
     def store_volatile(self) -> None:
         """Writes the volatile state beside the permanent one. Raises VtpmError."""
         self._custody.need()
+        self.before_snapshot()
         payload = self._engine.volatile_state()
         self.need_store().store(StateType.VOLATILE.blob_name, payload)
 
@@ -492,6 +508,7 @@ class Vtpm:
         store = self.need_store()
         state = self._state_type(kind, PtmResult.TPM_FAIL)
         if state is StateType.VOLATILE:
+            self.before_snapshot()
             payload = self._engine.volatile_state()
             # It is on its way to another TPM: no later start here may resume from a stored one.
             if not self._custody.away:  # else the directory may be another process' by now

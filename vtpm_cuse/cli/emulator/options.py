@@ -215,6 +215,17 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=STREAMS,
     ),
     Option(
+        "managed",
+        "where clients connect that each get a TPM 2.0 of their own, as from the kernel's resource "
+        "manager: any number of objects and sessions, and none of another client's",
+        noun="managed",
+        subs=(
+            *_address(default_type=""),
+            SubOption("fd", "open listening socket", Kind.INT, "FD"),
+        ),
+        interfaces=STREAMS,
+    ),
+    Option(
         "terminate",
         "end when the client that sends TPM commands goes away",
         letter="t",

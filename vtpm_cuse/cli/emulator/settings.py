@@ -96,10 +96,12 @@ def socket_config(line: CommandLine) -> SocketConfig:
     """All of ``swtpm socket``. Raises UsageError."""
     data, disconnect = _data_channel(line)
     control, control_terminate = _control_channel(line)
+    vtpm = vtpm_config(line)
     return SocketConfig(
-        vtpm=vtpm_config(line),
+        vtpm=vtpm,
         data=_passed("data", data),
         control=_passed("ctrl", control),
+        managed=_managed_channel(line, vtpm),
         disconnect=disconnect,
         terminate=line.has("terminate"),
         control_terminate=control_terminate,
@@ -127,6 +129,7 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
         path=path,
         fd=fd,
         control=_passed("ctrl", control),
+        managed=_managed_channel(line, vtpm),
         control_terminate=control_terminate,
         process=process_config(line, background=line.has("daemon")),
     )
@@ -453,19 +456,29 @@ def _control_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
     given = line.subs("ctrl")
     if given is None:
         return None, False
-    return _control_address(line, given), given.flag("terminate")
+    return _listening_address(line, given, "control"), given.flag("terminate")
 
 
-def _control_address(line: CommandLine, given: SubValues) -> SocketAddress:
+def _managed_channel(line: CommandLine, vtpm: VtpmConfig) -> SocketAddress | None:
+    """Where clients of the resource manager connect."""
+    given = line.subs("managed")
+    address = None if given is None else _listening_address(line, given, "managed")
+    address = _passed("managed", address)
+    if address is not None and not vtpm.tpm2:
+        raise line.error("Error: The resource manager is for a TPM 2.0: give --tpm2")
+    return address
+
+
+def _listening_address(line: CommandLine, given: SubValues, channel: str) -> SocketAddress:
     kind = given.text("type")
     if kind is None:
-        raise line.error("Missing type parameter for control channel")
+        raise line.error(f"Missing type parameter for {channel} channel")
     address = _address(line, given, kind)
     if address.kind == "tcp" and address.port is None and address.fd is None:
-        raise line.error("Missing port and fd options for TCP control channel")
+        raise line.error(f"Missing port and fd options for TCP {channel} channel")
     unix = (address.fd, address.clientfd, address.path)
     if address.kind == "unixio" and unix == (None, None, None):
-        raise line.error("Missing path and fd options for UnixIO control channel")
+        raise line.error(f"Missing path and fd options for UnixIO {channel} channel")
     return address
 
 
