@@ -32,12 +32,12 @@ CLIENTS = 64
 class Managed(s.Server):
     """One with a managed socket beside the data channel of a single client."""
 
-    def __init__(self, folder: Path, *words: str, **channels: str | None) -> None:
+    def __init__(self, folder: Path, *words: str, state: Path | None = None) -> None:
         folder.mkdir(exist_ok=True)
         self.managed_address = folder / "managed"
         with s.listener(self.managed_address) as sock:
             words += ("--managed", f"type=unixio,fd={sock.fileno()}")
-            super().__init__(folder, *words, pass_fds=[sock.fileno()], **channels)
+            super().__init__(folder, *words, pass_fds=[sock.fileno()], state=state)
 
     def client(self) -> s.Client:
         return s.connect(self.managed_address)
@@ -269,13 +269,14 @@ def test_any_mix_of_clients_against_a_model_without_limits(server: Managed) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_it_ends_while_many_use_it(tmp_path: Path, number: int) -> None:
-    with Managed(tmp_path, *s.RUNNING) as server, clients(server, 4) as there:
+    with Managed(tmp_path / "one", *s.RUNNING) as server, clients(server, 4) as there:
         for client in there:
             opened(client, m.load_external(1))
         there[0].send(create_primary_rsa(unique=b"x"))
         server.process.send_signal(number)
         assert server.wait() == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-    with Managed(tmp_path, *s.RUNNING) as server, server.client() as client:
+    again = Managed(tmp_path / "two", *s.RUNNING, state=server.state)
+    with again as server, server.client() as client:
         assert opened(client, m.load_external(1)) == 0x80000000
 
 

@@ -39,7 +39,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "storage.sealed": ERRORS | {"config", "wire", "storage.base", "storage"},
     "engine": ERRORS | {"config", "files", "wire", "engine.base"},
     "engine.base": frozenset(),
-    "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
+    "vtpm": ERRORS | {"wire", "proto", "engine.base", "resmgr", "storage.base", "storage.sealed"},
     "resmgr": frozenset({"errors", "wire", "engine.base"}),
     # from outside, and to the outside
     "containers": frozenset({"errors"}),
@@ -48,7 +48,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     ),
     "acquire.keeper": frozenset({"files"}),
     "client": frozenset({"errors", "wire"}),
-    "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
+    "serve": ERRORS | {"acquire", "proto", "resmgr", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
     # the life of one vTPM
     "service.confine": frozenset({"config", "errors", "storage.base"}),

@@ -12,8 +12,8 @@ def main() -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(sys.argv[1])
     while True:
-        readable, _, _ = select.select([0, connection], [], [])
-        if connection in readable:
+        readable, _, _ = select.select([0, connection.fileno()], [], [])
+        if connection.fileno() in readable:
             data = connection.recv(8192)
             if not data:
                 return

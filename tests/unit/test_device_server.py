@@ -24,6 +24,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.acquire import cuse
 from vtpm_cuse.acquire.cuse import CuseChannel, open_cuse
 from vtpm_cuse.errors import FrontendError, StateLocked
+from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.serve import device
 from vtpm_cuse.serve.device import DeviceServer
 from vtpm_cuse.serve.worker import Worker
@@ -142,7 +143,12 @@ def serve(
         served = Served(pair)
         result.append(served)
         worker = Worker()
-        server = DeviceServer(served.channel, served.vtpm, served.ptm, worker)
+        server = DeviceServer(
+            served.vtpm,
+            served.ptm,
+            worker,
+            lambda file, _: [device.Served(served.channel, DeviceSession(file))],
+        )
 
         async def run_server() -> None:
             with served.scope:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.proto.places import Place
     from vtpm_cuse.proto.stream import Request
     from vtpm_cuse.serve.connections import SavedControl, SavedData
-    from vtpm_cuse.serve.managed import ManagedServer
+    from vtpm_cuse.serve.managed_sockets import ManagedServer
     from vtpm_cuse.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class SocketServer:
         if endpoints.control_listener is not None and endpoints.control_stream is None:
             start(self._accept_control, endpoints.control_listener)
         if endpoints.managed_listener is not None:
-            from vtpm_cuse.serve.managed import ManagedServer
+            from vtpm_cuse.serve.managed_sockets import ManagedServer
 
             self._managed = ManagedServer(
                 self._nursery, self._vtpm, self._worker, self._turn, self._accept

@@ -66,9 +66,9 @@ def load_endpoints(endpoints: Endpoints) -> None:
 
     _ = ptm, sockets
     if endpoints.managed_listener is not None:
-        from vtpm_cuse.serve import managed
+        from vtpm_cuse.serve import managed_sockets
 
-        _ = managed
+        _ = managed_sockets
 
 
 async def serve_endpoints(

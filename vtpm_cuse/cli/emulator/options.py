@@ -127,6 +127,16 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=FUSE,
     ),
     Option(
+        "resource-manager",
+        "make a second device, of which every client gets a TPM 2.0 of its own, as from the "
+        "kernel's /dev/tpmrmN: any number of objects and sessions, and none of another client's; "
+        "by default /dev/vtpmrm0 for vtpm0",
+        metavar="NAME",
+        optional_value=True,
+        interfaces=CUSE,
+        more="It is there by itself if neither --tpmstate nor TPM_PATH is given.",
+    ),
+    Option(
         "mount",
         "empty directory to mount on, made if it is missing; by default $XDG_RUNTIME_DIR/vtpm",
         metavar="DIR",

@@ -51,14 +51,41 @@ _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile f
 
 def cuse_config(line: CommandLine) -> CuseConfig:
     """All of ``swtpm cuse``. Raises UsageError."""
+    name, vtpm = _device_name(line), vtpm_config(line)
     return CuseConfig(
         node_in_sight=not line.has("chroot"),
+        managed=_managed_device(line, name, vtpm),
         major=line.number("maj", 0xFFFF),
         minor=line.number("min", 0xFFFF),
-        name=_device_name(line),
+        name=name,
         process=process_config(line, background=not line.has("foreground")),
-        vtpm=vtpm_config(line),
+        vtpm=vtpm,
     )
+
+
+def _managed_device(line: CommandLine, name: str, vtpm: VtpmConfig) -> str | None:
+    """The name of the device with a resource manager, if there is to be one.
+
+    It is by itself where nobody has named a place for the state; the C suite has none.
+    """
+    if line.has("resource-manager"):
+        if not vtpm.tpm2:
+            raise line.error("Error: The resource manager is for a TPM 2.0: give --tpm2")
+        given = line.value("resource-manager")
+        managed = managed_name(name) if given is None else _checked_device_name(given)
+        if managed == name:
+            raise UsageError(
+                f"Error: '{name}' cannot be the name of both devices", CuseExit.NO_NAME
+            )
+        return managed
+    own_place = vtpm.state is not None and vtpm.state.own_place
+    return managed_name(name) if own_place and vtpm.tpm2 else None
+
+
+def managed_name(name: str) -> str:
+    """As the kernel has it: "vtpmrm0" for "vtpm0"."""
+    stem = name.rstrip("0123456789")
+    return f"{stem}rm{name[len(stem) :]}"
 
 
 def fuse_config(line: CommandLine) -> FuseConfig:
@@ -70,6 +97,7 @@ def fuse_config(line: CommandLine) -> FuseConfig:
     vtpm = vtpm_config(line)
     return FuseConfig(
         name=name,
+        managed=managed_name(name),
         mount=os.path.abspath(mount),
         allow_other=line.has("allow-other"),
         process=process_config(line, background=not line.has("foreground")),
@@ -365,6 +393,10 @@ def _device_name(line: CommandLine) -> str:
     name = line.value("name")
     if name is None:
         raise UsageError("Error: device name missing", CuseExit.NO_NAME)
+    return _checked_device_name(name)
+
+
+def _checked_device_name(name: str) -> str:
     name = name.removeprefix("/dev/")
     # "a/b" is fine, the kernel makes the directory; blanks it would strip or choke on.
     parts = name.split("/")

@@ -15,8 +15,8 @@ import trio
 
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
-from vtpm_cuse.resmgr.manager import Manager
 from vtpm_cuse.serve.connections import DataConnection, hang_up
+from vtpm_cuse.vtpm.managed import OPENS_MAX, ManagedVtpm
 
 if TYPE_CHECKING:
     import socket
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
-_CLIENTS_MAX: Final = 64
-"""As many as sessions that a TPM has, and a small part of the usual 1024 descriptors."""
-
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -60,15 +57,10 @@ class ManagedServer:
         self._worker = worker
         self._turn = turn
         self._accept = accept
-        self._manager = Manager(vtpm, inner=vtpm.manage)
-        self._starts = vtpm.starts
+        self._managed = ManagedVtpm(vtpm)
         self._places = Places()
         self._served = 0
-        vtpm.before_snapshot = self._manager.drop
-
-    def share(self) -> None:
-        """Somebody uses the TPM beside the manager, who ends nothing that it did not begin."""
-        self._manager.alone = False
+        self.share = self._managed.share
 
     async def serve(self, listener: socket.socket) -> None:
         """Serves all who come."""
@@ -77,14 +69,14 @@ class ManagedServer:
             client = DataConnection(connection, prefix=True, known=True)
             place = Place(functools.partial(hang_up, connection), trio.current_time())
             self._places.take(place)
-            if len(self._places) > _CLIENTS_MAX and (stranger := self._places.stranger()):
+            if len(self._places) > OPENS_MAX and (stranger := self._places.stranger()):
                 log.warning("Too many managed clients: one was turned away")
                 stranger.end()
             self._nursery.start_soon(self._serve_client, client, place)
 
     async def _serve_client(self, client: DataConnection, place: Place) -> None:
         async with self._turn:
-            managed = self._manager.connect()
+            managed = self._managed.connect()
         try:
             with contextlib.closing(client.connection):
                 await self._converse(client, place, managed)
@@ -133,17 +125,4 @@ class ManagedServer:
         return response
 
     def _run(self, managed: Connection, request: Request) -> bytes:
-        vtpm = self._vtpm
-        if vtpm.starts != self._starts:
-            self._starts = vtpm.starts
-            self._manager.reset()
-        if request.locality is None:
-            return managed.process(request.command)
-        before = vtpm.locality
-        refusal = vtpm.enter_locality(request.locality)
-        if refusal is not None:
-            return refusal
-        try:
-            return managed.process(request.command)
-        finally:  # it was this command's alone
-            vtpm.set_locality(before)
+        return self._managed.process(managed, request.command, request.locality)
