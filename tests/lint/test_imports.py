@@ -58,7 +58,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
     | {"storage.base", "storage.sealed", "vtpm", "wire"},
     "service.life": LIFE | {"files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
-    "service.cuse": SERVED,
+    "service.cuse": SERVED | {"proto"},
     "service.fuse": SERVED | {"client", "proto", "vtpm.attributes"},
     "service.socket": SERVED,
     "service.chardev": SERVED | {"service.socket"},

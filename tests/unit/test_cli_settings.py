@@ -58,6 +58,7 @@ def test_defaults() -> None:
             state=StateConfig("dir:///no/such/folder/vtpm-cuse/vtpm0", own_place=True),
             startup=StartupConfig(not_need_init=True, startup="clear"),
         ),
+        managed="vtpmrm0",
         process=ProcessConfig(background=True),
     )
 
