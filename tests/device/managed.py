@@ -60,7 +60,10 @@ class World(Protocol[SomeClient]):
 @contextmanager
 def clients(world: World[SomeClient], count: int) -> Iterator[list[SomeClient]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(world.client()) for _ in range(count)]
+        there = [world.client() for _ in range(count)]
+        for client in there:
+            stack.enter_context(client)
+        yield there
 
 
 def opened(client: Client, command: bytes) -> int:
