@@ -79,8 +79,8 @@ def _managed_device(line: CommandLine, name: str, vtpm: VtpmConfig) -> str | Non
 
 def managed_name(name: str) -> str:
     """As the kernel has it: "vtpmrm0" for "vtpm0"."""
-    stem = name.rstrip("0123456789")
-    return f"{stem}rm{name[len(stem) :]}"
+    begin, tpm, end = name.rpartition("tpm")
+    return f"{begin}{tpm}rm{end}" if tpm else f"{name}rm"
 
 
 def fuse_config(line: CommandLine) -> FuseConfig:
