@@ -67,7 +67,7 @@ def _managed_device(line: CommandLine, name: str, vtpm: VtpmConfig) -> str | Non
         if not vtpm.tpm2:
             raise line.error("Error: The resource manager is for a TPM 2.0: give --tpm2")
         given = line.value("resource-manager")
-        managed = managed_name(name) if given is None else _checked_device_name(given)
+        managed = _checked_device_name(given) if given else managed_name(name)
         if managed == name:
             raise UsageError(
                 f"Error: '{name}' cannot be the name of both devices", CuseExit.NO_NAME
