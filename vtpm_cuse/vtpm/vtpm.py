@@ -43,7 +43,7 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.base import RunLater
@@ -368,11 +368,8 @@ class Vtpm:
         # Any command may update a clock in the state, which may be another process' by now.
         if thread or self._hashing or self._custody.away:
             raise DeviceError(errno.EBUSY)
-        before, self._engine.locality = self._engine.locality, 0
-        try:
+        with self._in_locality(0):
             return self._engine.process(command)
-        finally:
-            self._engine.locality = before
 
     def cancel(self) -> int:
         """Asks a running command to end early; returns the result code. From any thread."""
@@ -451,10 +448,15 @@ class Vtpm:
         if locality > 4:
             return PtmResult.TPM_BAD_LOCALITY
         self._custody.need()
-        before = self._engine.locality
-        self._engine.locality = locality
-        try:
+        with self._in_locality(locality):
             return self._engine.reset_established()
+
+    @contextlib.contextmanager
+    def _in_locality(self, locality: int) -> Iterator[None]:
+        """For what is no client's choice; theirs comes back behind it."""
+        before, self._engine.locality = self._engine.locality, locality
+        try:
+            yield
         finally:
             self._engine.locality = before
 
