@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +70,17 @@ class Report:
         """Adds a row."""
         self.rows.append(Row(what, unit, ours, peer, limit))
 
+    def without_limits(self) -> Report:
+        """What others are shown: limits are targets of ours, and say nothing of the figures."""
+        return replace(self, rows=[replace(row, limit=None) for row in self.rows])
+
     # Any: JSON.
     def as_json(self) -> dict[str, Any]:
         """The report as an object; `read` is the way back."""
         rows = [{**asdict(row), "ratio": row.ratio, "missed": row.missed} for row in self.rows]
+        for row in rows:
+            if row["limit"] is None:
+                del row["limit"], row["missed"]
         return {
             "name": self.name,
             "title": self.title,
@@ -101,8 +108,10 @@ class Report:
 def read(text: str) -> Report:
     """A report from its JSON. Raises ValueError, KeyError or TypeError."""
     found: dict[str, Any] = json.loads(text)
-    names = ("what", "unit", "ours", "peer", "limit")
-    rows = [Row(**{name: row[name] for name in names}) for row in found["rows"]]
+    rows = [
+        Row(row["what"], row["unit"], row["ours"], row["peer"], row.get("limit"))
+        for row in found["rows"]
+    ]
     return Report(found["name"], found["title"], rows, found["notes"])
 
 
@@ -131,7 +140,8 @@ def machine() -> dict[str, str]:
     ]
     return {
         "processor": f"{len(os.sched_getaffinity(0))} x {models[0] if models else 'unknown'}",
-        "kernel": platform.release(),
+        # Without what its maker puts behind, which says nothing to others.
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
         "peer": _version_of("swtpm"),
     }

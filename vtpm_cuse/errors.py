@@ -34,7 +34,7 @@ class ResultError(VtpmError):
 
 
 class PtmError(ResultError):
-    """A PTM request cannot be fulfilled: ``result`` is what its requester is answered."""
+    """A PTM request, or a start, cannot be fulfilled: ``result`` is what a requester is answered."""
 
 
 class BlobError(ResultError):

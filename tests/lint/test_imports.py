@@ -90,7 +90,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "vtpm.attributes": ERRORS | {"wire", "vtpm"},
 }
 
-# For all others, engines and stores are what the two `base` modules say; compose makes them.
+# For all others, engines and stores are what the two `base` modules say: `service.compose` makes
+# engines, `storage.stores` stores.
 CONCRETE: Final = {
     "vtpm_cuse.engine.libtpms",
     "vtpm_cuse.storage.directory",
@@ -178,7 +179,7 @@ COMMON: Final = ERRORS | WORDS | LIFE | SERVED
 
 
 @each_module
-def test_only_compose_makes_engines_and_stores(path: Path) -> None:
+def test_engines_and_stores_are_made_in_their_rooms_alone(path: Path) -> None:
     if name_of(path).startswith(MAKE_THEM):
         return
     used = {module for module, _ in imports_of(path)} & CONCRETE

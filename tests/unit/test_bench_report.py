@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,23 @@ def test_summary_replaces_its_part_of_the_readme() -> None:
     with pytest.raises(ValueError, match="lacks"):
         bench_all.into_readme("nothing", part)
     assert bench_all.BEGIN in (ROOT / "README.md").read_text()
+
+
+def test_what_is_kept_says_nothing_of_limits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept, readme = tmp_path / "docs/benchmarks", tmp_path / "README.md"
+    readme.write_text(f"{bench_all.BEGIN}\n{bench_all.END}\n")
+    for name, value in (("ROOT", tmp_path), ("OUT", tmp_path / "out"), ("KEPT", kept)):
+        monkeypatch.setattr(bench_all, name, value)
+    monkeypatch.setattr(bench_all, "names", lambda: ["sockets"])
+    monkeypatch.setattr(bench_all, "run", lambda _: report())
+    monkeypatch.setattr(sys, "argv", ["all.py", "--keep"])
+    assert bench_all.main() == 0
+    assert "limit missed" in (tmp_path / "out/README.md").read_text()
+    for folder in (kept, ROOT / "docs/benchmarks"):
+        for name in ("README.md", "results.json"):
+            assert not re.search("limit|missed", (folder / name).read_text())
 
 
 def test_headlines_are_rows_of_the_kept_results() -> None:

@@ -19,6 +19,7 @@ from vtpm_cuse.errors import FrontendError
 log = logging.getLogger(__name__)
 
 _SECONDS: Final = 10.0
+"""The kernel's own test takes one or two; who waits for the start is not to wait for ever."""
 _SHOWN: Final = b"S"
 _MESSAGE_MAX: Final = 512
 

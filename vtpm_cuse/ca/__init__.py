@@ -1,1 +1,1 @@
-"""Making a TPM: its certificates, the local CA that issues them, the set-up sequences."""
+"""A TPM's certificates, and the local CA that issues them."""

@@ -1,7 +1,8 @@
 """DER, as much of it as a certificate needs. Source: ITU-T X.690.
 
 By hand, for `cryptography`'s builder signs nothing with SHA-1, as the certificates of a TPM 1.2
-are signed, and makes no PrintableString, as those of the C suite have.
+are signed, takes no serial number of 160 bits, and has no PrintableString for common names, as
+those of the C suite have.
 """
 
 from __future__ import annotations

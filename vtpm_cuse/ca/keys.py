@@ -105,7 +105,7 @@ def _spki(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> bytes:
 
 
 class PrivateKey:
-    """An RSA or ECDSA key in memory: a `Signer` of `manufacture.certificates`."""
+    """An RSA or ECDSA key in memory: a `Signer` of `ca.certificates`."""
 
     def __init__(self, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> None:
         self._key = key

@@ -4,7 +4,8 @@ Attribute names count in either case. A name of several attributes in one
 component (``CN=a+OU=b``), dotted identifiers and quotation marks are refused,
 as the C suite refuses them.
 
-By hand, for `cryptography` reads such texts, too, but makes UTF8Strings of all of them.
+By hand: `cryptography` knows neither `cn` nor `EMAIL`, refuses what is longer than X.520 has it,
+and makes UTF8Strings of common names and most others, where the C suite has PrintableStrings.
 """
 
 from __future__ import annotations

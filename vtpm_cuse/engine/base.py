@@ -1,4 +1,4 @@
-"""What the device layer asks of an engine, and what an engine asks of its surroundings."""
+"""What is asked of a TPM and of an engine, and what an engine asks of its surroundings."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _SONAME = "libtpms.so.0"
 _NOT_THERE = "No such file"
 _NOWHERE = 0x7FFFFFFF  # a number that no descriptor can have
+_INFO_FLAGS = 0x7FFFFFFF  # an int of C, for which a request has 64 bits
 _TPM_FAIL = 0x9
 _TPM_RETRY = 0x800
 
@@ -98,7 +99,7 @@ class LibtpmsEngine:
 
     def info(self, flags: int) -> str:
         """JSON text (TPMLIB_GetInfo); works stopped as well."""
-        text = self._lib.TPMLIB_GetInfo(flags)
+        text = self._lib.TPMLIB_GetInfo(flags & _INFO_FLAGS)
         if not text:
             raise EngineError("TPMLIB_GetInfo", _TPM_FAIL)
         try:

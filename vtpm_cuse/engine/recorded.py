@@ -21,9 +21,9 @@ _MICROSECOND: Final = 1000
 
 
 class RecordedTpm:
-    """Any TPM whose commands and responses are written down; a full disk does not stop it.
+    """An engine whose commands and responses are written down; a full disk does not stop it.
 
-    What else the TPM can do, it does itself: this stands before it where it goes on and off.
+    What else the engine can do, it does itself: this stands before it where it goes on and off.
 
     Raises:
         UsageError: The file cannot be opened.
@@ -36,7 +36,7 @@ class RecordedTpm:
         self._talk = self._new_talk()
         self._write(file_header())
 
-    # Any: whatever the TPM behind has.
+    # Any: whatever the engine behind has.
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._tpm, name)
 

@@ -1,4 +1,7 @@
-"""How a CUSE device comes to be: the answer to CUSE_INIT. Source: linux/fuse.h."""
+"""How a CUSE device comes to be: the answer to CUSE_INIT. Source: linux/fuse.h.
+
+By hand: pyfuse3 knows no CUSE.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Sans-IO, in restricted ioctl mode. Every open has a handle of its own, which all
 later requests of that client carry. A request that cannot be answered yet waits
 here, as the kernel sent it, and is tried again by `wake`; INTERRUPT takes it
 away, so no client ever hangs in a state that cannot be killed. Source: linux/fuse.h.
+
+By hand: pyfuse3 knows no CUSE, and hands on neither INTERRUPT, nor ioctl, nor a later O_NONBLOCK.
 """
 
 from __future__ import annotations

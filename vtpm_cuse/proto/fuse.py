@@ -3,6 +3,8 @@
 Requests on a device file are `DeviceSession`'s. The texts are made when they
 are read from their beginning; one that cannot be made yet waits as a read of the
 device does. Nothing in the folder can be changed. Source: linux/fuse.h.
+
+By hand, for the reasons that `proto.device` has.
 """
 
 from __future__ import annotations

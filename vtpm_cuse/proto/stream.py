@@ -10,10 +10,25 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from vtpm_cuse.wire.layout import BIG
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, SendCommandHeader
+from vtpm_cuse.wire.tpm import (
+    TPM_BUFFER_MAX,
+    TPM_HEADER_SIZE,
+    TPM_SEND_COMMAND,
+    SendCommandHeader,
+    TpmTag,
+)
 
-_SEND_COMMAND: Final = (8).to_bytes(4, "big")
-_TAGS: Final = tuple(tag.to_bytes(2, "big") for tag in (0x8001, 0x8002, 0x00C1, 0x00C2, 0x00C3))
+_SEND_COMMAND: Final = TPM_SEND_COMMAND.to_bytes(4, "big")
+_TAGS: Final = tuple(
+    tag.to_bytes(2, "big")
+    for tag in (
+        TpmTag.TPM_ST_NO_SESSIONS,
+        TpmTag.TPM_ST_SESSIONS,
+        TpmTag.TPM_TAG_RQU_COMMAND,
+        TpmTag.TPM_TAG_RQU_AUTH1_COMMAND,
+        TpmTag.TPM_TAG_RQU_AUTH2_COMMAND,
+    )
+)
 _BEGINNINGS: Final = (_SEND_COMMAND, *_TAGS)
 """What a command starts with, of either version."""
 

@@ -1,1 +1,1 @@
-"""Thin trio adapters between the device layer and the outside."""
+"""trio: what connects a vTPM with the device or the sockets that it is served on."""

@@ -91,7 +91,7 @@ class SocketServer:
         worker: Worker,
     ) -> None:
         self._nursery = nursery
-        self._channels = endpoints
+        self._endpoints = endpoints
         self._vtpm = ptm.vtpm
         self._ptm = ptm
         self._worker = worker
@@ -106,7 +106,7 @@ class SocketServer:
 
     def start(self) -> None:
         """Starts the tasks; they cancel the nursery at SHUTDOWN, or when the endpoints say so."""
-        endpoints = self._channels
+        endpoints = self._endpoints
         if endpoints.data_stream is not None:
             self._only = self._data(endpoints.data_stream, known=True)
         if endpoints.control_stream is not None:
@@ -120,7 +120,7 @@ class SocketServer:
         tasks may still wait for them. After PTM_SHUTDOWN there is nothing to be suspended.
         """
         await self._turn.acquire()
-        endpoints, now = self._channels, trio.current_time()
+        endpoints, now = self._endpoints, trio.current_time()
         listeners = endpoints.data_listener, endpoints.control_listener
         data, controls = (None if found is None else found.detach() for found in listeners)
         saved = SavedSockets(
@@ -139,7 +139,7 @@ class SocketServer:
 
         The endpoints that this server was made with say how it ends, and have no sockets but these.
         """
-        endpoints, now, prefix = self._channels, trio.current_time(), self._vtpm.tpm2
+        endpoints, now, prefix = self._endpoints, trio.current_time(), self._vtpm.tpm2
         if saved.data_listener is not None:
             endpoints.data_listener = adopted(saved.data_listener)
         if saved.control_listener is not None:
@@ -156,7 +156,7 @@ class SocketServer:
         self._start_tasks()
 
     def _start_tasks(self) -> None:
-        endpoints, start = self._channels, self._nursery.start_soon
+        endpoints, start = self._endpoints, self._nursery.start_soon
         if self._only is not None:
             start(self._serve_only_data, self._only)
         elif endpoints.data_listener is not None:
@@ -179,7 +179,7 @@ class SocketServer:
         self._nursery.cancel_scope.cancel()
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
-        endpoints = self._channels
+        endpoints = self._endpoints
         endpoints.regain_reserve()
         await trio.lowlevel.checkpoint()  # none behind: who is accepted is not forgotten
         while True:
@@ -216,7 +216,7 @@ class SocketServer:
                 await self._serve_data(self._accepted, listener)
             self._accepted = None
             log.debug("Data client disconnected")
-            if self._channels.terminate:
+            if self._endpoints.terminate:
                 self._end()
                 return
 
@@ -231,7 +231,7 @@ class SocketServer:
             await self._serve_data(data)
         log.debug("Data client disconnected")
         self._passed.remove(data)
-        if self._channels.terminate:
+        if self._endpoints.terminate:
             self._end()
 
     async def _serve_data(
@@ -248,7 +248,7 @@ class SocketServer:
     async def _converse(self, client: DataConnection, listener: socket.socket | None) -> None:
         vtpm, turn, stream, connection = self._vtpm, self._turn, client.stream, client.connection
         receive, send, process = connection.recv, connection.send, vtpm.process_known
-        plain = not (self._channels.disconnect or log.isEnabledFor(logging.DEBUG))
+        plain = not (self._endpoints.disconnect or log.isEnabledFor(logging.DEBUG))
         served = await self._answer_all(client, flush=False)  # what was there at a suspension
         if self._is_over(client, served):
             return
@@ -287,7 +287,7 @@ class SocketServer:
     def _is_over(self, client: DataConnection, served: bool) -> bool:
         if client.stream.broken:
             log.warning(_FOREIGN)
-        return client.stream.broken or (served and self._channels.disconnect)
+        return client.stream.broken or (served and self._endpoints.disconnect)
 
     async def _answer_all(self, client: DataConnection, *, flush: bool) -> bool:
         """Answers the commands that are there; returns whether there was one."""
@@ -364,7 +364,7 @@ class SocketServer:
             client.close_passed()
             self._controls.remove(client)
             self._places.leave(client.place)
-            if self._channels.control_terminate and not len(self._places):
+            if self._endpoints.control_terminate and not len(self._places):
                 self._end()
 
     async def _obey(self, client: ControlConnection) -> None:
@@ -423,7 +423,7 @@ class SocketServer:
         return control.answer(self._vtpm, self._ptm, request)
 
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
-        endpoints = self._channels
+        endpoints = self._endpoints
         # The end of the last one may be there without its task knowing it yet.
         in_use = not all(at_end(data.connection) for data in self._passed)
         if in_use or endpoints.data_listener or endpoints.data_stream:

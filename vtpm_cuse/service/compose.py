@@ -1,4 +1,4 @@
-"""From configuration to a vTPM: the one place that chooses engine and store."""
+"""From configuration to a vTPM: the one place that makes engines and gives a store its keys."""
 
 from __future__ import annotations
 

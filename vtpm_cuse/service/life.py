@@ -44,7 +44,7 @@ _MEMORY: Final = 32 << 20
 
 
 class Interface:
-    """One way to serve a vTPM; the methods are called once each, in the order they have here."""
+    """One way to serve a vTPM; `open` to `serve` are called once each, in the order they have here."""
 
     exits = Exits()
     give_up: Callable[[], None]

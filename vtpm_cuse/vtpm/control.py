@@ -1,6 +1,6 @@
 """What the control channel answers: PTM requests big-endian, with its own rules of length.
 
-The meaning of the requests is `device.ptm`'s; here is only what differs from
+The meaning of the requests is `vtpm.ptm`'s; here is only what differs from
 the ioctls: bodies of any length, and state blobs in one message.
 """
 

@@ -174,7 +174,7 @@ class PtmService:
         return PtmBufferSizeResponse(PtmResult.TPM_SUCCESS, *sizes)
 
     def _info(self, request: PtmInfoRequest) -> WireStruct:
-        text = self.vtpm.info(request.flags & 0x7FFFFFFF).encode() + b"\0"
+        text = self.vtpm.info(request.flags).encode() + b"\0"
         if request.offset >= len(text) - 1:
             raise PtmError(PtmResult.TPM_BAD_PARAMETER)
         part = text[request.offset : request.offset + PTM_INFO_SIZE]

@@ -1,7 +1,7 @@
 """The vTPM: engine, store, lifecycle and locality, one command at a time.
 
 Synchronous and free of trio: a frontend runs short calls inline and gives the
-long ones (`Vtpm.is_long`) to a `device.worker.Worker`. While one runs there,
+long ones (`Vtpm.is_long`) to a `serve.worker.Worker`. While one runs there,
 only `Vtpm.cancel` and what reads plain attributes may be called beside it.
 """
 
@@ -358,12 +358,12 @@ class Vtpm:
         """The response to a command of ours that only asks, in locality 0: no client notices it.
 
         Raises:
-            DeviceError: EBUSY while the state is handed out, and where the TPM would lose what
-                a client does in several commands.
-            VtpmError: The TPM is off, or fails.
+            DeviceError: EIO while the TPM is off; EBUSY while the state is handed out, and where
+                the TPM would lose what a client does in several commands.
+            VtpmError: The TPM fails.
         """
         if not self.running:
-            raise PtmError(PtmResult.TPM_BAD_ORDINAL, "the TPM is off")
+            raise DeviceError(errno.EIO)
         thread = not self.tpm2 and command_code(self._last_header) in _SHA1_THREAD
         # Any command may update a clock in the state, which may be another process' by now.
         if thread or self._hashing or self._custody.away:

@@ -10,7 +10,7 @@ CUSE_INIT_INFO_MAX: Final = 4096
 
 
 class FuseOpcode(IntEnum):
-    """Requests; a character device gets OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH and from 36 on."""
+    """Requests; of a device's OPEN, READ, WRITE, RELEASE, INTERRUPT, IOCTL and POLL are answered."""
 
     FUSE_LOOKUP = 1
     FUSE_FORGET = 2

@@ -7,6 +7,8 @@ below. Nothing is ever read at a fixed offset.
 
 Modules that declare structures do without ``from __future__ import
 annotations``: the field types are read here, at import.
+
+By hand: tpm2-pytss knows no TPM 1.2, and has to be compiled, with tpm2-tss there.
 """
 
 import struct

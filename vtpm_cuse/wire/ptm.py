@@ -92,7 +92,7 @@ class PtmBlobType(IntEnum):
 
 
 class PtmResult(IntEnum):
-    """Results the PTM layer itself gives; libtpms' codes pass through beside them."""
+    """Results that requests are answered with; libtpms' codes pass through beside them."""
 
     TPM_SUCCESS = 0
     TPM_BAD_PARAMETER = 0x3
@@ -101,13 +101,10 @@ class PtmResult(IntEnum):
     TPM_KEYNOTFOUND = 0xD
     TPM_SIZE = 0x17
     TPM_IOERROR = 0x1F
-    TPM_ENCRYPT_ERROR = 0x20
     TPM_DECRYPT_ERROR = 0x21
     TPM_BAD_KEY_PROPERTY = 0x28
     TPM_BAD_DATASIZE = 0x2B
-    TPM_BAD_MODE = 0x2C
     TPM_BAD_VERSION = 0x2E
-    TPM_BAD_TYPE = 0x34
     TPM_BAD_LOCALITY = 0x3D
     TPM_RC_FAILURE = 0x101
     TPM_RETRY = 0x800

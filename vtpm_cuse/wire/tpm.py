@@ -12,6 +12,8 @@ from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer, WireStruct, wire
 
 TPM_HEADER_SIZE: Final = 10
 TPM_BUFFER_MAX: Final = 4096
+TPM_SEND_COMMAND: Final = 8
+"""What `SendCommandHeader` begins with."""
 
 
 @wire()
@@ -40,8 +42,8 @@ class TpmTag(IntEnum):
 
     TPM_TAG_RQU_COMMAND = 0x00C1
     TPM_TAG_RQU_AUTH1_COMMAND = 0x00C2
+    TPM_TAG_RQU_AUTH2_COMMAND = 0x00C3
     TPM_TAG_RSP_COMMAND = 0x00C4
-    TPM_TAG_RSP_AUTH1_COMMAND = 0x00C5
     TPM_ST_NO_SESSIONS = 0x8001
     TPM_ST_SESSIONS = 0x8002
 

@@ -10,9 +10,6 @@ from vtpm_cuse.wire.layout import U32, WireStruct, wire
 VTPM_PROXY_FLAG_TPM2: Final = 1
 """The device is a TPM 2.0, otherwise a TPM 1.2."""
 
-VTPM_PROXY_BUFFER_SIZE: Final = 4096
-"""Bytes of the longest command and response."""
-
 
 @wire()
 class VtpmProxyNewDev(WireStruct):

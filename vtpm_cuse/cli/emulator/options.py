@@ -1,8 +1,8 @@
 """The one option table of the emulator's interfaces, whose programs take their rows from it.
 
-To add an option is to add a row here and to read it in `cli.settings`; a row
-with ``available=False`` names an option of the C suite that is not built yet:
-it is refused with a clear sentence and left out of the help.
+To add an option is to add a row here and to read it in `cli.emulator.settings`;
+a row with ``available=False`` names an option of the C suite that is not built
+yet: it is refused with a clear sentence and left out of the help.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ PEER: lists all of them always. We promise what the program can do today.
 """
 
 _BACKENDS: Final = ("dir", "file")
-"""The schemes that `storage.stores.open_store` knows."""
+"""Of the schemes that `storage.stores.open_store` knows, those that the C suite has, too."""
 
 
 _ASKING: Final = ("print-capabilities", "print-states", "print-profiles")

@@ -5,8 +5,8 @@ may be the next word too, if that is no option), shortened as long as they
 are unambiguous; letters alone or in clusters; operands anywhere; ``--`` ends
 the options. `Getopt` reports what it meets and neither prints nor decides.
 
-By hand, for getopt and argparse have other sentences than glibc, whose scripts know, and end at the
-first word that does not fit, after which some programs here go on.
+By hand, for scripts know glibc's sentences: getopt and argparse have others, and end at the first
+word that does not fit, after which some programs here go on.
 """
 
 from __future__ import annotations

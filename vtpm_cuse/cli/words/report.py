@@ -1,4 +1,4 @@
-"""What ``swtpm_setup`` says while it works: a log for scripts, one line for people."""
+"""What ``swtpm_setup`` and ``swtpm_localca`` say at work: a log for scripts, a line for people."""
 
 from __future__ import annotations
 

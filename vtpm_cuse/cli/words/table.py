@@ -26,7 +26,7 @@ class Kind(Enum):
 
 
 class InterfaceName(Enum):
-    """How the emulator serves a vTPM; its interfaces share a table, `cli.options`."""
+    """How the emulator serves a vTPM; its interfaces share a table, `cli.emulator.options`."""
 
     SOCKET = "socket"
     CHARDEV = "chardev"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILES_MAX: Final = 1024
+"""Descriptors: as programs usually have, whatever the caller had. Clients use up no more."""
 _SEARCHED_MAX: Final = 1 << 16
 _FILE: Final = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE
 _DIRECTORY: Final = _FILE | landlock.READ_DIR | landlock.MAKE_REG | landlock.REMOVE_FILE

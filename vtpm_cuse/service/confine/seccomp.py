@@ -4,7 +4,8 @@ Three kinds. Those that serving takes are allowed, with the arguments that it ta
 an intruder makes end the process. All others fail as on a kernel that does not know them, which
 libraries expect: a new version of one must not cost a TPM its life.
 
-By ctypes, for libseccomp's own Python module is no package that pip can install.
+By ctypes, for libseccomp's own Python module is no package that pip can install, and pyseccomp,
+which is one, was left in 2021.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Going to the background, with a parent that tells the truth.
 
 The fork comes before threads, event loop, libtpms and locks exist.
+
+By hand: python-daemon's parent ends at once, and tells nobody how the start went.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Readiness for service managers: the datagrams of sd_notify(3).
 
-By hand, for it is a dozen lines, and the library for it makes a socket for each message: a sandbox
-allows none, and below another root the path is somebody else's.
+By hand: sdnotify takes no descriptor, as is needed below another root, where the path is somebody
+else's. systemd-python has to be compiled, and makes a socket for each message: a sandbox allows
+none.
 """
 
 from __future__ import annotations

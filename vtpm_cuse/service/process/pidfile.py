@@ -1,4 +1,7 @@
-"""``--pid``: the process id as decimal digits, without a newline, as scripts expect it."""
+"""``--pid``: the process id as decimal digits, without a newline, as scripts expect it.
+
+By hand: python-daemon's is opened and written in one, with its writer's own id and a newline.
+"""
 
 from __future__ import annotations
 
