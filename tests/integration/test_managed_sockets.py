@@ -110,3 +110,18 @@ def test_a_tpm_1_2_has_none(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "give --tpm2" in done.stderr
     assert not (tmp_path / "m").exists()
+
+
+def test_a_state_that_was_handed_out_stays_away(tmp_path: Path) -> None:
+    """Nothing of the manager's brings the lock back, whatever it has in the TPM."""
+    words = (*s.RUNNING, "--migration", "release-lock-outgoing")
+    with Managed(tmp_path, *words) as server, server.client() as client:
+        opened(client, m.load_external(1))
+        with server.control() as control:
+            for kind in (s.PERMANENT, s.SAVESTATE):
+                control.get_blob(kind)
+            assert not s.is_locked(server.state)
+            assert control.get_blob(s.VOLATILE)[0] == 0
+            assert not s.is_locked(server.state)
+        assert code_of(client.command(get_random(8))) == 0  # takes it back
+        assert s.is_locked(server.state)

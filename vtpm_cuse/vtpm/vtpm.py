@@ -510,7 +510,8 @@ class Vtpm:
         store = self.need_store()
         state = self._state_type(kind, PtmResult.TPM_FAIL)
         if state is StateType.VOLATILE:
-            self.before_snapshot()
+            if not self._custody.away:  # else the TPM must do nothing
+                self.before_snapshot()
             payload = self._engine.volatile_state()
             # It is on its way to another TPM: no later start here may resume from a stored one.
             if not self._custody.away:  # else the directory may be another process' by now
