@@ -15,8 +15,9 @@ import trio
 
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
-from vtpm_cuse.serve.connections import DataConnection, hang_up
+from vtpm_cuse.serve.connections import DATA_READ_SIZE, DataConnection, hang_up
 from vtpm_cuse.vtpm.managed import OPENS_MAX, ManagedVtpm
+from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
     import socket
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
+_TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -91,11 +93,19 @@ class ManagedServer:
         log.debug("Managed client disconnected")
 
     async def _converse(self, client: DataConnection, place: Place, managed: Connection) -> None:
-        stream, served = client.stream, False
+        stream, connection, served = client.stream, client.connection, False
         while True:
-            # Who looks for more of one client lets all others wait.
-            data = await client.receive(linger=served and len(self._places) == 1)
-            place.heard = trio.current_time()
+            try:
+                data: bytes | None = connection.recv(DATA_READ_SIZE)
+            except BlockingIOError:
+                # Who looks for more of one client lets all others wait.
+                data = await client.receive(linger=served and len(self._places) == 1)
+                place.heard = trio.current_time()
+            if data and stream.empty and self._is_quick(data):
+                # The general way below, shortened for the usual command.
+                await self._send_now(client, self._managed.process(managed, data))
+                served = place.known = True
+                continue
             if data:
                 stream.feed(data)
             while (request := client.take_request(flush=not data)) is not None:
@@ -108,10 +118,33 @@ class ManagedServer:
             if stream.broken or data == b"":
                 return
 
-    async def _process(self, managed: Connection, request: Request) -> bytes:
+    def _is_quick(self, data: bytes) -> bool:
+        """Whether it is one whole command that can be given to the TPM at once."""
+        return (
+            data[:1] == _TAGS_BEGIN
+            and len(data) >= TPM_HEADER_SIZE
+            and command_size(data) == len(data)
+            and not self._turn.locked()
+            and not self._vtpm.is_long(data)
+        )
+
+    async def _send_now(self, client: DataConnection, response: bytes) -> None:
+        try:
+            sent = client.connection.send(response)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(response):
+            await client.send(response[sent:])
+        await self._count()
+
+    async def _count(self) -> None:
+        """Passes a checkpoint now and then, so that others get their turn."""
         self._served += 1
         if self._served % _CHECKPOINT_EVERY == 0:
             await trio.lowlevel.checkpoint()
+
+    async def _process(self, managed: Connection, request: Request) -> bytes:
+        await self._count()
         if self._turn.locked():
             async with self._turn:
                 pass
