@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography import x509
 
-from tests.support.files import umask
+from tests.support.files import open_files, umask
 from tests.support.programs import module_of
 from tests.support.setups import OURS, PEER_SWTPM, Word, Workshop, make_workshop
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
@@ -198,10 +198,7 @@ def test_a_signal_ends_a_wait_for_the_cas_lock(workshop: Workshop) -> None:
             env=workshop.environment,
         )
         wait_until(
-            lambda: any(
-                os.path.realpath(entry) == str(lock)
-                for entry in Path(f"/proc/{process.pid}/fd").iterdir()
-            ),
+            lambda: str(lock) in open_files(process.pid).values(),
             "it waits for the lock",
             process=process,
         )

@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ from tests.support.commands import (
     pcr_value,
     tpm2,
 )
-from tests.support.files import tmpfs
+from tests.support.files import open_files, tmpfs
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
@@ -264,10 +264,7 @@ def fill(folder: Path) -> Path:
 
 def nothing_to_free(server: Server, folder: Path) -> bool:
     """Whether the server holds no file there that has lost its name."""
-    held = []
-    for fd in Path(f"/proc/{server.pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            held.append(os.readlink(fd))
+    held = open_files(server.pid).values()
     return not any(path.startswith(f"{folder}/") and "(deleted)" in path for path in held)
 
 

@@ -26,6 +26,7 @@ from tests.qemu.facts import check, extend, look, prepare
 from tests.qemu.fleet import BOOT_SECONDS, CRB2, TIS1
 from tests.qemu.guest import Shell
 from tests.qemu.machine import OURS, PATIENCE_SECONDS, QEMU, Emulator
+from tests.support.files import open_files
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -262,8 +263,7 @@ def test_start_and_end_as_libvirt_does(tpm2: bool, tmp_path: Path) -> None:
         subprocess.run([*ioctl, "-i"], check=True)
         (state,) = emulator.state.glob("*permall")
         assert state.stat().st_mode & 0o777 == 0o600
-        open_files = Path(f"/proc/{emulator.process.pid}/fd").iterdir()
-        assert str(tmp_path / "pid") in [os.readlink(entry) for entry in open_files]
+        assert str(tmp_path / "pid") in open_files(emulator.process.pid).values()
         subprocess.run([*ioctl, "-s"], check=True)
         assert emulator.wait() == 0
         assert not emulator.control.exists()

@@ -52,8 +52,14 @@ def descriptors_closed() -> Iterator[None]:
 
 def open_descriptors() -> set[str]:
     """The descriptors of this process, by what they are."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.add(f"{fd}:{os.readlink(f'/proc/self/fd/{fd}')}")
+    found = {f"{fd}:{what}" for fd, what in open_files(os.getpid()).items()}
     return {entry for entry in found if "/proc/" not in entry}
+
+
+def open_files(pid: int) -> dict[int, str]:
+    """What a process has open, which may change meanwhile."""
+    found = {}
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            found[int(fd)] = os.readlink(f"/proc/{pid}/fd/{fd}")
+    return found
