@@ -40,8 +40,8 @@ PROGRAM: Final = Program(
         ),
         Example(
             "A TPM 2.0 for many programs at once, each of which has one of its own",
-            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --daemon --flags startup-clear \\\n"
-            "    --managed type=unixio,path=$HOME/tpm.managed",
+            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --daemon \\\n"
+            "    --flags startup-clear --managed type=unixio,path=$HOME/tpm.managed",
         ),
         Example(
             "A TPM 2.0 for programs that take a TCP port alone, as older tpm2-tools",
