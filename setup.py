@@ -10,11 +10,12 @@ from distutils.command.build_scripts import build_scripts  # isort: skip  setupt
 # An installer would start Python without -I, and then what the caller's environment says of Python
 # (PYTHONHOME, PYTHONPATH) counts before any code of ours runs. So the file is a shell script first,
 # about a millisecond long, and the same file to Python, whose string ends where the shell has gone.
+# What the shell runs is the system's (command -p), whatever the caller's PATH says.
 PROGRAM: Final = """\
 #!/bin/sh
 ''':'
 folder=${{0%/*}}
-[ -e "$folder/{marker}" ] || folder=$(dirname "$(readlink -f "$0")")
+[ -e "$folder/{marker}" ] || folder=$(command -p dirname "$(command -p readlink -f "$0")")
 IFS= read -r python <"$folder/{marker}" || exit 127
 case $python in */sh) python="#!$folder/python3" ;; esac # some installers' way around a long path
 alone=-I

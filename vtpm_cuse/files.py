@@ -101,7 +101,7 @@ def write_output(
             written in place, as far as that came.
     """
     if streams and (fd := _own_descriptor(path)) is not None:
-        _write_all(fd, data)
+        write_all(fd, data)
         return
     folder, name = os.path.split(path)
     if not name:
@@ -165,6 +165,15 @@ def open_to_write(
         os.fchmod(fd, mode)
     os.set_blocking(fd, True)
     return fd
+
+
+def write_all(fd: int, data: bytes, offset: int | None = None) -> None:
+    """Writes where *fd* is, or from *offset* on, until nothing is left. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        done = os.write(fd, rest) if offset is None else os.pwrite(fd, rest, offset)
+        rest = rest[done:]
+        offset = None if offset is None else offset + done
 
 
 def flush_folder(fd: int) -> None:
@@ -360,7 +369,7 @@ def _replace(
     fd = os.open(aside, flags, 0o600, dir_fd=folder_fd)
     try:
         with _opened(fd):
-            _write_all(fd, data)
+            write_all(fd, data)
             made = os.fstat(fd)
             if owner is not None and (made.st_uid, made.st_gid) != owner:
                 os.fchown(fd, *owner)
@@ -389,7 +398,7 @@ def _write_in_place(folder_fd: int, name: str, data: bytes, found: os.stat_resul
     with _opened(os.open(name, flags, dir_fd=folder_fd)) as fd:
         if not os.path.samestat(os.fstat(fd), found):
             raise OSError(errno.EBUSY, "it was replaced meanwhile", name)
-        _write_all(fd, data)
+        write_all(fd, data)
         os.ftruncate(fd, len(data))
         os.fsync(fd)
 
@@ -404,13 +413,7 @@ def _write_stream(folder_fd: int, name: str, path: str, data: bytes) -> None:
         raise OSError(errno.ENXIO, "it is a pipe that nobody reads", path) from None
     _keep_if(fd, path, _STREAMS, fifos=True)
     with _opened(fd):
-        _write_all(fd, data)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+        write_all(fd, data)
 
 
 def _is_terminal_or_memory(fd: int, found: os.stat_result) -> bool:

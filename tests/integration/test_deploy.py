@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,22 @@ def test_a_whole_deployment_under_another_umask(tmp_path: Path, umask: int) -> N
     sources = [path for path in venv.rglob("*.py") if path.parent.name != "bin"]
     compiled = {path.name.split(".")[0] for path in venv.rglob("*.pyc")}
     assert {path.stem.split(".")[0] for path in sources} <= compiled
+
+
+def test_no_program_of_the_current_folder_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root, who has an empty part in PATH and perhaps does not know."""
+    (tmp_path / "systemctl").write_text("#!/bin/sh\n: >ran\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    placing = runpy.run_path(str(ROOT / "deploy/place"))
+    for part in ("", ".", "x/.."):
+        monkeypatch.setenv("PATH", f"{part}:/none")
+        placing["call"]("systemctl", "daemon-reload")
+        with pytest.raises(placing["DeployError"], match="systemctl is missing"):
+            placing["active_units"]()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_folder_that_others_can_change(system: Path, venv: Path) -> None:

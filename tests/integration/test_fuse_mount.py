@@ -384,15 +384,34 @@ def test_a_runtime_folder_that_is_not_ours(folder: str, said: str, tmp_path: Pat
     assert not list((tmp_path / "victim").iterdir())
 
 
+SAYS_MISSING = "fuse: fusermount3 not found; install the package fuse3"
+PROGRAM = ("-c", "import sys; from vtpm_cuse.cli.swtpm import main; sys.exit(main())", "fuse")
+
+
 def test_without_fusermount3(make: Callable[..., Server], tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    words = ("-c", "import sys; from vtpm_cuse.cli.swtpm import main; sys.exit(main())", "fuse")
     server = make("vtpm0")
     done = run(
-        sys.executable, *words, *server.arguments, status=1, env={"PATH": str(tmp_path / "bin")}
+        sys.executable, *PROGRAM, *server.arguments, status=1, env={"PATH": str(tmp_path / "bin")}
     )
-    assert "fuse: fusermount3 not found; install the package fuse3" in done.stderr + server.said
+    assert SAYS_MISSING in done.stderr + server.said
     assert not server.device.parent.exists()
+
+
+@pytest.mark.parametrize("part", ["", ".", "here/.."], ids=["empty", "dot", "relative"])
+def test_fusermount3_of_the_current_folder_is_not_run(
+    make: Callable[..., Server], tmp_path: Path, part: str
+) -> None:
+    """Who may write to a folder does not choose what somebody runs who happens to be there."""
+    (tmp_path / "here").mkdir()
+    planted = tmp_path / "fusermount3"
+    planted.write_text(f"#!/bin/sh\n: >{tmp_path}/ran\nexit 1\n")
+    planted.chmod(0o755)
+    server = make("vtpm0")
+    words = (sys.executable, *PROGRAM, *server.arguments, "--foreground")
+    done = run(*words, status=1, env={"PATH": f"{part}:/none"}, cwd=tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert SAYS_MISSING in done.stderr + server.said
 
 
 # -- what lies beside the TPM ---------------------------------------------------------------

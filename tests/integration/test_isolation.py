@@ -167,6 +167,19 @@ def test_a_tpm_serves_under_all_of_them(program: Words, foreign: Path) -> None:
     assert not (foreign.parent / "ran").exists()
 
 
+def test_no_program_of_the_current_folder_is_run(program: Words, foreign: Path) -> None:
+    """As an empty part of PATH says, of which a user may not know."""
+    for name in ("readlink", "dirname"):
+        (foreign / name).write_text(f"#!/bin/sh\n: >{foreign.parent}/ran\n")
+        (foreign / name).chmod(0o755)
+    env = {**variables(foreign), "PATH": f":{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*program, "--version"], cwd=foreign, env=env, capture_output=True, check=False
+    )
+    assert not (foreign.parent / "ran").exists()
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_programs_see_their_words_as_they_are(wheel: Path, tmp_path: Path) -> None:
     """The line is not read by a shell once more; nor are standard files that are closed filled."""
     words = ["a b", "$HOME", "`id`", "", "*", "\\", "'\""]

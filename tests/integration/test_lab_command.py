@@ -174,6 +174,16 @@ def test_missing_program_is_named_with_its_package() -> None:
     )
 
 
+def test_a_program_of_the_current_folder_counts_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "qemu-system-x86_64").write_text("#!/bin/sh\n")
+    (tmp_path / "qemu-system-x86_64").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    done = lab("--", "true", PATH=":.", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (done.returncode, done.stderr[:37]) == (125, "lab: qemu-system-x86_64 is missing: s")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["--timeout", "0", "true"], ["--env", "1=2", "true"], ["--nosuch", "true"]]
 )

@@ -19,14 +19,12 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import StartupConfig, StateConfig, VtpmConfig
 from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import ResultError
-from vtpm_cuse.service.compose import make_vtpm, power_on
-from vtpm_cuse.storage.memory import MemoryStore
+from vtpm_cuse.service.compose import make_vtpm, make_vtpm_in_memory, power_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from vtpm_cuse.storage.base import StateStore
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
 INDEX: Final = tpm.NV_INDEX
@@ -207,11 +205,10 @@ def test_linear_file_with_a_volatile_state_only(tmp_path: Path) -> None:
 
 
 def test_memory_with_a_volatile_state_only() -> None:
-    blobs: StateStore = MemoryStore()
-    blobs.store(VOLATILE, b"of another")
-    vtpm = make_vtpm(VtpmConfig(tpm2=True), blobs)
+    blobs = {VOLATILE: b"of another"}
+    vtpm, _ = make_vtpm_in_memory(VtpmConfig(tpm2=True), blobs)
     assert "no other TPM begins" in refusal(vtpm, vtpm.start)
-    assert list(blobs.sizes()) == [VOLATILE]
+    assert list(blobs) == [VOLATILE]
 
 
 # -- the programs ---------------------------------------------------------------------------

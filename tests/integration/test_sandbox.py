@@ -215,6 +215,56 @@ def test_no_state_is_touched_outside_the_sandbox_on_a_device(tmp_path: Path) -> 
     assert found == {"libtpms: in the sandbox", "state: in the sandbox"}
 
 
+_LIMIT_AT_THE_FILTER = r"""
+import os, resource, sys
+from vtpm_cuse.service.confine.seccomp import Filter
+
+load = Filter.load
+def told(self):
+    os.write(2, b"threads to come: %d\n" % resource.getrlimit(resource.RLIMIT_NPROC)[0])
+    load(self)
+Filter.load = told
+"""
+
+
+@pytest.mark.parametrize("how", ["serves", "prints", "reconfigures"])
+def test_no_thread_is_to_come_when_the_filter_does(how: str, tmp_path: Path) -> None:
+    """In each process that has libtpms in its sandbox, the filter is the last of it."""
+    state = tmp_path / "state"
+    state.mkdir()
+    control = f"type=unixio,path={tmp_path / 'ctrl'}"
+    words = ["socket", "--tpm2", "--tpmstate", f"dir={state}"]
+    program = "cli.swtpm"
+    if how == "serves":
+        # Where its state is damaged, it ends by itself.
+        (state / "tpm2-00.permall").write_bytes(b"nothing")
+        words += ["--ctrl", control, *s.NOT_NEED_INIT]
+    elif how == "prints":
+        words += ["--print-info", "1"]
+    else:
+        made = subprocess.run(
+            [*s.OURS, *words, "--print-info", "1"],
+            check=False,
+            capture_output=True,
+            env=s.environment(),
+        )
+        assert made.returncode == 0
+        program = "cli.setup.swtpm_setup"
+        words = ["--tpm2", "--tpm-state", str(state), "--reconfigure", "--pcr-banks", "sha384"]
+    code = f"{_LIMIT_AT_THE_FILTER}\nfrom vtpm_cuse.{program} import main\nsys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        env=s.environment(),
+    )
+    assert done.returncode == (1 if how == "serves" else 0), done.stderr
+    assert "threads to come: 0\n" in done.stderr
+
+
 @contextlib.contextmanager
 def redirected_errors(file: IO[str]) -> Iterator[None]:
     """What is started within writes its errors there."""

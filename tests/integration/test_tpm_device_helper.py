@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_says_what_is_wrong(words: tuple[str | Path, ...], status: int, said: st
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith(said)
     assert "Traceback" not in done.stderr
+
+
+def test_a_program_of_the_current_folder_is_not_run_for_its_name(tmp_path: Path) -> None:
+    (tmp_path / "maker").write_text("#!/bin/sh\n: >ran\n")
+    (tmp_path / "maker").chmod(0o755)
+    words: list[str | Path] = [HELPER, "--", "maker"]
+    env = {**os.environ, "PATH": ":.:/none"}
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path, env=env
+    )
+    assert not (tmp_path / "ran").exists()
+    said = "tpm-device: maker: No such file or directory\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_device_that_is_named_but_never_comes() -> None:

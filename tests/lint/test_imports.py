@@ -30,6 +30,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "wire": frozenset({"errors"}),
     "faults": frozenset({"errors", "wire"}),
     "files": frozenset(),
+    "programs": frozenset(),
     "storage.locations": frozenset(),
     "config": frozenset({"storage.locations"}),
     # messages, state, TPMs
@@ -42,9 +43,9 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "vtpm": ERRORS | {"wire", "proto", "engine.base", "resmgr", "storage.base", "storage.sealed"},
     "resmgr": frozenset({"errors", "wire", "engine.base"}),
     # from outside, and to the outside
-    "containers": frozenset({"errors"}),
+    "containers": frozenset({"errors", "programs"}),
     "acquire": frozenset(
-        {"acquire.keeper", "config", "containers", "errors", "files", "proto", "wire"}
+        {"acquire.keeper", "config", "containers", "errors", "files", "programs", "proto", "wire"}
     ),
     "acquire.keeper": frozenset({"files"}),
     "client": frozenset({"errors", "wire"}),
@@ -56,19 +57,21 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
-    | {"storage.base", "storage.sealed", "vtpm", "wire"},
+    | {"storage.sealed", "vtpm", "wire"},
     "service.life": LIFE | {"files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
     "service.cuse": SERVED | {"proto"},
     "service.fuse": SERVED | {"client", "proto", "vtpm.attributes"},
     "service.socket": SERVED,
     "service.chardev": SERVED | {"service.socket"},
-    "service.doctor": frozenset({"errors", "service.compose", "service.confine", "service.flaws"}),
+    "service.doctor": frozenset(
+        {"errors", "programs", "service.compose", "service.confine", "service.flaws"}
+    ),
     "service.flaws": frozenset(
         {"engine.base", "service.compose", "service.confine", "service.doctor", "wire"}
     ),
     "manufacture": ERRORS
-    | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "service.compose"}
-    | {"service.confine", "service.process"}
+    | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "programs"}
+    | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
@@ -81,7 +84,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
     "cli.setup": WORDS
-    | {"config", "files", "manufacture", "service.confine", "service.process"}
+    | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},
     "cli.emulator": WORDS
     | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}

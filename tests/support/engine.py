@@ -71,9 +71,6 @@ class FakeEngine:
     def set_debug(self, fd: int, level: int, prefix: str) -> None:
         self._called("set_debug")
 
-    def close(self) -> None:
-        self._called("close")
-
     def hold(self) -> None:
         """The next command does not end before `release` or `cancel`; `entered` says it runs."""
         self._may_go_on.clear()

@@ -32,7 +32,7 @@ def started_engine() -> Iterator[LibtpmsEngine]:
         assert code_of(engine.process(startup_command(TpmSu.TPM_SU_CLEAR, tpm2=True))) == 0
         yield engine
     finally:
-        engine.close()
+        engine.stop()
 
 
 @contextmanager

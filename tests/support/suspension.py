@@ -50,15 +50,14 @@ class Host:
         self.vtpm.buffer_size(4096)
 
     def _make(self) -> Vtpm:
-        self._engine = LibtpmsEngine(tpm2=self._tpm2, nvram=self._sealed)
-        return Vtpm(self._engine, self._sealed, self._options)
+        engine = LibtpmsEngine(tpm2=self._tpm2, nvram=self._sealed)
+        return Vtpm(engine, self._sealed, self._options)
 
     def renew(self) -> None:
         """Nothing is left of the old one but what is stored, and what was saved."""
         established = self.vtpm.running and self.vtpm.established()
         saved = self.vtpm.suspend()
         before = dict(self.store.blobs), self.store.locked
-        self._engine.close()
         if saved.running:  # else the bit would be lost, as in another process
             self._between(established=not established)
         self.vtpm = self._make()
@@ -78,12 +77,11 @@ class Host:
             other.hash_end()
         else:
             other.reset_established()
-        other.close()
+        other.stop()
 
     def close(self) -> None:
         """So that another one can be."""
         self.vtpm.close()
-        self._engine.close()
 
     def seen(self) -> tuple[object, ...]:
         """What else somebody might notice; blobs by their names, for they hold random numbers."""

@@ -35,7 +35,7 @@ def use():
     assert [run(engine, command) for command in nv_commands(tpm2=engine.tpm2)] == [0, 0, 0]
     engine.locality = 3
     assert run(engine, nv_commands(tpm2=engine.tpm2)[2]) == 0
-    engine.close()
+    engine.stop()
 
 
 def run_shellcode(rights):

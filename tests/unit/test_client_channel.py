@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Never, Self
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtpm_cuse.client import channel
+from vtpm_cuse.client import channel, commands, connect
 from vtpm_cuse.errors import AnswerError, FrontendError, VtpmError
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmStateFlag
 
@@ -123,7 +124,7 @@ def test_a_server_that_hangs_up(tmp_path: Path) -> None:
 
 
 def test_a_server_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "_PATIENCE_SECONDS", 1)
+    monkeypatch.setattr(connect, "PATIENCE_SECONDS", 1)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen(0)
@@ -148,6 +149,58 @@ def test_tcp() -> None:
         channel.tcp_channel("127.0.0.1", port)
     with pytest.raises(FrontendError, match="getaddrinfo failed on host 'no such host': "):
         channel.tcp_channel("no such host", 1)
+
+
+def test_an_address_at_which_nobody_is_is_not_the_last_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a machine without IPv6, whose localhost has such an address all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        wanted = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        for other in (
+            (9999, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 1)),
+        ):
+            monkeypatch.setattr(
+                socket, "getaddrinfo", lambda *_a, other=other, **_b: [other, wanted]
+            )
+            with connect.connect_tcp("localhost", port), listener.accept()[0]:
+                pass
+
+
+@pytest.mark.parametrize(
+    ("error", "by_channel", "by_command"),
+    [
+        (
+            BlockingIOError(errno.EINPROGRESS, "Operation now in progress"),
+            "Could not connect to host 'h' on port '1' using TCP socket: Operation now in progress",
+            "Could not connect using TCP socket.; timed out",
+        ),
+        (
+            ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+            "Could not connect to host 'h' on port '1' using TCP socket: Connection refused",
+            "Could not connect using TCP socket.; Connection refused",
+        ),
+    ],
+    ids=["late", "nobody"],
+)
+def test_each_program_has_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, by_channel: str, by_command: str
+) -> None:
+    """Those of the C suite's programs, which scripts may know."""
+
+    def fail(_host: str, _port: int) -> Never:
+        raise error
+
+    monkeypatch.setattr(channel, "connect_tcp", fail)
+    monkeypatch.setattr(commands, "connect_tcp", fail)
+    with pytest.raises(FrontendError) as caught:
+        channel.tcp_channel("h", 1)
+    assert str(caught.value) == by_channel
+    with pytest.raises(FrontendError) as caught:
+        commands.send_command(commands.TpmTcp("h", 1), b"", 1)
+    assert str(caught.value) == by_command
 
 
 @given(st.binary(max_size=40))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vtpm_cuse import files
 from vtpm_cuse.errors import StorageError
-from vtpm_cuse.storage import directory, disposal
+from vtpm_cuse.storage import disposal
 from vtpm_cuse.storage.directory import DirectoryStore
 from vtpm_cuse.wire.blob import BlobFlag, with_header
 
@@ -114,7 +115,7 @@ def test_a_full_disk_gets_their_room_first(
 
     for blob in BLOBS[1:4]:
         store.store("permall", blob)
-    monkeypatch.setattr(directory, "os", SimpleNamespace(**{**vars(os), "write": write}))
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "write": write}))
     store.store("permall", BLOBS[5])
     assert store.load("permall") == BLOBS[5]
 
@@ -125,7 +126,7 @@ def test_a_disk_that_stays_full_is_an_error(
     def write(*_: Any) -> int:  # noqa: ANN401
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(directory, "os", SimpleNamespace(**{**vars(os), "write": write}))
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "write": write}))
     with pytest.raises(StorageError, match="quota"):
         store.store("permall", BLOBS[1])
     monkeypatch.undo()

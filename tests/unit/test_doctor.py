@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gzip
 import json
 import os
+import pwd
 import signal
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import pytest
 
@@ -16,6 +19,7 @@ from vtpm_cuse.engine import libtpms
 from vtpm_cuse.errors import EngineUnavailable
 from vtpm_cuse.service import doctor as machine
 from vtpm_cuse.service import flaws
+from vtpm_cuse.service.confine import landlock
 from vtpm_cuse.service.doctor import Diagnosis, Finding, Machine, State, diagnose
 from vtpm_cuse.storage.memory import MemoryStore
 
@@ -180,6 +184,78 @@ def test_a_cache_that_cannot_be_looked_into(
     assert finding(diagnose(made_up), "lab").state is State.MISSING
 
 
+# -- an odd machine: each thing is looked at, whatever the others say ----------------------------
+
+
+@pytest.mark.parametrize("reason", list(landlock._MISSING.values()))
+def test_without_landlock_it_says_why(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def missing() -> int:
+        raise landlock.LandlockMissing(reason)
+
+    monkeypatch.setattr(landlock, "version", missing)
+    found = finding(diagnose(made_up), "landlock")
+    assert found.state is State.MISSING
+    assert found.detail == f"{reason}; nothing keeps the TPM off other files"
+    assert works(diagnose(made_up)) == {"socket"}
+
+
+def test_without_landlock_the_program_says_so_and_ends_well(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the system call as it fails on a kernel that has none."""
+
+    def fail(*_: object) -> int:
+        ctypes.set_errno(errno.ENOSYS)
+        return -1
+
+    monkeypatch.setattr(landlock, "_call", fail)
+    monkeypatch.setattr(machine, "Machine", lambda: made_up)
+    assert swtpm_doctor.main([], "swtpm doctor") == 0
+    assert "- landlock             this kernel has none; nothing" in capsys.readouterr().out
+
+
+def test_no_process_can_be_started(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at a limit of processes: then no flaw is tried."""
+
+    def fail() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(flaws, "FLAWS", (FLAW._replace(tried=falls),))
+    monkeypatch.setattr(os, "fork", fail)
+    [(_, found, detail)] = flaw_findings(made_up)
+    assert found == "flawed"
+    assert detail.startswith("perhaps in this libtpms (its version;")
+
+
+def test_a_device_that_goes_away_while_it_is_looked_at(tmp_path: Path) -> None:
+    class Fleeting(MadeUp):
+        def there(self, path: str) -> bool:
+            return path == "/dev/cuse" or super().there(path)
+
+    found = finding(diagnose(Fleeting(tmp_path)), "/dev/cuse")
+    assert found.state is State.MISSING
+
+
+def test_a_machine_without_proc_and_sys(tmp_path: Path) -> None:
+    diagnosis = diagnose(MadeUp(tmp_path))
+    assert finding(diagnosis, "CAP_SYS_ADMIN").state is State.DENIED
+    assert works(diagnosis) == {"socket"}
+
+
+def test_a_user_whom_nobody_knows_and_without_a_home(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_uid: int) -> Never:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert finding(diagnose(made_up), "lab").state is State.MISSING
+
+
 def test_fuse_needs_its_program(made_up: MadeUp) -> None:
     made_up.put("/dev/fuse")
     assert finding(diagnose(made_up), "fusermount3").command == "sudo apt-get install fuse3"
@@ -281,6 +357,8 @@ def test_a_flaw_that_the_distribution_mended(
     assert flaw_findings(made_up) == [
         ("known flaws", "ok", "mended in this libtpms: CVE-1 (its package's changelog)")
     ]
-    for other in (gzip.compress((CHANGELOG % (0, 1, 2)).encode()), b"damaged"):
+    torn = bytearray(log.read_bytes())
+    torn[10] = 0xFF  # where the first block begins: of no kind that there is
+    for other in (gzip.compress((CHANGELOG % (0, 1, 2)).encode()), b"damaged", bytes(torn)):
         log.write_bytes(other)
         assert flaw_findings(made_up)[0][:2] == ("CVE-1", "flawed")

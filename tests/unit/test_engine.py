@@ -49,7 +49,7 @@ def test_start_makes_a_tpm_once(tpm2: bool) -> None:
     made = store.blobs["permall"]
     engine.start()
     assert store.blobs["permall"] == made
-    engine.close()
+    engine.stop()
     assert not is_running(engine)
 
 
@@ -72,7 +72,7 @@ def test_reset_wants_startup_again(tpm2: bool) -> None:
 def test_both_versions_in_turn() -> None:
     for tpm2 in (True, False, True):
         engine = started(tpm2=tpm2)
-        engine.close()
+        engine.stop()
 
 
 @BOTH
@@ -243,7 +243,7 @@ def test_idle_cancellation_has_no_effect() -> None:
     engine = started()
     assert engine.cancel() == 0
     assert run(engine, tpm.create_primary_rsa()) == 0
-    engine.close()
+    engine.stop()
     assert started(tpm2=False).cancel() == 9
 
 
@@ -304,7 +304,7 @@ def test_failing_load_never_makes_a_tpm(tpm2: bool) -> None:
     store = FailingStore()
     engine = make(tpm2=tpm2, store=store)
     engine.start()
-    engine.close()
+    engine.stop()
     before = dict(store.blobs)
     for fault in (
         StorageError("permall", "disk on fire"),
@@ -321,7 +321,7 @@ def test_failing_load_never_makes_a_tpm(tpm2: bool) -> None:
         store.faults.clear()
         engine.start()
         assert store.blobs == before
-        engine.close()
+        engine.stop()
 
 
 @BOTH

@@ -36,7 +36,7 @@ def test_permanent_state_is_kept(tpm2: bool) -> None:
     define, write, read = nv_commands(tpm2=tpm2)
     assert run(engine, define) == 0
     assert run(engine, write) == 0
-    engine.close()
+    engine.stop()
     engine = started(tpm2=tpm2, store=store)
     assert engine.process(read)[-20:].find(b"persists") >= 0
 
@@ -76,7 +76,7 @@ def test_state_moves_to_another_tpm(tpm2: bool) -> None:
     expected = engine.process(read)
     volatile = engine.volatile_state()
     permanent = SealedStore(store).load("permall")
-    engine.close()
+    engine.stop()
 
     store = FailingStore()
     engine = started(tpm2=tpm2, store=store)
@@ -247,4 +247,4 @@ def test_damaged_volatile_state(tmp_path_factory: pytest.TempPathFactory) -> Non
         else:
             with pytest.raises(StateDamaged):
                 engine.start()
-        engine.close()
+        engine.stop()

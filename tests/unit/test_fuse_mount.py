@@ -1,4 +1,4 @@
-"""What makes a mount impossible before fusermount3 is asked."""
+"""What makes a mount impossible before fusermount3 is asked, and a mount of somebody else's."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import builtins
 import fcntl
 import io
 import os
-from typing import TYPE_CHECKING
+import socket
+import struct
+import subprocess
+from typing import TYPE_CHECKING, Final, Never
 
 import pytest
+import trio
 
+from tests.support.kernel import FakeKernel
 from vtpm_cuse.acquire import mount as fuse
 from vtpm_cuse.acquire.mount import FuseMount
 from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+INIT: Final = 26
 
 
 def said_by(mount: FuseMount) -> str:
@@ -107,3 +114,33 @@ def test_names_with_blanks_are_found_in_the_table(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "open", lambda *_args, **_more: io.StringIO(line))
     assert fuse._mounted_on("/a b\\c") == "0:55"
     assert fuse._mounted_on("/a") is None
+
+
+# -- a mount that somebody else has made ----------------------------------------------------------
+
+
+def test_an_adopted_mount_is_served_and_left_to_its_maker(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It has the first request answered, and nothing is locked, removed or started for it."""
+
+    def start_nothing(*_: object, **_more: object) -> Never:
+        raise AssertionError("a program")
+
+    monkeypatch.setattr(subprocess, "run", start_nothing)
+    kernel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with kernel:
+        mount = FuseMount.adopt(str(tmp_path), theirs.detach())
+        assert not os.get_blocking(mount.fd)
+        kernel.send(FakeKernel.message(INIT, 2, struct.pack("=IIII", 7, 38, 4096, 8) + bytes(48)))
+        trio.run(mount.answer_init)
+        reply = kernel.recv(4096)
+        assert struct.unpack_from("=IiQ", reply) == (len(reply), 0, 2)
+        assert struct.unpack_from("=II", reply, 16) == (7, 38)
+        fcntl.flock(folder := os.open(tmp_path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        mount.close()
+        assert kernel.recv(1) == b""
+        assert mount.fd == -1
+        mount.close()
+    assert tmp_path.exists()

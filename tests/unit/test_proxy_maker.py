@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +18,6 @@ from vtpm_cuse.acquire.chardev import ProxyMaker
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.vtpmx import VTPM_PROXY_FLAG_TPM2, VTPM_PROXY_IOC_NEW_DEV, VtpmProxyNewDev
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -131,6 +128,26 @@ def test_it_ends_with_the_server_and_not_by_signals(
         wait_until(partial(ignores, pids[0], number), "its being ready")
         os.kill(pids[0], number)
     assert not is_gone(pids[0])
+    maker.close()
+    wait_until(lambda: is_gone(pids[0]), "its end")
+
+
+@in_child
+def test_it_holds_nothing_of_the_servers(vtpmx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller who waits for the end of what the server wrote to does not wait for this one."""
+    monkeypatch.setattr(chardev, "_check_right", lambda _control: None)
+    pids = forked(monkeypatch)
+    ours, theirs = os.pipe()
+    maker = ProxyMaker(tpm2=True)
+    name = f"/proc/{pids[0]}/comm"
+    wait_until(lambda: Path(name).read_text() == "vtpm-maker\n", "its name")
+    held = [os.readlink(path) for path in Path(f"/proc/{pids[0]}/fd").iterdir()]
+    assert sorted(path.partition(":")[0] for path in held) == sorted(
+        ["/dev/null"] * 3 + [str(vtpmx), "socket"]
+    )
+    os.close(theirs)
+    assert os.read(ours, 1) == b""
+    os.close(ours)
     maker.close()
     wait_until(lambda: is_gone(pids[0]), "its end")
 

@@ -315,7 +315,8 @@ def test_flushing_can_be_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         (linear, LinearStore("/state/state.bin", lock=False, fsync=False)),
     ):
         disk = Disk()
-        monkeypatch.setattr(module, "os", disk)
+        for patched in (module, files):
+            monkeypatch.setattr(patched, "os", disk)
         for _ in range(3):
             store.store("permall", SMALLER)
         store.delete("permall")

@@ -16,6 +16,7 @@ import socket
 import stat
 from typing import Final, NoReturn
 
+from vtpm_cuse.acquire.keeper import settle_down
 from vtpm_cuse.errors import FrontendError, UsageError
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.vtpmx import VTPM_PROXY_FLAG_TPM2, VTPM_PROXY_IOC_NEW_DEV, VtpmProxyNewDev
@@ -195,7 +196,7 @@ class ProxyMaker:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             if os.fork() == 0:
-                _make_when_asked(control, theirs, self._ours, tpm2=tpm2)
+                _make_when_asked(control, theirs, tpm2=tpm2)
         finally:
             os.close(control)
             theirs.close()
@@ -235,13 +236,9 @@ def _refused(number: int) -> FrontendError:
     return FrontendError(reason, _IOCTL_HINTS.get(number, ""))
 
 
-def _make_when_asked(
-    control: int, theirs: socket.socket, ours: socket.socket, *, tpm2: bool
-) -> NoReturn:
+def _make_when_asked(control: int, theirs: socket.socket, *, tpm2: bool) -> NoReturn:
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # its end is that of *ours*
-            signal.signal(number, signal.SIG_IGN)
-        ours.close()
+        settle_down("vtpm-maker: asks for a TPM device", {control, theirs.fileno()})
         if theirs.recv(len(_GO)):
             _make(control, theirs, VTPM_PROXY_FLAG_TPM2 if tpm2 else 0)
     finally:

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -23,6 +22,7 @@ import trio
 from vtpm_cuse.acquire.keeper import Keeper
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.files import make_folder
+from vtpm_cuse.programs import find_program
 from vtpm_cuse.proto.device import READ_BUFFER_SIZE
 from vtpm_cuse.proto.fuse import init_reply
 
@@ -213,7 +213,7 @@ def _mounted_on(folder: str) -> str | None:
 def _fusermount(
     *arguments: str, channel: socket.socket | None = None
 ) -> subprocess.CompletedProcess[str]:
-    program = shutil.which(_FUSERMOUNT)
+    program = find_program(_FUSERMOUNT)
     if program is None:
         raise FrontendError(f"fuse: {_FUSERMOUNT} not found", "install the package fuse3")
     environment = {**os.environ, "LC_ALL": "C"}

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import stat
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from vtpm_cuse.client.connect import connect_tcp, connect_unix
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmHeader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_UNIX_PATH_BYTES: Final = 107  # of sun_path, without the NUL
-_CONNECT_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +52,12 @@ class TpmTcp:
     def opened(self) -> Iterator[int]:
         """The descriptor of a new connection. Raises FrontendError."""
         try:
-            made = socket.create_connection((self.host, self.port), _CONNECT_SECONDS)
-        except (socket.gaierror, UnicodeError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) else "it is no host name"
-            text = f"getaddrinfo failed on host '{self.host}': {reason}"
-            raise FrontendError(text) from exc
+            made = connect_tcp(self.host, self.port)
         except OSError as exc:
-            raise FrontendError("Could not connect using TCP socket.", _reason(exc)) from exc
+            reason = "timed out" if isinstance(exc, BlockingIOError) else _reason(exc)
+            raise FrontendError("Could not connect using TCP socket.", reason) from exc
         with made:
+            made.setblocking(False)
             yield made.fileno()
 
 
@@ -75,14 +70,12 @@ class TpmUnix:
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
         """The descriptor of a new connection. Raises FrontendError."""
-        if len(os.fsencode(self.path)) > _UNIX_PATH_BYTES:
-            raise FrontendError("Socket path is too long.")
-        with socket.socket(socket.AF_UNIX) as made:
-            made.settimeout(_CONNECT_SECONDS)
-            try:
-                made.connect(self.path)
-            except OSError as exc:
-                raise FrontendError("Could not connect using UnixIO socket.", _reason(exc)) from exc
+        try:
+            made = connect_unix(self.path)
+        except OSError as exc:
+            raise FrontendError("Could not connect using UnixIO socket.", _reason(exc)) from exc
+        with made:
+            made.setblocking(False)
             yield made.fileno()
 
 

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Final, NamedTuple
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.programs import find_program
 
 CLASSES: Final = Path("/sys/class")
 DEVICES: Final = Path("/dev")
@@ -159,11 +160,14 @@ def open_up(nodes: list[Node], wanted: Access) -> None:
     """Makes the nodes that are missing; sets owner and mode, where no udev does so.
 
     Raises:
-        FrontendError: One cannot be made, or its place is taken.
+        FrontendError: One cannot be made, or its place is taken; there is udev without udevadm.
     """
     access = wanted
     if UDEV.exists():
-        subprocess.run(["udevadm", "settle"], check=False)  # noqa: S607 - the system's
+        program = find_program("udevadm")
+        if program is None:
+            raise FrontendError("udevadm not found", "install the package udev")
+        subprocess.run([program, "settle"], check=False)  # noqa: S603 - words of ours
     elif wanted == Access():
         access = _usual_access()
     for node in nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Protocol
 
 
@@ -17,6 +17,18 @@ class StateType(IntEnum):
     def blob_name(self) -> str:
         """The name libtpms and the C suite's files use."""
         return {1: "permall", 2: "volatilestate", 4: "savestate"}[self]
+
+
+class InfoFlag(IntFlag):
+    """What `Engine.info` is asked for (TPMLIB_InfoFlags)."""
+
+    SPECIFICATION = 0x01
+    ATTRIBUTES = 0x02
+    FEATURES = 0x04
+    ALGORITHMS = 0x08
+    COMMANDS = 0x10
+    ACTIVE_PROFILE = 0x20
+    AVAILABLE_PROFILES = 0x40
 
 
 class Nvram(Protocol):
@@ -78,9 +90,6 @@ class Engine(Tpm, Protocol):
     def set_debug(self, fd: int, level: int, prefix: str) -> None:
         """Lets the library log to *fd*; level 0 is off."""
 
-    def close(self) -> None:
-        """Stops and gives everything up."""
-
     def hash_start(self) -> int:
         """TPM_IO_Hash_Start; returns the result code."""
 
@@ -110,10 +119,18 @@ class Engine(Tpm, Protocol):
         """
 
     def info(self, flags: int) -> str:
-        """JSON text (TPMLIB_GetInfo)."""
+        """JSON text (TPMLIB_GetInfo); *flags* are `InfoFlag`, or newer ones of libtpms."""
 
     def set_profile(self, profile: str) -> None:
         """JSON profile for the next start. Raises EngineUnavailable (libtpms 0.9), EngineError."""
 
     def was_manufactured(self) -> bool:
         """Whether the last `start` made a new TPM; False where the library cannot tell."""
+
+
+def rsa_key_sizes(engine: Engine) -> list[int]:
+    """Bits of the RSA keys that a TPM 2.0 of this engine can have."""
+    import json  # who serves a TPM has no use for it
+
+    found = json.loads(engine.info(InfoFlag.FEATURES))["TPMFeatures"]["RSAKeySizes"]
+    return [int(size) for size in found]

@@ -71,7 +71,8 @@ class LibtpmsEngine:
         self._lib = _open_library()
         self._libc = ffi.dlopen(None)
         self._process = self._lib.TPMLIB_Process
-        # OWNER: libtpms allocates and grows the response buffer, we reuse it for every command.
+        # OWNER: libtpms allocates and grows the response buffer, we reuse it for every command and
+        # free it when the TPM is off.
         self._response = ffi.new("unsigned char **")
         self._response_chars = ffi.cast("char **", self._response)  # chars are unpacked to bytes
         self._response_size = ffi.new("uint32_t *")
@@ -135,13 +136,10 @@ class LibtpmsEngine:
 
     def stop(self) -> None:
         """Powers it off, without a TPM2_Shutdown. Harmless when stopped."""
-        if self.running:
-            self.running = False
-            self._lib.TPMLIB_Terminate()
-
-    def close(self) -> None:
-        """Stops and gives the response buffer back; the object is not used afterwards."""
-        self.stop()
+        if not self.running:
+            return
+        self.running = False
+        self._lib.TPMLIB_Terminate()
         self._libc.free(self._response[0])
         self._response[0] = ffi.NULL
         self._response_size[0] = self._response_room[0] = 0

@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vtpm_cuse.engine.base import InfoFlag
+
 if TYPE_CHECKING:
     from vtpm_cuse.config import ProfileConfig
     from vtpm_cuse.engine.base import Engine
 
-_AVAILABLE_PROFILES: Final = 0x40  # of TPMLIB_GetInfo
 _FIPS_MODE: Final = Path("/proc/sys/crypto/fips_enabled")
 
 _REFUSED: Final = frozenset({"tdes", "tdes-min-size", "rsaes", "camellia", "camellia-min-size"})
@@ -55,7 +56,7 @@ def _fips_mode() -> bool:
 
 def _default_algorithms(engine: Engine) -> str:
     # Any: JSON whose shape is libtpms' to choose.
-    found: dict[str, Any] = json.loads(engine.info(_AVAILABLE_PROFILES))
+    found: dict[str, Any] = json.loads(engine.info(InfoFlag.AVAILABLE_PROFILES))
     by_name = {profile["Name"]: profile for profile in found["AvailableProfiles"]}
     return str(by_name["custom"]["Algorithms"])
 

@@ -16,7 +16,7 @@ from vtpm_cuse.ca.certificates import CertificateKind, kind_shown
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import read_small
 from vtpm_cuse.manufacture.plan import RsaKey
-from vtpm_cuse.manufacture.programs import find_program, start_program
+from vtpm_cuse.programs import find_program, start_program
 
 if TYPE_CHECKING:
     from vtpm_cuse.ca.keys import PublicKey

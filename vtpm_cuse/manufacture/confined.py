@@ -14,9 +14,10 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.acquire.keeper import settle_down
+from vtpm_cuse.client.connect import receive
 from vtpm_cuse.config import ProcessConfig
 from vtpm_cuse.errors import FrontendError, UsageError, VtpmError
-from vtpm_cuse.manufacture.tpms import ANSWER_SECONDS, EngineTpm, receive
+from vtpm_cuse.manufacture.tpms import ANSWER_SECONDS, EngineTpm
 from vtpm_cuse.service.confine import sandbox, seccomp
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT
@@ -110,7 +111,7 @@ class ConfinedTpm:
         try:
             _send(self._end, order + data)
             answer = _receive(self._end)
-        except OSError as exc:
+        except (EOFError, OSError) as exc:
             if self._canceled:
                 raise KeyboardInterrupt from exc
             reason = "timed out" if isinstance(exc, TimeoutError) else self._kill()
@@ -145,12 +146,8 @@ def _serve(tpm: EngineTpm, end: socket.socket, rules: seccomp.Filter | None) -> 
 
 
 def _enter_sandbox(rules: seccomp.Filter | None) -> None:
-    process = ProcessConfig()
     try:
-        sandbox.restrict(process, {})
-        sandbox.forbid_threads(process)
-        if rules is not None:
-            rules.load()
+        sandbox.enter(ProcessConfig(), {}, rules, sandbox.no_thread)
     except FrontendError as exc:
         raise UsageError(exc.reason, hint=_HINT) from exc
 

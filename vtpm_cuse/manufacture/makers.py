@@ -7,14 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse import PEER_VERSION
+from vtpm_cuse.engine.base import InfoFlag, rsa_key_sizes
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.tpm2 import RSA_BITS
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
-
-_FEATURES: Final = 0x04
-_PROFILES: Final = 0x40
 
 _VERBS: Final = (
     "cmdarg-keyfile-fd",
@@ -40,7 +38,7 @@ class TpmMakers:
     def __init__(self, command: str | None) -> None:
         self.command = tuple((command or "").split())
         if self.command:
-            from vtpm_cuse.manufacture.programs import find_program
+            from vtpm_cuse.programs import find_program
 
             found = find_program(self.command[0])
             if found is None:
@@ -66,7 +64,7 @@ class TpmMakers:
         """Bits of RSA keys that a TPM 2.0 can have as endorsement key."""
         if self.command:
             return [bits for bits in RSA_BITS if f"rsa-keysize-{bits}" in self._features]
-        sizes = json.loads(self._engine.info(_FEATURES))["TPMFeatures"]["RSAKeySizes"]
+        sizes = rsa_key_sizes(self._engine)
         return [bits for bits in RSA_BITS if bits in sizes]
 
     def profiles(self) -> frozenset[str]:
@@ -83,7 +81,7 @@ class TpmMakers:
 
             answer = ask_json((*self.command, "--tpm2", "--print-profiles"))
         elif self._engine.has_profiles:
-            answer = json.loads(self._engine.info(_PROFILES))
+            answer = json.loads(self._engine.info(InfoFlag.AVAILABLE_PROFILES))
         else:
             return []
         return [

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from vtpm_cuse.ca.certificates import Maker, TpmSpecification
-from vtpm_cuse.engine.base import Tpm
+from vtpm_cuse.engine.base import InfoFlag, Tpm
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vtpm_cuse.ca.certificates import CertificateKind
-
-INFO_SPECIFICATION: Final = 0x01
-INFO_ATTRIBUTES: Final = 0x02
-INFO_ACTIVE_PROFILE: Final = 0x20
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +173,4 @@ class Reporter(Protocol):
 
 def find_facts(tpm: SetupTpm) -> TpmFacts:
     """Asks the TPM. Raises UsageError when it does not say."""
-    return TpmFacts.from_json(tpm.info(INFO_SPECIFICATION | INFO_ATTRIBUTES))
+    return TpmFacts.from_json(tpm.info(InfoFlag.SPECIFICATION | InfoFlag.ATTRIBUTES))

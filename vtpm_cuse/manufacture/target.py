@@ -7,12 +7,11 @@ one, never that with a stranger's volatile state.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from vtpm_cuse.errors import StateMissing, UsageError
-from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, left_over
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.storage.base import PERMANENT, left_over, load_all
 from vtpm_cuse.storage.locations import parse
 from vtpm_cuse.storage.stores import open_store
 
@@ -59,11 +58,7 @@ class Target:
 
     def blobs(self) -> dict[str, bytes]:
         """All that is there."""
-        found = {}
-        for name in BLOB_NAMES:
-            with contextlib.suppress(StateMissing):
-                found[name] = self._store.load(name)
-        return found
+        return load_all(self._store)
 
     def replace(self, made: dict[str, bytes]) -> None:
         """Puts another TPM in the place of the one that is there, if one is."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.ca.certificates import CertificateKind
+from vtpm_cuse.engine.base import InfoFlag
 from vtpm_cuse.errors import UsageError, WireError
 from vtpm_cuse.manufacture.plan import (
-    INFO_ACTIVE_PROFILE,
     EccKey,
     EndorsementKey,
     RsaKey,
@@ -98,17 +98,13 @@ RSA_BITS: Final = tuple(_RSA_PLACES)
 
 def rsa_ek_template(plan: SetupPlan) -> RsaPublic:
     """The public area from which the RSA endorsement key is made."""
-    small = plan.rsa_bits == 2048
-    return RsaPublic(
-        type=TpmAlg.TPM_ALG_RSA,
-        nameAlg=TpmAlg.TPM_ALG_SHA256 if small else TpmAlg.TPM_ALG_SHA384,
-        objectAttributes=_ek_attributes(plan, user_with_auth=not small),
-        authPolicy=_POLICY_A_SHA256 if small else _POLICY_B_SHA384,
-        symmetric=_ek_symmetric(plan, 128 if small else 256),
-        scheme=TpmAlg.TPM_ALG_NULL,
-        keyBits=plan.rsa_bits,
-        exponent=0,
-        unique=bytes(plan.rsa_bits // 8) if small else b"",
+    small = _is_small(plan)
+    return _rsa(
+        plan,
+        _ek_attributes(plan, user_with_auth=not small),
+        _POLICY_A_SHA256 if small else _POLICY_B_SHA384,
+        _ek_symmetric(plan, 128 if small else 256),
+        bytes(plan.rsa_bits // 8) if small else b"",
     )
 
 
@@ -123,17 +119,28 @@ def spk_template(plan: SetupPlan) -> Public:
     """The public area from which the storage primary key is made."""
     if plan.spk == "ecc":
         return _p384(_STORAGE, b"", Symmetric(256), bytes(48))
-    small = plan.rsa_bits == 2048
+    symmetric = Symmetric(128 if _is_small(plan) else 256)
+    return _rsa(plan, _STORAGE, b"", symmetric, bytes(plan.rsa_bits // 8))
+
+
+def _is_small(plan: SetupPlan) -> bool:
+    """Whether RSA keys have the size for which the profile has templates of their own."""
+    return plan.rsa_bits == 2048
+
+
+def _rsa(
+    plan: SetupPlan, attributes: int, policy: bytes, symmetric: Symmetric | None, unique: bytes
+) -> RsaPublic:
     return RsaPublic(
         type=TpmAlg.TPM_ALG_RSA,
-        nameAlg=TpmAlg.TPM_ALG_SHA256 if small else TpmAlg.TPM_ALG_SHA384,
-        objectAttributes=_STORAGE,
-        authPolicy=b"",
-        symmetric=Symmetric(128 if small else 256),
+        nameAlg=TpmAlg.TPM_ALG_SHA256 if _is_small(plan) else TpmAlg.TPM_ALG_SHA384,
+        objectAttributes=attributes,
+        authPolicy=policy,
+        symmetric=symmetric,
         scheme=TpmAlg.TPM_ALG_NULL,
         keyBits=plan.rsa_bits,
         exponent=0,
-        unique=bytes(plan.rsa_bits // 8),
+        unique=unique,
     )
 
 
@@ -186,7 +193,7 @@ class Tpm2Setup:
     def run(self) -> None:
         """All that the plan asks for. Raises VtpmError, OSError."""
         plan = self._plan
-        profile = self._tpm.info(INFO_ACTIVE_PROFILE).strip()
+        profile = self._tpm.info(InfoFlag.ACTIVE_PROFILE).strip()
         if profile.startswith(_ACTIVE_PROFILE):  # libtpms 0.9 has none
             self._report.line(f"Active profile: {profile[len(_ACTIVE_PROFILE) : -1]}")
         if not plan.reconfigure:

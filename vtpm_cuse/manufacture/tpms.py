@@ -11,16 +11,17 @@ import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Any, Final
 
+from vtpm_cuse.client.connect import receive
 from vtpm_cuse.config import VtpmConfig
 from vtpm_cuse.errors import (
     AnswerError,
-    StateMissing,
     TpmUnavailable,
     UsageError,
     VtpmError,
     WireError,
 )
-from vtpm_cuse.manufacture.programs import start_program
+from vtpm_cuse.programs import start_program
+from vtpm_cuse.storage.base import load_all
 from vtpm_cuse.storage.locations import parse
 from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.layout import BIG
@@ -52,7 +53,7 @@ class EngineTpm:
         self._canceled = False
         self.blobs = dict(blobs)
         tpm2 = self.tpm2 = config.plan.tpm2
-        self._vtpm = make_vtpm_in_memory(
+        self._vtpm, self._store = make_vtpm_in_memory(
             VtpmConfig(tpm2=tpm2, profile=config.profile, key=config.key), self.blobs
         )
         self._kind = TpmSu.TPM_SU_CLEAR if tpm2 else TpmSu.TPM_ST_CLEAR
@@ -92,7 +93,7 @@ class EngineTpm:
         self.blobs.clear()
         self.blobs.update(blobs)
         for name in changed:
-            self._vtpm.need_store().load(name)
+            self._store.load(name)
 
     def close(self) -> None:
         """See `SetupTpm`. A TPM in memory that nobody wants needs no orderly end."""
@@ -165,6 +166,8 @@ class ChildTpm:
             if not TPM_HEADER_SIZE <= size <= _RESPONSE_MAX:
                 raise WireError("Response", TPM_HEADER_SIZE, size)
             return response + receive(self._data, size - TPM_HEADER_SIZE)
+        except EOFError as exc:
+            raise UsageError(f"Could not talk to swtpm: {exc}") from exc
         except OSError as exc:
             raise UsageError(f"Could not talk to swtpm: {exc.strerror or exc}") from exc
 
@@ -188,10 +191,7 @@ class ChildTpm:
         """See `SetupTpm`."""
         self._end_process()
         store = self._open_store()
-        found = {}
-        for name in store.sizes():
-            with contextlib.suppress(StateMissing):
-                found[name] = store.load(name)
+        found = load_all(store)
         store.close()
         return found
 
@@ -240,17 +240,6 @@ class ChildTpm:
     def _key_fds(self) -> list[int]:
         key = self._config.key
         return [] if key is None else [fd for fd in (key.fd, key.pwdfd) if fd is not None]
-
-
-def receive(end: socket.socket, size: int) -> bytes:
-    """So many bytes. Raises OSError, also where they end before."""
-    data = bytearray()
-    while len(data) < size:
-        part = end.recv(size - len(data))
-        if not part:
-            raise ConnectionResetError("it ended")
-        data += part
-    return bytes(data)
 
 
 def _key_words(key: KeySource) -> str:

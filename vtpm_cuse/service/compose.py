@@ -19,7 +19,6 @@ from vtpm_cuse.wire.tpm import TpmSu
 if TYPE_CHECKING:
     from vtpm_cuse.config import KeySource, VtpmConfig
     from vtpm_cuse.engine.base import Engine
-    from vtpm_cuse.storage.base import StateStore
     from vtpm_cuse.storage.keys import Key
 
 __all__ = ["bare_engine", "make_vtpm", "make_vtpm_in_memory", "power_on", "supported_versions"]
@@ -36,20 +35,27 @@ _STARTUP_KINDS = {
 }
 
 
-def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
+def make_vtpm(config: VtpmConfig) -> Vtpm:
     """A stopped vTPM; of its state nothing is read, written or locked yet.
 
     Without a state location it can be made, but not started.
-
-    Args:
-        config: What it is to be.
-        blobs: Where its state is, instead of the configured location.
 
     Raises:
         EngineUnavailable: libtpms is missing or cannot be what is asked for.
         UsageError: The configuration cannot hold.
     """
-    store = _make_store(config, blobs)
+    return _make_vtpm(config, _make_store(config))
+
+
+def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> tuple[Vtpm, SealedStore]:
+    """As `make_vtpm`, and where its state is: in *blobs*, header and all, by name."""
+    memory = MemoryStore()
+    memory.blobs = blobs
+    store = SealedStore(memory, _key(config.key), _key(config.migration_key))
+    return _make_vtpm(config, store), store
+
+
+def _make_vtpm(config: VtpmConfig, store: SealedStore | None) -> Vtpm:
     engine = _make_engine(config, store or SealedStore(MemoryStore()))
     if debug := logs.engine_debug():
         engine.set_debug(debug.fd, debug.level, debug.prefix)
@@ -66,13 +72,6 @@ def make_vtpm(config: VtpmConfig, blobs: StateStore | None = None) -> Vtpm:
         profile=_profile(config, engine),
     )
     return Vtpm(engine, store, options)
-
-
-def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> Vtpm:
-    """As `make_vtpm`: its state is *blobs*, header and all, by name, and what becomes of them."""
-    store = MemoryStore()
-    store.blobs = blobs
-    return make_vtpm(config, store)
 
 
 def bare_engine(*, tpm2: bool) -> Engine:
@@ -101,21 +100,19 @@ def _profile(config: VtpmConfig, engine: Engine) -> str | None:
     return profile_text(config.profile, engine)
 
 
-def _make_store(config: VtpmConfig, blobs: StateStore | None) -> SealedStore | None:
+def _make_store(config: VtpmConfig) -> SealedStore | None:
     # Keys come first: a wrong one is an error even where there is nothing to encrypt.
     key, migration_key = _key(config.key), _key(config.migration_key)
-    state = config.state
-    if blobs is None:
-        if state is None:
-            return None
-        blobs = open_store(
-            state.uri,
-            tpm2=config.tpm2,
-            mode=state.mode,
-            lock=state.lock,
-            fsync=state.fsync,
-            backup=state.backup,
-        )
+    if (state := config.state) is None:
+        return None
+    blobs = open_store(
+        state.uri,
+        tpm2=config.tpm2,
+        mode=state.mode,
+        lock=state.lock,
+        fsync=state.fsync,
+        backup=state.backup,
+    )
     return SealedStore(blobs, key, migration_key)
 
 

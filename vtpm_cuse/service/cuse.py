@@ -31,7 +31,7 @@ _START_FAILED = 255
 def run(config: CuseConfig) -> int:
     """Makes the device and serves it; in the background unless told otherwise.
 
-    Returns the exit status: in the background case, 0 once the device answers.
+    Returns the exit status. The process that has started a background one ends once it answers.
 
     Raises:
         VtpmError: What was wrong.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.programs import find_program
 from vtpm_cuse.service import flaws
 from vtpm_cuse.service.confine import landlock
 
@@ -129,7 +129,7 @@ class Machine:
 
     def program(self, name: str) -> bool:
         """Whether there is such a program."""
-        return shutil.which(name, path=self._path) is not None
+        return find_program(name, self._path) is not None
 
     def module_there(self, name: str) -> bool:
         """Whether the kernel's modules have it."""
@@ -276,7 +276,10 @@ def _device(machine: Machine, path: str, module: str, purpose: str) -> Finding:
                 f"sudo modprobe {module}",
             )
         return Finding(path, State.MISSING, f"this kernel has no module {module}; {purpose}")
-    found = machine.file(path).stat()
+    try:
+        found = machine.file(path).stat()
+    except OSError as exc:  # it has just gone away
+        return Finding(path, State.MISSING, f"{exc.strerror}; {purpose}")
     who = f"{stat.filemode(found.st_mode)} uid {found.st_uid} gid {found.st_gid}"
     if reason := machine.why_not(path, module):
         state = State.DENIED if reason in _DENIALS else State.MISSING
@@ -300,11 +303,12 @@ def _sandbox(machine: Machine) -> Iterator[Finding]:
     wanted = {"kill_process", "log", "errno"} <= set(actions.split())
     detail = "filters system calls" if wanted else "this kernel cannot filter system calls"
     yield Finding("seccomp", State.OK if wanted else State.MISSING, detail)
-    version = landlock.version()
-    if version:
-        yield Finding("landlock", State.OK, f"version {version}; keeps the TPM off other files")
+    try:
+        detail = f"version {landlock.version()}; keeps the TPM off other files"
+    except landlock.LandlockMissing as exc:
+        yield Finding("landlock", State.MISSING, f"{exc}; nothing keeps the TPM off other files")
     else:
-        yield Finding("landlock", State.MISSING, "this kernel does not restrict access to files")
+        yield Finding("landlock", State.OK, detail)
 
 
 def _present(machine: Machine, name: str, path: str, purpose: str, command: str = "") -> Finding:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import gzip
 import os
-import struct
+import zlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.wire.tpm import TpmSu, response_code, startup_command
+from vtpm_cuse.wire import tpm2
+from vtpm_cuse.wire.tpm import TpmCc, TpmRc, TpmSu, TpmTag, response_code, startup_command
+from vtpm_cuse.wire.tpm2 import TpmAlg
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.service.doctor import Machine
+    from vtpm_cuse.wire.marshal import TpmStruct
 
 Version = tuple[int, int, int]
 
@@ -84,7 +87,7 @@ def _changelog(machine: Machine, version: Version) -> str:
     """That of Debian's package and its like, if it is of this version."""
     try:
         text = gzip.decompress(machine.file(_CHANGELOG).read_bytes()).decode(errors="replace")
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return ""
     number = ".".join(map(str, version))
     return text if text.partition(")")[0].startswith(f"libtpms ({number}") else ""
@@ -97,7 +100,10 @@ def _try(flaw: Flaw) -> bool | None:
     """In a child without a word and without a core dump; None if it comes to nothing."""
     if flaw.tried is None:
         return None
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:  # no process more for this user
+        return None
     if child == 0:
         status = _NOT_TRIED
         with contextlib.suppress(BaseException):
@@ -121,49 +127,69 @@ def _tpm() -> Engine:
     return tpm
 
 
-_PASSWORD: Final = bytes.fromhex("00000009 40000009 0000 00 0000")
-_RC_RETRY: Final = 0x922
-_SIGN_AND_DECRYPT: Final = 0x60072  # and userWithAuth, sensitiveDataOrigin, fixedParent, fixedTPM
+_SIGN_AND_DECRYPT: Final = (
+    tpm2.TpmaObject.FIXED_TPM
+    | tpm2.TpmaObject.FIXED_PARENT
+    | tpm2.TpmaObject.SENSITIVE_DATA_ORIGIN
+    | tpm2.TpmaObject.USER_WITH_AUTH
+    | tpm2.TpmaObject.DECRYPT
+    | tpm2.TpmaObject.SIGN
+)
+_BLOCK: Final = 16
 
 
-def _answer(tpm: Engine, code: int, body: bytes) -> bytes:
+def _answer(tpm: Engine, code: TpmCc, handle: int, parameters: TpmStruct) -> bytes:
     """To a command with one password session; TPMs ask for it again while they test themselves."""
-    command = struct.pack(">HII", 0x8002, 10 + len(body), code) + body
+    command = tpm2.command(code, (handle,), parameters, tpm2.PasswordSession())
     for _ in range(_TRIES):
         answer = tpm.process(command)
-        if response_code(answer) != _RC_RETRY:
+        if response_code(answer) != TpmRc.TPM_RC_RETRY:
             break
     return answer
 
 
-def _key(tpm: Engine, kind: int, details: str) -> bytes:
-    """The handle of a new primary key that signs and decrypts. Raises ValueError."""
-    public = struct.pack(">HHIH", kind, 0x000B, _SIGN_AND_DECRYPT, 0) + bytes.fromhex(details)
-    body = bytes.fromhex("40000001") + _PASSWORD + bytes.fromhex("0004 0000 0000")
-    body += struct.pack(">H", len(public)) + public + bytes.fromhex("0000 00000000")
-    answer = _answer(tpm, 0x131, body)
-    if response_code(answer):
-        raise ValueError
-    return answer[10:14]
+def _key(tpm: Engine, public: tpm2.KeyedHashPublic | tpm2.SymCipherPublic) -> int:
+    """The handle of a new primary key. Raises TpmError."""
+    parameters = tpm2.CreatePrimaryParameters(tpm2.SensitiveCreate().pack(), public.pack())
+    answer = _answer(tpm, TpmCc.TPM_CC_CreatePrimary, tpm2.TPM_RH_OWNER, parameters)
+    return tpm2.read_response_untrusted("TPM2_CreatePrimary", answer, handles=1).handles[0]
 
 
 def _signs_with_any_scheme(tpm: Engine) -> bool:
     """A key for HMAC, asked for a signature as of an RSA key."""
-    key = _key(tpm, 0x0008, "0010 0000")
-    digest, scheme, ticket = "0020" + 32 * "11", "0014 000b", "8024 40000007 0000"
-    body = key + _PASSWORD + bytes.fromhex(digest + scheme + ticket)
-    return response_code(_answer(tpm, 0x15D, body)) == 0
+    public = tpm2.KeyedHashPublic(
+        TpmAlg.TPM_ALG_KEYEDHASH,
+        TpmAlg.TPM_ALG_SHA256,
+        _SIGN_AND_DECRYPT,
+        authPolicy=b"",
+        scheme=TpmAlg.TPM_ALG_NULL,
+        unique=b"",
+    )
+    ticket = tpm2.Ticket(TpmTag.TPM_ST_HASHCHECK, tpm2.TPM_RH_NULL, b"")
+    parameters = tpm2.SignParameters(
+        32 * b"\x11", TpmAlg.TPM_ALG_RSASSA, TpmAlg.TPM_ALG_SHA256, ticket
+    )
+    answer = _answer(tpm, TpmCc.TPM_CC_Sign, _key(tpm, public), parameters)
+    return response_code(answer) == TpmRc.TPM_SUCCESS
 
 
 def _gives_first_iv_back(tpm: Engine) -> bool:
     """AES in CFB mode, of one block: the vector to go on with is what came out."""
-    key = _key(tpm, 0x0025, "0006 0080 0043 0000")
-    before = 16 * b"\x11"
-    text, mode = bytes.fromhex("0010" + 16 * "22" + "00"), bytes.fromhex("0043 0010")
-    answer = _answer(tpm, 0x193, key + _PASSWORD + text + mode + before)
-    if response_code(answer):
-        raise ValueError
-    return answer[34:50] == before
+    public = tpm2.SymCipherPublic(
+        TpmAlg.TPM_ALG_SYMCIPHER,
+        TpmAlg.TPM_ALG_SHA256,
+        _SIGN_AND_DECRYPT,
+        authPolicy=b"",
+        symmetric=tpm2.Symmetric(128),
+        unique=b"",
+    )
+    before = _BLOCK * b"\x11"
+    parameters = tpm2.EncryptDecryptParameters(
+        _BLOCK * b"\x22", decrypt=0, mode=TpmAlg.TPM_ALG_CFB, ivIn=before
+    )
+    answer = _answer(tpm, TpmCc.TPM_CC_EncryptDecrypt2, _key(tpm, public), parameters)
+    found = tpm2.read_response_untrusted("TPM2_EncryptDecrypt2", answer)
+    return tpm2.EncryptDecryptResult.unpack_untrusted(found.parameters).ivOut == before
 
 
 FLAWS: Final = (

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def run(config: FuseConfig) -> int:
     """Mounts and serves; in the background unless told otherwise.
 
-    Returns the exit status: in the background case, 0 once the TPM answers.
+    Returns the exit status. The process that has started a background one ends once it answers.
 
     Raises:
         VtpmError: What was wrong.

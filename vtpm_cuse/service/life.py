@@ -145,7 +145,7 @@ def introduce(device: str, config: VtpmConfig) -> None:
 def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
     """Serves a vTPM until it is told to end; returns the exit status.
 
-    In the background case the calling process returns when clients are served.
+    In the background case the calling process ends when clients are served.
 
     Raises:
         VtpmError: What was wrong.
@@ -204,14 +204,14 @@ class _Life:
         )
 
     def part(self, child: int) -> None:
-        """Ends the process that has started *child* in the background, which is ready.
+        """The last that the process does which has started *child*, a background one, now ready.
 
-        Who finds the pid file shall find one process.
+        Raises:
+            VtpmError: It does not answer, or the pid file cannot be written.
         """
         self._interface.confirm()
         self._pid_file.open(self._owner)
         self._pid_file.write_for(child)
-        os._exit(0)
 
     @property
     def _owner(self) -> tuple[int, int] | None:
@@ -320,18 +320,19 @@ class _Life:
         from vtpm_cuse.service.confine import sandbox, seccomp
 
         process, interface = self._process, self._interface
-        try:
-            rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
-            sandbox.restrict(process, sandbox.state_paths(self._config.state))
-            with _starting_threads():
-                worker = Worker()  # restricted as this thread is, and the last that is started
+        with contextlib.ExitStack() as undo:
+
+            def start_worker() -> Worker:
+                with _starting_threads():
+                    worker = Worker()
+                undo.callback(worker.close)
+                return worker
+
             try:
-                sandbox.forbid_threads(process)
-                if rules is not None:
-                    rules.load()
-            except BaseException:
-                worker.close()
-                raise
-        except FrontendError as exc:
-            raise UsageError(str(exc), interface.exits.sandbox) from exc
-        return worker
+                rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
+                paths = sandbox.state_paths(self._config.state)
+                worker = sandbox.enter(process, paths, rules, start_worker)
+            except FrontendError as exc:
+                raise UsageError(str(exc), interface.exits.sandbox) from exc
+            undo.pop_all()
+            return worker

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
-from vtpm_cuse.errors import StorageError
+from vtpm_cuse.errors import StateMissing, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,11 +146,13 @@ class WithoutBackup:
         """Nothing takes long here."""
 
 
-def write_all(write: Callable[[memoryview, int], int], data: bytes) -> None:
-    """Calls *write* with what is left and how many bytes are done until nothing is left."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += write(view[done:], done)
+def load_all(store: StateStore) -> dict[str, bytes]:
+    """All blobs that are there, by name. Raises StorageError."""
+    found = {}
+    for name in BLOB_NAMES:
+        with contextlib.suppress(StateMissing):
+            found[name] = store.load(name)
+    return found
 
 
 def left_over(store: StateStore, left: str) -> StorageError:

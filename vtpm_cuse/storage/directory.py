@@ -16,7 +16,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import BlobError, StateDamaged, StateLocked, StateMissing, StorageError
-from vtpm_cuse.files import flush_folder
+from vtpm_cuse.files import flush_folder, write_all
 from vtpm_cuse.storage.base import (
     BACKUP_SUFFIX,
     BLOB_NAMES,
@@ -26,7 +26,6 @@ from vtpm_cuse.storage.base import (
     PERMANENT,
     REPLACED,
     left_over,
-    write_all,
 )
 from vtpm_cuse.storage.disposal import Disposal
 from vtpm_cuse.storage.locking import give_up_lock, take_lock
@@ -402,7 +401,7 @@ class DirectoryStore:
                 os.fchmod(fd, self._mode)
             else:
                 self._let_owner(fd)
-            write_all(lambda rest, _done: os.write(fd, rest), blob)
+            write_all(fd, blob)
             if self._fsync:
                 os.fsync(fd)
         finally:

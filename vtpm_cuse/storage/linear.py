@@ -22,7 +22,7 @@ from vtpm_cuse.errors import (
     StateNoRoom,
     StorageError,
 )
-from vtpm_cuse.files import flush_folder
+from vtpm_cuse.files import flush_folder, write_all
 from vtpm_cuse.storage.base import (
     BLOB_NAMES,
     DEFAULT_MODE,
@@ -32,7 +32,6 @@ from vtpm_cuse.storage.base import (
     REPLACED,
     WithoutBackup,
     left_over,
-    write_all,
 )
 from vtpm_cuse.storage.locking import give_up_lock, take_lock
 from vtpm_cuse.wire.linear import (
@@ -221,11 +220,11 @@ class LinearStore(WithoutBackup):
                         # Really there, so that no later write into it finds the disk full.
                         os.posix_fallocate(fd, size, section.end - size)
                         size = section.end
-                    self._write(fd, blob, section.offset)
+                    write_all(fd, blob, section.offset)
             self._flush(fd)
             header = pack_header(new)
             self._settled = False
-            self._write(fd, header, 0)
+            write_all(fd, header, 0)
             self._flush(fd)
             self._settled = True
             self._checked = header, size, new
@@ -238,15 +237,11 @@ class LinearStore(WithoutBackup):
         not there yet must be there before any data, which would look like something else's.
         """
         if not self._settled:
-            self._write(fd, pack_header(table), 0)
+            write_all(fd, pack_header(table), 0)
             self._flush(fd)
             if not self._is_device(fd):
                 self._flush_directory()
             self._settled = True
-
-    @staticmethod
-    def _write(fd: int, data: bytes, offset: int) -> None:
-        write_all(lambda rest, done: os.pwrite(fd, rest, offset + done), data)
 
     def _flush(self, fd: int) -> None:
         if self._fsync:

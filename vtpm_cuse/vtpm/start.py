@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
@@ -15,16 +15,16 @@ from vtpm_cuse.errors import (
     StorageError,
     VtpmError,
 )
-from vtpm_cuse.storage.base import left_over
+from vtpm_cuse.storage.base import PERMANENT, left_over
 from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.sealed import SealedStore
 
-log = logging.getLogger(__name__)
+__all__ = ["PERMANENT", "need_vacancy", "start_engine"]
 
-PERMANENT: Final = StateType.PERMANENT.blob_name
+log = logging.getLogger(__name__)
 
 
 def start_engine(engine: Engine, store: SealedStore, *, given: bool, away: bool) -> None:

@@ -38,7 +38,7 @@ class SendCommandHeader(WireStruct):
 
 
 class TpmTag(IntEnum):
-    """Tags of commands and responses, TPM 1.2 and 2.0."""
+    """Tags of commands, responses and tickets, TPM 1.2 and 2.0."""
 
     TPM_TAG_RQU_COMMAND = 0x00C1
     TPM_TAG_RQU_AUTH1_COMMAND = 0x00C2
@@ -46,6 +46,7 @@ class TpmTag(IntEnum):
     TPM_TAG_RSP_COMMAND = 0x00C4
     TPM_ST_NO_SESSIONS = 0x8001
     TPM_ST_SESSIONS = 0x8002
+    TPM_ST_HASHCHECK = 0x8024
 
 
 class TpmOrdinal(IntEnum):
@@ -86,6 +87,7 @@ class TpmCc(IntEnum):
     TPM_CC_Startup = 0x144
     TPM_CC_Shutdown = 0x145
     TPM_CC_Create = 0x153
+    TPM_CC_Sign = 0x15D
     TPM_CC_ContextLoad = 0x161
     TPM_CC_ContextSave = 0x162
     TPM_CC_FlushContext = 0x165
@@ -93,6 +95,7 @@ class TpmCc(IntEnum):
     TPM_CC_GetCapability = 0x17A
     TPM_CC_PCR_Read = 0x17E
     TPM_CC_CreateLoaded = 0x191
+    TPM_CC_EncryptDecrypt2 = 0x193
 
 
 TPM_CC_SET_LOCALITY: Final = 0x20001000
@@ -122,6 +125,7 @@ class TpmRc(IntEnum):
     TPM_RC_OBJECT_HANDLES = 0x906
     TPM_RC_REFERENCE_H0 = 0x910
     TPM_RC_REFERENCE_S0 = 0x918
+    TPM_RC_RETRY = 0x922
 
 
 class TpmSu(IntEnum):

@@ -19,6 +19,7 @@ from vtpm_cuse.wire.tpm import (
 )
 
 TPM_RH_OWNER: Final = 0x40000001
+TPM_RH_NULL: Final = 0x40000007
 TPM_RS_PW: Final = 0x40000009
 TPM_RH_ENDORSEMENT: Final = 0x4000000B
 TPM_RH_PLATFORM: Final = 0x4000000C
@@ -35,12 +36,15 @@ class TpmAlg(IntEnum):
     TPM_ALG_RSA = 0x0001
     TPM_ALG_SHA1 = 0x0004
     TPM_ALG_AES = 0x0006
+    TPM_ALG_KEYEDHASH = 0x0008
     TPM_ALG_SHA256 = 0x000B
     TPM_ALG_SHA384 = 0x000C
     TPM_ALG_SHA512 = 0x000D
     TPM_ALG_NULL = 0x0010
     TPM_ALG_SM3_256 = 0x0012
+    TPM_ALG_RSASSA = 0x0014
     TPM_ALG_ECC = 0x0023
+    TPM_ALG_SYMCIPHER = 0x0025
     TPM_ALG_SHA3_256 = 0x0027
     TPM_ALG_SHA3_384 = 0x0028
     TPM_ALG_SHA3_512 = 0x0029
@@ -77,7 +81,7 @@ class TpmaNv(IntEnum):
 
 
 class Symmetric(NamedTuple):
-    """Cipher that protects a storage key's children: AES in CFB mode, bits of its key."""
+    """Cipher, such as protects a storage key's children: AES in CFB mode, bits of its key."""
 
     key_bits: int
 
@@ -133,6 +137,30 @@ class EccPublic(TpmStruct):
     y: Sized16
 
 
+@marshalled
+class KeyedHashPublic(TpmStruct):
+    """TPMT_PUBLIC of a key for HMAC of no scheme (TPM_ALG_NULL): who uses it says by which."""
+
+    type: U16
+    nameAlg: U16
+    objectAttributes: U32
+    authPolicy: Sized16
+    scheme: U16
+    unique: Sized16
+
+
+@marshalled
+class SymCipherPublic(TpmStruct):
+    """TPMT_PUBLIC of a key for a cipher."""
+
+    type: U16
+    nameAlg: U16
+    objectAttributes: U32
+    authPolicy: Sized16
+    symmetric: SymmetricField
+    unique: Sized16
+
+
 Public = RsaPublic | EccPublic
 
 
@@ -177,7 +205,7 @@ class CreatePrimaryParameters(TpmStruct):
 
 @marshalled
 class Ticket(TpmStruct):
-    """TPMT_TK_CREATION."""
+    """TPMT_TK_CREATION, TPMT_TK_HASHCHECK."""
 
     tag: U16
     hierarchy: U32
@@ -302,6 +330,34 @@ class PcrAllocateResult(TpmStruct):
     maxPCR: U32
     sizeNeeded: U32
     sizeAvailable: U32
+
+
+@marshalled
+class SignParameters(TpmStruct):
+    """Parameters of TPM2_Sign; scheme and its hash are a TPMT_SIG_SCHEME."""
+
+    digest: Sized16
+    scheme: U16
+    hash: U16
+    validation: Ticket
+
+
+@marshalled
+class EncryptDecryptParameters(TpmStruct):
+    """Parameters of TPM2_EncryptDecrypt2."""
+
+    inData: Sized16
+    decrypt: U8
+    mode: U16
+    ivIn: Sized16
+
+
+@marshalled
+class EncryptDecryptResult(TpmStruct):
+    """Response parameters of TPM2_EncryptDecrypt2."""
+
+    outData: Sized16
+    ivOut: Sized16
 
 
 @marshalled

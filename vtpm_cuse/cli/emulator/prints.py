@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm_cuse import PEER_VERSION
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.config import Exits
+from vtpm_cuse.engine.base import InfoFlag, rsa_key_sizes
 from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.confine.privileges import become
 
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.cli.words.table import Program
     from vtpm_cuse.config import ProcessConfig, VtpmConfig
     from vtpm_cuse.engine.base import Engine
-
-_FEATURES: Final = 0x04
-_ALGORITHMS: Final = 0x08
-_COMMANDS: Final = 0x10
-_PROFILES: Final = 0x40
 
 _VERBS: Final = (
     ("tpm-send-command-header", "fd", ""),  # a stream can be handed over, and headers with it
@@ -67,7 +63,9 @@ def asked_text(line: CommandLine) -> str | None:
         from vtpm_cuse.service.compose import bare_engine
 
         engine = bare_engine(tpm2=settings.is_tpm2(line))
-        return engine.info(_PROFILES) if engine.tpm2 and engine.has_profiles else "{}"
+        if not engine.tpm2 or not engine.has_profiles:
+            return "{}"
+        return engine.info(InfoFlag.AVAILABLE_PROFILES)
     return None
 
 
@@ -94,9 +92,7 @@ def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str
     vtpm = make_vtpm(config)
     try:
         rules = seccomp.make_filter(process.seccomp, sockets=False)
-        sandbox.restrict(process, sandbox.state_paths(config.state))
-        if rules is not None:
-            rules.load()
+        sandbox.enter(process, sandbox.state_paths(config.state), rules, sandbox.no_thread)
         vtpm.start()
         return vtpm.info(flags) + "\n"
     except TpmUnavailable:
@@ -142,7 +138,7 @@ def _verbs(program: Program, engine: Engine) -> Iterator[str]:
     for backend in _BACKENDS:
         yield f"nvram-backend-{backend}"
     if engine.tpm2:
-        for size in json.loads(engine.info(_FEATURES))["TPMFeatures"]["RSAKeySizes"]:
+        for size in rsa_key_sizes(engine):
             yield f"rsa-keysize-{size}"
         if engine.has_profiles:
             yield from ("cmdarg-profile", "cmdarg-print-profiles", "profile-opt-remove-disabled")
@@ -153,7 +149,8 @@ def _verbs(program: Program, engine: Engine) -> Iterator[str]:
 
 # Any: JSON whose shape is libtpms' to choose.
 def _profiles(engine: Engine) -> dict[str, Any]:
-    found = json.loads(engine.info(_PROFILES | _ALGORITHMS | _COMMANDS))
+    flags = InfoFlag.AVAILABLE_PROFILES | InfoFlag.ALGORITHMS | InfoFlag.COMMANDS
+    found = json.loads(engine.info(flags))
 
     def described(part: str) -> dict[str, str]:
         return {

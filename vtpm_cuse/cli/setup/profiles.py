@@ -111,6 +111,7 @@ def _is_builtin(name: str, builtin: frozenset[str]) -> bool:
 
 
 def _read(source: str | int) -> str:
+    # The emulator reads one in its own words, and no more of it than the C suite's does: 10 KiB.
     try:
         if isinstance(source, str):
             return read_small(source, streams=True).decode().strip()

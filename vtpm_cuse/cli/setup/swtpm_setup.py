@@ -236,14 +236,11 @@ def _set_up(config: SetupConfig, target: Target, report: SetupReport) -> int:
 def _names() -> tuple[str, str]:
     """User and group that this runs as."""
     import grp
-    import pwd
 
-    uid, gid = os.geteuid(), os.getegid()
+    from vtpm_cuse.ca.configfile import user_name
+
+    gid = os.getegid()
     try:
-        user = pwd.getpwuid(uid).pw_name
+        return user_name(), grp.getgrgid(gid).gr_name
     except KeyError:
-        user = str(uid)
-    try:
-        return user, grp.getgrgid(gid).gr_name
-    except KeyError:
-        return user, str(gid)
+        return user_name(), str(gid)

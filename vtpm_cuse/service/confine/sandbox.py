@@ -11,7 +11,7 @@ import logging
 import os
 import resource
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service.confine import capabilities, landlock, secrecy
@@ -19,9 +19,12 @@ from vtpm_cuse.service.confine.seccomp import FILE_SIZE_MAX
 from vtpm_cuse.storage.base import DEFAULT_MODE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vtpm_cuse.config import ProcessConfig, StateConfig
+    from vtpm_cuse.service.confine.seccomp import Filter
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +68,40 @@ def _is_block_device(path: str) -> bool:
         return False
 
 
-def restrict(process: ProcessConfig, paths: Mapping[str, int]) -> None:
-    """Restricts this thread and those it starts; before any is started.
+def enter(
+    process: ProcessConfig,
+    paths: Mapping[str, int],
+    rules: Filter | None,
+    start_last: Callable[[], T],
+) -> T:
+    """The whole sandbox, for good; while this process has but one thread.
+
+    Args:
+        process: What is wanted of it.
+        paths: All that can still be opened, with Landlock's rights.
+        rules: The filter, which was made before: its library cannot be opened any more.
+        start_last: Starts the last thread, if one is to come: it is restricted as this one is.
+
+    Returns:
+        What *start_last* does.
 
     Raises:
         FrontendError: The kernel refuses.
     """
+    _restrict(process, paths)
+    started = start_last()
+    if process.seccomp == "kill":
+        _limit(resource.RLIMIT_NPROC, 0)  # no process and no thread more, for who is not root
+    if rules is not None:
+        rules.load()
+    return started
+
+
+def no_thread() -> None:
+    """For `enter`, of who needs no thread more."""
+
+
+def _restrict(process: ProcessConfig, paths: Mapping[str, int]) -> None:
     try:
         secrecy.hide_process()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -92,12 +123,6 @@ def restrict(process: ProcessConfig, paths: Mapping[str, int]) -> None:
     except OSError as exc:
         reason = f"Could not drop privileges: {exc.strerror}"
         raise FrontendError(reason, "--seccomp action=none restricts less") from exc
-
-
-def forbid_threads(process: ProcessConfig) -> None:
-    """The last step before the filter: no process and no thread more, for who is not root."""
-    if process.seccomp == "kill":
-        _limit(resource.RLIMIT_NPROC, 0)
 
 
 def _limit(kind: int, most: int) -> None:

@@ -19,6 +19,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.service.confine import capabilities
 
 if TYPE_CHECKING:
     from vtpm_cuse.config import SeccompAction
@@ -101,11 +102,10 @@ _CMP_LT: Final = 2
 _CMP_MASKED_EQ: Final = 7
 _NO_SUCH_CALL: Final = -1
 
-# linux/seccomp.h, linux/filter.h, linux/prctl.h
+# linux/seccomp.h, linux/filter.h
 _SET_MODE_FILTER: Final = 1
 _FLAG_TSYNC: Final = 1
 _INSTRUCTION_SIZE: Final = 8
-_PR_SET_NO_NEW_PRIVS: Final = 38
 
 _INT: Final = 0xFFFF_FFFF
 _WHOLE: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -168,13 +168,16 @@ class Filter(NamedTuple):
 
     def load(self) -> None:
         """From now on, for good, for all threads. Raises FrontendError."""
+        try:
+            capabilities.gain_nothing()  # or the kernel takes none but from root
+        except OSError as exc:
+            raise _refused(str(exc)) from exc
         libc = ctypes.CDLL(None, use_errno=True)
         libc.syscall.restype = ctypes.c_long
         code = ctypes.create_string_buffer(self.program, len(self.program))
         # struct sock_fprog: how many instructions, and where
         length = len(self.program) // _INSTRUCTION_SIZE
         argument = struct.pack("@HP", length, ctypes.addressof(code))
-        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         result = libc.syscall(ctypes.c_long(self.call), _SET_MODE_FILTER, _FLAG_TSYNC, argument)
         if result > 0:
             raise _refused(f"thread {result} has another one")

@@ -23,12 +23,13 @@ _READY = b"R"
 
 
 def run_in_background(serve: Serve, confirm: Callable[[int], None]) -> int:
-    """Runs *serve* in a session of its own; returns in both processes.
+    """Runs *serve* in a session of its own, in a child.
 
-    In the child, *serve* gets the function to call once the service is ready, and
-    its exit status is returned. The parent waits for that call, then for
-    *confirm*, which it tells the child's process id, and returns 0; when the child ends before, it returns the child's
-    status. Until then the child's errors appear on the caller's standard error.
+    There, *serve* gets the function to call once the service is ready, and its exit status is
+    returned. The parent waits for that call, then for *confirm*, which it tells the child's process
+    id, and ends with status 0: at once, for who sees what *confirm* does shall find one process.
+    When the child ends before, the parent returns the child's status. Until then the child's errors
+    appear on the caller's standard error.
 
     Raises:
         VtpmError: From *confirm*, in the parent; the child has been told to end.
@@ -43,15 +44,15 @@ def run_in_background(serve: Serve, confirm: Callable[[int], None]) -> int:
         return serve(lambda: _detach(write_end, null))
     os.close(write_end)
     try:
-        ready = os.read(read_end, 1) == _READY
-        if ready:
+        if os.read(read_end, 1) == _READY:
             confirm(child)
+            os._exit(0)
     except BaseException:
         os.kill(child, signal.SIGTERM)
         raise
     finally:
         os.close(read_end)
-    return 0 if ready else _status_of(child)
+    return _status_of(child)
 
 
 def _detach(write_end: int, null: int) -> None:

@@ -1,4 +1,4 @@
-"""Programs of the user's that a set-up calls: where they are found, and how they are started."""
+"""Programs that are called: where they are found, and how those of the user's are started."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ if TYPE_CHECKING:
 _SHELL: Final = "/bin/sh"
 
 
-def find_program(name: str) -> str | None:
+def find_program(name: str, path: str | None = None) -> str | None:
     """A program by its path, or by its name in PATH, of which only absolute folders count.
 
     PEER: looks in the current folder, too, where PATH has an empty or relative part; whoever
     wrote to that folder would choose what root runs.
+
+    Args:
+        name: Of the program, or its path.
+        path: Counts instead of the PATH of this process.
     """
-    folders = [folder for folder in os.get_exec_path() if os.path.isabs(folder)]
-    return shutil.which(name, path=os.pathsep.join(folders))
+    folders = os.get_exec_path() if path is None else path.split(os.pathsep)
+    absolute = [folder for folder in folders if os.path.isabs(folder)]
+    return shutil.which(name, path=os.pathsep.join(absolute))
 
 
 # Any: the options are those of Popen.
