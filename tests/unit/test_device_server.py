@@ -458,7 +458,7 @@ def test_endless_lock_attempts_do_not_keep_it_alive(
 def test_create_device(pair: tuple[socket.socket, CuseChannel]) -> None:
     end, channel = pair
     end.send(FakeKernel.message(4096, 2, struct.pack("=IIII", 7, 38, 0, 1)))
-    trio.run(channel.create_device, "vtpm7", 0, 0)
+    channel.create_device("vtpm7", 0, 0)
     assert end.recv(8192).endswith(b"DEVNAME=vtpm7\0")
     channel.close()
 
@@ -468,7 +468,7 @@ def test_refused_device(pair: tuple[socket.socket, CuseChannel]) -> None:
     end.send(FakeKernel.message(4096, 2, struct.pack("=IIII", 7, 38, 0, 1)))
     end.shutdown(socket.SHUT_RDWR)  # the channel is dead, as after a name that is taken
     with pytest.raises((FrontendError, BrokenPipeError)):
-        trio.run(channel.create_device, "vtpm7", 0, 0)
+        channel.create_device("vtpm7", 0, 0)
     channel.close()
 
 

@@ -67,12 +67,15 @@ class _CuseDevice(life.Interface):
         from vtpm_cuse.vtpm import ptm
 
         _ = ptm, device
+        # Before a byte of state is read: who answers the kernel here says what it may do with the
+        # memory of clients. One who is quick waits for the TPM, and who sees one device finds both.
+        config = self._config
+        if config.managed:
+            self._channels[config.managed].create_device(config.managed, 0, 0)
+        self._channels[config.name].create_device(config.name, config.major, config.minor)
 
     async def appear(self, _vtpm: Vtpm) -> None:
         config = self._config
-        if config.managed:  # first: who sees the other finds both
-            await self._channels[config.managed].create_device(config.managed, 0, 0)
-        await self._channels[config.name].create_device(config.name, config.major, config.minor)
         log.info("CUSE TPM successfully initialized.")
         if config.vtpm.state is not None and config.vtpm.state.own_place:
             life.introduce(f"/dev/{config.name}", config.vtpm)

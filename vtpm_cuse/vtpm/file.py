@@ -48,7 +48,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OWNERS_ONLY: Final = frozenset({PtmCommand.PTM_GET_STATEBLOB, PtmCommand.PTM_SET_STATEBLOB})
+_FOR_ALL: Final = frozenset(
+    {
+        PtmCommand.PTM_GET_CAPABILITY,
+        PtmCommand.PTM_GET_TPMESTABLISHED,
+        PtmCommand.PTM_CANCEL_TPM_CMD,
+        PtmCommand.PTM_GET_CONFIG,
+        PtmCommand.PTM_GET_INFO,
+    }
+)
+"""Of the others, each is the platform's: power, locality and measurements, or the state."""
 _SUCCESS: Final = PtmResultResponse(PtmResult.TPM_SUCCESS).pack(HOST)
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
@@ -80,7 +89,7 @@ class TpmDeviceFile:
         ptm: Answers the ioctls.
         turn: Of the TPM, which other files may lead to.
         on_change: Called when a waiting call may go on, or poll events changed.
-        owners: Users who may have the TPM's state, or give it one; the others may use the TPM.
+        owners: Users who may act as the platform and have the TPM's state; others may use the TPM.
 
     Attributes:
         busy: A job of this file's runs, or has to.
@@ -273,13 +282,13 @@ class TpmOpen:
 
         Raises:
             DeviceError: EINVAL for any other number; EPERM for one of the owners only. PEER:
-                whoever may open the device may have the state, but there that is root alone.
+                whoever may open the device may do all, but there that is root alone.
             WireError: The argument is too short.
         """
         command = PTM_IOCTLS.get(number)
         if command is None or command is PtmCommand.PTM_SET_DATAFD:
             raise DeviceError(errno.EINVAL)
-        if command in _OWNERS_ONLY and uid not in self._file.owners:
+        if command not in _FOR_ALL and uid not in self._file.owners:
             raise DeviceError(errno.EPERM)
         request = PTM_SPECS[command].request.unpack_untrusted(argument, HOST)
         if isinstance(request, PtmLockStorageRequest):
