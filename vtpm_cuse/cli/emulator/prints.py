@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm_cuse import PEER_VERSION
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.config import Exits
-from vtpm_cuse.engine.base import InfoFlag, rsa_key_sizes
 from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.confine.privileges import become
 
@@ -60,6 +59,7 @@ def asked_text(line: CommandLine) -> str | None:
     if line.has("print-states"):
         return _states(line)
     if line.has("print-profiles"):
+        from vtpm_cuse.engine.base import InfoFlag
         from vtpm_cuse.service.compose import bare_engine
 
         engine = bare_engine(tpm2=settings.is_tpm2(line))
@@ -126,6 +126,7 @@ def _capabilities(line: CommandLine) -> str:
 
 
 def _verbs(program: Program, engine: Engine) -> Iterator[str]:
+    from vtpm_cuse.engine.base import rsa_key_sizes
     from vtpm_cuse.service.compose import supported_versions
 
     for version in sorted(supported_versions()):
@@ -149,6 +150,8 @@ def _verbs(program: Program, engine: Engine) -> Iterator[str]:
 
 # Any: JSON whose shape is libtpms' to choose.
 def _profiles(engine: Engine) -> dict[str, Any]:
+    from vtpm_cuse.engine.base import InfoFlag
+
     flags = InfoFlag.AVAILABLE_PROFILES | InfoFlag.ALGORITHMS | InfoFlag.COMMANDS
     found = json.loads(engine.info(flags))
 
