@@ -216,6 +216,7 @@ class CuseConfig(NamedTuple):
         name: The device is ``/dev/NAME``.
         major: Device number; 0 lets the kernel choose.
         minor: Device number.
+        managed: If there is to be a device with a resource manager, that is ``/dev/MANAGED``.
         node_in_sight: It can be seen when it is there: this process has no other root.
     """
 
@@ -223,6 +224,7 @@ class CuseConfig(NamedTuple):
     vtpm: VtpmConfig
     major: int = 0
     minor: int = 0
+    managed: str | None = None
     node_in_sight: bool = True
     process: ProcessConfig = ProcessConfig()
 
@@ -233,12 +235,14 @@ class FuseConfig(NamedTuple):
     Attributes:
         name: The file is ``MOUNT/NAME``.
         mount: Absolute path of the directory to mount on.
-        allow_other: Other users may use it too.
+        managed: Where the TPM is a 2.0, the one with a resource manager is ``MOUNT/MANAGED``.
+        allow_other: Other users may use them too.
     """
 
     name: str
     mount: str
     vtpm: VtpmConfig
+    managed: str | None = None
     allow_other: bool = False
     process: ProcessConfig = ProcessConfig()
 
@@ -277,6 +281,7 @@ class SocketConfig(NamedTuple):
     Attributes:
         data: Where TPM commands come from (``--server``, ``--port``, ``--fd``).
         control: Where control commands come from (``--ctrl``).
+        managed: Where clients of the resource manager connect (``--managed``).
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
@@ -285,6 +290,7 @@ class SocketConfig(NamedTuple):
     vtpm: VtpmConfig
     data: SocketAddress | None = None
     control: SocketAddress | None = None
+    managed: SocketAddress | None = None
     disconnect: bool = False
     terminate: bool = False
     control_terminate: bool = False
@@ -299,6 +305,7 @@ class ChardevConfig(NamedTuple):
         path: Else the device to open.
         fd: Else an open descriptor; or a socket.
         control: Where control commands come from (``--ctrl``).
+        managed: Where clients of the resource manager connect (``--managed``).
         control_terminate: End when the control connection is closed.
     """
 
@@ -307,5 +314,6 @@ class ChardevConfig(NamedTuple):
     path: str | None = None
     fd: int | None = None
     control: SocketAddress | None = None
+    managed: SocketAddress | None = None
     control_terminate: bool = False
     process: ProcessConfig = ProcessConfig()

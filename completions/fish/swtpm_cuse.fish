@@ -1,6 +1,7 @@
 # Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_cuse -f
 complete -c swtpm_cuse -s n -l name -x -d 'name of the device: the TPM appears as /dev/NAME'
+complete -c swtpm_cuse -l resource-manager -f -d 'make a second device, of which every client gets a TPM 2.0 of its own, as from the kernel\'s /dev/tpmrmN: any number of objects and sessions, and none of another client\'s; by default /dev/vtpmrm0 for vtpm0'
 complete -c swtpm_cuse -s M -l maj -x -d 'major number of the device; by default, or with 0, the kernel chooses one'
 complete -c swtpm_cuse -s m -l min -x -d 'minor number of the device'
 complete -c swtpm_cuse -l foreground -f -d 'stay in the foreground, as service managers want it; without it the program returns as soon as the device answers, and the TPM runs on in the background'

@@ -83,7 +83,7 @@ def stream(data: bytes) -> None:
 class _Mount(Machine):
     def make_session(self) -> FuseSession[SavedOpen]:
         texts = TpmAttributes(self.vtpm, self.file, lambda: b"a line\n", {"pid": 7})
-        return FuseSession(self.file, texts, "vtpm0", FileOwnership(1000, 100, 0o600, 1234567))
+        return FuseSession({"vtpm0": self.file}, texts, FileOwnership(1000, 100, 0o600, 1234567))
 
 
 def cuse(data: bytes) -> None:

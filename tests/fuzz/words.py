@@ -34,6 +34,7 @@ SUB_TABLES: Final = {
     for option in program.options
     if option.subs
 }
+SUB_TABLES_BY_OPTION: Final = {name.rpartition(" ")[2]: subs for name, subs in SUB_TABLES.items()}
 BUILTIN: Final = frozenset({"null", "default-v1", "custom"})
 _SETTINGS: Final[dict[str, Callable[[CommandLine], object]]] = {
     "tpmstate": settings.state_config,
@@ -77,9 +78,12 @@ def options(data: bytes) -> None:
 
 
 def sub_options(data: bytes) -> None:
-    """The value of one option: its words are those of the text, in their order."""
-    tables = list(SUB_TABLES.values())
-    text = _text(data[1:])
+    """The value of one option, behind its name: its words are those of the text, in their order."""
+    name, _, value = data.partition(b" ")
+    names = sorted(SUB_TABLES_BY_OPTION)
+    option = name.decode(errors="replace")
+    table = SUB_TABLES_BY_OPTION.get(option, SUB_TABLES_BY_OPTION[names[sum(name) % len(names)]])
+    text = _text(value)
     tokens: list[str] = []
     refused: ValueError | None = None
     try:
@@ -91,7 +95,7 @@ def sub_options(data: bytes) -> None:
     with contextlib.suppress(suboptions.SubOptionError):
         found = leading_number(text)
         assert found is None or text.endswith(found[1])
-    suboptions.parse(text, tables[sum(data[:1]) % len(tables)])
+    suboptions.parse(text, table)
 
 
 def names(data: bytes) -> None:

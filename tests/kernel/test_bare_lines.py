@@ -62,8 +62,12 @@ def test_cuse_with_a_name_alone(name: str) -> None:
         assert f"/dev/vtpmbare is a TPM 2.0, whose state is in {state}." in done.stderr
         with opened(device) as fd:
             assert code_of(exchange(fd, RANDOM)) == 0
+        managed = Path("/dev/vtpmrmbare")
+        with opened(managed) as one, opened(managed) as other:
+            assert code_of(exchange(one, RANDOM)) == code_of(exchange(other, RANDOM)) == 0
         run(OUR_IOCTL, "-s", device)
         wait_until(lambda: not device.exists(), "the end of the device")
+        assert not managed.exists()
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     assert stat.S_IMODE(PLACE.stat().st_mode) == 0o755
     assert (state / "tpm2-00.permall").exists()

@@ -21,8 +21,12 @@ from tests.kernel.harness import (
     PATIENCE,
     PTM_CANCEL_TPM_CMD,
     PTM_GET_STATEBLOB,
+    PTM_HASH_START,
     PTM_INIT,
+    PTM_SET_LOCALITY,
+    PTM_SET_STATEBLOB,
     PTM_SHUTDOWN,
+    PTM_STOP,
     ROOT,
     SWTPM_CUSE,
     Server,
@@ -395,7 +399,7 @@ def test_signal_ends_the_foreground(serve: Serve, zygote: Zygote, number: signal
         assert pcr_value(exchange(fd, pcr_read(7))) == before
 
 
-def test_who_may_use_the_device_may_not_copy_the_tpm(serve: Serve, zygote: Zygote) -> None:
+def test_who_may_use_the_device_is_not_its_platform(serve: Serve, zygote: Zygote) -> None:
     """udev gives it to a user of its own, whose programs need commands alone."""
     server = serve("vtpmbg").start(zygote)
     os.chown(server.device, 65534, -1)
@@ -404,17 +408,19 @@ def test_who_may_use_the_device_may_not_copy_the_tpm(serve: Serve, zygote: Zygot
         "fd = os.open(sys.argv[1], os.O_RDWR)\n"
         "os.write(fd, bytes.fromhex('80010000000c0000017b0008'))\n"
         "assert len(os.read(fd, 4096)) == 20\n"
-        "for number, size in ((0xCC10500B, 0xC10), (0xCC0C500C, 0xC0C)):\n"
+        "for number in map(int, sys.argv[2:]):\n"
         "    try:\n"
-        "        fcntl.ioctl(fd, number, bytearray(size), True)\n"
+        "        fcntl.ioctl(fd, number, bytearray(number >> 16 & 0x3FFF), True)\n"
         "    except PermissionError:\n"
         "        print('refused')\n"
     )
-    words = ["/usr/bin/python3", "-c", code, str(server.device)]
+    platforms = (PTM_INIT, PTM_STOP, PTM_SHUTDOWN, PTM_SET_LOCALITY, PTM_HASH_START)
+    numbers = (*platforms, PTM_GET_STATEBLOB, PTM_SET_STATEBLOB)
+    words = ["/usr/bin/python3", "-c", code, str(server.device), *map(str, numbers)]
     done = subprocess.run(
         words, user=65534, group=65534, extra_groups=[], capture_output=True, text=True, check=False
     )
-    assert (done.stdout, done.stderr) == ("refused\n" * 2, "")
+    assert (done.stdout, done.stderr) == ("refused\n" * len(numbers), "")
     with opened(server.device) as fd:
         assert ptm_result(fd, PTM_GET_STATEBLOB, u32(0, 1, 0)) == 0
 

@@ -243,6 +243,25 @@ def test_a_started_unit_is_a_device_that_works(systemd: Systemd, unit: str) -> N
     assert Path("/dev/cuse").stat().st_mode & 0o777 == 0o660
 
 
+def test_a_unit_with_a_resource_manager(systemd: Systemd, unit: str) -> None:
+    """Its second device is the group's alone, as the kernel's /dev/tpmrmN."""
+    device = device_of(unit)
+    managed = device.with_name(device.name.replace("vtpm", "vtpmrm"))
+    options = "VTPM_OPTIONS=--tpm2 --flags startup-clear --resource-manager\n"
+    (SETTINGS / f"{device.name}.env").write_text(options)
+    systemd.systemctl("start", unit)
+    with opened(managed) as one, opened(managed) as other:
+        assert code_of(exchange(one, get_random(8))) == 0
+        assert code_of(exchange(other, get_random(8))) == 0
+    systemd.call("udevadm", "settle")
+    found = managed.stat()
+    assert (found.st_uid, found.st_gid) == (0, grp.getgrnam("tss").gr_gid)
+    assert found.st_mode & 0o777 == 0o660
+    assert Path("/dev/vtpm/by-name", managed.name).resolve() == managed
+    systemd.systemctl("stop", unit)
+    assert not managed.exists()
+
+
 def test_its_process_has_no_more_than_it_needs(systemd: Systemd, unit: str) -> None:
     systemd.systemctl("start", unit)
     process = Path(f"/proc/{systemd.main_pid(unit)}")

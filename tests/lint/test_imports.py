@@ -40,7 +40,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "storage.sealed": ERRORS | {"config", "wire", "storage.base", "storage"},
     "engine": ERRORS | {"config", "files", "wire", "engine.base"},
     "engine.base": frozenset(),
-    "vtpm": ERRORS | {"wire", "proto", "engine.base", "storage.base", "storage.sealed"},
+    "vtpm": ERRORS | {"wire", "proto", "engine.base", "resmgr", "storage.base", "storage.sealed"},
     "resmgr": frozenset({"errors", "wire", "engine.base"}),
     # from outside, and to the outside
     "containers": frozenset({"errors", "programs"}),
@@ -49,7 +49,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     ),
     "acquire.keeper": frozenset({"files"}),
     "client": frozenset({"errors", "wire"}),
-    "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
+    "serve": ERRORS | {"acquire", "proto", "resmgr", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
     # the life of one vTPM
     "service.confine": frozenset({"config", "errors", "storage.base"}),
@@ -59,7 +59,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
     | {"storage.sealed", "vtpm", "wire"},
     "service.life": LIFE | {"files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
-    "service.cuse": SERVED,
+    "service.cuse": SERVED | {"proto"},
     "service.fuse": SERVED | {"client", "proto", "vtpm.attributes"},
     "service.socket": SERVED,
     "service.chardev": SERVED | {"service.socket"},

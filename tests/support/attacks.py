@@ -153,6 +153,9 @@ def writes_to(path):
 
 def looking(self):
     look("libtpms")
+    if "DEVICE" in os.environ:
+        made = "made" if os.path.exists(os.environ["DEVICE"]) else "to be made"
+        os.write(2, f"device: {made}\n".encode())
     if "PID_FILE" in os.environ:
         can = "can" if writes_to(os.environ["PID_FILE"]) else "cannot"
         os.write(2, f"libtpms: {can} write to the pid file\n".encode())
@@ -166,6 +169,8 @@ sys.exit(main())
 
 WITNESS: Final = (sys.executable, "-c", _WITNESS)
 """The program, which tells on descriptor 2 whether it is in the sandbox when state is touched.
+
+With DEVICE, whether the kernel has made that before.
 
 And, if PID_FILE names one in its environment, whether it could write another number there.
 """

@@ -17,6 +17,7 @@ from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.turn import Turn
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class Machine:
         self.ptm = PtmService(self.vtpm)
         self.jobs = Jobs()
         owners = frozenset({0, OWNER})
-        self.file = TpmDeviceFile(self.vtpm, self.ptm, self.jobs.submit, self._wake, owners)
+        self.file = TpmDeviceFile(self.vtpm, self.ptm, Turn(self.jobs.submit), self._wake, owners)
         self.session = self.make_session()
         self.kernel = FakeKernel(self.session, self._after)
         if running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -112,8 +113,7 @@ def digest_in(response: bytes) -> bytes:
 
 def load_external(number: int) -> bytes:
     """TPM2_LoadExternal of an RSA public key that *number* tells apart."""
-    modulus = (number.to_bytes(4, "big") + bytes(range(1, 253))).replace(b"\0", b"\1")
-    modulus = b"\xc1" + modulus[1:]
+    modulus = b"\xc1" + hashlib.shake_256(u32(number)).digest(255)
     public = struct.pack(">HHIHHHHI", 1, SHA256, 0x00020040, 0, 0x10, 0x10, 2048, 0)
     public += sized(modulus[:-1] + b"\xef")
     return tpm2(0x167, sized(b"") + sized(public) + u32(NULL))

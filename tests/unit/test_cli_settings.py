@@ -58,6 +58,7 @@ def test_defaults() -> None:
             state=StateConfig("dir:///no/such/folder/vtpm-cuse/vtpm0", own_place=True),
             startup=StartupConfig(not_need_init=True, startup="clear"),
         ),
+        managed="vtpmrm0",
         process=ProcessConfig(background=True),
     )
 
@@ -353,3 +354,19 @@ def test_other_device_waits_to_be_told() -> None:
     assert (config.proxy, config.path, config.fd) == (False, "/usr/dev/x", None)
     assert config.vtpm == VtpmConfig()
     assert config.process.background
+
+
+@pytest.mark.parametrize(
+    ("name", "managed"),
+    [("vtpm0", "vtpmrm0"), ("tpm12", "tpmrm12"), ("a/vtpm1", "a/vtpmrm1"), ("mine", "minerm")],
+)
+def test_the_device_with_a_resource_manager_is_named_as_the_kernels(
+    name: str, managed: str
+) -> None:
+    assert settings.cuse_config(line_of("-n", name)).managed == managed
+    words = ("--tpm2", "--tpmstate", "dir=s")
+    assert settings.cuse_config(line_of("-n", name, *words)).managed is None
+    asked = settings.cuse_config(line_of("-n", name, *words, "--resource-manager"))
+    assert asked.managed == managed
+    named = settings.cuse_config(line_of("-n", name, *words, "--resource-manager=/dev/other"))
+    assert named.managed == "other"

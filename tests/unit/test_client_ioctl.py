@@ -17,6 +17,7 @@ from vtpm_cuse.client.ioctl import DeviceControl
 from vtpm_cuse.errors import AnswerError, DeviceError, WireError
 from vtpm_cuse.vtpm.file import TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.turn import Turn
 from vtpm_cuse.wire.ptm import PTM_IOCTLS, PtmBlobType, PtmCommand, PtmInitRequest, PtmStateFlag
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class JoinedDevice:
     def __init__(self) -> None:
         self.tpm = BlobTpm()
         vtpm = cast("Vtpm", self.tpm)
-        file = TpmDeviceFile(vtpm, PtmService(vtpm), lambda _job, _done: None, lambda: None)
+        file = TpmDeviceFile(vtpm, PtmService(vtpm), Turn(lambda _job, _done: None), lambda: None)
         self.client = file.open()
         self.transfers: list[str] = []
 

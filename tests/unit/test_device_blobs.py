@@ -32,6 +32,20 @@ def test_state_is_for_root_and_its_owner_whoever_may_use_the_tpm(uid: int, error
     assert kernel.ioctl(ptm.SET_STATEBLOB, u32(0, PERMANENT, 4) + b"abcd").error == error
 
 
+EVERYBODYS = {
+    *{ptm.GET_CAPABILITY, ptm.GET_TPMESTABLISHED, ptm.CANCEL_TPM_CMD},
+    *{ptm.GET_CONFIG, ptm.GET_INFO},
+}
+
+
+@pytest.mark.parametrize("number", set(ptm.ALL) - {ptm.SET_DATAFD})
+def test_who_may_use_the_tpm_is_not_its_platform(number: int) -> None:
+    kernel = Machine().opened()
+    kernel.uid = OWNER + 1
+    error = kernel.ioctl(number, bytes(number >> 16 & 0x3FFF)).error
+    assert error == (0 if number in EVERYBODYS else errno.EPERM)
+
+
 # -- state blobs out ----------------------------------------------------------------------
 
 

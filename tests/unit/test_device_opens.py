@@ -18,6 +18,7 @@ from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import TpmDeviceFile
+from vtpm_cuse.vtpm.turn import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,7 +164,7 @@ class Restless(Machine):
 
     def renew(self) -> None:
         saved, response = self.session.suspend(), bytes(self.file.response)
-        self.file = TpmDeviceFile(self.vtpm, self.ptm, self.jobs.submit, self._wake)
+        self.file = TpmDeviceFile(self.vtpm, self.ptm, Turn(self.jobs.submit), self._wake)
         self.file.response = memoryview(response)
         self.session = self.make_session()
         self.session.resume(saved)

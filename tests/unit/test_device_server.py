@@ -24,6 +24,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.acquire import cuse
 from vtpm_cuse.acquire.cuse import CuseChannel, open_cuse
 from vtpm_cuse.errors import FrontendError, StateLocked
+from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.serve import device
 from vtpm_cuse.serve.device import DeviceServer
 from vtpm_cuse.serve.worker import Worker
@@ -142,7 +143,12 @@ def serve(
         served = Served(pair)
         result.append(served)
         worker = Worker()
-        server = DeviceServer(served.channel, served.vtpm, served.ptm, worker)
+        server = DeviceServer(
+            served.vtpm,
+            served.ptm,
+            worker,
+            lambda file, _: [device.Served(served.channel, DeviceSession(file))],
+        )
 
         async def run_server() -> None:
             with served.scope:
@@ -452,7 +458,7 @@ def test_endless_lock_attempts_do_not_keep_it_alive(
 def test_create_device(pair: tuple[socket.socket, CuseChannel]) -> None:
     end, channel = pair
     end.send(FakeKernel.message(4096, 2, struct.pack("=IIII", 7, 38, 0, 1)))
-    trio.run(channel.create_device, "vtpm7", 0, 0)
+    channel.create_device("vtpm7", 0, 0)
     assert end.recv(8192).endswith(b"DEVNAME=vtpm7\0")
     channel.close()
 
@@ -462,7 +468,7 @@ def test_refused_device(pair: tuple[socket.socket, CuseChannel]) -> None:
     end.send(FakeKernel.message(4096, 2, struct.pack("=IIII", 7, 38, 0, 1)))
     end.shutdown(socket.SHUT_RDWR)  # the channel is dead, as after a name that is taken
     with pytest.raises((FrontendError, BrokenPipeError)):
-        trio.run(channel.create_device, "vtpm7", 0, 0)
+        channel.create_device("vtpm7", 0, 0)
     channel.close()
 
 

@@ -44,6 +44,7 @@ from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.turn import Turn
 from vtpm_cuse.vtpm.vtpm import SavedVtpm, Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmCommand
 
@@ -157,7 +158,7 @@ class Device:
 
     def _make(self) -> None:
         vtpm = self.host.vtpm
-        self.file = TpmDeviceFile(vtpm, PtmService(vtpm), self.jobs.submit, self._wake)
+        self.file = TpmDeviceFile(vtpm, PtmService(vtpm), Turn(self.jobs.submit), self._wake)
         self.session: DeviceSession[SavedOpen] = DeviceSession(self.file)
 
     def _wake(self) -> None:

@@ -7,8 +7,6 @@ import os
 import select
 from typing import Final
 
-import trio
-
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.proto.cuse import init_reply
 from vtpm_cuse.proto.device import READ_BUFFER_SIZE
@@ -39,18 +37,18 @@ class CuseChannel:
         self._buffer = memoryview(bytearray(READ_BUFFER_SIZE))
         self.buffers = [self._buffer]
 
-    async def create_device(self, name: str, major: int, minor: int) -> None:
+    def create_device(self, name: str, major: int, minor: int) -> None:
         """Makes /dev/*name* (major 0: the kernel chooses).
 
         Raises:
             FrontendError: The kernel refused; the message says why as far as it can be told.
         """
-        await trio.lowlevel.wait_readable(self.fd)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll()  # its first request is there as soon as the channel is open
         size = os.readv(self.fd, self.buffers)
         os.write(self.fd, init_reply(self._buffer[:size], name, major, minor))
         # The kernel takes any reply; only a channel that is still alive has a device.
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
         if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
             raise FrontendError(*_why_refused(name, major, minor))
 

@@ -20,6 +20,7 @@ class Endpoints:
         data_stream: A connected data socket, or a device; its end is the server's.
         control_listener: Accepts control connections.
         control_stream: A connected control socket.
+        managed_listener: Accepts clients of the resource manager.
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
@@ -43,6 +44,7 @@ class Endpoints:
         self.disconnect = disconnect
         self.terminate = terminate
         self.control_terminate = control_terminate
+        self.managed_listener: socket.socket | None = None
         self._reserve = -1
         self._own: dict[str, tuple[int, int] | None] = {}
 
@@ -58,7 +60,7 @@ class Endpoints:
 
     def regain_reserve(self) -> None:
         """Keeps a descriptor, if it can, for the connection that comes when there is none left."""
-        listener = self.control_listener or self.data_listener
+        listener = self.control_listener or self.data_listener or self.managed_listener
         if self._reserve < 0 and listener is not None:
             with contextlib.suppress(OSError):
                 self._reserve = os.dup(listener.fileno())
@@ -74,7 +76,7 @@ class Endpoints:
     def withdraw(self) -> None:
         """Nobody can connect any more, and a successor can listen at the same addresses."""
         self.spend_reserve()
-        for listener in (self.data_listener, self.control_listener):
+        for listener in (self.data_listener, self.control_listener, self.managed_listener):
             if listener is not None:
                 listener.close()
         for path, identity in self._own.items():

@@ -35,18 +35,18 @@ class Keeper:
         if os.fork() == 0:
             try:
                 settle_down("vtpm-keeper: ends a FUSE mount", keep | {read_end, done_end})
-                note = b""
+                notes = b""
                 while part := os.read(read_end, _NOTE_MAX):
-                    note = part
-                clear_up(note)
+                    notes = (notes + part)[:_NOTE_MAX]
+                clear_up(notes.partition(b"\n")[0])
             finally:
                 os._exit(0)
         os.close(read_end)
         os.close(done_end)
 
     def note(self, text: bytes) -> None:
-        """What *clear_up* is to know; the last one counts."""
-        os.write(self._note, text)
+        """What *clear_up* is to know; the first one counts, from before whoever serves may be turned."""
+        os.write(self._note, text + b"\n")
 
     def end(self) -> None:
         """Has it clear up, and waits for that."""

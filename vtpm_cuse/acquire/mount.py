@@ -132,7 +132,7 @@ class FuseMount:
         os.set_inheritable(self.fd, False)  # recv_fds() takes flags, and does nothing with them
         os.set_blocking(self.fd, False)
         if self._keeper is not None:
-            self._keeper.note((_mounted_on(self._folder) or "").encode())
+            self._keeper.note((_mounted_on(self._folder) or "gone").encode())
 
     async def answer_init(self) -> None:
         """The first request; once it is answered, clients are served.

@@ -36,6 +36,7 @@ def acquire(config: SocketConfig) -> Endpoints:
     with contextlib.ExitStack() as undo:
         undo.callback(endpoints.close)
         acquire_control(endpoints, config.control)
+        acquire_managed(endpoints, config.managed)
         _acquire_data(endpoints, config.data)
         undo.pop_all()
     return endpoints
@@ -49,6 +50,12 @@ def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None
         endpoints.control_stream = inherit(address.clientfd, listening=False)
     else:
         endpoints.control_listener = _listener(endpoints, address)
+
+
+def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None:
+    """Binds, or takes over, where clients of the resource manager come. Raises UsageError."""
+    if address is not None:
+        endpoints.managed_listener = _listener(endpoints, address)
 
 
 def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:

@@ -111,7 +111,7 @@ class SavedSession(NamedTuple, Generic[Saved]):
 
     Attributes:
         next_handle: The handle of the next open.
-        opens: Handle and saved form of each open.
+        opens: Handle, number of the file, and saved form of each open.
         waiting: The requests that wait, as the kernel sent them.
         polls: Poll handles to be notified, each with the open that asked.
         paths: In a mount, what the kernel's node ids stand for, from 0.
@@ -119,7 +119,7 @@ class SavedSession(NamedTuple, Generic[Saved]):
     """
 
     next_handle: int
-    opens: tuple[tuple[int, Saved], ...]
+    opens: tuple[tuple[int, int, Saved], ...]
     waiting: tuple[bytes, ...]
     polls: tuple[tuple[int, int], ...]
     paths: tuple[str, ...] = ()
@@ -127,11 +127,12 @@ class SavedSession(NamedTuple, Generic[Saved]):
 
 
 class DeviceSession(Generic[Saved]):
-    """One device on one channel."""
+    """One channel, to one device or, in a mount, several."""
 
-    def __init__(self, file: DeviceFile[Saved]) -> None:
-        self._file = file
+    def __init__(self, *files: DeviceFile[Saved]) -> None:
+        self._files = files
         self._opens: dict[int, Open[Saved]] = {}
+        self._opened: dict[int, int] = {}  # handle to number of the file
         self._next_handle = 1
         self._waiting: dict[int, bytes] = {}
         self._polls: dict[int, int] = {}
@@ -145,11 +146,19 @@ class DeviceSession(Generic[Saved]):
             FuseOpcode.FUSE_INTERRUPT: self._interrupt,
         }
 
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody has the device open."""
+        return bool(self._opens)
+
     def suspend(self) -> SavedSession[Saved]:
         """The session as plain values; it is not used any more."""
         return SavedSession(
             self._next_handle,
-            tuple((handle, found.suspend()) for handle, found in self._opens.items()),
+            tuple(
+                (handle, self._opened[handle], found.suspend())
+                for handle, found in self._opens.items()
+            ),
             tuple(self._waiting.values()),
             tuple(self._polls.items()),
         )
@@ -157,7 +166,10 @@ class DeviceSession(Generic[Saved]):
     def resume(self, saved: SavedSession[Saved]) -> None:
         """Goes on where *saved* was suspended; called once, before anything else."""
         self._next_handle = saved.next_handle
-        self._opens = {handle: self._file.resume(found) for handle, found in saved.opens}
+        self._opened = {handle: number for handle, number, _ in saved.opens}
+        self._opens = {
+            handle: self._files[number].resume(found) for handle, number, found in saved.opens
+        }
         self._waiting = {unique_of(memoryview(message)): message for message in saved.waiting}
         self._polls = dict(saved.polls)
 
@@ -247,11 +259,15 @@ class DeviceSession(Generic[Saved]):
             self._polls[request.kh] = request.fh
         return reply_to(unique, FusePollOut(events).pack(HOST))
 
-    def _open(self, _message: memoryview, unique: int) -> bytes:
-        found = self._file.open()
+    def _open(self, message: memoryview, unique: int) -> bytes:
+        number = self._file_number(message)
+        found = self._files[number].open()
         handle = self._take_handle()
-        self._opens[handle] = found
+        self._opens[handle], self._opened[handle] = found, number
         return reply_to(unique, FuseOpenOut(handle, _DEVICE_FLAGS).pack(HOST))
+
+    def _file_number(self, _message: memoryview) -> int:
+        return 0
 
     def _take_handle(self) -> int:
         handle, self._next_handle = self._next_handle, self._next_handle + 1
@@ -260,7 +276,7 @@ class DeviceSession(Generic[Saved]):
     def _release(self, message: memoryview, unique: int) -> bytes:
         handle = handle_of(message)
         self._of(handle).release()
-        del self._opens[handle]
+        del self._opens[handle], self._opened[handle]
         self._polls = {kernel: asked for kernel, asked in self._polls.items() if asked != handle}
         return reply_to(unique, b"")
 

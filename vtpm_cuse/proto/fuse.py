@@ -1,6 +1,6 @@
-"""The FUSE side: a folder that holds one TPM device file and, beside it, texts to read.
+"""The FUSE side: a folder that holds TPM device files and, beside them, texts to read.
 
-Requests on the device file are `DeviceSession`'s. The texts are made when they
+Requests on a device file are `DeviceSession`'s. The texts are made when they
 are read from their beginning; one that cannot be made yet waits as a read of the
 device does. Nothing in the folder can be changed. Source: linux/fuse.h.
 
@@ -45,10 +45,12 @@ from vtpm_cuse.wire.fuse import (
 from vtpm_cuse.wire.layout import HOST
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vtpm_cuse.proto.device import DeviceFile, Handler, SavedSession
 
 _IN = FuseInHeader.compiled(HOST)
-_DEVICE_ID: Final = 2
+_FIRST_DEVICE_ID: Final = 2
 _S_IFDIR, _S_IFREG = 0o040000, 0o100000
 _TEXT_SIZE: Final = 4096
 """What sysfs calls the size of a text that is not made yet."""
@@ -103,7 +105,7 @@ class FileOwnership(NamedTuple):
     Attributes:
         uid: Owner.
         gid: Group.
-        device_mode: Permission bits of the device file.
+        device_mode: Permission bits of the device files.
         since: Seconds since the epoch.
     """
 
@@ -114,16 +116,16 @@ class FileOwnership(NamedTuple):
 
 
 class FuseSession(DeviceSession[Saved]):
-    """One mount: *name* is the device file's."""
+    """One mount: *devices* are the device files by their names."""
 
     def __init__(
-        self, file: DeviceFile[Saved], texts: Texts, name: str, ownership: FileOwnership
+        self, devices: Mapping[str, DeviceFile[Saved]], texts: Texts, ownership: FileOwnership
     ) -> None:
-        super().__init__(file)
+        super().__init__(*devices.values())
         self._texts = texts
-        self._name = name
+        self._devices = tuple(devices)
         self._ownership = ownership
-        self._paths = ["", "", name]  # by node id; 0 is none
+        self._paths = ["", "", *devices]  # by node id; 0 is none
         self._open_texts: dict[int, bytes] = {}
         self._tree_handlers: dict[int, Handler] = {
             FuseOpcode.FUSE_LOOKUP: self._lookup,
@@ -155,9 +157,13 @@ class FuseSession(DeviceSession[Saved]):
         self._paths, self._open_texts = list(saved.paths), dict(saved.texts)
 
     def _handler(self, opcode: int, nodeid: int) -> Handler | None:
-        if nodeid == _DEVICE_ID and opcode in _BY_NODE:
+        device = 0 <= nodeid - _FIRST_DEVICE_ID < len(self._devices)
+        if device and opcode in _BY_NODE:
             return self._handlers[opcode]
         return self._tree_handlers.get(opcode)
+
+    def _file_number(self, message: memoryview) -> int:
+        return int(_IN.unpack_from(message)[3]) - _FIRST_DEVICE_ID
 
     # -- the tree -------------------------------------------------------------------------
 
@@ -208,7 +214,7 @@ class FuseSession(DeviceSession[Saved]):
     def _names(self, folder: str) -> tuple[str, ...]:
         if folder:
             return self._texts.files(folder)
-        return (self._name, *self._texts.files(""), *self._texts.folders())
+        return (*self._devices, *self._texts.files(""), *self._texts.folders())
 
     def _path(self, message: memoryview) -> str:
         nodeid = int(_IN.unpack_from(message)[3])
@@ -223,7 +229,7 @@ class FuseSession(DeviceSession[Saved]):
         return self._paths.index(path, FUSE_ROOT_ID)
 
     def _mode(self, path: str) -> int:
-        if path == self._name:
+        if path in self._devices:
             return _S_IFREG | self._ownership.device_mode
         is_folder = not path or ("/" not in path and path not in self._texts.files(""))
         return _S_IFDIR | 0o555 if is_folder else _S_IFREG | 0o444
@@ -232,7 +238,7 @@ class FuseSession(DeviceSession[Saved]):
         path, owner = self._paths[nodeid], self._ownership
         mode = self._mode(path)
         size = 0
-        if mode & _S_IFREG and path != self._name:
+        if mode & _S_IFREG and path not in self._devices:
             known = self._texts.size(path)
             size = _TEXT_SIZE if known is None else known
         return FuseAttr(

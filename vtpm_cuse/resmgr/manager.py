@@ -7,6 +7,7 @@ a client that stays within the TPM's limits costs no inner command.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -43,7 +44,10 @@ _FIRST_OBJECT: Final = 0x8000_0000
 _LAST_OBJECT: Final = 0x80FF_FFFE  # tpm2-tss takes 80FFFFFF for none
 _LIST_MAX: Final = 254
 _VENDOR: Final = 0x2000_0000
-_TAGS: Final = frozenset({b"\x80\x01", b"\x80\x02"})
+_NO_SESSIONS: Final = b"\x80\x01"
+_TAGS: Final = frozenset({_NO_SESSIONS, b"\x80\x02"})
+_SUCCESS: Final = bytes(4)
+_ONE_HANDLE_END: Final = TPM_HEADER_SIZE + 4
 _ALWAYS_READ: Final = frozenset(
     {
         TpmCc.TPM_CC_Startup,
@@ -78,7 +82,9 @@ class Manager:
         tpm: The TPM.
         inner: Gives it a command of the manager's, where that is another way than *tpm*'s.
         limits: What a client may have.
-        ours: Nobody else uses the TPM: what was left in it is flushed at the start.
+
+    Attributes:
+        alone: Nobody else uses the TPM: what was left in it is flushed at the start.
     """
 
     def __init__(
@@ -87,15 +93,16 @@ class Manager:
         *,
         inner: Callable[[bytes], bytes] | None = None,
         limits: Limits | None = None,
-        ours: bool = True,
+        alone: bool = True,
     ) -> None:
         self.tpm = tpm
         self.limits = limits or Limits()
         self._inner = Inner(inner or tpm.process)
-        self._ours = ours
+        self.alone = alone
         self._ready = False
         self._attributes: dict[int, CommandAttributes] = {}
-        self._simple: frozenset[bytes] = frozenset()
+        self._simple: frozenset[bytes] = frozenset()  # codes of commands without handles
+        self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
         self._sessions_max = 0
         self._numbers = itertools.count(1)
         self._connections: dict[int, Connection] = {}
@@ -127,6 +134,12 @@ class Manager:
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
+    def drop(self) -> None:
+        """Ends all that clients have, but not the clients: the TPM's state is about to leave."""
+        for connection in self._connections.values():
+            self._end_objects(connection)
+        self.sessions.drop_all()
+
     def prepare(self) -> bool:
         """Asks the TPM what it is like; False while it is not started."""
         if self._ready:
@@ -138,7 +151,7 @@ class Manager:
             loaded = inner.tpm_property(wire.TPM_PT_HR_LOADED_MIN) or 1
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
             self._sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
-            if self._ours:
+            if self.alone:
                 for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24, TpmHt.POLICY_SESSION << 24):
                     for handle in inner.handles(first):
                         inner.flush(handle)
@@ -146,10 +159,14 @@ class Manager:
             return False
         self.objects = Objects(inner, slots)
         self.sessions = Sessions(inner, loaded, gap)
-        self._simple = frozenset(
-            code.to_bytes(4, "big")
-            for code, known in self._attributes.items()
-            if known == CommandAttributes(0, False, False, False) and code not in _ALWAYS_READ
+        self._simple, self._short = (
+            frozenset(
+                code.to_bytes(4, "big")
+                for code, known in self._attributes.items()
+                if known == CommandAttributes(handles, False, False, False)
+                and code not in _ALWAYS_READ
+            )
+            for handles in (0, 1)
         )
         self._ready = True
         return True
@@ -158,21 +175,25 @@ class Manager:
         """A client has gone: what it leaves is ended, but for sessions that it saved."""
         if self._connections.pop(connection.number, None) is None:
             return
-        for found in connection.objects.values():
-            try:
-                self.objects.flush(found)
-            except TpmError:
-                self.objects.remove(found)
-        connection.objects.clear()
+        self._end_objects(connection)
         self.sessions.abandon(connection.number, self.limits.abandoned)
+
+    def _end_objects(self, connection: Connection) -> None:
+        for found in connection.objects.values():
+            with contextlib.suppress(TpmError):  # it had ended already
+                self.objects.flush(found)
+        connection.objects.clear()
 
     # -- a command ------------------------------------------------------------------------
 
     def process(self, connection: Connection, command: bytes) -> bytes:
         """The response to a connection's command; never raises VtpmError."""
         code_bytes = command_code(command)
-        if code_bytes in self._simple and command[:2] == b"\x80\x01":
-            return self.tpm.process(command)
+        if command[:2] == _NO_SESSIONS:
+            if code_bytes in self._simple:
+                return self.tpm.process(command)
+            if code_bytes in self._short and (found := self._shortcut(connection, command)):
+                return found
         whole = len(command) >= TPM_HEADER_SIZE and command_size(command) == len(command)
         if not whole or command[:2] not in _TAGS:
             return self.tpm.process(command)  # which refuses it
@@ -183,6 +204,28 @@ class Manager:
             return self._managed(connection, command, code)
         except Refusal as exc:
             return wire.plain_response(exc.code)
+
+    def _shortcut(self, connection: Connection, command: bytes) -> bytes | None:
+        """`_run`, shortened for what is loaded; None, with nothing done, where that is more."""
+        if command_size(command) != len(command) or len(command) < _ONE_HANDLE_END:
+            return None
+        handle = int.from_bytes(command[TPM_HEADER_SIZE:_ONE_HANDLE_END], "big")
+        known = connection.objects.get(handle)
+        if known is not None:
+            if (physical := known.physical) is None:
+                return None
+            known.used = next(self._clock)
+            head, rest = command[:TPM_HEADER_SIZE], command[_ONE_HANDLE_END:]
+            response = self.tpm.process(head + physical.to_bytes(4, "big") + rest)
+        else:
+            session = self.sessions.find(handle)
+            if session is None or session.owner != connection.number:
+                return None
+            if session.handle != handle or session.place is not Place.LOADED:
+                return None
+            session.used = next(self._clock)
+            response = self.tpm.process(command)
+        return response if response[6:TPM_HEADER_SIZE] == _SUCCESS else None
 
     def _start(self, command: bytes) -> bytes:
         """Of a TPM that is not started, or may be started by this."""

@@ -212,6 +212,11 @@ class Sessions:
         for found in self.of(None)[: -most or None]:
             self._drop(found)
 
+    def drop_all(self) -> None:
+        """Ends every session."""
+        for found in list(self._by_index.values()):
+            self._drop(found)
+
     def drop_abandoned(self) -> bool:
         """Ends the oldest abandoned session; False if there is none."""
         abandoned = self.of(None)

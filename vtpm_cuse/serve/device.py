@@ -1,6 +1,6 @@
-"""The trio loop that serves a device file on a channel to the kernel, of CUSE or FUSE.
+"""The trio loop that serves device files on channels to the kernel, of CUSE or FUSE.
 
-Ownership: the loop task owns session and device file; the worker thread runs
+Ownership: the loop task owns sessions and device files; the worker thread runs
 one job at a time and hands its result back through trio, so no lock is needed.
 Between two checkpoints a request is read, answered and its command executed.
 """
@@ -11,20 +11,21 @@ import errno
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import trio
 
 from vtpm_cuse.errors import DeviceGone
-from vtpm_cuse.proto.device import DeviceSession, error_reply, unique_of
+from vtpm_cuse.proto.device import error_reply, unique_of
 from vtpm_cuse.vtpm.file import TpmDeviceFile
+from vtpm_cuse.vtpm.managed import ManagedFile, ManagedVtpm
+from vtpm_cuse.vtpm.turn import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from vtpm_cuse.proto.device import SavedSession
+    from vtpm_cuse.proto.device import DeviceSession, SavedSession
     from vtpm_cuse.serve.worker import Worker
-    from vtpm_cuse.vtpm.file import SavedOpen
     from vtpm_cuse.vtpm.ptm import PtmService
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -54,53 +55,67 @@ class KernelChannel(Protocol):
         """Where a request is read to: one buffer, large enough for any."""
 
 
+class Served(NamedTuple):
+    """A channel, and what speaks to the kernel on it."""
+
+    channel: KernelChannel
+    session: DeviceSession[Any]
+
+
 class SavedDevice(NamedTuple):
     """A served device between two commands, as plain values.
 
     Attributes:
-        session: Its opens, and the requests that wait.
-        response: What is unread of the last response.
+        sessions: Their opens, and the requests that wait.
+        response: What is unread of the last response of the device for one client.
     """
 
-    session: SavedSession[SavedOpen]
+    sessions: tuple[SavedSession[Any], ...]
     response: bytes
 
 
 class DeviceServer:
-    """Serves a vTPM on a channel whose device exists.
+    """Serves a vTPM on channels whose devices exist.
 
     Args:
-        channel: To the kernel.
         vtpm: The TPM.
         ptm: Answers the ioctls.
         worker: Runs the long commands.
-        make_session: Makes what speaks to the kernel for the device file.
+        sessions: Gives the channels for two files: the device for one client, and where *managed*
+            the one that gives each client a TPM of its own.
+        managed: Whether there is to be one.
     """
 
     def __init__(
         self,
-        channel: KernelChannel,
         vtpm: Vtpm,
         ptm: PtmService,
         worker: Worker,
-        make_session: Callable[[TpmDeviceFile], DeviceSession[SavedOpen]] = DeviceSession,
+        sessions: Callable[[TpmDeviceFile, ManagedFile | None], Sequence[Served]],
+        *,
+        managed: bool = False,
     ) -> None:
-        self._channel = channel
         self._vtpm = vtpm
         self._ptm = ptm
+        self._turn = turn = Turn(worker.submit)
         owners = frozenset({0, os.geteuid()})
-        self._file = TpmDeviceFile(vtpm, ptm, worker.submit, self._wake, owners)
-        self._session = make_session(self._file)
+        self._file = TpmDeviceFile(vtpm, ptm, turn, self._wake, owners)
+        self._managed: ManagedFile | None = None
+        if managed:
+            self._managed = ManagedFile(vtpm, ManagedVtpm(vtpm), turn, self._wake)
+        self._served = tuple(sessions(self._file, self._managed))
         self._scope = trio.CancelScope()
 
     def suspend(self) -> SavedDevice:
         """The device as plain values; no command runs, and this server is not used any more."""
-        return SavedDevice(self._session.suspend(), bytes(self._file.response))
+        sessions = tuple(session.suspend() for _, session in self._served)
+        return SavedDevice(sessions, bytes(self._file.response))
 
     def resume(self, saved: SavedDevice) -> None:
         """Goes on where *saved* was suspended; called once, before `serve`."""
         self._file.response = memoryview(saved.response)
-        self._session.resume(saved.session)
+        for (_, session), known in zip(self._served, saved.sessions, strict=True):
+            session.resume(known)
 
     async def serve(self) -> None:
         """Until PTM_SHUTDOWN, or until another process has the state.
@@ -112,48 +127,84 @@ class DeviceServer:
             await self._serve()
 
     async def _serve(self) -> None:
-        fd, buffers = self._channel.fd, self._channel.buffers
-        served, linger_until = 0, 0.0
-        while not (self._ptm.shutdown_requested and not self._file.is_open):
-            try:
-                size = os.readv(fd, buffers)
-            except BlockingIOError:
-                if time.perf_counter() < linger_until:
-                    os.sched_yield()  # on one processor, to the client
-                else:
-                    await self._wait_for_request()
+        looked_at, until_checkpoint, linger_until = self._served, _CHECKPOINT_EVERY, 0.0
+        while not (self._ptm.shutdown_requested and not self._is_open):
+            answered = 0
+            for served in looked_at:
+                answered += self._answer_one(served)
+            if answered:
+                until_checkpoint -= answered
+                linger_until = time.perf_counter() + _LINGER_SECONDS
+                if len(self._served) > 1:  # what nobody has open is looked at now and then
+                    looked_at = tuple(one for one in self._served if one.session.is_open)
+            elif time.perf_counter() < linger_until:
+                os.sched_yield()  # on one processor, to the client
                 continue
-            except OSError as exc:
-                if exc.errno == errno.ENODEV:
-                    raise DeviceGone("The kernel has taken the device away") from exc
-                if exc.errno in {errno.ENOENT, errno.EINTR}:  # the request was withdrawn
-                    continue
-                raise
-            self._answer(buffers[0][:size])
-            served += 1
-            if served % _CHECKPOINT_EVERY == 0:
+            else:
+                await self._wait_for_request()
+                looked_at = self._served
+            if until_checkpoint <= 0:
                 await trio.lowlevel.checkpoint()
-            linger_until = time.perf_counter() + _LINGER_SECONDS
+                looked_at, until_checkpoint = self._served, _CHECKPOINT_EVERY
+
+    @property
+    def _is_open(self) -> bool:
+        return self._file.is_open or (self._managed is not None and self._managed.is_open)
+
+    def _answer_one(self, served: Served) -> int:
+        """How many requests there were: one or none. Raises DeviceGone."""
+        channel, session = served
+        try:
+            size = os.readv(channel.fd, channel.buffers)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            if exc.errno == errno.ENODEV:
+                raise DeviceGone("The kernel has taken the device away") from exc
+            if exc.errno in {errno.ENOENT, errno.EINTR}:  # the request was withdrawn
+                return 1
+            raise
+        self._answer(channel, session, channel.buffers[0][:size])
+        return 1
 
     async def _wait_for_request(self) -> None:
         if not self._file.cancelling:
-            await trio.lowlevel.wait_readable(self._channel.fd)
+            await self._wait_readable()
             return
         self._vtpm.cancel()
         with trio.move_on_after(_CANCEL_AGAIN_SECONDS):
-            await trio.lowlevel.wait_readable(self._channel.fd)
+            await self._wait_readable()
 
-    def _answer(self, message: memoryview) -> None:
+    async def _wait_readable(self) -> None:
+        if len(self._served) == 1:
+            await trio.lowlevel.wait_readable(self._served[0].channel.fd)
+            return
+        async with trio.open_nursery() as nursery:
+
+            async def wait(fd: int) -> None:
+                await trio.lowlevel.wait_readable(fd)
+                nursery.cancel_scope.cancel()
+
+            for served in self._served:
+                nursery.start_soon(wait, served.channel.fd)
+
+    def _answer(
+        self, channel: KernelChannel, session: DeviceSession[Any], message: memoryview
+    ) -> None:
         """One request. The device outlives a bug of ours: the client gets EIO, the log the story."""
         try:
-            reply = self._session.receive(message)
+            reply = session.receive(message)
         except Exception:
             log.exception("A request could not be handled")
             reply = error_reply(unique_of(message), errno.EIO)
         if reply is not None:
-            self._send(reply)
+            self._send(channel, reply)
         if self._file.pending is not None:
+            if self._managed is not None:
+                self._managed.managed.share()
             self._file.run_pending()
+        if self._managed is not None:
+            self._managed.run_pending()
         if self._ptm.shutdown_requested:
             self._give_grace()
 
@@ -161,11 +212,12 @@ class DeviceServer:
         if self._vtpm.state_lost:  # whoever waits for an answer hears that the device is gone
             self._scope.cancel()
             return
-        try:
-            for message in self._session.wake():
-                self._send(message)
-        except Exception:  # called from trio's own machinery, which must not see it
-            log.exception("A waiting request could not be answered")
+        for channel, session in self._served:
+            try:
+                for message in session.wake():
+                    self._send(channel, message)
+            except Exception:  # called from trio's own machinery, which must not see it
+                log.exception("A waiting request could not be answered")
         if self._ptm.shutdown_requested:
             self._give_grace()
 
@@ -173,9 +225,10 @@ class DeviceServer:
         if self._scope.deadline == float("inf"):
             self._scope.deadline = trio.current_time() + _RELEASE_GRACE_SECONDS
 
-    def _send(self, message: bytes) -> None:
+    @staticmethod
+    def _send(channel: KernelChannel, message: bytes) -> None:
         try:
-            os.write(self._channel.fd, message)
+            os.write(channel.fd, message)
         except OSError as exc:
             # ENOENT: the client is gone. ENODEV: so is the device; the next read says so.
             if exc.errno not in {errno.ENOENT, errno.ENODEV}:
@@ -184,6 +237,6 @@ class DeviceServer:
     async def settle(self) -> None:
         """Ends a running command early and waits for it; it is never abandoned."""
         with trio.CancelScope(shield=True):
-            while self._file.busy:
+            while self._turn.taken:
                 self._vtpm.abort()
                 await trio.sleep(_CANCEL_AGAIN_SECONDS)

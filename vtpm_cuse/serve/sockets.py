@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.proto.places import Place
     from vtpm_cuse.proto.stream import Request
     from vtpm_cuse.serve.connections import SavedControl, SavedData
+    from vtpm_cuse.serve.managed_sockets import ManagedServer
     from vtpm_cuse.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class SocketServer:
         self._turn = trio.Lock()
         self._served = 0
         self._places = Places()
+        self._managed: ManagedServer | None = None
         self._only: DataConnection | None = None
         self._accepted: DataConnection | None = None
         self._passed: list[DataConnection] = []
@@ -165,6 +167,13 @@ class SocketServer:
             start(self._serve_control, connection)
         if endpoints.control_listener is not None and endpoints.control_stream is None:
             start(self._accept_control, endpoints.control_listener)
+        if endpoints.managed_listener is not None:
+            from vtpm_cuse.serve.managed_sockets import ManagedServer
+
+            self._managed = ManagedServer(
+                self._nursery, self._vtpm, self._worker, self._turn, self._accept
+            )
+            start(self._managed.serve, endpoints.managed_listener)
 
     def _end(self) -> None:
         self._nursery.cancel_scope.cancel()
@@ -243,6 +252,8 @@ class SocketServer:
         served = await self._answer_all(client, flush=False)  # what was there at a suspension
         if self._is_over(client, served):
             return
+        if self._managed is not None:
+            self._managed.share()
         quick, quick_ones = plain and stream.empty, 0
         while True:
             try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vtpm_cuse.acquire.chardev import ProxyDevice, ProxyMaker, open_device
 from vtpm_cuse.acquire.endpoints import Endpoints
-from vtpm_cuse.acquire.sockets import acquire_control, take_stream
+from vtpm_cuse.acquire.sockets import acquire_control, acquire_managed, take_stream
 from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service import life
@@ -59,9 +59,10 @@ class _Chardev(life.Interface):
 
     def acquire(self) -> None:
         acquire_control(self._endpoints, self._config.control)
+        acquire_managed(self._endpoints, self._config.managed)
 
     def load(self) -> None:
-        load_endpoints()
+        load_endpoints(self._endpoints)
 
     async def appear(self, vtpm: Vtpm) -> None:
         """Last of all: from then on the kernel waits for answers, and not for long.

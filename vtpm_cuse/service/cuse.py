@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtpm_cuse.config import Exits
 from vtpm_cuse.errors import FrontendError, UsageError
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.acquire.cuse import CuseChannel
     from vtpm_cuse.config import CuseConfig
+    from vtpm_cuse.proto.device import DeviceFile
+    from vtpm_cuse.serve.device import Served
     from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.file import TpmDeviceFile
+    from vtpm_cuse.vtpm.managed import ManagedFile
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
@@ -37,21 +41,24 @@ def run(config: CuseConfig) -> int:
 
 class _CuseDevice(life.Interface):
     exits = Exits(start=_START_FAILED, pid=243, groups=246, gid=245, uid=244, sandbox=242)
-    _channel: CuseChannel
 
     def __init__(self, config: CuseConfig) -> None:
         self._config = config
+        self._names = [config.name, *([config.managed] if config.managed else [])]
+        self._channels: dict[str, CuseChannel] = {}
         self._undo = contextlib.ExitStack()
 
     def open(self) -> None:
-        if os.path.lexists(f"/dev/{self._config.name}"):
-            reason = f"Error: A device '/dev/{self._config.name}' already exists."
-            raise UsageError(reason, _START_FAILED)
+        for name in self._names:
+            if os.path.lexists(f"/dev/{name}"):
+                raise UsageError(f"Error: A device '/dev/{name}' already exists.", _START_FAILED)
 
         from vtpm_cuse.acquire.cuse import CuseChannel, open_cuse
 
-        self._channel = CuseChannel(open_cuse())
-        self._undo.callback(self._channel.close)
+        for name in self._names:
+            channel = CuseChannel(open_cuse())
+            self._undo.callback(channel.close)
+            self._channels[name] = channel
         runas = self._config.process.runas
         life.make_state_directory(self._config.vtpm, 0o775, runas, _START_FAILED)
 
@@ -60,10 +67,15 @@ class _CuseDevice(life.Interface):
         from vtpm_cuse.vtpm import ptm
 
         _ = ptm, device
+        # Before a byte of state is read: who answers the kernel here says what it may do with the
+        # memory of clients. One who is quick waits for the TPM, and who sees one device finds both.
+        config = self._config
+        if config.managed:
+            self._channels[config.managed].create_device(config.managed, 0, 0)
+        self._channels[config.name].create_device(config.name, config.major, config.minor)
 
     async def appear(self, _vtpm: Vtpm) -> None:
         config = self._config
-        await self._channel.create_device(config.name, config.major, config.minor)
         log.info("CUSE TPM successfully initialized.")
         if config.vtpm.state is not None and config.vtpm.state.own_place:
             life.introduce(f"/dev/{config.name}", config.vtpm)
@@ -72,13 +84,29 @@ class _CuseDevice(life.Interface):
         from vtpm_cuse.serve.device import DeviceServer
         from vtpm_cuse.vtpm.ptm import PtmService
 
-        server = DeviceServer(self._channel, vtpm, PtmService(vtpm, self.give_up), worker)
+        server = DeviceServer(
+            vtpm,
+            PtmService(vtpm, self.give_up),
+            worker,
+            self._sessions,
+            managed=self._config.managed is not None,
+        )
         ready()
         try:
             await server.serve()
         finally:
             await server.settle()
             log.info("CUSE TPM is shutting down.")
+
+    def _sessions(self, file: TpmDeviceFile, managed: ManagedFile | None) -> list[Served]:
+        from vtpm_cuse.proto.device import DeviceSession
+        from vtpm_cuse.serve.device import Served
+
+        files: list[DeviceFile[Any]] = [file, *([managed] if managed else [])]
+        return [
+            Served(channel, DeviceSession(file))
+            for channel, file in zip(self._channels.values(), files, strict=True)
+        ]
 
     def close(self) -> None:
         self._undo.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtpm_cuse.errors import DeviceGone
 from vtpm_cuse.service import life
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtpm_cuse.config import FuseConfig
-    from vtpm_cuse.proto.fuse import FuseSession
+    from vtpm_cuse.proto.device import DeviceFile
+    from vtpm_cuse.serve.device import Served
     from vtpm_cuse.serve.worker import Worker
-    from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
+    from vtpm_cuse.vtpm.file import TpmDeviceFile
+    from vtpm_cuse.vtpm.managed import ManagedFile
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
@@ -66,11 +68,11 @@ class _FuseFile(life.Interface):
         from vtpm_cuse.vtpm.ptm import PtmService
 
         server = DeviceServer(
-            self._mount,
             vtpm,
             PtmService(vtpm, self.give_up),
             worker,
-            lambda file: self._session(vtpm, file),
+            lambda file, managed: [self._session(vtpm, file, managed)],
+            managed=self._config.managed is not None and vtpm.tpm2,
         )
         ready()
         try:
@@ -80,9 +82,10 @@ class _FuseFile(life.Interface):
         finally:
             await server.settle()
 
-    def _session(self, vtpm: Vtpm, file: TpmDeviceFile) -> FuseSession[SavedOpen]:
+    def _session(self, vtpm: Vtpm, file: TpmDeviceFile, managed: ManagedFile | None) -> Served:
         from vtpm_cuse import __version__
         from vtpm_cuse.proto.fuse import FileOwnership, FuseSession
+        from vtpm_cuse.serve.device import Served
         from vtpm_cuse.vtpm.attributes import TpmAttributes
 
         config, now = self._config, int(time.time())
@@ -95,12 +98,12 @@ class _FuseFile(life.Interface):
             "since": now,
         }
         mode = 0o666 if config.allow_other else 0o600
-        return FuseSession(
-            file,
-            TpmAttributes(vtpm, file, self._recent, status),
-            config.name,
-            FileOwnership(os.getuid(), os.getgid(), mode, now),
-        )
+        devices: dict[str, DeviceFile[Any]] = {config.name: file}
+        if managed is not None and config.managed is not None:
+            devices[config.managed] = managed
+        texts = TpmAttributes(vtpm, file, self._recent, status)
+        owner = FileOwnership(os.getuid(), os.getgid(), mode, now)
+        return Served(self._mount, FuseSession(devices, texts, owner))
 
     def close(self) -> None:
         self._mount.close()

@@ -41,7 +41,7 @@ class _Sockets(life.Interface):
         self._undo.callback(self._endpoints.close)
 
     def load(self) -> None:
-        load_endpoints()
+        load_endpoints(self._endpoints)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
         from vtpm_cuse.vtpm.ptm import PtmService
@@ -59,12 +59,16 @@ class _Sockets(life.Interface):
         self._undo.close()
 
 
-def load_endpoints() -> None:
+def load_endpoints(endpoints: Endpoints) -> None:
     """Imports what `serve_endpoints` takes."""
     from vtpm_cuse.serve import sockets
     from vtpm_cuse.vtpm import ptm
 
     _ = ptm, sockets
+    if endpoints.managed_listener is not None:
+        from vtpm_cuse.serve import managed_sockets
+
+        _ = managed_sockets
 
 
 async def serve_endpoints(

@@ -89,7 +89,7 @@ class TpmAttributes:
 
     def folders(self) -> tuple[str, ...]:
         """The folders at the top: one for each PCR bank, as of the last time it could be seen."""
-        if not self._file.busy:
+        if not self._file.must_wait:
             with contextlib.suppress(VtpmError):  # the TPM is off, say
                 self._banks = self._active_banks()
         return self._banks
@@ -107,7 +107,7 @@ class TpmAttributes:
         """
         if path in self._at_once:
             return self._at_once[path]()
-        return None if self._file.busy else self._ask(path)
+        return None if self._file.must_wait else self._ask(path)
 
     def _ask(self, path: str) -> bytes:
         found = _PCR_PATH.fullmatch(path)

@@ -42,14 +42,22 @@ from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.vtpm.turn import Turn
     from vtpm_cuse.vtpm.vtpm import Vtpm
     from vtpm_cuse.wire.layout import WireStruct
 
-    Submit = Callable[[Callable[[], bytes], Callable[[bytes], None]], None]
-
 log = logging.getLogger(__name__)
 
-_OWNERS_ONLY: Final = frozenset({PtmCommand.PTM_GET_STATEBLOB, PtmCommand.PTM_SET_STATEBLOB})
+_FOR_ALL: Final = frozenset(
+    {
+        PtmCommand.PTM_GET_CAPABILITY,
+        PtmCommand.PTM_GET_TPMESTABLISHED,
+        PtmCommand.PTM_CANCEL_TPM_CMD,
+        PtmCommand.PTM_GET_CONFIG,
+        PtmCommand.PTM_GET_INFO,
+    }
+)
+"""Of the others, each is the platform's: power, locality and measurements, or the state."""
 _SUCCESS: Final = PtmResultResponse(PtmResult.TPM_SUCCESS).pack(HOST)
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
@@ -79,12 +87,12 @@ class TpmDeviceFile:
     Args:
         vtpm: The TPM.
         ptm: Answers the ioctls.
-        submit: Runs a job elsewhere, then a function with its result here.
+        turn: Of the TPM, which other files may lead to.
         on_change: Called when a waiting call may go on, or poll events changed.
-        owners: Users who may have the TPM's state, or give it one; the others may use the TPM.
+        owners: Users who may act as the platform and have the TPM's state; others may use the TPM.
 
     Attributes:
-        busy: A job runs.
+        busy: A job of this file's runs, or has to.
         cancelling: It has been asked to end. libtpms forgets a cancellation that comes before
             it has begun with the command, so the frontend repeats it until `busy` is over.
         pending: The command that `run_pending` executes.
@@ -96,14 +104,15 @@ class TpmDeviceFile:
         self,
         vtpm: Vtpm,
         ptm: PtmService,
-        submit: Submit,
+        turn: Turn,
         on_change: Callable[[], None],
         owners: frozenset[int] = frozenset({0}),
     ) -> None:
         self.vtpm = vtpm
         self.ptm = ptm
-        self._submit = submit
+        self._turn = turn
         self._on_change = on_change
+        turn.watch(on_change)
         self.owners = owners
         self._open: TpmOpen | None = None
         self.busy = False
@@ -116,6 +125,11 @@ class TpmDeviceFile:
     def is_open(self) -> bool:
         """Whether somebody has the device open."""
         return self._open is not None
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether what asks the TPM has to wait for a command, of whatever file's."""
+        return self._turn.taken or self.busy
 
     def open(self) -> TpmOpen:
         """Raises DeviceError EBUSY while somebody else has it open."""
@@ -139,8 +153,8 @@ class TpmDeviceFile:
         command, self.pending = self.pending, None
         if command is None:
             return
-        response = self.vtpm.process_known(command)
-        if response is None and self.vtpm.is_long(command):
+        response = None if self._turn.taken else self.vtpm.process_known(command)
+        if response is None and (self._turn.taken or self.vtpm.is_long(command)):
             self._start_job(lambda: self.vtpm.process(command), self._respond)
             return
         self._respond(self.vtpm.process(command) if response is None else response)
@@ -154,7 +168,7 @@ class TpmDeviceFile:
         locking, result = self._locking
         if call == locking:
             return result
-        if self.busy and not self.vtpm.holds_lock:
+        if self._turn.taken and not self.vtpm.holds_lock:
             return None
         command = PtmCommand.PTM_LOCK_STORAGE
         once = self.ptm.handle(command, PtmLockStorageRequest(0)).pack(HOST)
@@ -172,10 +186,9 @@ class TpmDeviceFile:
         def finish(result: bytes) -> None:
             self.busy = self.cancelling = False
             done(result)
-            self._on_change()
 
         self.busy = True
-        self._submit(job, finish)
+        self._turn.run(job, finish)
 
 
 class TpmOpen:
@@ -269,18 +282,18 @@ class TpmOpen:
 
         Raises:
             DeviceError: EINVAL for any other number; EPERM for one of the owners only. PEER:
-                whoever may open the device may have the state, but there that is root alone.
+                whoever may open the device may do all, but there that is root alone.
             WireError: The argument is too short.
         """
         command = PTM_IOCTLS.get(number)
         if command is None or command is PtmCommand.PTM_SET_DATAFD:
             raise DeviceError(errno.EINVAL)
-        if command in _OWNERS_ONLY and uid not in self._file.owners:
+        if command not in _FOR_ALL and uid not in self._file.owners:
             raise DeviceError(errno.EPERM)
         request = PTM_SPECS[command].request.unpack_untrusted(argument, HOST)
         if isinstance(request, PtmLockStorageRequest):
             return self._file.lock_storage(request, call)
-        if self._file.busy and command not in ANSWERED_WHILE_BUSY:
+        if self._file.must_wait and command not in ANSWERED_WHILE_BUSY:
             return None
         return self._answer(command, request).pack(HOST)
 

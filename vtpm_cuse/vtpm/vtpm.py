@@ -43,6 +43,8 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.base import RunLater
     from vtpm_cuse.storage.sealed import SealedStore
@@ -123,6 +125,10 @@ class Vtpm:
 
     The locality, the buffer size and the last command survive `start`: a VM
     monitor tracks the locality itself and does not send it again after a reset.
+
+    Attributes:
+        starts: How often it was started: what was in it before the last time is no more.
+        before_snapshot: Called before all that it holds leaves for another TPM.
     """
 
     def __init__(
@@ -143,6 +149,8 @@ class Vtpm:
         )
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
+        self.starts = 0
+        self.before_snapshot: Callable[[], None] = lambda: None
 
     # -- life cycle -----------------------------------------------------------------------
 
@@ -170,6 +178,7 @@ class Vtpm:
             raise TpmUnavailable(faults.tpm_result(exc), str(exc)) from exc
 
     def _start(self, delete_volatile: bool) -> None:
+        self.starts += 1
         store = self.need_store()
         store.blobs.refresh()
         # A state that is there can be looked at while its owner still has it; none begins so.
@@ -339,6 +348,12 @@ class Vtpm:
                 reason,
             )
 
+    def manage(self, command: bytes) -> bytes:
+        """As `process` for a command of the resource manager's, which is no client's last one."""
+        if not self._engine.running or (self._custody.away and not self._custody.take_back()):
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
+        return self._execute(command)
+
     def query(self, command: bytes) -> bytes:
         """The response to a command of ours that only asks, in locality 0: no client notices it.
 
@@ -353,11 +368,8 @@ class Vtpm:
         # Any command may update a clock in the state, which may be another process' by now.
         if thread or self._hashing or self._custody.away:
             raise DeviceError(errno.EBUSY)
-        before, self._engine.locality = self._engine.locality, 0
-        try:
+        with self._in_locality(0):
             return self._engine.process(command)
-        finally:
-            self._engine.locality = before
 
     def cancel(self) -> int:
         """Asks a running command to end early; returns the result code. From any thread."""
@@ -436,10 +448,15 @@ class Vtpm:
         if locality > 4:
             return PtmResult.TPM_BAD_LOCALITY
         self._custody.need()
-        before = self._engine.locality
-        self._engine.locality = locality
-        try:
+        with self._in_locality(locality):
             return self._engine.reset_established()
+
+    @contextlib.contextmanager
+    def _in_locality(self, locality: int) -> Iterator[None]:
+        """For what is no client's choice; theirs comes back behind it."""
+        before, self._engine.locality = self._engine.locality, locality
+        try:
+            yield
         finally:
             self._engine.locality = before
 
@@ -484,6 +501,7 @@ class Vtpm:
     def store_volatile(self) -> None:
         """Writes the volatile state beside the permanent one. Raises VtpmError."""
         self._custody.need()
+        self.before_snapshot()
         payload = self._engine.volatile_state()
         self.need_store().store(StateType.VOLATILE.blob_name, payload)
 
@@ -492,6 +510,8 @@ class Vtpm:
         store = self.need_store()
         state = self._state_type(kind, PtmResult.TPM_FAIL)
         if state is StateType.VOLATILE:
+            if not self._custody.away:  # else the TPM must do nothing
+                self.before_snapshot()
             payload = self._engine.volatile_state()
             # It is on its way to another TPM: no later start here may resume from a stored one.
             if not self._custody.away:  # else the directory may be another process' by now

@@ -127,6 +127,16 @@ OPTIONS: Final[Sequence[Option]] = (
         interfaces=FUSE,
     ),
     Option(
+        "resource-manager",
+        "make a second device, of which every client gets a TPM 2.0 of its own, as from the "
+        "kernel's /dev/tpmrmN: any number of objects and sessions, and none of another client's; "
+        "by default /dev/vtpmrm0 for vtpm0",
+        metavar="NAME",
+        optional_value=True,
+        interfaces=CUSE,
+        more="It is there by itself if neither --tpmstate nor TPM_PATH is given.",
+    ),
+    Option(
         "mount",
         "empty directory to mount on, made if it is missing; by default $XDG_RUNTIME_DIR/vtpm",
         metavar="DIR",
@@ -211,6 +221,17 @@ OPTIONS: Final[Sequence[Option]] = (
             SubOption("fd", "open listening socket", Kind.INT, "FD"),
             SubOption("clientfd", "open connected socket, unixio only", Kind.INT, "FD"),
             SubOption("terminate", "end when the control client goes away", Kind.BOOL),
+        ),
+        interfaces=STREAMS,
+    ),
+    Option(
+        "managed",
+        "where clients connect that each get a TPM 2.0 of their own, as from the kernel's resource "
+        "manager: any number of objects and sessions, and none of another client's",
+        noun="managed",
+        subs=(
+            *_address(default_type=""),
+            SubOption("fd", "open listening socket", Kind.INT, "FD"),
         ),
         interfaces=STREAMS,
     ),

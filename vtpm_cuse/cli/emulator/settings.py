@@ -7,8 +7,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.cli.emulator import addresses
 from vtpm_cuse.cli.words.commandline import CuseExit
-from vtpm_cuse.cli.words.numbers import FD_MAX, number
 from vtpm_cuse.config import (
     ChardevConfig,
     CuseConfig,
@@ -21,7 +21,6 @@ from vtpm_cuse.config import (
     ProcessConfig,
     ProfileConfig,
     SeccompAction,
-    SocketAddress,
     SocketConfig,
     StartupConfig,
     StartupKind,
@@ -40,18 +39,15 @@ if TYPE_CHECKING:
     from vtpm_cuse.cli.words.suboptions import SubValues
     from vtpm_cuse.config import KeySource
 
-_PORT_MAX: Final = 0xFFFF
-_FIRST_FD: Final = 3
 _NAME_MAX: Final = 255
 _PROXY_NAME: Final = "proxy0"
-_SOCKET_MODE: Final = 0o770
 _PCAP_MODE: Final = 0o640
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
 
 
 def cuse_config(line: CommandLine) -> CuseConfig:
     """All of ``swtpm cuse``. Raises UsageError."""
-    return CuseConfig(
+    config = CuseConfig(
         node_in_sight=not line.has("chroot"),
         major=line.number("maj", 0xFFFF),
         minor=line.number("min", 0xFFFF),
@@ -59,6 +55,32 @@ def cuse_config(line: CommandLine) -> CuseConfig:
         process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm_config(line),
     )
+    return config._replace(managed=_managed_device(line, config.name, config.vtpm))
+
+
+def _managed_device(line: CommandLine, name: str, vtpm: VtpmConfig) -> str | None:
+    """The name of the device with a resource manager, if there is to be one.
+
+    It is by itself where nobody has named a place for the state; the C suite has none.
+    """
+    if line.has("resource-manager"):
+        if not vtpm.tpm2:
+            raise line.error("Error: The resource manager is for a TPM 2.0: give --tpm2")
+        given = line.value("resource-manager")
+        managed = _checked_device_name(given) if given else managed_name(name)
+        if managed == name:
+            raise UsageError(
+                f"Error: '{name}' cannot be the name of both devices", CuseExit.NO_NAME
+            )
+        return managed
+    own_place = vtpm.state is not None and vtpm.state.own_place
+    return managed_name(name) if own_place and vtpm.tpm2 else None
+
+
+def managed_name(name: str) -> str:
+    """As the kernel has it: "vtpmrm0" for "vtpm0"."""
+    begin, tpm, end = name.rpartition("tpm")
+    return f"{begin}{tpm}rm{end}" if tpm else f"{name}rm"
 
 
 def fuse_config(line: CommandLine) -> FuseConfig:
@@ -70,6 +92,7 @@ def fuse_config(line: CommandLine) -> FuseConfig:
     vtpm = vtpm_config(line)
     return FuseConfig(
         name=name,
+        managed=managed_name(name),
         mount=os.path.abspath(mount),
         allow_other=line.has("allow-other"),
         process=process_config(line, background=not line.has("foreground")),
@@ -94,12 +117,14 @@ def _runtime_folder() -> str:
 
 def socket_config(line: CommandLine) -> SocketConfig:
     """All of ``swtpm socket``. Raises UsageError."""
-    data, disconnect = _data_channel(line)
-    control, control_terminate = _control_channel(line)
+    data, disconnect = addresses.data_channel(line)
+    control, control_terminate = addresses.control_channel(line)
+    vtpm = vtpm_config(line)
     return SocketConfig(
-        vtpm=vtpm_config(line),
-        data=_passed("data", data),
-        control=_passed("ctrl", control),
+        vtpm=vtpm,
+        data=addresses.passed("data", data),
+        control=addresses.passed("ctrl", control),
+        managed=addresses.managed_channel(line, vtpm),
         disconnect=disconnect,
         terminate=line.has("terminate"),
         control_terminate=control_terminate,
@@ -114,19 +139,20 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
     if given == "chardev":
         path = os.path.abspath(line.value("chardev") or "")
     elif given == "fd":
-        fd = _data_fd(line, "Cannot parse character device file descriptor.")
+        fd = addresses.data_fd(line, "Cannot parse character device file descriptor.")
     if proxy and given:
         raise line.error("Cannot use vTPM proxy with a provided device.")
     if not (proxy or given):
         raise line.error("Error: Missing character device or file descriptor")
-    control, control_terminate = _control_channel(line)
+    control, control_terminate = addresses.control_channel(line)
     vtpm = vtpm_config(line)
     return ChardevConfig(
         vtpm=_ready_for_the_kernel(vtpm) if proxy else vtpm,
         proxy=proxy,
         path=path,
         fd=fd,
-        control=_passed("ctrl", control),
+        control=addresses.passed("ctrl", control),
+        managed=addresses.managed_channel(line, vtpm),
         control_terminate=control_terminate,
         process=process_config(line, background=line.has("daemon")),
     )
@@ -278,7 +304,7 @@ def log_config(line: CommandLine) -> LogConfig:
     path = given.text("file")
     return LogConfig(
         path=path if path in {None, "-"} else os.path.abspath(path),
-        fd=_descriptor(given.integer("fd")),
+        fd=addresses.descriptor(given.integer("fd")),
         level=max(1, given.integer("level") or 1),
         prefix=given.text("prefix") or "",
         truncate=given.flag("truncate"),
@@ -290,7 +316,11 @@ def _pcap_config(line: CommandLine) -> PcapConfig | None:
     given = line.subs("pcap")
     if given is None:
         return None
-    path, fd, mode = _path(given, "file"), _descriptor(given.integer("fd")), given.integer("mode")
+    path, fd, mode = (
+        _path(given, "file"),
+        addresses.descriptor(given.integer("fd")),
+        given.integer("mode"),
+    )
     if path is None and fd is None:
         raise line.error("The file or fd parameter is required for the pcap option.")
     return PcapConfig(
@@ -307,7 +337,7 @@ def pid_config(line: CommandLine) -> PidConfig | None:
     given = line.subs("pid")
     if given is None:
         return None
-    path, fd = given.text("file"), _descriptor(given.integer("fd"))
+    path, fd = given.text("file"), addresses.descriptor(given.integer("fd"))
     if path is not None:
         return PidConfig(path=os.path.abspath(path))
     if fd is None:
@@ -362,6 +392,10 @@ def _device_name(line: CommandLine) -> str:
     name = line.value("name")
     if name is None:
         raise UsageError("Error: device name missing", CuseExit.NO_NAME)
+    return _checked_device_name(name)
+
+
+def _checked_device_name(name: str) -> str:
     name = name.removeprefix("/dev/")
     # "a/b" is fine, the kernel makes the directory; blanks it would strip or choke on.
     parts = name.split("/")
@@ -397,98 +431,6 @@ def _is_simple(name: str) -> bool:
     return fits and name not in {"", ".", ".."} and len(name) <= _NAME_MAX
 
 
-def _data_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
-    """Where TPM commands come from, and whether each response ends its connection.
-
-    ``--port`` is a short form of ``--server``: the last of the two counts, and then ``--fd``.
-    """
-    port = line.number("port", _PORT_MAX) if line.has("port") else None
-    fd = _data_fd(line, "Cannot parse socket file descriptor.") if line.has("fd") else None
-    server = line.subs("server")
-    last = line.last_of("server", "port")
-    if last == "server" and server is not None:
-        return _server_address(line, server, port), server.flag("disconnect")
-    if last == "port":
-        return SocketAddress("tcp", port=port), True
-    return (None if fd is None else SocketAddress("tcp", fd=fd)), False
-
-
-def _data_fd(line: CommandLine, unreadable: str) -> int:
-    fd = number(line.value("fd") or "", 0, FD_MAX, base=10)
-    if fd is None:
-        raise line.error(unreadable)
-    if fd < _FIRST_FD:
-        raise line.error("Error: Cannot accept file descriptors with values 0, 1, or 2")
-    return fd
-
-
-def _server_address(line: CommandLine, given: SubValues, port: int | None) -> SocketAddress:
-    address = _address(line, given, given.text("type") or "tcp")
-    if address.kind == "tcp" and address.port is None and address.fd is None:
-        port = port if port is not None else number(os.environ.get("TPM_PORT", ""), 0, _PORT_MAX)
-        if port is None:
-            raise line.error("No valid port number provided for TCP socket.")
-        return address._replace(port=port)
-    if address.kind == "unixio" and address.path is None and address.fd is None:
-        raise line.error("Missing path and file descriptor option for UnixIO socket")
-    return address
-
-
-def _passed(name: str, given: SocketAddress | None) -> SocketAddress | None:
-    """The channel on the socket of this name that a service manager passed, else *given*."""
-    if "LISTEN_FDS" not in os.environ:
-        return given
-    from vtpm_cuse.acquire.activation import passed_sockets
-
-    fd = passed_sockets().get(name)
-    if fd is None:
-        return given
-    if given is not None:
-        raise UsageError(f"The {name} channel is both an option and a socket of LISTEN_FDS")
-    return SocketAddress("unixio", fd=fd)
-
-
-def _control_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
-    """Where control commands come from, and whether the end of that is the end of all."""
-    given = line.subs("ctrl")
-    if given is None:
-        return None, False
-    return _control_address(line, given), given.flag("terminate")
-
-
-def _control_address(line: CommandLine, given: SubValues) -> SocketAddress:
-    kind = given.text("type")
-    if kind is None:
-        raise line.error("Missing type parameter for control channel")
-    address = _address(line, given, kind)
-    if address.kind == "tcp" and address.port is None and address.fd is None:
-        raise line.error("Missing port and fd options for TCP control channel")
-    unix = (address.fd, address.clientfd, address.path)
-    if address.kind == "unixio" and unix == (None, None, None):
-        raise line.error("Missing path and fd options for UnixIO control channel")
-    return address
-
-
-def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
-    port, path = given.integer("port"), given.text("path")
-    if port is not None and not 0 <= port <= _PORT_MAX:
-        raise line.error(f"TCP port {port} is not from 0 to {_PORT_MAX}")
-    unix = kind == "unixio"
-    mode = given.integer("mode")
-    return SocketAddress(
-        kind="unixio" if unix else "tcp",
-        port=None if unix else port,
-        bindaddr=given.text("bindaddr") or "127.0.0.1",
-        ifname=given.text("ifname"),
-        path=os.path.abspath(path) if unix and path is not None else None,
-        mode=_SOCKET_MODE if mode is None else mode,
-        uid=given.integer("uid"),
-        gid=given.integer("gid"),
-        fd=_descriptor(given.integer("fd")),
-        clientfd=_descriptor(given.integer("clientfd")) if unix else None,
-    )
-
-
 def _key_source(line: CommandLine, option: str) -> KeySource | None:
     given = line.subs(option)
     if given is None:
@@ -504,11 +446,11 @@ def _key_source(line: CommandLine, option: str) -> KeySource | None:
 
     return KeySource(
         file=_path(given, "file"),
-        fd=_descriptor(given.integer("fd")),
+        fd=addresses.descriptor(given.integer("fd")),
         credential=given.text("credential"),
         keyring=given.text("keyring"),
         pwdfile=_path(given, "pwdfile"),
-        pwdfd=_descriptor(given.integer("pwdfd")),
+        pwdfd=addresses.descriptor(given.integer("pwdfd")),
         mode=one_of("mode", CIPHER_KEY_SIZES, "aes-128-cbc", "Unknown encryption mode '{}'."),
         format=one_of("format", KEY_FORMATS, "hex", "Unknown key format '{}'."),
         kdf=one_of("kdf", KDFS, "pbkdf2", "Unknown kdf '{}'."),
@@ -573,10 +515,6 @@ def _profile_text(line: CommandLine, given: SubValues) -> str | None:
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise line.error(f"Could not read the profile from '{source}': {reason}") from exc
-
-
-def _descriptor(number_given: int | None) -> int | None:
-    return None if number_given is None or number_given < 0 else number_given
 
 
 def _is_regular_file(fd: int) -> bool:

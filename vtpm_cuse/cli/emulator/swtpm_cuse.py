@@ -43,6 +43,12 @@ PROGRAM: Final = Program(
             "sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0\n"
             "sudo swtpm_ioctl -i /dev/vtpm0",
         ),
+        Example(
+            "Many programs at once, each of which has a TPM of its own",
+            "sudo swtpm-cuse -n vtpm0 --tpm2 --tpmstate dir=/var/lib/vtpm0 \\\n"
+            "    --flags startup-clear --resource-manager\n"
+            "sudo tpm2_createprimary -T device:/dev/vtpmrm0 -c primary.ctx",
+        ),
         Example("End the TPM and remove its device", "sudo swtpm_ioctl -s /dev/vtpm0"),
     ),
     exits=(
@@ -62,6 +68,7 @@ PROGRAM: Final = Program(
     files=(
         Term("/dev/cuse", "The kernel's CUSE driver."),
         Term("/dev/NAME", "The TPM."),
+        Term("/dev/vtpmrm0", "For vtpm0, the same TPM behind a resource manager, if there is one."),
         Term("/var/lib/vtpm-cuse/NAME", "Its state, if no other place is named."),
     ),
     see_also=("swtpm(8)", "swtpm_ioctl(8)", "swtpm_ioctls(3)"),

@@ -25,6 +25,8 @@ PROGRAM: Final = Program(
         "but FUSE, and the program fusermount3. Without options, the TPM is a TPM 2.0 that is "
         "ready to use, and its state is kept in a directory of the user. No other user can use "
         "it, not even root, unless --allow-other is given.",
+        "A TPM 2.0 has a second file, vtpmrm0 for vtpm0: as on the kernel's /dev/tpmrm0, each "
+        "program that opens it has a TPM of its own, which no other one reaches.",
         "Beside the TPM are files to read, as the kernel shows them under /sys/class/tpm: "
         "tpm_version_major, caps, durations, timeouts, and for each PCR bank a directory such "
         "as pcr-sha256 with the files 0 to 23. The file log has the last messages, status the "

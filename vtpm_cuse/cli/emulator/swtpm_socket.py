@@ -39,6 +39,11 @@ PROGRAM: Final = Program(
             "    -tpmdev emulator,id=t,chardev=c -device tpm-crb,tpmdev=t ...",
         ),
         Example(
+            "A TPM 2.0 for many programs at once, each of which has one of its own",
+            "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --daemon \\\n"
+            "    --flags startup-clear --managed type=unixio,path=$HOME/tpm.managed",
+        ),
+        Example(
             "A TPM 2.0 for programs that take a TCP port alone, as older tpm2-tools",
             "swtpm socket --tpm2 --tpmstate dir=$HOME/tpm --daemon \\\n"
             "    --flags startup-clear --server type=tcp,port=2321 \\\n"

@@ -1,0 +1,32 @@
+"""The TPM's second file in a FUSE mount: each open has a TPM of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.device.managed import *  # noqa: F403
+from tests.device.managed_semantics import *  # noqa: F403
+from tests.kernel.harness import servers
+from tests.support.fuse import FuseServer, needs_fuse
+from tests.support.managed_device import DeviceWorld
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[DeviceWorld]:
+    needs_fuse()
+    for make in servers(tmp_path, FuseServer):
+        server = make("vtpm0").start()
+        yield DeviceWorld(server, server.device.with_name("vtpmrm0"))
+
+
+def test_a_tpm_1_2_has_none(tmp_path: Path) -> None:
+    needs_fuse()
+    for make in servers(tmp_path, FuseServer):
+        server = make("vtpm0", tpm2=False, more=("--tpm12",)).start()
+        assert not server.device.with_name("vtpmrm0").exists()
