@@ -42,6 +42,10 @@ LISTENER = socket.create_server(("127.0.0.1", 0))
 CONNECTED = socket.socketpair()
 DATAGRAM = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 FOLDER = os.open(HERE, os.O_RDONLY | os.O_DIRECTORY)
+NULL = os.open("/dev/null", os.O_RDONLY)
+PASSED = socket.socketpair()
+with open(SECRET) as file:
+    socket.send_fds(PASSED[0], [b"x"], [file.fileno()])
 with tempfile.TemporaryFile(dir=HERE) as file:
     # By the kernel's entry for programs of 32 bits: mov eax, getpid; int 0x80; ret
     file.write(bytes.fromhex("b814000000cd80c3"))
@@ -310,6 +314,11 @@ ATTACKS: Final = {
     "chmod-at": _refused("sc('fchmodat', -100, SECRET.encode(), 0o600)"),
     "chmod-at-2": _refused("sc('fchmodat2', -100, SECRET.encode(), 0o600, 0)", "done", "ENOSYS"),
     "chmod-state": _refused("os.chmod(STATE, 0o755)"),
+    "fchmod": _refused("os.fchmod(made(), 0o666)"),
+    "fchmod-state": _refused("os.fchmod(os.open(STATE, os.O_RDONLY), 0o755)"),
+    "fchmod-held": _refused("os.fchmod(FOLDER, 0o755)"),
+    "fchmod-device": _refused("os.fchmod(NULL, os.fstat(NULL).st_mode & 0o7777)", "done", "EPERM"),
+    "fchmod-passed": _refused("os.fchmod(socket.recv_fds(PASSED[1], 1, 1)[1][0], 0o600)"),
     "fchmod-set-id": _refused("os.fchmod(made(), 0o4755)"),
     "fchmod-set-group": _refused("os.fchmod(made(), 0o2755)"),
     "fchmod-sticky": _refused("os.fchmod(made(), 0o1755)"),
@@ -330,6 +339,7 @@ ATTACKS: Final = {
     "mkdir-sticky": _refused("sc('mkdirat', -100, (STATE + '/sticky').encode(), 0o1777)"),
     "chown": _refused("os.chown(SECRET, -1, -1)"),
     "fchown": _refused("os.fchown(made(), -1, -1)"),
+    "fchown-held": _refused("os.fchown(FOLDER, -1, -1)"),
     "lchown": _refused("os.lchown(SECRET, -1, -1)"),
     "fchownat": _refused("sc('fchownat', -100, SECRET.encode(), -1, -1, 0)"),
     "times": _refused("os.utime(SECRET)"),
@@ -485,7 +495,7 @@ STILL: Final = {
         "os.close(made('one'));"
         "sc('linkat', -100, (STATE + '/one').encode(), -100, (STATE + '/two').encode(), 0)"
     ),
-    "lets other users read and write them": "os.fchmod(made('open'), 0o666)",
+    "lets other users read and write what it makes": "os.close(made('open', 0o666))",
     "makes each of them up to 1 GiB large": "os.pwrite(made('large'), b'x', (1 << 30) - 1)",
     "lists the folder": "os.listdir(STATE)",
     "writes into its log": "os.write(the_log(), b'x')",

@@ -147,7 +147,7 @@ def _serve(tpm: EngineTpm, end: socket.socket, rules: seccomp.Filter | None) -> 
 def _enter_sandbox(rules: seccomp.Filter | None) -> None:
     process = ProcessConfig()
     try:
-        sandbox.restrict(process, {})
+        sandbox.restrict(process, None)
         sandbox.forbid_threads(process)
         if rules is not None:
             rules.load()

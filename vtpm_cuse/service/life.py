@@ -322,7 +322,7 @@ class _Life:
         process, interface = self._process, self._interface
         try:
             rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
-            sandbox.restrict(process, sandbox.state_paths(self._config.state))
+            sandbox.restrict(process, self._config.state)
             with _starting_threads():
                 worker = Worker()  # restricted as this thread is, and the last that is started
             try:

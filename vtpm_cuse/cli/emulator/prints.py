@@ -94,7 +94,7 @@ def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str
     vtpm = make_vtpm(config)
     try:
         rules = seccomp.make_filter(process.seccomp, sockets=False)
-        sandbox.restrict(process, sandbox.state_paths(config.state))
+        sandbox.restrict(process, config.state)
         if rules is not None:
             rules.load()
         vtpm.start()

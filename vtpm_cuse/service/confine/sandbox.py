@@ -7,6 +7,7 @@ connection, no other process. All of it before a byte of stored state is read.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import resource
@@ -14,12 +15,16 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.files import open_end
 from vtpm_cuse.service.confine import capabilities, landlock, secrecy
 from vtpm_cuse.service.confine.seccomp import FILE_SIZE_MAX
+from vtpm_cuse.service.process import logs
+from vtpm_cuse.storage import modes
 from vtpm_cuse.storage.base import DEFAULT_MODE
+from vtpm_cuse.storage.directory import file_modes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from vtpm_cuse.config import ProcessConfig, StateConfig
 
@@ -32,7 +37,44 @@ _FILE: Final = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE
 _DIRECTORY: Final = _FILE | landlock.READ_DIR | landlock.MAKE_REG | landlock.REMOVE_FILE
 
 
-def state_paths(state: StateConfig | None) -> dict[str, int]:
+def restrict(process: ProcessConfig, state: StateConfig | None) -> None:
+    """Restricts this thread and those it starts; before any is started.
+
+    Args:
+        process: How far.
+        state: What stays open to it.
+
+    Raises:
+        FrontendError: The kernel refuses.
+    """
+    paths = _state_paths(state)
+    files = _give_modes(state)
+    try:
+        if process.seccomp == "kill":  # while what is another user's can still be opened
+            _read_nothing()
+        secrecy.hide_process()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        capabilities.drop_capabilities([*paths, *files])
+        capabilities.gain_nothing()
+        if process.seccomp != "kill":  # what is to be found out, or tried, must not be refused
+            return
+        _close_foreign()
+        _limit(resource.RLIMIT_FSIZE, FILE_SIZE_MAX)
+        _limit(resource.RLIMIT_NOFILE, _FILES_MAX)
+        try:
+            landlock.restrict(paths)
+        except landlock.LandlockMissing as exc:
+            if process.landlock == "require":
+                raise FrontendError(
+                    f"There is no Landlock: {exc}", "landlock=try serves without it"
+                ) from exc
+            log.warning("There is no Landlock, so files are not out of this TPM's reach: %s", exc)
+    except OSError as exc:
+        reason = f"Could not drop privileges: {exc.strerror}"
+        raise FrontendError(reason, "--seccomp action=none restricts less") from exc
+
+
+def _state_paths(state: StateConfig | None) -> dict[str, int]:
     """What a vTPM needs of all paths, with Landlock's rights.
 
     In a folder these hold for everything below it, so it should be the state's own. A file that
@@ -45,6 +87,24 @@ def state_paths(state: StateConfig | None) -> dict[str, int]:
     make_empty(path, DEFAULT_MODE if state.mode is None else state.mode)
     is_foreign = os.path.islink(path) and not _is_block_device(path)
     return {} if is_foreign else {path: _FILE}
+
+
+def _give_modes(state: StateConfig | None) -> list[str]:
+    """The files in a folder that are the state's by their names; all have their modes from here on.
+
+    The rest of what is there is none of its business, and may be what a TPM has made that was taken
+    over.
+    """
+    names: dict[str, int | None] = {}
+    location = None if state is None else state.location
+    if state is not None and location is not None and location.path:
+        if location.scheme == "dir":
+            names = file_modes(state.mode)
+            modes.give(location.path, names)
+        else:
+            modes.give(location.folder, {os.path.basename(location.path): state.mode})
+    modes.set_umask_aside()
+    return [] if location is None else [os.path.join(location.path, name) for name in names]
 
 
 def make_empty(path: str, mode: int) -> None:
@@ -65,35 +125,6 @@ def _is_block_device(path: str) -> bool:
         return False
 
 
-def restrict(process: ProcessConfig, paths: Mapping[str, int]) -> None:
-    """Restricts this thread and those it starts; before any is started.
-
-    Raises:
-        FrontendError: The kernel refuses.
-    """
-    try:
-        secrecy.hide_process()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        capabilities.drop_capabilities(paths)
-        capabilities.gain_nothing()
-        if process.seccomp != "kill":  # what is to be found out, or tried, must not be refused
-            return
-        _close_foreign()
-        _limit(resource.RLIMIT_FSIZE, FILE_SIZE_MAX)
-        _limit(resource.RLIMIT_NOFILE, _FILES_MAX)
-        try:
-            landlock.restrict(paths)
-        except landlock.LandlockMissing as exc:
-            if process.landlock == "require":
-                raise FrontendError(
-                    f"There is no Landlock: {exc}", "landlock=try serves without it"
-                ) from exc
-            log.warning("There is no Landlock, so files are not out of this TPM's reach: %s", exc)
-    except OSError as exc:
-        reason = f"Could not drop privileges: {exc.strerror}"
-        raise FrontendError(reason, "--seccomp action=none restricts less") from exc
-
-
 def forbid_threads(process: ProcessConfig) -> None:
     """The last step before the filter: no process and no thread more, for who is not root."""
     if process.seccomp == "kill":
@@ -105,6 +136,29 @@ def _limit(kind: int, most: int) -> None:
     soft, hard = resource.getrlimit(kind)
     limit = min(value for value in (soft, hard, most) if value != resource.RLIM_INFINITY)
     resource.setrlimit(kind, (limit, limit))
+
+
+def _read_nothing() -> None:
+    """Nothing comes from standard input any more, nor from a terminal that messages go to.
+
+    What has been taken over, as the data channel or the log, is left.
+    """
+    with contextlib.suppress(OSError):
+        if os.get_inheritable(0) and 0 not in logs.descriptors():
+            end = open_end()
+            os.dup2(end, 0)
+            os.close(end)
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.isatty(fd) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+                flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+                end = os.open(os.ttyname(fd), flags)
+                try:
+                    if os.fstat(end).st_rdev == os.fstat(fd).st_rdev and os.isatty(end):
+                        os.set_blocking(end, True)
+                        os.dup2(end, fd)
+                finally:
+                    os.close(end)
 
 
 def _close_foreign() -> None:
