@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _FILES_MAX: Final = 1024
 """Descriptors: as programs usually have, whatever the caller had. Clients use up no more."""
 _SEARCHED_MAX: Final = 1 << 16
+_inherited: dict[int, bool] | None = None
+"""Of another root: what was open before, and whether a lock is held by it."""
 _FILE: Final = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE
 _DIRECTORY: Final = _FILE | landlock.READ_DIR | landlock.MAKE_REG | landlock.REMOVE_FILE
 
@@ -161,6 +163,12 @@ def _read_nothing() -> None:
                     os.close(end)
 
 
+def note_inherited() -> None:
+    """Before there is another root: what /proc shows there, if anything, is somebody else's word."""
+    global _inherited
+    _inherited = _look_at_inherited()
+
+
 def _close_foreign() -> None:
     """Closes what the caller left open by accident.
 
@@ -168,25 +176,35 @@ def _close_foreign() -> None:
     that are meant for this one are not so any more once they have been taken over. A file that is
     locked by one is left: the caller may look whether it still is, as libvirt does.
     """
+    found = _look_at_inherited() if _inherited is None else _inherited
+    for fd, locked in found.items():
+        with contextlib.suppress(OSError):
+            if not locked and os.get_inheritable(fd):
+                os.close(fd)
+
+
+def _look_at_inherited() -> dict[int, bool]:
+    """What the next program would inherit, and whether a lock is held by it."""
+    found = {}
     for fd in _open_descriptors():
         if fd > 2:
             with contextlib.suppress(OSError):
-                if os.get_inheritable(fd) and not _holds_lock(fd):
-                    os.close(fd)
+                if os.get_inheritable(fd):
+                    found[fd] = _holds_lock(fd)
+    return found
 
 
 def _open_descriptors() -> Iterable[int]:
     try:
         return [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # below another root there may be no /proc
+    except OSError:  # there is no /proc
         return range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], _SEARCHED_MAX))
 
 
 def _holds_lock(fd: int) -> bool:
+    """Where nobody can tell, it does not: what stays open is a subverted TPM's to write to."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         return False
-    try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
-            return any(line.startswith("lock:") for line in file)
-    except OSError:
-        return True  # nobody can tell
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return any(line.startswith(b"lock:") for line in file)
+    return False
