@@ -336,9 +336,25 @@ def is_filtered(pid: int) -> bool:
     return "\nSeccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_a_terminal_is_written_to_and_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(
+            ("--runas", "12345"), marks=pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+        ),
+    ],
+)
+def test_a_terminal_is_written_to_and_not_read(more: tuple[str, ...], tmp_path: Path) -> None:
+    """Not even by another user, who could not open it anew."""
     ours, terminal = os.openpty()
-    words = ["--tpm2", "--tpmstate", f"dir={tmp_path}", *s.RUNNING, "--log", "fd=2"]
+    state = tmp_path / "state"
+    state.mkdir()
+    if more:
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o777 if folder == tmp_path else 0o755)
+        os.chown(state, 12345, 12345)
+    words = ["--tpm2", "--tpmstate", f"dir={state}", *s.RUNNING, "--log", "fd=2", *more]
     try:
         with subprocess.Popen(
             [*s.OURS, "socket", *words, "--ctrl", f"type=unixio,path={tmp_path / 'c'}"],

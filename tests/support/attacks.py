@@ -46,6 +46,13 @@ NULL = os.open("/dev/null", os.O_RDONLY)
 PASSED = socket.socketpair()
 with open(SECRET) as file:
     socket.send_fds(PASSED[0], [b"x"], [file.fileno()])
+# What its caller left open, with a lock on it; and a service manager.
+LOCKED = os.open(HERE + "/spare", os.O_RDWR | os.O_CREAT)
+os.set_inheritable(LOCKED, True)
+fcntl.flock(LOCKED, fcntl.LOCK_EX)
+MANAGER = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+MANAGER.bind(f"\0manager-of-{os.getpid()}")
+os.environ["NOTIFY_SOCKET"] = f"@manager-of-{os.getpid()}"
 with tempfile.TemporaryFile(dir=HERE) as file:
     # By the kernel's entry for programs of 32 bits: mov eax, getpid; int 0x80; ret
     file.write(bytes.fromhex("b814000000cd80c3"))
@@ -92,6 +99,21 @@ def the_log():
                 return fd
         except OSError:
             pass
+
+
+def the_manager():
+    for fd in range(3, 50):
+        try:
+            found = socket.socket(fileno=fd)
+        except OSError:
+            continue
+        try:
+            if found.getpeername() == MANAGER.getsockname():
+                return fd
+        except OSError:
+            pass
+        finally:
+            found.detach()
 
 
 execute = vtpm.Vtpm._execute
@@ -500,6 +522,10 @@ STILL: Final = {
     "lists the folder": "os.listdir(STATE)",
     "writes into its log": "os.write(the_log(), b'x')",
     "empties its log": "os.ftruncate(the_log(), 0)",
+    "writes to what its caller holds a lock on": "os.write(LOCKED, b'x')",
+    "tells the service manager what it likes": (
+        "os.write(the_manager(), b'STATUS=x'); os.write(the_manager(), b'MAINPID=1')"
+    ),
     "sees whether a file is there, its owner, size and times": "os.stat(SECRET)",
     "learns about the machine": "os.uname(), os.getloadavg()",
     "keeps a processor busy and takes memory": "bytearray(1 << 26)",

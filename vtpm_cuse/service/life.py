@@ -264,8 +264,11 @@ class _Life:
         if (user := self._process.runas) is not None:
             from vtpm_cuse.service.confine.preload import import_all
             from vtpm_cuse.service.confine.privileges import become
+            from vtpm_cuse.service.confine.sandbox import write_only
 
             import_all()
+            if self._process.seccomp == "kill":
+                write_only()
             become(user, self._interface.exits)
         _check_threads()
         # Before anything that takes time: who polls for a socket need not wait.

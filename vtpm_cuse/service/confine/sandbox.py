@@ -150,6 +150,11 @@ def _read_nothing() -> None:
             end = open_end()
             os.dup2(end, 0)
             os.close(end)
+    write_only()
+
+
+def write_only() -> None:
+    """A terminal that messages go to is not read; for who becomes another user, before that."""
     for fd in (1, 2):
         with contextlib.suppress(OSError):
             if os.isatty(fd) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
