@@ -273,6 +273,13 @@ def open_nowhere() -> int:
         return end.detach()
 
 
+def open_end() -> int:
+    """A descriptor from which nothing comes, and that leads nowhere: not to a device, as others do."""
+    end, other = os.pipe()
+    os.close(other)
+    return end
+
+
 def give_socket(path: str, uid: int, gid: int) -> None:
     """Changes owner and group (-1: not) of a socket just made there, and of nothing else.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -18,10 +19,11 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import sockets as s
+from tests.support.files import open_files
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     Connect = Callable[[], s.Client]
@@ -112,12 +114,20 @@ def plant(root: Path, tell: Path) -> None:
 
 
 @contextmanager
-def socket_server(root: Path, *words: str) -> Iterator[tuple[int, Connect]]:
+def socket_server(
+    root: Path, *words: str, more_fds: Sequence[int] = ()
+) -> Iterator[tuple[int, Connect]]:
     start = [*s.OURS, "socket", "--tpm2", "--chroot", str(root), "--tpmstate", "dir=/state"]
     start += ["--ctrl", "type=unixio,path=/c", "--server", "type=unixio,path=/d,uid=nobody"]
     start += ["--pid", "file=/pid", "--log", "file=/log", *s.RUNNING, "--daemon", *words]
     done = subprocess.run(
-        start, check=False, capture_output=True, text=True, timeout=60, env=s.environment()
+        start,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=s.environment(),
+        pass_fds=more_fds,
     )
     assert (done.returncode, done.stderr) == (0, ""), (root / "log").read_text()
     pid = int((root / "pid").read_text())
@@ -126,13 +136,16 @@ def socket_server(root: Path, *words: str) -> Iterator[tuple[int, Connect]]:
 
 
 @contextmanager
-def stream_server(root: Path, *words: str) -> Iterator[tuple[int, Connect]]:
+def stream_server(
+    root: Path, *words: str, more_fds: Sequence[int] = ()
+) -> Iterator[tuple[int, Connect]]:
     """``swtpm chardev`` on a descriptor."""
     ours, theirs = socket.socketpair()
     fd = theirs.fileno()
     start = [*s.OURS, "chardev", "--tpm2", "--chroot", str(root), "--tpmstate", "dir=/state"]
     start += ["--fd", str(fd), "--pid", "file=/pid", "--log", "file=/log", *s.RUNNING, *words]
-    with subprocess.Popen(start, pass_fds=[fd], env=s.environment()) as process, ours, theirs:
+    fds = [fd, *more_fds]
+    with subprocess.Popen(start, pass_fds=fds, env=s.environment()) as process, ours, theirs:
         theirs.close()
         wait_until(
             lambda: (root / "pid").exists() and (root / "pid").read_text() != "",
@@ -210,6 +223,31 @@ def test_nothing_is_read_or_run_that_lies_there(
     assert not (root / "loaded").exists()
     own = r"log|pid|\.pid\.[0-9a-f]{16}|c|d|dev/urandom"  # a pid file has that name at first
     assert {name for name in found if not re.fullmatch(own, name)} == set()
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["no-proc", "another-proc"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_what_the_caller_left_open_is_closed(
+    server: Callable[..., AbstractContextManager[tuple[int, Connect]]],
+    planted: bool,
+    root: Path,
+    tmp_path: Path,
+) -> None:
+    """Nobody there can say who holds a lock; what holds one was known before."""
+    left, locked = tmp_path / "left", tmp_path / "locked"
+    if planted:  # it shows nothing that is open, and a lock on all of it
+        (root / "proc/self/fd").mkdir(parents=True)
+        (root / "proc/self/fdinfo").mkdir()
+        for number in range(3, 64):
+            (root / f"proc/self/fdinfo/{number}").write_text("lock:\t1: FLOCK\n")
+    with left.open("w") as file, left.open() as to_read, locked.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fds = [file.fileno(), to_read.fileno(), held.fileno()]
+        with server(root, more_fds=fds) as (pid, connect):
+            use(connect)
+            there = set(open_files(pid).values())
+    assert str(left) not in there
+    assert str(locked) in there
 
 
 def test_the_trap_works(root: Path) -> None:

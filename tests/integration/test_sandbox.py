@@ -356,6 +356,81 @@ def test_state_of_another_user_can_be_written(tmp_path: Path) -> None:
         assert server.wait() == 0
 
 
+def make_odd(folder: Path) -> None:
+    """What a TPM that was taken over could leave for its next start, and what it could not."""
+    bare = [".lock", "tpm2-00.permall.bak", "tpm2-00.volatilestate.new", "TMP2-00.savestate", "x"]
+    for name in (*map(os.fsencode, bare), b"\xff\xfe", b" ", b"-x", b"a\nb"):
+        path = Path(os.fsdecode(os.path.join(os.fsencode(folder), name)))
+        path.touch()
+        path.chmod(0)
+    (folder / "another's").touch()
+    os.chown(folder / "another's", 12345, 12345)
+    (folder / "another's").chmod(0)
+    (folder / "away").symlink_to("/no/such")
+    (folder / "tpm2-00.savestate").symlink_to(folder / "another's")
+    (folder / "TMP2-00.permall").symlink_to("/etc/shadow")
+    os.mkfifo(folder / "fifo", 0)
+    os.mkfifo(folder / "tpm-00.permall", 0)
+    (folder / "sub").mkdir(mode=0)
+
+
+@needs_root
+@pytest.mark.parametrize("folder_mode", [0o700, 0])
+def test_nothing_that_a_tpm_can_make_keeps_rights_for_the_next_start(
+    folder_mode: int, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    make_odd(state)
+    state.chmod(folder_mode)
+    with s.Server(tmp_path, *s.RUNNING, "--tpmstate", f"dir={state},backup") as server:
+        wait_until(lambda: ends_or_is_confined(server), "the sandbox")
+        assert confined_rights(server) <= {"0" * 16}
+    assert (state / ".lock").stat().st_mode & 0o777 == 0o600
+    assert (state / "x").stat().st_mode & 0o777 == 0
+
+
+@needs_root
+def test_a_start_beside_what_a_tpm_can_make_serves_without_rights(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+    for path in state.iterdir():
+        path.chmod(0)
+    for name in ("x", "odd name"):
+        (state / name).touch()
+        (state / name).chmod(0)
+    with s.Server(tmp_path / "again", *s.RUNNING, state=state) as server:
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+        assert {thread["CapEff"] for thread in status_of(server.process.pid)} == {"0" * 16}
+
+
+@needs_root
+def test_a_state_file_of_another_users_can_be_written(tmp_path: Path) -> None:
+    """In a folder of ours: its name says that it is the state."""
+    state = tmp_path / "state"
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+    for path in state.iterdir():
+        os.chown(path, 12345, 12345)
+    with s.Server(tmp_path / "again", *s.RUNNING, state=state) as server:
+        assert server.request(s.STORE_VOLATILE) == s.u32(0)
+        effective = {thread["CapEff"] for thread in status_of(server.process.pid)}
+        assert effective == {"000000000000000a"}
+
+
+def ends_or_is_confined(server: s.Server) -> bool:
+    return server.process.poll() is not None or bool(confined_rights(server))
+
+
+def confined_rights(server: s.Server) -> set[str]:
+    """CapEff of the threads that have a filter."""
+    with contextlib.suppress(OSError):
+        threads = status_of(server.process.pid)
+        return {one["CapEff"] for one in threads if one.get("Seccomp") == "2"}
+    return set()
+
+
 @needs_root
 def test_another_root(tmp_path: Path) -> None:
     root = tmp_path / "root"

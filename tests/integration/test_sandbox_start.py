@@ -303,3 +303,131 @@ def test_a_start_that_fails_leaves_the_pid_file_of_another(tmp_path: Path) -> No
         again = s.run_swtpm(*words, "--pid", f"file={tmp_path}/pid")
         assert again.returncode == 1
         assert (tmp_path / "pid").read_text() == str(server.process.pid)
+
+
+# -- what is open, and its mode ------------------------------------------------------------------
+
+
+def test_no_device_is_held_and_nothing_comes_from_standard_input(tmp_path: Path) -> None:
+    secret = tmp_path / "given"
+    secret.write_text("for somebody else")
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path}", *s.RUNNING]
+    with (
+        secret.open() as given,
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(
+            [*s.OURS, "socket", *words, "--ctrl", f"type=unixio,path={tmp_path / 'c'}"],
+            stdin=given,
+            stdout=said,
+            stderr=said,
+            env=s.environment(),
+        ) as process,
+    ):
+        wait_until(lambda: _listens(tmp_path / "c"), "the socket", process=process)
+        wait_until(lambda: is_filtered(process.pid), "the sandbox", process=process)
+        held = open_files(process.pid)
+        process.kill()
+    assert str(secret) not in held.values()
+    assert held[0].startswith("pipe:")
+    assert not [what for what in held.values() if what.startswith("/dev/")]
+
+
+def is_filtered(pid: int) -> bool:
+    return "\nSeccomp:\t2\n" in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(
+            ("--runas", "12345"), marks=pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+        ),
+    ],
+)
+def test_a_terminal_is_written_to_and_not_read(more: tuple[str, ...], tmp_path: Path) -> None:
+    """Not even by another user, who could not open it anew."""
+    ours, terminal = os.openpty()
+    state = tmp_path / "state"
+    state.mkdir()
+    if more:
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o777 if folder == tmp_path else 0o755)
+        os.chown(state, 12345, 12345)
+    words = ["--tpm2", "--tpmstate", f"dir={state}", *s.RUNNING, "--log", "fd=2", *more]
+    try:
+        with subprocess.Popen(
+            [*s.OURS, "socket", *words, "--ctrl", f"type=unixio,path={tmp_path / 'c'}"],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env=s.environment(),
+        ) as process:
+            wait_until(lambda: _listens(tmp_path / "c"), "the socket", process=process)
+            wait_until(lambda: is_filtered(process.pid), "the sandbox", process=process)
+            held = open_files(process.pid)
+            name = os.ttyname(terminal)
+            readable = [fd for fd in held if held[fd] == name and access(process.pid, fd) != 1]
+            process.kill()
+    finally:
+        os.close(ours)
+        os.close(terminal)
+    assert held[1] == held[2] == name
+    assert readable == []
+
+
+def access(pid: int, fd: int) -> int:
+    """O_RDONLY, O_WRONLY or O_RDWR."""
+    (line,) = [
+        line
+        for line in Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
+        if line.startswith("flags:")
+    ]
+    return int(line.split()[1], 8) & os.O_ACCMODE
+
+
+@pytest.mark.parametrize("action", ["kill", "none"])
+@pytest.mark.parametrize("mask", [0, 0o022, 0o027, 0o077, 0o777])
+@pytest.mark.parametrize("option", ["", ",mode=0600", ",mode=0664"])
+@pytest.mark.parametrize("kind", ["dir", "file"])
+def test_modes_of_state_files(
+    kind: str, option: str, mask: int, action: str, tmp_path: Path
+) -> None:
+    """Where nothing changes a mode any more they are what they are elsewhere."""
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o755)
+    place = f"dir={state}" if kind == "dir" else f"backend-uri=file://{state}/tpm2-00.linear"
+    words = ("--tpmstate", place + option, "--seccomp", f"action={action}")
+    before = os.umask(mask)
+    try:
+        server = s.Server(tmp_path / "server", *s.RUNNING, *words, state=state)
+    finally:
+        os.umask(before)
+    with server:
+        assert server.request(s.STORE_VOLATILE) == bytes(4)
+        found = {path.name: path.stat().st_mode & 0o7777 for path in state.iterdir()}
+    lock = found.pop(".lock", None)
+    assert lock == (None if kind == "file" else 0o660 & ~mask | 0o600)
+    wanted = int(option[-4:], 8) if option else 0o640 & ~mask | 0o600
+    assert set(found.values()) == {wanted}
+    assert len(found) == (1 if kind == "file" else 2)
+
+
+@pytest.mark.parametrize(("option", "wanted"), [("", 0o644), (",mode=0600", 0o600)])
+@pytest.mark.parametrize("kind", ["dir", "file"])
+def test_files_that_are_there_have_the_mode_that_is_asked_for(
+    kind: str, option: str, wanted: int, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    place = f"dir={state}" if kind == "dir" else f"backend-uri=file://{state}/tpm"
+    file = state / ("tpm2-00.permall.bak" if kind == "dir" else "tpm")
+    for path in (file, state / "another's"):
+        path.touch()
+        path.chmod(0o644)
+    with s.Server(tmp_path, *s.RUNNING, "--tpmstate", place + option) as server:
+        # A backup alone is an error, said in the sandbox.
+        wait_until(lambda: server.process.poll() == 1 or is_filtered(server.process.pid), "a start")
+    assert file.stat().st_mode & 0o777 == wanted
+    assert (state / "another's").stat().st_mode & 0o777 == 0o644

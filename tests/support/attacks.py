@@ -42,6 +42,17 @@ LISTENER = socket.create_server(("127.0.0.1", 0))
 CONNECTED = socket.socketpair()
 DATAGRAM = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 FOLDER = os.open(HERE, os.O_RDONLY | os.O_DIRECTORY)
+NULL = os.open("/dev/null", os.O_RDONLY)
+PASSED = socket.socketpair()
+with open(SECRET) as file:
+    socket.send_fds(PASSED[0], [b"x"], [file.fileno()])
+# What its caller left open, with a lock on it; and a service manager.
+LOCKED = os.open(HERE + "/spare", os.O_RDWR | os.O_CREAT)
+os.set_inheritable(LOCKED, True)
+fcntl.flock(LOCKED, fcntl.LOCK_EX)
+MANAGER = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+MANAGER.bind(f"\0manager-of-{os.getpid()}")
+os.environ["NOTIFY_SOCKET"] = f"@manager-of-{os.getpid()}"
 with tempfile.TemporaryFile(dir=HERE) as file:
     # By the kernel's entry for programs of 32 bits: mov eax, getpid; int 0x80; ret
     file.write(bytes.fromhex("b814000000cd80c3"))
@@ -88,6 +99,21 @@ def the_log():
                 return fd
         except OSError:
             pass
+
+
+def the_manager():
+    for fd in range(3, 50):
+        try:
+            found = socket.socket(fileno=fd)
+        except OSError:
+            continue
+        try:
+            if found.getpeername() == MANAGER.getsockname():
+                return fd
+        except OSError:
+            pass
+        finally:
+            found.detach()
 
 
 execute = vtpm.Vtpm._execute
@@ -315,6 +341,11 @@ ATTACKS: Final = {
     "chmod-at": _refused("sc('fchmodat', -100, SECRET.encode(), 0o600)"),
     "chmod-at-2": _refused("sc('fchmodat2', -100, SECRET.encode(), 0o600, 0)", "done", "ENOSYS"),
     "chmod-state": _refused("os.chmod(STATE, 0o755)"),
+    "fchmod": _refused("os.fchmod(made(), 0o666)"),
+    "fchmod-state": _refused("os.fchmod(os.open(STATE, os.O_RDONLY), 0o755)"),
+    "fchmod-held": _refused("os.fchmod(FOLDER, 0o755)"),
+    "fchmod-device": _refused("os.fchmod(NULL, os.fstat(NULL).st_mode & 0o7777)", "done", "EPERM"),
+    "fchmod-passed": _refused("os.fchmod(socket.recv_fds(PASSED[1], 1, 1)[1][0], 0o600)"),
     "fchmod-set-id": _refused("os.fchmod(made(), 0o4755)"),
     "fchmod-set-group": _refused("os.fchmod(made(), 0o2755)"),
     "fchmod-sticky": _refused("os.fchmod(made(), 0o1755)"),
@@ -335,6 +366,7 @@ ATTACKS: Final = {
     "mkdir-sticky": _refused("sc('mkdirat', -100, (STATE + '/sticky').encode(), 0o1777)"),
     "chown": _refused("os.chown(SECRET, -1, -1)"),
     "fchown": _refused("os.fchown(made(), -1, -1)"),
+    "fchown-held": _refused("os.fchown(FOLDER, -1, -1)"),
     "lchown": _refused("os.lchown(SECRET, -1, -1)"),
     "fchownat": _refused("sc('fchownat', -100, SECRET.encode(), -1, -1, 0)"),
     "times": _refused("os.utime(SECRET)"),
@@ -490,11 +522,15 @@ STILL: Final = {
         "os.close(made('one'));"
         "sc('linkat', -100, (STATE + '/one').encode(), -100, (STATE + '/two').encode(), 0)"
     ),
-    "lets other users read and write them": "os.fchmod(made('open'), 0o666)",
+    "lets other users read and write what it makes": "os.close(made('open', 0o666))",
     "makes each of them up to 1 GiB large": "os.pwrite(made('large'), b'x', (1 << 30) - 1)",
     "lists the folder": "os.listdir(STATE)",
     "writes into its log": "os.write(the_log(), b'x')",
     "empties its log": "os.ftruncate(the_log(), 0)",
+    "writes to what its caller holds a lock on": "os.write(LOCKED, b'x')",
+    "tells the service manager what it likes": (
+        "os.write(the_manager(), b'STATUS=x'); os.write(the_manager(), b'MAINPID=1')"
+    ),
     "sees whether a file is there, its owner, size and times": "os.stat(SECRET)",
     "learns about the machine": "os.uname(), os.getloadavg()",
     "keeps a processor busy and takes memory": "bytearray(1 << 26)",

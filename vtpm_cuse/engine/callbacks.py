@@ -20,6 +20,7 @@ import signal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.files import open_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -112,10 +113,11 @@ def _seal(addresses: Collection[int]) -> None:
 
 def _replace_descriptors(files: set[tuple[str, str]]) -> None:
     """Closes libffi's descriptor of its file; the number stays taken, for libffi remembers it."""
-    with open(os.devnull, "rb") as nothing:
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                found = os.fstat(int(name))
-                device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-                if (device, str(found.st_ino)) in files:
-                    os.dup2(nothing.fileno(), int(name), inheritable=False)
+    nothing = open_end()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found = os.fstat(int(name))
+            device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+            if (device, str(found.st_ino)) in files:
+                os.dup2(nothing, int(name), inheritable=False)
+    os.close(nothing)

@@ -147,7 +147,7 @@ def _serve(tpm: EngineTpm, end: socket.socket, rules: seccomp.Filter | None) -> 
 
 def _enter_sandbox(rules: seccomp.Filter | None) -> None:
     try:
-        sandbox.enter(ProcessConfig(), {}, rules, sandbox.no_thread)
+        sandbox.enter(ProcessConfig(), None, rules, sandbox.no_thread)
     except FrontendError as exc:
         raise UsageError(exc.reason, hint=_HINT) from exc
 

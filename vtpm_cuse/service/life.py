@@ -264,8 +264,11 @@ class _Life:
         if (user := self._process.runas) is not None:
             from vtpm_cuse.service.confine.preload import import_all
             from vtpm_cuse.service.confine.privileges import become
+            from vtpm_cuse.service.confine.sandbox import write_only
 
             import_all()
+            if self._process.seccomp == "kill":
+                write_only()
             become(user, self._interface.exits)
         _check_threads()
         # Before anything that takes time: who polls for a socket need not wait.
@@ -330,8 +333,7 @@ class _Life:
 
             try:
                 rules = seccomp.make_filter(process.seccomp, sockets=interface.sockets)
-                paths = sandbox.state_paths(self._config.state)
-                worker = sandbox.enter(process, paths, rules, start_worker)
+                worker = sandbox.enter(process, self._config.state, rules, start_worker)
             except FrontendError as exc:
                 raise UsageError(str(exc), interface.exits.sandbox) from exc
             undo.pop_all()

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import BlobError, StateDamaged, StateLocked, StateMissing, StorageError
 from vtpm_cuse.files import flush_folder, write_all
+from vtpm_cuse.storage import modes
 from vtpm_cuse.storage.base import (
     BACKUP_SUFFIX,
     BLOB_NAMES,
     DEFAULT_MODE,
     LOCK_CONFLICT,
-    OWNER_MODE,
     PERMANENT,
     REPLACED,
     left_over,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOCK_NAME: Final = ".lock"
+_LOCK_MODE: Final = 0o660
+_PREFIXES: Final = ("tpm-00", "tpm2-00")
 _SWAP_SUFFIX: Final = ".tmp"
 """What the refused state is called, here and in the C suite, while it and the backup change places."""
 _FIRST_SUFFIX: Final = ".new"
@@ -48,6 +50,16 @@ _NO_LINKS: Final = {
     *(errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EACCES),
 }
 """How file systems, network servers and security modules refuse a second name for a file."""
+
+
+def file_modes(exact: int | None) -> dict[str, int | None]:
+    """Every name that a file of either version has here, and the mode that it is to have."""
+    names = [f"{prefix}.{name}" for prefix in _PREFIXES for name in BLOB_NAMES]
+    permanent = [name for name in names if name.endswith(PERMANENT)]
+    names += [name + suffix for name in permanent for suffix in (BACKUP_SUFFIX, _SWAP_SUFFIX)]
+    names += [_aside(name) for name in names]
+    names += [_aside(name) + _FIRST_SUFFIX for name in permanent]
+    return {**dict.fromkeys(names, exact), _LOCK_NAME: None}
 
 
 class DirectoryStore:
@@ -73,7 +85,7 @@ class DirectoryStore:
         backup: bool = False,
     ) -> None:
         self._path = os.path.abspath(path)
-        self._prefix = "tpm2-00" if tpm2 else "tpm-00"
+        self._prefix = _PREFIXES[tpm2]
         self._starts_from_backup = backup and tpm2  # as in the C suite; a TPM 1.2 is told of it
         self._mode = mode
         self._locking = lock
@@ -97,7 +109,7 @@ class DirectoryStore:
         with self._errors(file_name, reading=True), self._opened(file_name) as fd:
             size = self._checked_size(file_name, os.fstat(fd))
             if self._mode is not None:
-                os.fchmod(fd, self._mode)
+                self._give_mode(fd, self._mode)
             # One byte more than there should be: the header's length then does not fit.
             return os.read(fd, size + 1)
 
@@ -167,7 +179,8 @@ class DirectoryStore:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             with self._errors(_LOCK_NAME):
-                fd = os.open(_LOCK_NAME, flags, 0o660, dir_fd=self._directory)
+                mode = modes.of_new(_LOCK_MODE, None)
+                fd = os.open(_LOCK_NAME, flags, mode, dir_fd=self._directory)
         except StorageError as exc:
             if os.path.lexists(self._path):
                 raise
@@ -176,10 +189,8 @@ class DirectoryStore:
                 reason = "it is gone since this program started; put back what was there"
             raise StorageError(self._path, reason) from exc
         try:
-            status = os.fstat(fd)
-            self._checked_size(_LOCK_NAME, status)
-            if status.st_uid == os.geteuid():
-                self._let_owner(fd)
+            self._checked_size(_LOCK_NAME, os.fstat(fd))
+            self._give_mode(fd, None)
             take_lock(fd)
         except OSError as exc:
             os.close(fd)
@@ -397,10 +408,7 @@ class DirectoryStore:
             os.unlink(aside, dir_fd=self._directory)
             fd = self._created(aside)
         try:
-            if self._mode is not None:
-                os.fchmod(fd, self._mode)
-            else:
-                self._let_owner(fd)
+            self._give_mode(fd, self._mode)
             write_all(fd, blob)
             if self._fsync:
                 os.fsync(fd)
@@ -409,18 +417,16 @@ class DirectoryStore:
 
     def _created(self, file_name: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        mode = DEFAULT_MODE if self._mode is None else self._mode
+        mode = modes.of_new(DEFAULT_MODE, self._mode)
         return os.open(file_name, flags, mode, dir_fd=self._directory)
 
     def _rename(self, old: str, new: str) -> None:
         os.replace(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     @staticmethod
-    def _let_owner(fd: int) -> None:
-        """Gives the owner of a new file what the umask took."""
-        mode = os.fstat(fd).st_mode & 0o777
-        if mode & OWNER_MODE != OWNER_MODE:
-            os.fchmod(fd, mode | OWNER_MODE)
+    def _give_mode(fd: int, exact: int | None) -> None:
+        if (mode := modes.to_give(os.fstat(fd), exact)) is not None:
+            os.fchmod(fd, mode)
 
     def _flush_directory(self) -> None:
         if self._fsync:

@@ -23,11 +23,11 @@ from vtpm_cuse.errors import (
     StorageError,
 )
 from vtpm_cuse.files import flush_folder, write_all
+from vtpm_cuse.storage import modes
 from vtpm_cuse.storage.base import (
     BLOB_NAMES,
     DEFAULT_MODE,
     LOCK_CONFLICT,
-    OWNER_MODE,
     PERMANENT,
     REPLACED,
     WithoutBackup,
@@ -274,16 +274,12 @@ class LinearStore(WithoutBackup):
         return self._fd
 
     def _set_mode(self, fd: int) -> None:
-        status = os.fstat(fd)
-        mode = status.st_mode & 0o777
-        if self._mode is not None:
-            os.fchmod(fd, self._mode)
-        elif mode & OWNER_MODE != OWNER_MODE and status.st_uid == os.geteuid():
-            os.fchmod(fd, mode | OWNER_MODE)  # the umask took it
+        if (mode := modes.to_give(os.fstat(fd), self._mode)) is not None:
+            os.fchmod(fd, mode)
 
     def _opened(self, flags: int) -> int:
         flags |= os.O_NONBLOCK | os.O_CLOEXEC
-        mode = DEFAULT_MODE if self._mode is None else self._mode
+        mode = modes.of_new(DEFAULT_MODE, self._mode)
         try:
             fd = os.open(self._path, flags | os.O_NOFOLLOW, mode)
             devices_only = False

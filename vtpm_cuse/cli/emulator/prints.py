@@ -92,7 +92,7 @@ def info_of_state(flags: int, config: VtpmConfig, process: ProcessConfig) -> str
     vtpm = make_vtpm(config)
     try:
         rules = seccomp.make_filter(process.seccomp, sockets=False)
-        sandbox.enter(process, sandbox.state_paths(config.state), rules, sandbox.no_thread)
+        sandbox.enter(process, config.state, rules, sandbox.no_thread)
         vtpm.start()
         return vtpm.info(flags) + "\n"
     except TpmUnavailable:

@@ -194,6 +194,7 @@ def enter_root(line: CommandLine) -> None:
     if path is not None:
         from vtpm_cuse.service.confine.preload import KEYRING, import_all
         from vtpm_cuse.service.confine.privileges import change_root
+        from vtpm_cuse.service.confine.sandbox import note_inherited
         from vtpm_cuse.service.process import notify
 
         line.look_up()
@@ -202,6 +203,7 @@ def enter_root(line: CommandLine) -> None:
         for name in import_all():
             if name != KEYRING or _takes_keyring(line):
                 raise UsageError(f"{name} is missing, which --chroot needs", hint="install it")
+        note_inherited()
         change_root(path)
 
 

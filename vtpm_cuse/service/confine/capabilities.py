@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import stat
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -25,9 +26,13 @@ _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITIES_MAX: Final = 64
 
+_KINDS: Final = frozenset({stat.S_IFDIR, stat.S_IFREG, stat.S_IFBLK})
+
 
 def drop_capabilities(needed: Iterable[str]) -> None:
-    """Gives up all capabilities but, where the paths *needed* are others', the right to write there.
+    """Gives up all capabilities but, where a path *needed* is another's, the right to write there.
+
+    Each path is looked at by itself: of a folder, nothing that is in it.
 
     Raises:
         OSError: The kernel refuses.
@@ -39,7 +44,7 @@ def drop_capabilities(needed: Iterable[str]) -> None:
     permitted = _permitted(libc)
     keep = permitted & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_FOWNER)
     _set_capabilities(libc, effective=0, permitted=keep)
-    if keep and (others := [path for path in needed if not _is_ours(path)]):
+    if keep and (others := [path for path in needed if _needs_rights(path)]):
         log.info("Other users' files need the right to write to them: %s", ", ".join(others))
         _set_capabilities(libc, effective=keep, permitted=keep)
     else:
@@ -52,24 +57,26 @@ def gain_nothing() -> None:
         raise OSError(ctypes.get_errno(), "no_new_privs")
 
 
-def _is_ours(path: str) -> bool:
-    """Whether *path*, and the files that a directory holds, can be written to without capabilities.
+def _needs_rights(path: str) -> bool:
+    """Whether *path* is another user's, who does not let us in.
 
-    What is not there is nobody's.
+    What is ours never needs any, whatever its mode: else a TPM that was taken over would make a file
+    that keeps more rights for its next start. Nor does a link, which nobody follows, but to a device.
     """
-    if not os.path.lexists(path):
-        return True
     try:
-        # Files alone: a folder in it may be our own FUSE mount, which nobody serves yet.
-        inside = list(os.scandir(path)) if os.path.isdir(path) else []
-        paths = [entry.path for entry in inside if entry.is_file(follow_symlinks=False)]
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            found = os.stat(path)
+            if not stat.S_ISBLK(found.st_mode):
+                return False
+    except PermissionError:  # for the folder that it is in
+        return True
     except OSError:
         return False
-    wanted = os.R_OK | os.W_OK | (os.X_OK if os.path.isdir(path) else 0)
-    return os.access(path, wanted, effective_ids=True) and all(
-        os.access(inner, os.R_OK | os.W_OK, effective_ids=True, follow_symlinks=False)
-        for inner in paths
-    )
+    if found.st_uid == os.geteuid() or stat.S_IFMT(found.st_mode) not in _KINDS:
+        return False
+    wanted = os.R_OK | os.W_OK | (os.X_OK if stat.S_ISDIR(found.st_mode) else 0)
+    return not os.access(path, wanted, effective_ids=True)
 
 
 def _permitted(libc: ctypes.CDLL) -> int:

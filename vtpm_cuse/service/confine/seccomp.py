@@ -130,10 +130,10 @@ _SYMLINK_FOLLOW: Final = 0x400  # AT_SYMLINK_FOLLOW, as Python's os.link() says
 _WithArguments = tuple[tuple[str, tuple[bytes, ...]], ...]
 
 _WITH_ARGUMENTS: Final[_WithArguments] = (
-    # No file that makes its caller another user. Without O_CREAT the mode may be anything.
+    # No file that makes its caller another user; and, for it may be anybody's, no other mode or
+    # owner for what is open. Without O_CREAT the mode may be anything.
     ("openat", (_none_of(2, os.O_CREAT | _TMPFILE),)),
     ("openat", (_none_of(3, _SPECIAL_BITS),)),
-    ("fchmod", (_none_of(1, _SPECIAL_BITS),)),
     ("linkat", (_none_of(4, _INT & ~_SYMLINK_FOLLOW),)),
     ("unlinkat", (_is(2, 0),)),
     # No file beyond measure.
