@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import open_to_write
+from vtpm_cuse.service.process.behalf import making
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -184,9 +185,11 @@ def _open(config: LogConfig) -> int:
     if config.path is None:
         return _STDERR if config.fd is None else _writable(config.fd)
     try:
-        return open_to_write(config.path, 0o600, config.owner, truncate=config.truncate)
+        with making(config.runas, config.path) as owner:
+            return open_to_write(config.path, 0o600, owner, truncate=config.truncate)
     except OSError as exc:
-        raise UsageError(f"Could not open logfile for writing: {exc.strerror}") from exc
+        reason = f"Could not open logfile for writing: {exc.strerror} ({config.path})"
+        raise UsageError(reason) from exc
 
 
 def _writable(fd: int) -> int:
