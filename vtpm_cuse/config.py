@@ -71,7 +71,7 @@ class LogConfig(NamedTuple):
         level: Messages up to this level are written; 5 and more turn on libtpms' own.
         prefix: Starts every line.
         truncate: Empties the file first.
-        owner: User and group of a new file; None leaves it the caller's.
+        runas: Whose a new file is; None leaves it the caller's.
     """
 
     path: str | None = None
@@ -79,7 +79,7 @@ class LogConfig(NamedTuple):
     level: int = 1
     prefix: str = "swtpm: "
     truncate: bool = False
-    owner: tuple[int, int] | None = None
+    runas: User | None = None
 
 
 class PidConfig(NamedTuple):

@@ -6,6 +6,19 @@ Which TPM response code, PTM result, errno or exit status a class becomes is
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def shown(text: str) -> str:
+    """Text that may be somebody else's, for a terminal, which obeys control characters.
+
+    They are written as JSON has them; newline and tab stay.
+    """
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
 
 class VtpmError(Exception):
     """Everything this package raises on purpose."""

@@ -27,6 +27,7 @@ _OWN_DESCRIPTOR: Final = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/s
 _STANDARD: Final = {"stdin": 0, "stdout": 1, "stderr": 2}
 _OTHERS_MAY_WRITE: Final = 0o022
 _GROUP_MAY_WRITE: Final = 0o020
+_INSTEAD: Final = "remove it, or name another"
 _NO_ASIDE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY})
 """Of making or renaming a file, where one that is there may be written in place."""
 _NO_FLUSH: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
@@ -147,18 +148,23 @@ def open_to_write(
         umask: Whether it counts.
 
     Raises:
-        OSError: It cannot be opened, or is a link, a pipe or the like.
+        OSError: It cannot be opened, is a link, a pipe or the like, or somebody else has put it
+            into a folder as /tmp.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    flags |= (os.O_APPEND if append else 0) | (os.O_TRUNC if truncate else 0)
-    try:
-        fd = os.open(path, flags | os.O_EXCL, mode)
-    except FileExistsError:
-        # Here, for a pipe to be the reason that is given; a link is the kernel's to refuse.
-        _refuse(os.lstat(path), path, _LOGS | {stat.S_IFLNK})
-        fd = os.open(path, flags, mode)
-        _keep_if(fd, path, _LOGS)
-        return fd
+    flags |= os.O_APPEND if append else 0
+    folder, name = os.path.split(path)
+    if not name:
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    # Held, so that the folder that is looked at is the one that the file is in.
+    with _opened(os.open(folder or ".", _LOOK)) as folder_fd:
+        try:
+            fd = os.open(name, flags | os.O_EXCL, mode, dir_fd=folder_fd)
+        except FileExistsError:
+            fd = _open_present(folder_fd, name, path, flags & ~os.O_CREAT)
+            if truncate and stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, 0)
+            return fd
     if owner is not None:
         os.fchown(fd, *owner)
     if not umask:
@@ -189,22 +195,32 @@ def flush_folder(fd: int) -> None:
             raise
 
 
-def untrusted_part(path: str) -> str | None:
+def untrusted_part(path: str, *, end: bool = True) -> str | None:
     """What of *path* somebody other than root could change: the file, or a folder on the way.
 
-    Each folder and link is looked at that the kernel passes. None if there is nothing, or nothing
-    there at all.
+    Each folder and link is looked at that the kernel passes. None if there is nothing. What is not
+    there yet could be made by others in a folder as /tmp.
+
+    Args:
+        path: It need not be there.
+        end: Whether what it leads to counts, and not only who could have it lead elsewhere.
     """
     pending = [part for part in os.path.abspath(path).split("/") if part][::-1]
     here, links = "/", 0
     while True:
         try:
             found = os.lstat(here)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            above = os.path.dirname(here)
+            return above if others_may_write(above) else None
+        except OSError:  # a user's own FUSE mount, say, which not even root may look into
+            return here
+        is_link = stat.S_ISLNK(found.st_mode)
+        if not end and not pending and not is_link:
             return None
         if found.st_uid or _others_may_change(found):
             return here
-        if stat.S_ISLNK(found.st_mode):
+        if is_link:
             if (links := links + 1) > 40:
                 return here
             target = os.readlink(here)
@@ -213,6 +229,15 @@ def untrusted_part(path: str) -> str | None:
         if not pending:
             return None
         here = os.path.normpath(os.path.join(here, pending.pop()))
+
+
+def others_may_write(folder: str) -> bool:
+    """Whether others than root may make files in a folder, were it as /tmp. False if none is there."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and (found.st_uid != 0 or _has_bits_for_others(found))
 
 
 def make_folder(
@@ -303,6 +328,33 @@ def give_socket(path: str, uid: int, gid: int) -> None:
 # -- helpers ------------------------------------------------------------------------------------
 
 
+def _open_present(folder_fd: int, name: str, path: str, flags: int) -> int:
+    """A file, a terminal or /dev/null that is there."""
+    found = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
+    # Here, for a pipe to be the reason that is given; a link is the kernel's to refuse.
+    _refuse(found, path, _LOGS | {stat.S_IFLNK})
+    _refuse_put_there(folder_fd, found, path)
+    fd = os.open(name, flags, dir_fd=folder_fd)
+    _keep_if(fd, path, _LOGS)
+    try:
+        _refuse_put_there(folder_fd, os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_put_there(folder_fd: int, found: os.stat_result, path: str) -> None:
+    """A file to be written to as it is, which may be another's under a second name."""
+    if not stat.S_ISREG(found.st_mode):
+        return
+    _refuse_strangers(folder_fd, found, path)
+    folder = os.fstat(folder_fd)
+    if found.st_nlink > 1 and folder.st_mode & _OTHERS_MAY_WRITE & ~_GROUP_MAY_WRITE:
+        reason = f"it has another name, in a folder that others write to: {_INSTEAD}"
+        raise OSError(errno.EACCES, reason, path)
+
+
 @contextlib.contextmanager
 def _opened(fd: int) -> Iterator[int]:
     try:
@@ -316,6 +368,10 @@ def _others_may_change(found: os.stat_result) -> bool:
     sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
     if stat.S_ISLNK(found.st_mode) or sticky:
         return False
+    return _has_bits_for_others(found)
+
+
+def _has_bits_for_others(found: os.stat_result) -> bool:
     bits = _OTHERS_MAY_WRITE if found.st_gid else _OTHERS_MAY_WRITE & ~_GROUP_MAY_WRITE
     return bool(found.st_mode & bits)
 
@@ -360,7 +416,8 @@ def _refuse_strangers(folder_fd: int, found: os.stat_result, path: str) -> None:
     folder = os.fstat(folder_fd)
     shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & _OTHERS_MAY_WRITE
     if shared and found.st_uid not in {os.geteuid(), folder.st_uid}:
-        raise OSError(errno.EACCES, "it is somebody else's, in a folder that others write to", path)
+        reason = f"it is somebody else's, in a folder that others write to: {_INSTEAD}"
+        raise OSError(errno.EACCES, reason, path)
 
 
 def _folders_owner(folder_fd: int) -> tuple[int, int] | None:

@@ -206,6 +206,13 @@ def test_a_folder_that_others_can_change(system: Path, venv: Path) -> None:
     assert (system / MANIFEST).exists()
 
 
+def test_a_folder_where_others_could_make_the_next(system: Path, venv: Path) -> None:
+    """As in /tmp: what is not there yet could be a link by the time it is used."""
+    shared = system / "usr/local"
+    shared.chmod(0o1777)
+    assert f"{shared} can be changed by others" in place(system, venv, status=1)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder away")
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_a_folder_of_somebody_else(system: Path, venv: Path, tmp_path: Path, kind: str) -> None:

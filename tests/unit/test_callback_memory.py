@@ -145,3 +145,14 @@ def test_says_where_no_callback_can_be_made(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("ctypes.CFUNCTYPE", refuse)
     with pytest.raises(EngineUnavailable, match="no memory for libtpms' callbacks; let it map"):
         callbacks.make({"nothing": (lambda: 0, ())})
+
+
+def test_says_that_a_file_may_not_be_as_large(tmp_path: Path) -> None:
+    """libffi maps a file. By -B: Python would leave halves of what it compiles in the checkout."""
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path}", *s.RUNNING]
+    program = ("bash", "-c", 'ulimit -f 1; exec "$@"', "bash", s.OURS[0], "-B", *s.OURS[1:])
+    done = s.run_swtpm(*words, "--ctrl", f"type=unixio,path={tmp_path / 'c'}", program=program)
+    assert done.returncode
+    assert "a file may have no more than 1024 bytes" in done.stderr
+    assert "'ulimit -f'" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -332,3 +332,10 @@ def test_a_buffer_size_that_no_memory_has_is_cut(
 ) -> None:
     monkeypatch.setenv("SWTPM_IOCTL_BUFFERSIZE", text)
     assert 0 < swtpm_ioctl._buffer_size() <= 1 << 20
+
+
+def test_a_hostile_text_is_shown_and_not_obeyed(tool: Tool) -> None:
+    text = "{\t'\x1b[2J\x07\u009b1m\r\n}".encode()
+    tool.tpm.answers[PtmCommand.PTM_GET_INFO] = ptm.PtmInfoResponse(0, len(text), len(text), text)
+    shown = "{\t'\\u001b[2J\\u0007\\u009b1m\\u000d\n}\n"
+    assert tool("--info", "1", "/dev/x") == (0, shown, "")

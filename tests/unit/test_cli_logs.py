@@ -188,3 +188,14 @@ def test_recent_messages_are_not_crowded_out() -> None:
     log.error("The disk is full")
     flood(1000)
     assert b"The disk is full" in recent()
+
+
+def test_a_terminal_that_shows_a_log_obeys_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    logs.configure(LogConfig(path=str(path), prefix=""))
+    recent = logs.keep_recent()
+    logging.getLogger("vtpm_cuse").error("no user '\x1b]0;x\x07\x9b2J'\n\tnext\ufffd")
+    logs.configure(LogConfig(path="-"))
+    wanted = "no user '\\u001b]0;x\\u0007\\u009b2J'\n\tnext\ufffd\n"
+    assert path.read_text() == wanted
+    assert recent().decode().endswith(wanted)

@@ -14,6 +14,7 @@ import pytest
 from vtpm_cuse.cli import swtpm, swtpm_ioctl
 from vtpm_cuse.cli.emulator import swtpm_cuse
 from vtpm_cuse.cli.words import program
+from vtpm_cuse.cli.words.report import SetupReport
 from vtpm_cuse.config import CuseConfig, LogConfig
 from vtpm_cuse.errors import EngineUnavailable, UsageError
 from vtpm_cuse.service import cuse
@@ -200,3 +201,16 @@ def test_what_serves_on_sockets_has_no_dataclasses() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+def test_a_message_has_nothing_that_a_terminal_obeys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may quote what others have written."""
+    report = SetupReport(str(tmp_path / "log"))
+    report.line("the tool said \x1b[2J\r")
+    report.error("\x7f\x85 is no setting")
+    program.complain("no option \x1b[31m\n\tin the file")
+    wanted = "\\u007f\\u0085 is no setting\nno option \\u001b[31m\n\tin the file\n"
+    assert capsys.readouterr().err.endswith(wanted)
+    assert "\\u001b[2J\\u000d\n" in (tmp_path / "log").read_text()

@@ -208,6 +208,37 @@ def test_nobody_gets_an_output_by_being_there_first(
     assert path.lstat().st_ino == inode
 
 
+@needs_root
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_nobody_gets_a_log_by_being_there_first(truncate: bool, link: bool, tmp_path: Path) -> None:
+    """Neither by a file of his own, nor by another name of one that is root's."""
+    shared, path = tmp_path / "shared", tmp_path / "shared" / "log"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (tmp_path / "file").write_bytes(b"old")
+    if link:
+        os.link(tmp_path / "file", path)
+    else:
+        (tmp_path / "file").rename(path)
+        os.chown(path, NOBODY, NOBODY)
+        path.chmod(0o666)
+    with pytest.raises(PermissionError, match="remove it, or name another"):
+        open_to_write(str(path), 0o600, truncate=truncate)
+    assert path.read_bytes() == b"old"
+
+
+def test_ones_own_log_in_a_shared_folder_is_fine(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "log").write_bytes(b"old")
+    for truncate, found in ((False, b"oldx"), (True, b"x")):
+        with open(open_to_write(str(tmp_path / "log"), 0o600, truncate=truncate), "wb") as log:
+            log.write(b"x")
+        assert (tmp_path / "log").read_bytes() == found
+    with pytest.raises(IsADirectoryError):
+        open_to_write(f"{tmp_path}/", 0o600)
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
 def test_a_folder_that_cannot_be_flushed_is_an_error_only_if_something_is_lost(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,6 +284,8 @@ def test_whose_hand_is_in_a_path(tmp_path: Path) -> None:
         roots / "fine": None,
         roots / "not there": None,
         shared / "f": None,
+        shared / "not there" / "f": shared,
+        users / "not there": users,
         users / "f": users,
         open_to_all / "f": open_to_all,
         shared / "theirs": shared / "theirs",

@@ -309,6 +309,29 @@ def test_the_lock_is_for_those_who_may_write_to_the_folder(
         assert stat.S_IMODE((tmp_path / ".lock.swtpm-localca").stat().st_mode) == lock
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder away")
+def test_the_owner_of_a_folder_gets_no_lock_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He turns a link as soon as the lock is there."""
+    roots, users, link = tmp_path / "roots", tmp_path / "users", tmp_path / "link"
+    for folder in (roots, users):
+        folder.mkdir()
+    os.chown(users, 12345, 12345)
+    link.symlink_to(roots)
+    fstat = os.fstat
+
+    def turn(fd: int) -> os.stat_result:
+        monkeypatch.undo()
+        link.unlink()
+        link.symlink_to(users)
+        return fstat(fd)
+
+    monkeypatch.setattr(os, "fstat", turn)
+    os.close(localca._open_lock(str(link / "lock")))
+    assert (roots / "lock").stat().st_uid == 0
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_file_with_another_name_is_not_given_away_as_a_lock(tmp_path: Path) -> None:
     """A user may have put a link to a file of root's in the place of the lock."""

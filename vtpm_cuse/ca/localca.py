@@ -329,14 +329,24 @@ def _open_lock(path: str) -> int:
     """The lock file: for its owner and, where the folder is for a group, for that group.
 
     The C suite has it open to all, and so anybody can keep all set-ups waiting. What root makes
-    in the folder of a user's CA is that user's.
+    in the folder of a user's CA is that user's. The folder is held: who can turn a link on the way
+    could else be given a file in one folder as the owner of another.
     """
+    above, name = os.path.split(path)
+    folder_fd = os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _open_lock_in(folder_fd, name, path)
+    finally:
+        os.close(folder_fd)
+
+
+def _open_lock_in(folder_fd: int, name: str, path: str) -> int:
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(name, flags | os.O_RDWR | os.O_CREAT, 0o600, dir_fd=folder_fd)
     except PermissionError:
-        fd = os.open(path, flags | os.O_RDONLY)  # enough for flock(2)
-    found, folder = os.fstat(fd), os.stat(os.path.dirname(path))
+        fd = os.open(name, flags | os.O_RDONLY, dir_fd=folder_fd)  # enough for flock(2)
+    found, folder = os.fstat(fd), os.fstat(folder_fd)
     if not stat.S_ISREG(found.st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "it is no file", path)

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.cli.words.table import Option
-from vtpm_cuse.errors import AnswerError, UsageError
+from vtpm_cuse.errors import AnswerError, UsageError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -251,7 +251,7 @@ COMMANDS: Final = (
             "FLAGS",
         ),
         "PTM_GET_INFO",
-        lambda tpm, asked: print(tpm.info(asked.number)),
+        lambda tpm, asked: print(shown(tpm.info(asked.number))),
         _info_flags,
     ),
     Command(

@@ -9,6 +9,7 @@ from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
 from vtpm_cuse.cli.words.program import complain, run_program
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.errors import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,7 @@ def _run(words: Sequence[str], program: str) -> int:
     from vtpm_cuse.service.doctor import Machine, diagnose
 
     diagnosis = diagnose(Machine())
-    print(_as_json(diagnosis) if line.has("json") else _as_text(diagnosis))
+    print(_as_json(diagnosis) if line.has("json") else shown(_as_text(diagnosis)))
     return 0 if diagnosis.healthy else 1
 
 

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import resource
 import signal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -30,6 +31,8 @@ FLAG: Final = ctypes.c_ubyte
 POINTER: Final = ctypes.c_void_p  # a Python function gets its address
 TEXT: Final = ctypes.c_char_p  # a Python function gets its bytes
 
+_CALLBACK_MEMORY: Final = 1 << 20
+"""Bytes, more than libffi asks for at once: its own unit is 64 KiB, or a page if that is larger."""
 _PR_SET_MDWE: Final = 65
 _REFUSE_EXEC_GAIN: Final = 1
 _NO_INHERIT: Final = 2  # what we start, a user's own tool say, may be of another kind
@@ -57,6 +60,10 @@ def make(functions: Mapping[str, tuple[Callable[..., int], Sequence[type]]]) -> 
             addresses[name] = ctypes.cast(closure, ctypes.c_void_p).value or 0
         _seal(addresses.values())
     except (OSError, MemoryError) as exc:
+        if (most := _largest_file()) is not None:
+            reason = f"a file may have no more than {most} bytes, too few for libtpms' callbacks"
+            hint = "raise the limit: 'ulimit -f', or LimitFSIZE= of a unit"
+            raise EngineUnavailable(reason, hint) from exc
         hint = "let it map a memfd as executable (vm.memfd_noexec, SELinux), or use a newer libffi"
         raise EngineUnavailable("this system has no memory for libtpms' callbacks", hint) from exc
     return addresses
@@ -70,6 +77,12 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _largest_file() -> int | None:
+    """What a limit lets a file have, if that is what keeps libffi from its memory: that is a file."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return most if 0 <= most < _CALLBACK_MEMORY else None
 
 
 def _refuse_new_code() -> None:

@@ -10,6 +10,7 @@ from vtpm_cuse.acquire.sockets import acquire_control, acquire_managed, take_str
 from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.service import life
+from vtpm_cuse.service.process.behalf import opening
 from vtpm_cuse.service.socket import load_endpoints, serve_endpoints
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class _Chardev(life.Interface):
     def open(self) -> None:
         config = self._config
         if config.path is not None:
-            self._endpoints.data_stream = open_device(config.path)
+            with opening(config.process.runas, config.path):
+                self._endpoints.data_stream = open_device(config.path)
         elif config.fd is not None:
             self._endpoints.data_stream = take_stream(config.fd)
         else:

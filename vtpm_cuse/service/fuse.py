@@ -45,9 +45,15 @@ class _FuseFile(life.Interface):
         self._recent = logs.keep_recent()
 
     def open(self) -> None:
-        self._mount.take_folder()
         config = self._config
+        if config.process.runas is None:
+            self._mount.take_folder()
         life.make_state_directory(config.vtpm, 0o700, config.process.runas, self.exits.start)
+
+    def acquire(self) -> None:
+        """Another user makes the folder and clears up himself: whoever mounts has to own it."""
+        if self._config.process.runas is not None:
+            self._mount.take_folder()
 
     def load(self) -> None:
         from vtpm_cuse.proto import fuse

@@ -22,6 +22,7 @@ from vtpm_cuse.config import Exits
 from vtpm_cuse.errors import FrontendError, TpmUnavailable, UsageError, VtpmError
 from vtpm_cuse.files import check_private, make_folder
 from vtpm_cuse.service.process import notify
+from vtpm_cuse.service.process.behalf import making_folder
 from vtpm_cuse.service.process.daemon import run_in_background
 from vtpm_cuse.service.process.pidfile import PidFile
 from vtpm_cuse.service.remover import Remover
@@ -121,7 +122,8 @@ def make_state_directory(
     try:
         if config.state.own_place:
             mode = 0o700
-        make_folder(path, mode, (owner.uid, owner.gid) if owner else None)
+        with making_folder(owner, path) as ids:
+            make_folder(path, mode, ids)
     except OSError as exc:
         reason = f"Error: Could not create the state directory {path}: {exc.strerror}"
         raise UsageError(reason, exit_status) from exc
@@ -210,13 +212,8 @@ class _Life:
             VtpmError: It does not answer, or the pid file cannot be written.
         """
         self._interface.confirm()
-        self._pid_file.open(self._owner)
+        self._pid_file.open(self._process.runas)
         self._pid_file.write_for(child)
-
-    @property
-    def _owner(self) -> tuple[int, int] | None:
-        user = self._process.runas
-        return None if user is None else (user.uid, user.gid)
 
     def live(self, ready: Callable[[], None]) -> int:
         """From acquiring to the end; returns the exit status. *ready* is called in between."""
@@ -256,7 +253,7 @@ class _Life:
         self._interface.awaited = self._process.background or self._manager.waits
         self._interface.open()
         if not self._process.background:  # else `part` makes it, when all is ready
-            self._pid_file.open(self._owner)
+            self._pid_file.open(self._process.runas)
         with self._pid_file.discarded():
             self._acquire_as_user()
 

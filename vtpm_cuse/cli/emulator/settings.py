@@ -310,7 +310,7 @@ def log_config(line: CommandLine) -> LogConfig:
         level=max(1, given.integer("level") or 1),
         prefix=given.text("prefix") or "",
         truncate=given.flag("truncate"),
-        owner=(runas.uid, runas.gid) if (runas := user(line)) else None,
+        runas=user(line),
     )
 
 
@@ -512,11 +512,18 @@ def _profile_text(line: CommandLine, given: SubValues) -> str | None:
     if source is None:
         return given.text("profile")
     try:
-        with open(source if path is None else open_to_read(path, streams=True), "rb") as file:
+        with open(source if path is None else _opened_for_user(line, path), "rb") as file:
             return file.read(_PROFILE_LIMIT).decode().strip()
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
         raise line.error(f"Could not read the profile from '{source}': {reason}") from exc
+
+
+def _opened_for_user(line: CommandLine, path: str) -> int:
+    from vtpm_cuse.service.process.behalf import opening
+
+    with opening(user(line), path):
+        return open_to_read(path, streams=True)
 
 
 def _is_regular_file(fd: int) -> bool:

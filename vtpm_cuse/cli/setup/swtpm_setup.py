@@ -17,7 +17,7 @@ from vtpm_cuse.cli.words.program import complain, inform, run_program, version_t
 from vtpm_cuse.cli.words.report import SetupReport
 from vtpm_cuse.cli.words.table import Example, Program, Term
 from vtpm_cuse.config import LogConfig
-from vtpm_cuse.errors import UsageError, VtpmError
+from vtpm_cuse.errors import UsageError, VtpmError, shown
 from vtpm_cuse.manufacture import files as setup_files
 from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process import logs
@@ -112,7 +112,7 @@ def _run(words: Sequence[str]) -> int:
         return 0
     if line.has("create-config-files"):
         for path in setup_files.create_config_files(line.value("create-config-files") or ""):
-            inform(f"Writing {path}.\n")
+            inform(f"Writing {shown(path)}.\n")
         return 0
     for name in ("swtpm_ioctl", "tcsd-system-ps-file"):
         if line.has(name):
@@ -126,13 +126,13 @@ def _run_setup(line: CommandLine) -> int:
     secrecy.hide_process()  # before keys and passwords are in memory
     makers = TpmMakers(line.value("tpm"))
     if line.has("print-capabilities"):
-        print(makers.capabilities_text())
+        print(shown(makers.capabilities_text()))
         return 0
     makers.need_version(tpm2=line.has("tpm2"))
     if (user := line.value("runas")) is not None:
         _become(user)
     if line.has("print-profiles"):
-        print(_profiles_text(line, makers))
+        print(shown(_profiles_text(line, makers)))
         return 0
     logfile = line.value("logfile")
     report = SetupReport(logfile, quiet=line.has("quiet"))

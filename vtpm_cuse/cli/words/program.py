@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vtpm_cuse import PEER_VERSION, __version__
-from vtpm_cuse.errors import VtpmError
+from vtpm_cuse.errors import VtpmError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,9 +45,12 @@ def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
 
 
 def complain(text: str) -> None:
-    """Shows a message as it is, where scripts know it; who cannot be told has the exit status."""
+    """Shows a message as it is, where scripts know it; who cannot be told has the exit status.
+
+    It may quote what others have written: a terminal obeys none of that.
+    """
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
 
 
 def inform(text: str, stream: TextIO | None = None) -> None:

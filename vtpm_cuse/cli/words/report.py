@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.words.program import complain, inform
-from vtpm_cuse.errors import UsageError
+from vtpm_cuse.errors import UsageError, shown
 from vtpm_cuse.files import open_to_write
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class SetupReport:
             self._log(text)
         elif self._plain:
             self._clear()
-            inform(f"{text}\n")
+            inform(f"{shown(text)}\n")
 
     def step(self, text: str) -> None:
         """Something that may take a while begins."""
         if self._progress is not None:
-            inform(f"{_CLEAR_LINE}{text} ...", self._progress)
+            inform(f"{_CLEAR_LINE}{shown(text)} ...", self._progress)
             self._shown = True
 
     def error(self, text: str) -> None:
@@ -66,7 +66,7 @@ class SetupReport:
         """The last word, for people who have seen no other."""
         self._clear()
         if self._progress is not None and not self._plain:
-            inform(f"{text}\n", self._progress)
+            inform(f"{shown(text)}\n", self._progress)
 
     def _clear(self) -> None:
         if self._shown and self._progress is not None:
@@ -75,7 +75,7 @@ class SetupReport:
 
     def _log(self, text: str) -> None:
         try:
-            os.write(self._fd, f"{text}\n".encode(errors="backslashreplace"))
+            os.write(self._fd, f"{shown(text)}\n".encode(errors="backslashreplace"))
         except OSError as exc:  # the TPM is what counts, as in the C suite
             if not self._failed:
                 self._failed = True

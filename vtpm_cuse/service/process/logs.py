@@ -17,8 +17,9 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.errors import UsageError
+from vtpm_cuse.errors import UsageError, shown
 from vtpm_cuse.files import open_to_write
+from vtpm_cuse.service.process.behalf import making
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +118,7 @@ class _LogHandler(_Sparing):
 
     def write(self, text: str, level: int) -> None:
         start = self._config.prefix + " " * max(0, logging.DEBUG + 1 - level)
-        text = "".join(f"{start}{line}\n" for line in text.splitlines())
+        text = "".join(f"{start}{shown(line)}\n" for line in text.splitlines())
         with suppress(OSError):
             os.write(self.fd, text.encode(errors="backslashreplace"))
 
@@ -137,7 +138,7 @@ class _RecentHandler(_Sparing):
         self._lines: deque[str] = deque(maxlen=_RECENT_LINES)
 
     def write(self, text: str, _level: int) -> None:
-        self._lines.append(f"{text}\n")
+        self._lines.append("".join(f"{shown(line)}\n" for line in text.splitlines()))
 
     def text(self) -> bytes:
         return "".join(self._lines).encode(errors="backslashreplace")
@@ -184,9 +185,11 @@ def _open(config: LogConfig) -> int:
     if config.path is None:
         return _STDERR if config.fd is None else _writable(config.fd)
     try:
-        return open_to_write(config.path, 0o600, config.owner, truncate=config.truncate)
+        with making(config.runas, config.path) as owner:
+            return open_to_write(config.path, 0o600, owner, truncate=config.truncate)
     except OSError as exc:
-        raise UsageError(f"Could not open logfile for writing: {exc.strerror}") from exc
+        reason = f"Could not open logfile for writing: {exc.strerror} ({config.path})"
+        raise UsageError(reason) from exc
 
 
 def _writable(fd: int) -> int:

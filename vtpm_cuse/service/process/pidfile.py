@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import open_to_write
+from vtpm_cuse.service.process.behalf import making, opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vtpm_cuse.config import PidConfig
+    from vtpm_cuse.config import PidConfig, User
 
 
 class PidFile:
@@ -36,15 +37,17 @@ class PidFile:
         """What is removed at the end."""
         self.aside = ""
         """The name that a new one has until it is written: whoever finds it finds a number in it."""
+        self._user: User | None = None
         self.ours = self._is_new = False
         """Whether it has been made, or written to, and so is to be removed."""
 
-    def open(self, owner: tuple[int, int] | None) -> None:
-        """Makes the file, for *owner*; what another process wrote stays. Raises UsageError."""
+    def open(self, user: User | None) -> None:
+        """Makes the file, for *user*; what another process wrote stays. Raises UsageError."""
         if self._path is not None and self.fd < 0:
-            with self._errors():
+            self._user = user
+            with self._errors(), making(user, self.paths[0]) as owner:
                 is_new = not os.path.lexists(self._path)
-                if is_new and owner is None:  # another user could not rename it everywhere
+                if is_new and user is None:  # another user could not rename it everywhere
                     folder, name = os.path.split(self.paths[0])
                     self.aside = f"{folder}/.{name}.{os.urandom(8).hex()}"
                 self.fd = open_to_write(self.aside or self._path, 0o644, owner, append=False)
@@ -78,8 +81,9 @@ class PidFile:
             yield
         except BaseException:
             if self._is_new:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.aside or self.paths[0])
+                path = self.aside or self.paths[0]
+                with contextlib.suppress(OSError), opening(self._user, path):
+                    os.unlink(path)
             raise
 
     @contextlib.contextmanager
