@@ -128,9 +128,9 @@ def _run_setup(line: CommandLine) -> int:
     if line.has("print-capabilities"):
         print(shown(makers.capabilities_text()))
         return 0
-    makers.need_version(tpm2=line.has("tpm2"))
     if (user := line.value("runas")) is not None:
         _become(user)
+    makers.need_version(tpm2=line.has("tpm2"))  # by a program of --tpm's, which may be the user's
     if line.has("print-profiles"):
         print(shown(_profiles_text(line, makers)))
         return 0
