@@ -35,8 +35,10 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "config": frozenset({"storage.locations"}),
     # messages, state, TPMs
     "proto": ERRORS | {"wire"},
-    "storage": ERRORS | {"config", "files", "wire", "storage.base", "storage.locations"},
+    "storage": ERRORS
+    | {"config", "files", "wire", "storage.base", "storage.locations", "storage.modes"},
     "storage.base": frozenset({"errors"}),
+    "storage.modes": frozenset({"storage.base"}),
     "storage.sealed": ERRORS | {"config", "wire", "storage.base", "storage"},
     "engine": ERRORS | {"config", "files", "wire", "engine.base"},
     "engine.base": frozenset(),
@@ -52,7 +54,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "serve": ERRORS | {"acquire", "proto", "resmgr", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
     # the life of one vTPM
-    "service.confine": frozenset({"config", "errors", "storage.base"}),
+    "service.confine": frozenset({"config", "errors", "files", "service.process"})
+    | {"storage.base", "storage.modes"},
     "service.process": frozenset({"config", "errors", "files"}),
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS

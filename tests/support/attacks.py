@@ -527,7 +527,7 @@ STILL: Final = {
     "lists the folder": "os.listdir(STATE)",
     "writes into its log": "os.write(the_log(), b'x')",
     "empties its log": "os.ftruncate(the_log(), 0)",
-    "writes to what its caller holds a lock on": "os.write(LOCKED, b'x')",
+    "writes to what its caller left open and holds a lock on": "os.write(LOCKED, b'x')",
     "tells the service manager what it likes": (
         "os.write(the_manager(), b'STATUS=x'); os.write(the_manager(), b'MAINPID=1')"
     ),

@@ -29,6 +29,13 @@ from vtpm_cuse.storage.base import (
 )
 from vtpm_cuse.storage.disposal import Disposal
 from vtpm_cuse.storage.locking import give_up_lock, take_lock
+from vtpm_cuse.storage.modes import (
+    FIRST_SUFFIX,
+    LOCK_NAME,
+    PREFIXES,
+    SWAP_SUFFIX,
+    aside_of,
+)
 from vtpm_cuse.wire.blob import BLOB_SIZE_MAX, split_header_untrusted
 from vtpm_cuse.wire.ptm import PtmResult
 
@@ -39,27 +46,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOCK_NAME: Final = ".lock"
 _LOCK_MODE: Final = 0o660
-_PREFIXES: Final = ("tpm-00", "tpm2-00")
-_SWAP_SUFFIX: Final = ".tmp"
-"""What the refused state is called, here and in the C suite, while it and the backup change places."""
-_FIRST_SUFFIX: Final = ".new"
 _NO_LINKS: Final = {
     *(errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK),
     *(errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EACCES),
 }
 """How file systems, network servers and security modules refuse a second name for a file."""
-
-
-def file_modes(exact: int | None) -> dict[str, int | None]:
-    """Every name that a file of either version has here, and the mode that it is to have."""
-    names = [f"{prefix}.{name}" for prefix in _PREFIXES for name in BLOB_NAMES]
-    permanent = [name for name in names if name.endswith(PERMANENT)]
-    names += [name + suffix for name in permanent for suffix in (BACKUP_SUFFIX, _SWAP_SUFFIX)]
-    names += [_aside(name) for name in names]
-    names += [_aside(name) + _FIRST_SUFFIX for name in permanent]
-    return {**dict.fromkeys(names, exact), _LOCK_NAME: None}
 
 
 class DirectoryStore:
@@ -85,7 +77,7 @@ class DirectoryStore:
         backup: bool = False,
     ) -> None:
         self._path = os.path.abspath(path)
-        self._prefix = _PREFIXES[tpm2]
+        self._prefix = PREFIXES[tpm2]
         self._starts_from_backup = backup and tpm2  # as in the C suite; a TPM 1.2 is told of it
         self._mode = mode
         self._locking = lock
@@ -117,7 +109,7 @@ class DirectoryStore:
         """Replaces the blob, durably."""
         self._keep_locked()
         file_name = self._file_name(name)
-        aside = _aside(file_name)
+        aside = aside_of(file_name)
         backup = self._backup and name == PERMANENT
         with self._errors(file_name):
             if name == PERMANENT:
@@ -169,7 +161,7 @@ class DirectoryStore:
             log.warning("The state directory %s is another one than before", self._path)
             self.close()
             self._replaced = True
-        elif self._lock_fd >= 0 and not self._is_at(_LOCK_NAME, self._lock_fd, self._directory):
+        elif self._lock_fd >= 0 and not self._is_at(LOCK_NAME, self._lock_fd, self._directory):
             self.unlock()
 
     def lock(self) -> None:
@@ -178,9 +170,9 @@ class DirectoryStore:
             return
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            with self._errors(_LOCK_NAME):
+            with self._errors(LOCK_NAME):
                 mode = modes.of_new(_LOCK_MODE, None)
-                fd = os.open(_LOCK_NAME, flags, mode, dir_fd=self._directory)
+                fd = os.open(LOCK_NAME, flags, mode, dir_fd=self._directory)
         except StorageError as exc:
             if os.path.lexists(self._path):
                 raise
@@ -189,7 +181,7 @@ class DirectoryStore:
                 reason = "it is gone since this program started; put back what was there"
             raise StorageError(self._path, reason) from exc
         try:
-            self._checked_size(_LOCK_NAME, os.fstat(fd))
+            self._checked_size(LOCK_NAME, os.fstat(fd))
             self._give_mode(fd, None)
             take_lock(fd)
         except OSError as exc:
@@ -198,7 +190,7 @@ class DirectoryStore:
             kind = StorageError
             if exc.errno in LOCK_CONFLICT:
                 kind, reason = StateLocked, f"{reason}; another process has this TPM"
-            raise kind(self._full(_LOCK_NAME), reason) from exc
+            raise kind(self._full(LOCK_NAME), reason) from exc
         except StorageError:
             os.close(fd)
             raise
@@ -230,7 +222,7 @@ class DirectoryStore:
             except FileNotFoundError:  # the directory itself
                 return ""
             for file_name in (
-                *(permanent + suffix for suffix in (BACKUP_SUFFIX, _SWAP_SUFFIX)),
+                *(permanent + suffix for suffix in (BACKUP_SUFFIX, SWAP_SUFFIX)),
                 *(self._file_name(name) for name in BLOB_NAMES[1:]),
             ):
                 if self._is_there(file_name):
@@ -246,7 +238,7 @@ class DirectoryStore:
         with self._errors(permanent):
             if not self._is_good(backup):
                 return ""
-            if self._is_there(permanent + _SWAP_SUFFIX) and (
+            if self._is_there(permanent + SWAP_SUFFIX) and (
                 not self._is_there(permanent) or self._is_same(permanent, backup)
             ):
                 log.warning("A start from %s was cut off", self._full(backup))
@@ -268,7 +260,7 @@ class DirectoryStore:
         except (StateMissing, StateDamaged):  # such as a directory in the place of the file
             return ""
         with self._errors(permanent):
-            self._put(permanent, permanent + _SWAP_SUFFIX)
+            self._put(permanent, permanent + SWAP_SUFFIX)
             self._flush_directory()
             self._put(backup, permanent)
             self._flush_directory()
@@ -276,7 +268,7 @@ class DirectoryStore:
 
     def end_try(self, *, accepted: bool) -> None:
         """Gives the refused state its place."""
-        refused = self._permanent + _SWAP_SUFFIX
+        refused = self._permanent + SWAP_SUFFIX
         with self._errors(self._permanent):
             self._put(refused, self._permanent + BACKUP_SUFFIX if accepted else self._permanent)
             self._flush_directory()
@@ -364,12 +356,12 @@ class DirectoryStore:
     def _other_generations(self) -> list[str]:
         """The names that another permanent state than the present one may have."""
         permanent = self._permanent
-        kept = [permanent, permanent + BACKUP_SUFFIX, permanent + _SWAP_SUFFIX]
-        return [*kept[1:], *map(_aside, kept)]
+        kept = [permanent, permanent + BACKUP_SUFFIX, permanent + SWAP_SUFFIX]
+        return [*kept[1:], *map(aside_of, kept)]
 
     def _keep_locked(self) -> None:
         """A lock file that somebody removed keeps nobody off: takes the lock on the one there now."""
-        if self._lock_fd < 0 or self._is_at(_LOCK_NAME, self._lock_fd, self._directory):
+        if self._lock_fd < 0 or self._is_at(LOCK_NAME, self._lock_fd, self._directory):
             return
         stale, self._lock_fd = self._lock_fd, -1
         try:
@@ -441,10 +433,10 @@ class DirectoryStore:
         that name may have died before the flush.
         """
         permanent = self._permanent
-        aside = _aside(permanent)
+        aside = aside_of(permanent)
         if not self._is_there(permanent):
             self._unlink(aside)
-            return aside + _FIRST_SUFFIX
+            return aside + FIRST_SUFFIX
         if not self._settled:
             self._flush_directory()
         return aside
@@ -455,7 +447,7 @@ class DirectoryStore:
 
     def _put(self, source: str, target: str) -> None:
         """*target* becomes a second name of the file *source*, or a copy where there can be none."""
-        directory, aside = self._directory, _aside(target)
+        directory, aside = self._directory, aside_of(target)
         self._unlink(aside)
         try:
             try:
@@ -507,8 +499,3 @@ class DirectoryStore:
             missing = reading and exc.errno == errno.ENOENT
             kind = StateMissing if missing else StorageError
             raise kind(self._full(file_name), exc.strerror or str(exc)) from exc
-
-
-def _aside(file_name: str) -> str:
-    """Where the file is written before it gets its name."""
-    return file_name.replace("tpm", "TMP", 1)

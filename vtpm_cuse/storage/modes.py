@@ -1,4 +1,4 @@
-"""Which modes the files of a state have.
+"""Which files a state has in its folder, and their modes.
 
 In the sandbox nothing changes the mode of a file any more: there open() gives it, whole. So the umask
 of the caller is set aside, and its part done here; files that are there get theirs before.
@@ -12,12 +12,18 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.storage.base import OWNER_MODE
+from vtpm_cuse.storage.base import BACKUP_SUFFIX, BLOB_NAMES, OWNER_MODE, PERMANENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
+
+PREFIXES: Final = ("tpm-00", "tpm2-00")
+LOCK_NAME: Final = ".lock"
+SWAP_SUFFIX: Final = ".tmp"
+"""What the refused state is called, here and in the C suite, while it and the backup change places."""
+FIRST_SUFFIX: Final = ".new"
 
 _FOLDER_MODE: Final = 0o700
 _aside: int | None = None
@@ -48,6 +54,21 @@ def to_give(found: os.stat_result, exact: int | None) -> int | None:
     if exact is None and found.st_uid == os.geteuid():
         wanted |= OWNER_MODE
     return None if wanted == mode or _aside is not None else wanted
+
+
+def aside_of(file_name: str) -> str:
+    """Where the file is written before it gets its name."""
+    return file_name.replace("tpm", "TMP", 1)
+
+
+def file_modes(exact: int | None) -> dict[str, int | None]:
+    """Every name that a file of either version has here, and the mode that it is to have."""
+    names = [f"{prefix}.{name}" for prefix in PREFIXES for name in BLOB_NAMES]
+    permanent = [name for name in names if name.endswith(PERMANENT)]
+    names += [name + suffix for name in permanent for suffix in (BACKUP_SUFFIX, SWAP_SUFFIX)]
+    names += [aside_of(name) for name in names]
+    names += [aside_of(name) + FIRST_SUFFIX for name in permanent]
+    return {**dict.fromkeys(names, exact), LOCK_NAME: None}
 
 
 def give(folder: str, names: Mapping[str, int | None]) -> None:

@@ -21,7 +21,6 @@ from vtpm_cuse.service.confine.seccomp import FILE_SIZE_MAX
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage import modes
 from vtpm_cuse.storage.base import DEFAULT_MODE
-from vtpm_cuse.storage.directory import file_modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -95,7 +94,7 @@ def _give_modes(state: StateConfig | None) -> list[str]:
     location = None if state is None else state.location
     if state is not None and location is not None and location.path:
         if location.scheme == "dir":
-            names = file_modes(state.mode)
+            names = modes.file_modes(state.mode)
             modes.give(location.path, names)
         else:
             modes.give(location.folder, {os.path.basename(location.path): state.mode})
