@@ -96,6 +96,23 @@ def test_too_few_descriptors_are_no_reason_to_install_libtpms(tmp_path: Path) ->
     assert "install" not in done.stderr
 
 
+@pytest.mark.parametrize("most", range(9, 20))
+def test_too_few_descriptors_are_one_line(most: int, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}"]
+    words += ["--flags", "not-need-init,startup-deactivated", "--pid", f"file={tmp_path / 'pid'}"]
+    words += ["--ctrl", f"type=unixio,path={tmp_path / 'c'}"]
+    words += ["--server", f"type=unixio,path={tmp_path / 's'}"]
+    program = ("bash", "-c", f'ulimit -n {most}; exec "$@"', "bash", *s.OURS)
+    done = s.run_swtpm(*words, program=program)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    cure = "; raise the limit: 'ulimit -n', or LimitNOFILE= of a unit"
+    assert line.endswith(cure) or line == "TPM 2 does not support startup deactivated."
+    assert "Errno" not in line
+    assert os.listdir(tmp_path) == ["state"]
+
+
 @pytest.mark.parametrize("background", [(), ("--daemon",)], ids=["", "daemon"])
 @pytest.mark.parametrize(
     "control",

@@ -243,7 +243,7 @@ class _Life:
         except TpmUnavailable:
             return self._interface.exits.start
         except VtpmError as exc:
-            log.error("%s", exc)
+            log.error("%s", faults.sentence(exc))
             return faults.exit_status(exc)
         return 0
 

@@ -63,13 +63,13 @@ def inform(text: str, stream: TextIO | None = None) -> None:
 def _sentence(exc: BaseException) -> str:
     if isinstance(exc, ImportError):
         return f"A part of this program cannot be loaded: {exc}"
-    if isinstance(exc, MemoryError):
-        return "There is too little memory; raise the limit: 'ulimit -v', or LimitAS= of a unit"
-    return str(exc)
+    from vtpm_cuse import faults  # with all codes of the wire; only an error needs it
+
+    return faults.sentence(exc)
 
 
 def _status_of(exc: BaseException) -> int:
-    from vtpm_cuse import faults  # with all codes of the wire; only an error needs it
+    from vtpm_cuse import faults
 
     return faults.exit_status(exc)
 

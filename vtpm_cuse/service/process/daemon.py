@@ -12,6 +12,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+from vtpm_cuse.acquire.keeper import fork_with_pipes
 from vtpm_cuse.files import open_nowhere
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def run_in_background(serve: Serve, confirm: Callable[[int], None]) -> int:
 
     Raises:
         VtpmError: From *confirm*, in the parent; the child has been told to end.
+        OSError: There is no process, or no descriptor, to be had.
     """
-    read_end, write_end = os.pipe()
-    child = os.fork()
+    child, (read_end, write_end) = fork_with_pipes(1)
     if child == 0:
         os.close(read_end)
         os.setsid()
