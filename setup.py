@@ -24,7 +24,11 @@ alone=-I
 unset PYTHONEXECUTABLE __PYVENV_LAUNCHER__
 exec "${{python#??}}" $alone "$0" "$@"
 '''
+import _signal
 import sys
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # which shows no traceback of an import
 
 try:  # the name that ps shows: as if the kernel had started this file
     with open("/proc/self/comm", "w") as name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Final
 
 from vtpm_cuse import errors
@@ -15,6 +14,7 @@ _LIMITS: Final = {
     errno.ENOMEM: "raise the limit: 'ulimit -v', or LimitAS= of a unit",
 }
 """What to do about a limit, by the error that it is seen by."""
+_TOO_MANY: Final = "Too many open files"
 
 
 def tpm_result(exc: BaseException) -> int:
@@ -48,8 +48,7 @@ def errno_of(exc: BaseException) -> int:
 def sentence(exc: BaseException) -> str:
     """The line about an error, with the cure where a limit of the system was its reason."""
     text = str(exc)
-    # No file is the reason of a limit.
-    if isinstance(exc, OSError) and (exc.filename is None or exc.errno in _LIMITS):
+    if isinstance(exc, OSError) and exc.errno in _LIMITS:  # of which no file is the reason
         text = exc.strerror or text
     if isinstance(exc, MemoryError):
         text = "There is too little memory"
@@ -58,9 +57,8 @@ def sentence(exc: BaseException) -> str:
 
 
 def _limit_hint(exc: BaseException | None, text: str) -> str:
-    for number, hint in _LIMITS.items():
-        if os.strerror(number) in text:  # as the C library says it when it cannot load another
-            return hint
+    if _TOO_MANY in text:  # as the C library says it when it cannot load another
+        return _LIMITS[errno.EMFILE]
     while exc is not None:
         if isinstance(exc, MemoryError):
             return _LIMITS[errno.ENOMEM]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from vtpm_cuse.acquire.keeper import Keeper
 from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture import confined
+from vtpm_cuse.service.confine import seccomp
 from vtpm_cuse.service.process.daemon import run_in_background
 from vtpm_cuse.service.process.pidfile import PidFile
 from vtpm_cuse.service.remover import Remover
@@ -145,7 +147,7 @@ def test_maker(
     (tmp_path / "vtpmx").touch()
     monkeypatch.setattr(chardev, "VTPMX_PATH", str(tmp_path / "vtpmx"))
     monkeypatch.setattr(chardev, "_check_right", lambda _: None)
-    monkeypatch.setattr(chardev.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     before = descriptors()
     refuse(monkeypatch, module, name, number)
     with pytest.raises(OSError, match=os.strerror(number)):
@@ -169,7 +171,7 @@ def test_confined_tpm(
             closed.append(True)
 
     monkeypatch.setattr(confined, "EngineTpm", Tpm)
-    monkeypatch.setattr(confined.seccomp, "make_filter", lambda *_, **__: None)
+    monkeypatch.setattr(seccomp, "make_filter", lambda *_, **__: None)
     before = descriptors()
     refuse(monkeypatch, module, name, number)
     config: Any = None

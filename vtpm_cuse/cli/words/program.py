@@ -23,8 +23,16 @@ def version_text(what: str, of: str = "TPM emulator") -> str:
     return f"{of} {what}version {PEER_VERSION} (vtpm-cuse {__version__})"
 
 
-def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
-    """Calls *work* and returns the exit status; *report* shows the one line about an error."""
+def run_program(
+    work: Callable[[], int], report: Callable[[str], None], *, clears_up: bool = True
+) -> int:
+    """Calls *work* and returns the exit status; *report* shows the one line about an error.
+
+    The programs begin with a Ctrl-C that just ends them: in an import, Python would show where it
+    was, or lose it. From here on it is a KeyboardInterrupt where *work* clears up after one.
+    """
+    if clears_up and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()  # until a TPM is served: a start makes no garbage, to look for it takes a tenth
     _hold_standard_files()
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
