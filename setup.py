@@ -10,6 +10,7 @@ from distutils.command.build_scripts import build_scripts  # isort: skip  setupt
 # An installer would start Python without -I, and then what the caller's environment says of Python
 # (PYTHONHOME, PYTHONPATH) counts before any code of ours runs. So the file is a shell script first,
 # about a millisecond long, and the same file to Python, whose string ends where the shell has gone.
+# What is unset Python would hear in spite of -I, and take itself for the one of another folder.
 # What the shell runs is the system's (command -p), whatever the caller's PATH says.
 PROGRAM: Final = """\
 #!/bin/sh
@@ -20,9 +21,14 @@ IFS= read -r python <"$folder/{marker}" || exit 127
 case $python in */sh) python="#!$folder/python3" ;; esac # some installers' way around a long path
 alone=-I
 [ "$folder" != "$HOME/.local/bin" ] || alone=-EP # where a user's own packages are, it is one of them
+unset PYTHONEXECUTABLE __PYVENV_LAUNCHER__
 exec "${{python#??}}" $alone "$0" "$@"
 '''
+import _signal
 import sys
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # which shows no traceback of an import
 
 try:  # the name that ps shows: as if the kernel had started this file
     with open("/proc/self/comm", "w") as name:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import errno
+from typing import Final
 
 from vtpm_cuse import errors
 from vtpm_cuse.wire.ptm import PtmResult
+
+_LIMITS: Final = {
+    errno.EMFILE: "raise the limit: 'ulimit -n', or LimitNOFILE= of a unit",
+    errno.ENFILE: "the whole system's limit is reached: see fs.file-max",
+    errno.ENOMEM: "raise the limit: 'ulimit -v', or LimitAS= of a unit",
+}
+"""What to do about a limit, by the error that it is seen by."""
+_TOO_MANY: Final = "Too many open files"
 
 
 def tpm_result(exc: BaseException) -> int:
@@ -34,6 +43,29 @@ def errno_of(exc: BaseException) -> int:
         case MemoryError():
             return errno.ENOMEM
     return errno.EIO
+
+
+def sentence(exc: BaseException) -> str:
+    """The line about an error, with the cure where a limit of the system was its reason."""
+    text = str(exc)
+    if isinstance(exc, OSError) and exc.errno in _LIMITS:  # of which no file is the reason
+        text = exc.strerror or text
+    if isinstance(exc, MemoryError):
+        text = "There is too little memory"
+    hint = _limit_hint(exc, text)
+    return f"{text}; {hint}" if hint and "ulimit" not in text else text
+
+
+def _limit_hint(exc: BaseException | None, text: str) -> str:
+    if _TOO_MANY in text:  # as the C library says it when it cannot load another
+        return _LIMITS[errno.EMFILE]
+    while exc is not None:
+        if isinstance(exc, MemoryError):
+            return _LIMITS[errno.ENOMEM]
+        if isinstance(exc, OSError) and exc.errno in _LIMITS:
+            return _LIMITS[exc.errno]
+        exc = exc.__cause__
+    return ""
 
 
 def exit_status(exc: BaseException) -> int:

@@ -98,7 +98,8 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
     program = (local / "bin/swtpm").resolve()
     assert program == local / "lib/vtpm-cuse/venv/bin/swtpm"
     first = program.read_text().splitlines()[0]
-    assert first == "#!/usr/local/lib/vtpm-cuse/venv/bin/python3 -IB"
+    assert first.startswith("#!/usr/bin/env -S -u ")
+    assert first.endswith(" /usr/local/lib/vtpm-cuse/venv/bin/python3 -IB")
     python = local / "lib/vtpm-cuse/venv/bin/python3"
     run = subprocess.run([python, program], check=True, capture_output=True, text=True)
     assert run.stdout == "swtpm runs\n"
@@ -159,7 +160,13 @@ def test_a_whole_deployment_under_another_umask(tmp_path: Path, umask: int) -> N
     shutil.copytree(ROOT, checkout, symlinks=True, ignore=ignored)
     done = subprocess.run(
         [checkout / "setup", "deploy", "--root", tmp_path / "system"],
-        env={**os.environ, "PYTHONHOME": "/x", "PYTHONPATH": "/x"},
+        env={
+            **os.environ,
+            "PYTHONHOME": "/x",
+            "PYTHONPATH": "/x",
+            "PYTHONEXECUTABLE": "/x/python",
+            "__PYVENV_LAUNCHER__": "/x/python",
+        },
         capture_output=True,
         text=True,
         check=False,

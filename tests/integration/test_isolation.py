@@ -17,6 +17,16 @@ from tests.support.waiting import wait_until
 ROOT: Final = Path(__file__).parents[2]
 SOURCES: Final = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 FOREIGN: Final = ("trio", "cffi", "vtpm_cuse", "sitecustomize", "usercustomize")
+PROGRAMS: Final = (
+    "swtpm",
+    "swtpm-cuse",
+    "swtpm_bios",
+    "swtpm_cert",
+    "swtpm_cuse",
+    "swtpm_ioctl",
+    "swtpm_localca",
+    "swtpm_setup",
+)
 
 Words = list[str]
 
@@ -62,8 +72,9 @@ def program(request: pytest.FixtureRequest, tmp_path: Path) -> Words:
     subprocess.run([ROOT / "deploy/place", "--root", system, bin_.parent], check=True)
     # Its first line names the place where it will be, so what the kernel does is done here.
     path = system / "usr/local/bin/swtpm"
-    python, options = path.read_text().splitlines()[0].removeprefix("#!").split(" ")
-    return [f"{system}{python}", options, str(path)]
+    words = path.read_text().splitlines()[0].removeprefix("#!").split(" ")
+    *env, python, options = words
+    return [*env, f"{system}{python}", options, str(path)]
 
 
 @pytest.fixture
@@ -75,6 +86,13 @@ def foreign(tmp_path: Path) -> Path:
         for name in FOREIGN:
             text = f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise SystemExit(77)\n"
             (folder / f"{name}.py").write_text(text)
+    venv = tmp_path / "foreign/venv"
+    packages = venv / "lib" / version / "site-packages"
+    packages.mkdir(parents=True)
+    shutil.copy(tmp_path / "foreign/sitecustomize.py", packages)
+    (venv / "pyvenv.cfg").write_text(f"home = {sys.base_prefix}/bin\n")
+    (venv / "bin").mkdir()
+    (venv / "bin/python").symlink_to(os.path.realpath(sys.executable))
     return tmp_path / "foreign"
 
 
@@ -100,7 +118,12 @@ VARIABLES: Final = {
     "PYTHONDEVMODE": "1",
     "PYTHONPROFILEIMPORTTIME": "1",
     "PYTHONDUMPREFS": "1",
+    "PYTHONEXECUTABLE": "FOREIGN/venv/bin/python",
+    "__PYVENV_LAUNCHER__": "FOREIGN/venv/bin/python",
 }
+
+DESPITE_I: Final = ("PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__")
+"""What Python hears even when it is told to hear nothing."""
 
 
 def variables(foreign: Path, *names: str) -> dict[str, str]:
@@ -108,7 +131,11 @@ def variables(foreign: Path, *names: str) -> dict[str, str]:
     values = {name: VARIABLES[name] for name in names}
     for name, value in values.items():
         values[name] = value.replace("FOREIGN", str(foreign)).replace("HOME", home)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "__PYVENV"))
+    }
     return {**clean, "HOME": home, **values}
 
 
@@ -119,7 +146,8 @@ def test_the_variables_and_folders_do_matter_to_python(foreign: Path) -> None:
         call = [sys.executable, "-c", "import trio"]
         done = subprocess.run(call, env=variables(foreign, name), capture_output=True, check=False)
         found += [name] if done.returncode or done.stderr else []
-    assert {"PYTHONHOME", "PYTHONPATH", "PYTHONMALLOC", "PYTHONUTF8", "PYTHONVERBOSE"} <= set(found)
+    matter = {"PYTHONHOME", "PYTHONPATH", "PYTHONMALLOC", "PYTHONUTF8", "PYTHONVERBOSE", *DESPITE_I}
+    assert matter <= set(found)
 
 
 def test_no_variable_of_python_is_seen(program: Words, foreign: Path) -> None:
@@ -143,6 +171,29 @@ def test_a_module_that_python_is_told_to_run_is_not_isolated(module: str, foreig
     )
     assert done.returncode
     assert (foreign.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("name", DESPITE_I)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_python_is_the_one_that_the_program_names(program: str, name: str, foreign: Path) -> None:
+    path = Path(sys.executable).parent / program
+    env = variables(foreign, name)
+    done = subprocess.run([path, "--help"], env=env, capture_output=True, check=False)
+    assert not (foreign.parent / "ran").exists()
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_setup_starts_no_other_python(foreign: Path) -> None:
+    """What it finds Python with, and what it hands over to."""
+    done = subprocess.run(
+        [ROOT / "setup", "deploy", "--none-such"],
+        env=variables(foreign, *DESPITE_I),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.split(" ")[0]) == (2, "usage:")
+    assert not (foreign.parent / "ran").exists()
 
 
 def test_a_tpm_serves_under_all_of_them(program: Words, foreign: Path) -> None:
@@ -247,15 +298,18 @@ def test_without_the_python_it_was_installed_for(tmp_path: Path, wheel: Path) ->
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("names", [DESPITE_I, tuple(VARIABLES)], ids=["two", "all"])
 @pytest.mark.parametrize(
     "name", ["deploy/place", "kernel-helpers/lab", "kernel-helpers/tpm-device"]
 )
-def test_helpers_of_a_checkout_are_closed_too(name: str, foreign: Path) -> None:
+def test_helpers_of_a_checkout_are_closed_too(
+    name: str, names: tuple[str, ...], foreign: Path
+) -> None:
     (foreign / "argparse.py").write_text((foreign / "trio.py").read_text())
     done = subprocess.run(
         [ROOT / name, "--help"],
         cwd=foreign,
-        env=variables(foreign, *VARIABLES),
+        env=variables(foreign, *names),
         capture_output=True,
         text=True,
         check=False,

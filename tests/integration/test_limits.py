@@ -96,6 +96,23 @@ def test_too_few_descriptors_are_no_reason_to_install_libtpms(tmp_path: Path) ->
     assert "install" not in done.stderr
 
 
+@pytest.mark.parametrize("most", range(9, 20))
+def test_too_few_descriptors_are_one_line(most: int, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    words = ["--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}"]
+    words += ["--flags", "not-need-init,startup-deactivated", "--pid", f"file={tmp_path / 'pid'}"]
+    words += ["--ctrl", f"type=unixio,path={tmp_path / 'c'}"]
+    words += ["--server", f"type=unixio,path={tmp_path / 's'}"]
+    program = ("bash", "-c", f'ulimit -n {most}; exec "$@"', "bash", *s.OURS)
+    done = s.run_swtpm(*words, program=program)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    cure = "; raise the limit: 'ulimit -n', or LimitNOFILE= of a unit"
+    assert line.endswith(cure) or line == "TPM 2 does not support startup deactivated."
+    assert "Errno" not in line
+    assert os.listdir(tmp_path) == ["state"]
+
+
 @pytest.mark.parametrize("background", [(), ("--daemon",)], ids=["", "daemon"])
 @pytest.mark.parametrize(
     "control",
@@ -115,3 +132,32 @@ def test_a_start_that_fails_leaves_no_pid_file(
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
         assert set(os.listdir(tmp_path)) == there
         (tmp_path / "pid").write_text("123")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("swtpm socket --tpm2 --tpmstate dir=S --ctrl type=unixio,path=/tmp/none/c", "S"),
+        ("swtpm socket --tpm2 --tpmstate dir=/none --ctrl type=unixio,path=c", "c"),
+        ("swtpm socket --tpm2 --tpmstate dir=/none --pid file=p", "p"),
+        ("swtpm socket --tpm2 --tpmstate dir=/none --log file=l", "l"),
+        ("swtpm chardev --tpm2 --tpmstate dir=/none --chardev d", "d"),
+        ("swtpm fuse -n x --mount m", "m"),
+        ("swtpm_setup --tpm2 --tpm-state S", "S"),
+    ],
+)
+def test_a_current_directory_that_is_gone(words: str, named: str, tmp_path: Path) -> None:
+    """The relative path that leads nowhere is named; /bin/sh has a line about it, too."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    program, *rest = words.split()
+    code = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", code, "bash", gone, PROGRAMS / program, *rest],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert line.endswith(f"The current directory has been removed: '{named}'")

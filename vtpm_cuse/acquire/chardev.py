@@ -191,12 +191,19 @@ class ProxyMaker:
         except FrontendError:
             os.close(control)
             raise
-        self._ours, theirs = socket.socketpair()
+        try:
+            self._ours, theirs = socket.socketpair()
+        except OSError:
+            os.close(control)
+            raise
         # Nobody waits for the other one, which must not stay behind when it has ended.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             if os.fork() == 0:
                 _make_when_asked(control, theirs, tpm2=tpm2)
+        except OSError:
+            self._ours.close()
+            raise
         finally:
             os.close(control)
             theirs.close()

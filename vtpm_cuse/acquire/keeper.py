@@ -30,9 +30,8 @@ class Keeper:
     """
 
     def __init__(self, clear_up: Callable[[bytes], None], keep: set[int]) -> None:
-        read_end, self._note = os.pipe()
-        self._done, done_end = os.pipe()
-        if os.fork() == 0:
+        child, (read_end, self._note, self._done, done_end) = fork_with_pipes(2)
+        if child == 0:
             try:
                 settle_down("vtpm-keeper: ends a FUSE mount", keep | {read_end, done_end})
                 notes = b""
@@ -53,6 +52,24 @@ class Keeper:
         os.close(self._note)
         os.read(self._done, 1)
         os.close(self._done)
+
+
+def fork_with_pipes(count: int) -> tuple[int, list[int]]:
+    """Like os.fork(), with so many pipes between the two; the ends to read and to write in turn.
+
+    Raises:
+        OSError: There is no process, or no descriptor, to be had. Then no pipe is left open: who
+            reads from one of them would wait for himself.
+    """
+    ends: list[int] = []
+    try:
+        for _ in range(count):
+            ends += os.pipe()
+        return os.fork(), ends
+    except OSError:
+        for fd in ends:
+            os.close(fd)
+        raise
 
 
 def settle_down(title: str, keep: set[int]) -> None:

@@ -34,9 +34,14 @@ class DeviceWatcher:
     def __init__(self, *, tpm2: bool) -> None:
         self._tpm2 = tpm2
         self._ours, theirs = socket.socketpair()
-        if os.fork() == 0:
-            _watch(theirs.detach(), tpm2=tpm2)
-        theirs.close()
+        try:
+            if os.fork() == 0:
+                _watch(theirs.detach(), tpm2=tpm2)
+        except OSError:
+            self._ours.close()
+            raise
+        finally:
+            theirs.close()
 
     async def shown(self, number: int) -> None:
         """Returns when the kernel shows it, or does not for too long, which is logged."""

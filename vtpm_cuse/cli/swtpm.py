@@ -59,7 +59,7 @@ PROGRAM: Final = Program(
 
 def main() -> int:
     """The program swtpm."""
-    return run_program(lambda: _run(sys.argv[1:]), _report)
+    return run_program(lambda: _run(sys.argv[1:]), _report, clears_up=False)
 
 
 def _run(words: list[str]) -> int:

@@ -8,6 +8,7 @@ what he could have written there before.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -36,6 +37,7 @@ _FAILED: Final = b"-"
 _LENGTH: Final = 4
 _MESSAGE_MAX: Final = 1 << 21
 """Bytes: more than any state has."""
+_PROCESS_HINTS: Final = {errno.EAGAIN: "see 'ulimit -u'", errno.EMFILE: "see 'ulimit -n'"}
 _HINT: Final = "--tpm 'swtpm socket --seccomp action=none' does without"
 
 
@@ -55,11 +57,16 @@ class ConfinedTpm:
             rules = seccomp.make_filter("kill", sockets=False)
         except FrontendError as exc:
             raise UsageError(exc.reason, hint=_HINT) from exc
-        self._end, end = socket.socketpair()
+        ends: tuple[socket.socket, ...] = ()
         try:
+            self._end, end = ends = socket.socketpair()
             self._child = os.fork()
-        except BlockingIOError as exc:
-            raise UsageError("No process can be started", hint="see 'ulimit -u'") from exc
+        except OSError as exc:
+            for one in ends:
+                one.close()
+            self._tpm.close()
+            reason = f"No process can be started: {exc.strerror}"
+            raise UsageError(reason, hint=_PROCESS_HINTS.get(exc.errno or 0, "")) from exc
         if self._child == 0:
             try:
                 settle_down("swtpm_setup: a TPM", {end.fileno(), *logs.descriptors()})

@@ -24,6 +24,7 @@ from vtpm_cuse.files import check_private, make_folder
 from vtpm_cuse.service.process import notify
 from vtpm_cuse.service.process.behalf import making_folder
 from vtpm_cuse.service.process.daemon import run_in_background
+from vtpm_cuse.service.process.held import HeldSignals
 from vtpm_cuse.service.process.pidfile import PidFile
 from vtpm_cuse.service.remover import Remover
 from vtpm_cuse.wire.ptm import PtmResult
@@ -153,13 +154,16 @@ def run(interface: Interface, process: ProcessConfig, vtpm: VtpmConfig) -> int:
         VtpmError: What was wrong.
     """
     _check_memory()
-    life = _Life(interface, process, vtpm)
+    held = HeldSignals()  # before anything is made that has to be removed again
+    life = _Life(interface, process, vtpm, held)
     try:
         if process.background:
-            return run_in_background(life.live, life.part)
+            return run_in_background(life.live, life.part, held)
         return life.live(lambda: None)
     except BlockingIOError as exc:  # of fork()
         raise UsageError("Error: No other process can be started", hint=_LIMIT_HINT) from exc
+    finally:
+        held.release()
 
 
 def _check_memory() -> None:
@@ -196,8 +200,11 @@ def _starting_threads() -> Iterator[None]:
 class _Life:
     _manager: notify.ServiceManager
 
-    def __init__(self, interface: Interface, process: ProcessConfig, config: VtpmConfig) -> None:
+    def __init__(
+        self, interface: Interface, process: ProcessConfig, config: VtpmConfig, held: HeldSignals
+    ) -> None:
         self._interface = interface
+        self._held = held
         self._process = process
         self._config = config
         self._pid_file = PidFile(process.pid, interface.exits.pid)
@@ -240,7 +247,7 @@ class _Life:
         except TpmUnavailable:
             return self._interface.exits.start
         except VtpmError as exc:
-            log.error("%s", exc)
+            log.error("%s", faults.sentence(exc))
             return faults.exit_status(exc)
         return 0
 
@@ -285,7 +292,7 @@ class _Life:
         try:
             if power_on(vtpm, self._config):
                 # Signals first: who sees the device, or finds the pid file, may send one.
-                with ending_signals(scope.cancel), scope:
+                with ending_signals(scope.cancel, self._held.release), scope:
                     await self._serve_running(vtpm, worker, ready)
         finally:
             worker.close()
@@ -293,6 +300,9 @@ class _Life:
             self._interface.close()
 
     async def _serve_running(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
+        import trio
+
+        await trio.lowlevel.checkpoint_if_cancelled()  # then nothing is to appear
         vtpm.defer_to(worker.run_later)
         await self._interface.appear(vtpm)
         if not self._process.background:

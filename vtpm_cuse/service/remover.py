@@ -9,10 +9,11 @@ He can tell that process when; what it does was settled before.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.acquire.keeper import settle_down
+from vtpm_cuse.acquire.keeper import fork_with_pipes, settle_down
 from vtpm_cuse.service.process.pidfile import write_number
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _WRITE: Final = b"W"
 _REMOVE_SOCKETS: Final = b"S"
 _REMOVE_ALL: Final = b"A"
 _NUMBER_MAX: Final = 32
+_NO_DESCRIPTOR: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _HELD: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,20 +65,26 @@ class Remover:
             sockets: Paths that are there.
             pid_file: It is open.
             to_come: Somebody else makes and writes it, later on.
+
+        Raises:
+            OSError: There is no process, or no descriptor, to be had. `end` removes the files.
         """
-        files, pid_fd = _hold(sockets), pid_file.fd
+        # All of them are this process' to remove, until another one does that.
+        files, pid_fd = self._near, pid_file.fd
+        _hold_sockets(list(sockets), files)
         if to_come:
             files += [_File(path, -1, is_pid_file=True) for path in pid_file.paths]
             if pid_fd >= 0:
                 os.close(pid_fd)
                 pid_fd = -1
         else:
-            for file in _hold([pid_file.aside] if pid_file.aside else pid_file.paths):
-                files.append(_File(pid_file.paths[0], file.held, True, pid_file.aside))
-        self._near = [file for file in files if self._is_near(file.path)]
+            for path in [pid_file.aside] if pid_file.aside else pid_file.paths:
+                if (held := _hold(path)) >= 0:
+                    files.append(_File(pid_file.paths[0], held, True, pid_file.aside))
         self._pid_fd = pid_fd
-        if far := [file for file in files if file not in self._near]:
+        if far := [file for file in files if not self._is_near(file.path)]:
             self._fork(far)
+            self._near = [file for file in files if file not in far]
 
     def _is_near(self, path: str) -> bool:
         if self._own_folder is None:
@@ -85,14 +93,13 @@ class Remover:
         return os.path.realpath(os.path.dirname(path)) == folder
 
     def _fork(self, files: list[_File]) -> None:
-        orders, self._orders = os.pipe()
-        self._answers, answers = os.pipe()
         server = os.getpid()
+        child, (orders, self._orders, self._answers, answers) = fork_with_pipes(2)
         handed_over = {orders, answers, *(file.held for file in files)}
         if any(file.is_pid_file for file in files):
             handed_over.add(self._pid_fd)
         handed_over.discard(-1)
-        if os.fork() == 0:
+        if child == 0:
             try:
                 settle_down(f"vtpm-remover: clears up after {server}", handed_over)
                 _restrict(files)
@@ -159,12 +166,25 @@ def _write(fd: int, files: list[_File], server: int) -> None:
             os.rename(file.aside, file.path)
 
 
-def _hold(paths: Iterable[str]) -> list[_File]:
-    held = []
-    for path in paths:
-        with contextlib.suppress(OSError):
-            held.append(_File(path, os.open(path, _HELD), is_pid_file=False))
-    return held
+def _hold_sockets(paths: list[str], files: list[_File]) -> None:
+    try:
+        held = [_File(path, _hold(path), is_pid_file=False) for path in paths]
+    except OSError:
+        for path in paths:  # just made here, and not to be held
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+    files += [file for file in held if file.held >= 0]
+
+
+def _hold(path: str) -> int:
+    """A descriptor, -1 for what is not there any more. Raises OSError where none is to be had."""
+    try:
+        return os.open(path, _HELD)
+    except OSError as exc:
+        if exc.errno in _NO_DESCRIPTOR:
+            raise
+        return -1
 
 
 def _restrict(files: list[_File]) -> None:

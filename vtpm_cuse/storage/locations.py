@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Final, NamedTuple
 
@@ -33,11 +34,24 @@ class Location(NamedTuple):
         return self.path if self.scheme == "dir" else ""
 
 
+def absolute_path(path: str) -> str:
+    """Where a relative path leads from the present directory.
+
+    Raises:
+        FileNotFoundError: It leads nowhere: the present directory has been removed.
+    """
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        reason = "The current directory has been removed"
+        raise FileNotFoundError(errno.ENOENT, reason, path) from None
+
+
 def parse(uri: str) -> Location:
     """What *uri* says; a relative path is one below the present directory."""
     scheme, separator, path = uri.partition("://")
     if separator and path and scheme in _WITH_PATH:
-        return Location(scheme, os.path.abspath(path))
+        return Location(scheme, absolute_path(path))
     if separator and not path and scheme == "mem":
         return Location(scheme, "")
     return Location("", "")

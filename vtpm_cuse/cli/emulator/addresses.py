@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.words.numbers import FD_MAX, number
 from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.storage.locations import absolute_path
 
 if TYPE_CHECKING:
     from vtpm_cuse.cli.words.commandline import CommandLine
@@ -113,7 +114,7 @@ def _address(line: CommandLine, given: SubValues, kind: str) -> SocketAddress:
         port=None if unix else port,
         bindaddr=given.text("bindaddr") or "127.0.0.1",
         ifname=given.text("ifname"),
-        path=os.path.abspath(path) if unix and path is not None else None,
+        path=absolute_path(path) if unix and path is not None else None,
         mode=_SOCKET_MODE if mode is None else mode,
         uid=given.integer("uid"),
         gid=given.integer("gid"),

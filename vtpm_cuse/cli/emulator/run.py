@@ -47,7 +47,9 @@ def run_emulator(
     """
     logs.configure(LogConfig())  # until --log has been read
     return run_program(
-        lambda: _run(CommandLine(table, words, name), name, serve, inform), log.error
+        lambda: _run(CommandLine(table, words, name), name, serve, inform),
+        log.error,
+        clears_up=False,
     )
 
 

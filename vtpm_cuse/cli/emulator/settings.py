@@ -30,7 +30,7 @@ from vtpm_cuse.config import (
 )
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import open_to_read
-from vtpm_cuse.storage.locations import absolute
+from vtpm_cuse.storage.locations import absolute, absolute_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -93,7 +93,7 @@ def fuse_config(line: CommandLine) -> FuseConfig:
     return FuseConfig(
         name=name,
         managed=managed_name(name),
-        mount=os.path.abspath(mount),
+        mount=absolute_path(mount),
         allow_other=line.has("allow-other"),
         process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm._replace(startup=_ready(vtpm.startup)),
@@ -137,7 +137,7 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
     proxy, path, fd = line.has("vtpm-proxy"), None, None
     given = line.first_of("chardev", "fd")
     if given == "chardev":
-        path = os.path.abspath(line.value("chardev") or "")
+        path = absolute_path(line.value("chardev") or "")
     elif given == "fd":
         fd = addresses.data_fd(line, "Cannot parse character device file descriptor.")
     if proxy and given:
@@ -305,7 +305,7 @@ def log_config(line: CommandLine) -> LogConfig:
         return LogConfig()
     path = given.text("file")
     return LogConfig(
-        path=path if path in {None, "-"} else os.path.abspath(path),
+        path=path if path in {None, "-"} else absolute_path(path),
         fd=addresses.descriptor(given.integer("fd")),
         level=max(1, given.integer("level") or 1),
         prefix=given.text("prefix") or "",
@@ -341,7 +341,7 @@ def pid_config(line: CommandLine) -> PidConfig | None:
         return None
     path, fd = given.text("file"), addresses.descriptor(given.integer("fd"))
     if path is not None:
-        return PidConfig(path=os.path.abspath(path))
+        return PidConfig(path=absolute_path(path))
     if fd is None:
         raise line.error("The file or fd parameter is required for the pid option.")
     if not _is_regular_file(fd):
@@ -462,7 +462,7 @@ def _key_source(line: CommandLine, option: str) -> KeySource | None:
 
 def _path(given: SubValues, name: str) -> str | None:
     path = given.text(name)
-    return None if path is None else os.path.abspath(path)
+    return None if path is None else absolute_path(path)
 
 
 def _startup_config(line: CommandLine) -> StartupConfig:

@@ -10,7 +10,7 @@ from vtpm_cuse.cli.words.numbers import FD_MAX, number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.config import CertificateConfig, Existing, SetupConfig
 from vtpm_cuse.manufacture.plan import Ownership, SetupPlan
-from vtpm_cuse.storage.locations import absolute, parse
+from vtpm_cuse.storage.locations import absolute, absolute_path, parse
 
 if TYPE_CHECKING:
     from vtpm_cuse.cli.words.commandline import CommandLine
@@ -187,7 +187,7 @@ def key_message(source: KeySource) -> str:
 def _readable(path: str, what: str, user: str) -> str:
     if not os.access(path, os.R_OK, effective_ids=True):
         raise UsageError(f"User {user} cannot read {what} {path}.")
-    return os.path.abspath(path)
+    return absolute_path(path)
 
 
 def _descriptor(line: CommandLine, name: str) -> int:

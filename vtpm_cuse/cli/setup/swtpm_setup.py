@@ -21,6 +21,7 @@ from vtpm_cuse.errors import UsageError, VtpmError, shown
 from vtpm_cuse.manufacture import files as setup_files
 from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process import logs
+from vtpm_cuse.storage.locations import absolute_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,7 +137,7 @@ def _run_setup(line: CommandLine) -> int:
         return 0
     logfile = line.value("logfile")
     report = SetupReport(logfile, quiet=line.has("quiet"))
-    logs.configure(LogConfig(path=None if logfile is None else os.path.abspath(logfile), prefix=""))
+    logs.configure(LogConfig(path=None if logfile is None else absolute_path(logfile), prefix=""))
     try:
         return _prepare(line, makers, report)
     except VtpmError as exc:

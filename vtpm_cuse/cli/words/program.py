@@ -23,8 +23,16 @@ def version_text(what: str, of: str = "TPM emulator") -> str:
     return f"{of} {what}version {PEER_VERSION} (vtpm-cuse {__version__})"
 
 
-def run_program(work: Callable[[], int], report: Callable[[str], None]) -> int:
-    """Calls *work* and returns the exit status; *report* shows the one line about an error."""
+def run_program(
+    work: Callable[[], int], report: Callable[[str], None], *, clears_up: bool = True
+) -> int:
+    """Calls *work* and returns the exit status; *report* shows the one line about an error.
+
+    The programs begin with a Ctrl-C that just ends them: in an import, Python would show where it
+    was, or lose it. From here on it is a KeyboardInterrupt where *work* clears up after one.
+    """
+    if clears_up and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()  # until a TPM is served: a start makes no garbage, to look for it takes a tenth
     _hold_standard_files()
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -66,13 +74,13 @@ def inform(text: str, stream: TextIO | None = None) -> None:
 def _sentence(exc: BaseException) -> str:
     if isinstance(exc, ImportError):
         return f"A part of this program cannot be loaded: {exc}"
-    if isinstance(exc, MemoryError):
-        return "There is too little memory; raise the limit: 'ulimit -v', or LimitAS= of a unit"
-    return str(exc)
+    from vtpm_cuse import faults  # with all codes of the wire; only an error needs it
+
+    return faults.sentence(exc)
 
 
 def _status_of(exc: BaseException) -> int:
-    from vtpm_cuse import faults  # with all codes of the wire; only an error needs it
+    from vtpm_cuse import faults
 
     return faults.exit_status(exc)
 

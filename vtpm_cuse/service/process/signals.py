@@ -7,37 +7,43 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
+
+from vtpm_cuse.service.process.held import ending_signals_heard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
 
 @contextlib.contextmanager
-def ending_signals(end: Callable[[], None]) -> Iterator[None]:
+def ending_signals(end: Callable[[], None], release: Callable[[], None]) -> Iterator[None]:
     """While it is entered, in a trio task, the first of these signals calls *end*.
 
     All others, and those that come afterwards, are ignored: the process is about to end, with
     a status of its own. trio's own receiver would raise a second signal again at its exit, in
-    the middle of an orderly end.
+    the middle of an orderly end. *release* lets those come that have waited until now; *end* is
+    called before anything else then.
     """
     token = trio.lowlevel.current_trio_token()
 
-    ending = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    ending = ending_signals_heard()
+    came: list[int] = []
 
     def handle(handler: Callable[[int, object], None] | signal.Handlers) -> None:
         for number in ending:
             signal.signal(number, handler)
 
-    def on_signal(_number: int, _frame: object) -> None:
+    def on_signal(number: int, _frame: object) -> None:
         handle(signal.SIG_IGN)
+        came.append(number)
         token.run_sync_soon(end, idempotent=True)
 
     handle(on_signal)
+    release()
+    if came:
+        end()
     try:
         yield
     finally:
