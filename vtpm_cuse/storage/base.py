@@ -175,3 +175,5 @@ REPLACED: Final = (
     "it was replaced since this program started, and the sandbox lets nobody at what is there now; "
     "end the program and start it again, or put back what was there"
 )
+
+GONE: Final = "it is gone since this program started; put back what was there"

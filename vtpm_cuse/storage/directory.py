@@ -21,6 +21,7 @@ from vtpm_cuse.storage.base import (
     BACKUP_SUFFIX,
     BLOB_NAMES,
     DEFAULT_MODE,
+    GONE,
     LOCK_CONFLICT,
     OWNER_MODE,
     PERMANENT,
@@ -169,11 +170,9 @@ class DirectoryStore:
             with self._errors(_LOCK_NAME):
                 fd = os.open(_LOCK_NAME, flags, 0o660, dir_fd=self._directory)
         except StorageError as exc:
-            if os.path.lexists(self._path):
+            if self._replaced or os.path.lexists(self._path):
                 raise
             reason = f"No such file or directory; 'mkdir -m 700 {self._path}' makes it"
-            if self._replaced:
-                reason = "it is gone since this program started; put back what was there"
             raise StorageError(self._path, reason) from exc
         try:
             status = os.fstat(fd)
@@ -316,9 +315,10 @@ class DirectoryStore:
             try:
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
                 self._directory_fd = os.open(self._path, flags)
-            except PermissionError as exc:
+            except (PermissionError, FileNotFoundError) as exc:
                 if self._replaced:
-                    raise StorageError(self._path, REPLACED) from exc
+                    reason = REPLACED if isinstance(exc, PermissionError) else GONE
+                    raise StorageError(self._path, reason) from exc
                 raise
         return self._directory_fd
 

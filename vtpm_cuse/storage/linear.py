@@ -26,6 +26,7 @@ from vtpm_cuse.files import flush_folder, write_all
 from vtpm_cuse.storage.base import (
     BLOB_NAMES,
     DEFAULT_MODE,
+    GONE,
     LOCK_CONFLICT,
     OWNER_MODE,
     PERMANENT,
@@ -283,6 +284,8 @@ class LinearStore(WithoutBackup):
 
     def _opened(self, flags: int) -> int:
         flags |= os.O_NONBLOCK | os.O_CLOEXEC
+        if self._replaced:  # a TPM was here: no new one begins in its place
+            flags &= ~os.O_CREAT
         mode = DEFAULT_MODE if self._mode is None else self._mode
         try:
             fd = os.open(self._path, flags | os.O_NOFOLLOW, mode)
@@ -290,6 +293,8 @@ class LinearStore(WithoutBackup):
         except OSError as exc:
             if self._replaced and exc.errno == errno.EACCES:
                 raise StorageError(self._path, REPLACED) from exc
+            if self._replaced and exc.errno == errno.ENOENT:
+                raise StorageError(self._path, GONE) from exc
             if exc.errno != errno.ELOOP:
                 raise
             # /dev is full of links to block devices; a link to anything else is refused.
