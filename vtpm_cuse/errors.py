@@ -6,6 +6,11 @@ Which TPM response code, PTM result, errno or exit status a class becomes is
 
 from __future__ import annotations
 
+from typing import Final
+
+NO_PROC: Final = "/proc is not mounted", "mount -t proc proc /proc"
+"""Why much cannot be found out about this process, and the command that mends it."""
+
 
 class VtpmError(Exception):
     """Everything this package raises on purpose."""

@@ -19,7 +19,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.errors import NO_PROC, EngineUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ FLAG: Final = ctypes.c_ubyte
 POINTER: Final = ctypes.c_void_p  # a Python function gets its address
 TEXT: Final = ctypes.c_char_p  # a Python function gets its bytes
 
+_MAPS: Final = "/proc/self/maps"
 _PR_SET_MDWE: Final = 65
 _REFUSE_EXEC_GAIN: Final = 1
 _NO_INHERIT: Final = 2  # what we start, a user's own tool say, may be of another kind
@@ -56,6 +57,8 @@ def make(functions: Mapping[str, tuple[Callable[..., int], Sequence[type]]]) -> 
             addresses[name] = ctypes.cast(closure, ctypes.c_void_p).value or 0
         _seal(addresses.values())
     except (OSError, MemoryError) as exc:
+        if not os.path.exists(_MAPS):  # nothing else says where libffi has put them
+            raise EngineUnavailable(*NO_PROC) from exc
         hint = "let it map a memfd as executable (vm.memfd_noexec, SELinux), or use a newer libffi"
         raise EngineUnavailable("this system has no memory for libtpms' callbacks", hint) from exc
     return addresses
@@ -87,7 +90,7 @@ class _Mapping(NamedTuple):
 
 def _mappings() -> list[_Mapping]:
     found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+    with open(_MAPS, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             place, rights, _, device, inode, *_ = line.split()
             start, end = (int(part, 16) for part in place.split("-"))
