@@ -275,12 +275,12 @@ def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
 
 def _kept_in(state: StateConfig, *, tpm2: bool) -> tuple[bool, str]:
     """Whether a TPM of that version is there, else what is left of one. Raises StorageError."""
-    from vtpm_cuse.storage.base import PERMANENT
     from vtpm_cuse.storage.stores import open_store
 
     store = open_store(state.uri, tpm2=tpm2, lock=False)
     try:
-        return PERMANENT in store.sizes(), store.remains()
+        left = store.remains()
+        return bool(store.sizes()) and not left, left
     finally:
         store.close()
 
