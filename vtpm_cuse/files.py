@@ -22,6 +22,7 @@ _AT_EMPTY_PATH: Final = 0x1000  # the descriptor itself
 _ABOVE_MODE: Final = 0o755
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOOK: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LINKS_MAX: Final = 40  # as the kernel has it
 _MEMORY_DEVICES: Final = 1  # the major number of /dev/null and its like
 _OWN_DESCRIPTOR: Final = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d{1,9})")
 _STANDARD: Final = {"stdin": 0, "stdout": 1, "stderr": 2}
@@ -205,7 +206,7 @@ def untrusted_part(path: str) -> str | None:
         if found.st_uid or _others_may_change(found):
             return here
         if stat.S_ISLNK(found.st_mode):
-            if (links := links + 1) > 40:
+            if (links := links + 1) > _LINKS_MAX:
                 return here
             target = os.readlink(here)
             here = "/" if target.startswith("/") else os.path.dirname(here)
@@ -213,6 +214,24 @@ def untrusted_part(path: str) -> str | None:
         if not pending:
             return None
         here = os.path.normpath(os.path.join(here, pending.pop()))
+
+
+def behind_own_links(path: str) -> str:
+    """Where a file is that is to be written, by links that only this user or root can have made.
+
+    Raises:
+        OSError: Somebody else could have made a link, to have another file written over.
+    """
+    trusted = {0, os.geteuid()}
+    for _ in range(_LINKS_MAX):
+        if not os.path.islink(path):
+            return path
+        folder = os.path.dirname(path) or "."
+        above = os.stat(folder)
+        if not {os.lstat(path).st_uid, above.st_uid} <= trusted or _others_may_change(above):
+            raise OSError(errno.ELOOP, "it is a symbolic link that others can change", path)
+        path = os.path.join(folder, os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
 
 def make_folder(

@@ -35,7 +35,7 @@ from vtpm_cuse.ca.keys import PrivateKey
 from vtpm_cuse.ca.names import common_name, escaped
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.files import make_folder, read_small, write_output
+from vtpm_cuse.files import behind_own_links, make_folder, read_small, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -315,6 +315,7 @@ class LocalCa:
         """One more than the last, which the file keeps."""
         path = self._settings.serial_file
         with _errors_of(path):
+            path = behind_own_links(path)
             try:
                 text = read_small(path).strip()
             except FileNotFoundError:

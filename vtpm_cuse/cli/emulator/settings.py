@@ -264,10 +264,9 @@ def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
     tpm2 = [*asked, *whole, *left, True][0]
     if kept[tpm2] == (False, "") and (whole or left):
         what = kept[not tpm2][1]
+        it = (f"{what} of an earlier" if what else "a") + f" TPM {'1.2' if tpm2 else '2.0'}"
         raise UsageError(
-            f"Error: {state.uri.removeprefix('dir://')} holds "
-            + (f"{what} of an earlier" if what else "a")
-            + f" TPM {'1.2' if tpm2 else '2.0'}",
+            f"Error: {state.uri.removeprefix('dir://')} holds {it}",
             hint=f"give --{'tpm12' if tpm2 else 'tpm2'}, or another place by --tpmstate dir=DIR",
         )
     return tpm2
