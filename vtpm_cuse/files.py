@@ -30,10 +30,11 @@ _OTHERS_MAY_WRITE: Final = 0o022
 _GROUP_MAY_WRITE: Final = 0o020
 _NO_ASIDE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY})
 """Of making or renaming a file, where one that is there may be written in place."""
-_NO_FLUSH: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
-"""What file systems answer that flush a folder by themselves, or cannot: CIFS, the shared folders
-of virtual machines, some in user space. (EBADF: the descriptor was not opened for writing, as no
-folder's can be.)"""
+_NOT_OFFERED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What file systems answer that flush by themselves, or cannot, or have no owners and modes: CIFS,
+the shared folders of virtual machines, some in user space."""
+_NO_FOLDER_FLUSH: Final = _NOT_OFFERED | {errno.EBADF}
+"""EBADF: the descriptor was not opened for writing, as no folder's can be."""
 
 _ONLY_FILES: Final = frozenset({stat.S_IFREG})
 _LOGS: Final = _ONLY_FILES | {stat.S_IFCHR}
@@ -161,9 +162,9 @@ def open_to_write(
         _keep_if(fd, path, _LOGS)
         return fd
     if owner is not None:
-        os.fchown(fd, *owner)
+        set_owner(fd, *owner)
     if not umask:
-        os.fchmod(fd, mode)
+        set_mode(fd, mode)
     os.set_blocking(fd, True)
     return fd
 
@@ -177,17 +178,40 @@ def write_all(fd: int, data: bytes, offset: int | None = None) -> None:
         offset = None if offset is None else offset + done
 
 
+def flush(fd: int, *, only_data: bool = False) -> None:
+    """Puts a file on the disk, where its file system lets a program ask for that.
+
+    Args:
+        fd: The file.
+        only_data: And its size, but no times.
+
+    Raises:
+        OSError: The disk could not take it.
+    """
+    with _where_offered():
+        (os.fdatasync if only_data else os.fsync)(fd)
+
+
+def set_mode(fd: int, mode: int) -> None:
+    """Gives a file that mode, where its file system has modes. Raises OSError."""
+    with _where_offered():
+        os.fchmod(fd, mode)
+
+
+def set_owner(fd: int, uid: int, gid: int) -> None:
+    """Gives a file to user and group (-1: not), where its file system has owners. Raises OSError."""
+    with _where_offered():
+        os.fchown(fd, uid, gid)
+
+
 def flush_folder(fd: int) -> None:
     """Puts the names in a folder on the disk, where its file system lets a program ask for that.
 
     Raises:
         OSError: The disk could not take them.
     """
-    try:
+    with _where_offered(_NO_FOLDER_FLUSH):
         os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in _NO_FLUSH:
-            raise
 
 
 def untrusted_part(path: str) -> str | None:
@@ -316,6 +340,15 @@ def give_socket(path: str, uid: int, gid: int) -> None:
 
 
 @contextlib.contextmanager
+def _where_offered(numbers: frozenset[int] = _NOT_OFFERED) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in numbers:
+            raise
+
+
+@contextlib.contextmanager
 def _opened(fd: int) -> Iterator[int]:
     try:
         yield fd
@@ -391,9 +424,9 @@ def _replace(
             write_all(fd, data)
             made = os.fstat(fd)
             if owner is not None and (made.st_uid, made.st_gid) != owner:
-                os.fchown(fd, *owner)
-            os.fchmod(fd, mode)
-            os.fsync(fd)
+                set_owner(fd, *owner)
+            set_mode(fd, mode)
+            flush(fd)
         os.replace(aside, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -419,7 +452,7 @@ def _write_in_place(folder_fd: int, name: str, data: bytes, found: os.stat_resul
             raise OSError(errno.EBUSY, "it was replaced meanwhile", name)
         write_all(fd, data)
         os.ftruncate(fd, len(data))
-        os.fsync(fd)
+        flush(fd)
 
 
 def _write_stream(folder_fd: int, name: str, path: str, data: bytes) -> None:
@@ -489,4 +522,4 @@ def _give_folder(fd: int, path: str, owner: tuple[int, int] | None) -> None:
         return
     if found.st_uid != os.geteuid() or os.listdir(fd):
         raise OSError(errno.EEXIST, "Somebody else has put something there", path)
-    os.fchown(fd, *owner)
+    set_owner(fd, *owner)

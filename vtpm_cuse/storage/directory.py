@@ -16,7 +16,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import BlobError, StateDamaged, StateLocked, StateMissing, StorageError
-from vtpm_cuse.files import flush_folder, write_all
+from vtpm_cuse.files import flush, flush_folder, set_mode, write_all
 from vtpm_cuse.storage.base import (
     BACKUP_SUFFIX,
     BLOB_NAMES,
@@ -98,7 +98,7 @@ class DirectoryStore:
         with self._errors(file_name, reading=True), self._opened(file_name) as fd:
             size = self._checked_size(file_name, os.fstat(fd))
             if self._mode is not None:
-                os.fchmod(fd, self._mode)
+                set_mode(fd, self._mode)
             # One byte more than there should be: the header's length then does not fit.
             return os.read(fd, size + 1)
 
@@ -398,12 +398,12 @@ class DirectoryStore:
             fd = self._created(aside)
         try:
             if self._mode is not None:
-                os.fchmod(fd, self._mode)
+                set_mode(fd, self._mode)
             else:
                 self._let_owner(fd)
             write_all(fd, blob)
             if self._fsync:
-                os.fsync(fd)
+                flush(fd)
         finally:
             os.close(fd)
 
@@ -420,7 +420,7 @@ class DirectoryStore:
         """Gives the owner of a new file what the umask took."""
         mode = os.fstat(fd).st_mode & 0o777
         if mode & OWNER_MODE != OWNER_MODE:
-            os.fchmod(fd, mode | OWNER_MODE)
+            set_mode(fd, mode | OWNER_MODE)
 
     def _flush_directory(self) -> None:
         if self._fsync:

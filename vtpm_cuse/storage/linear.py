@@ -22,7 +22,7 @@ from vtpm_cuse.errors import (
     StateNoRoom,
     StorageError,
 )
-from vtpm_cuse.files import flush_folder, write_all
+from vtpm_cuse.files import flush, flush_folder, set_mode, write_all
 from vtpm_cuse.storage.base import (
     BLOB_NAMES,
     DEFAULT_MODE,
@@ -246,7 +246,7 @@ class LinearStore(WithoutBackup):
 
     def _flush(self, fd: int) -> None:
         if self._fsync:
-            os.fdatasync(fd)
+            flush(fd, only_data=True)
 
     def _flush_directory(self) -> None:
         if not self._fsync:
@@ -278,9 +278,9 @@ class LinearStore(WithoutBackup):
         status = os.fstat(fd)
         mode = status.st_mode & 0o777
         if self._mode is not None:
-            os.fchmod(fd, self._mode)
+            set_mode(fd, self._mode)
         elif mode & OWNER_MODE != OWNER_MODE and status.st_uid == os.geteuid():
-            os.fchmod(fd, mode | OWNER_MODE)  # the umask took it
+            set_mode(fd, mode | OWNER_MODE)  # the umask took it
 
     def _opened(self, flags: int) -> int:
         flags |= os.O_NONBLOCK | os.O_CLOEXEC
