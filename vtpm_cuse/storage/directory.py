@@ -294,6 +294,14 @@ class DirectoryStore:
                 )
         return "nothing was changed: put back a copy that you kept, or use another directory"
 
+    def use_of_backup(self) -> str:
+        """It can be started from if it is whole."""
+        if not self._is_good(self._permanent + BACKUP_SUFFIX):
+            return "the backup is damaged: put back a copy of the state that you kept"
+        if self._starts_from_backup or self._prefix != "tpm2-00":
+            return "copy it there to start from it"
+        return "give the option 'backup' to start from it, or copy it there"
+
     def defer_to(self, run_later: RunLater) -> None:
         """Replaced files are freed there."""
         self._disposal.run_later = run_later
