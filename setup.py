@@ -36,7 +36,12 @@ try:  # the name that ps shows: as if the kernel had started this file
 except OSError:
     pass
 
-from {module} import {function}
+try:
+    from {module} import {function}
+except MemoryError:
+    sys.exit("{name}: There is too little memory; raise the limit: 'ulimit -v'")
+except ImportError as exc:
+    sys.exit(f"{name}: A part of this program cannot be loaded: {{exc}}")
 
 sys.exit({function}())
 """

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+NO_PROC: Final = "/proc is not mounted", "mount -t proc proc /proc"
+"""Why much cannot be found out about this process, and the command that mends it."""
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -22,6 +22,7 @@ _AT_EMPTY_PATH: Final = 0x1000  # the descriptor itself
 _ABOVE_MODE: Final = 0o755
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOOK: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LINKS_MAX: Final = 40  # as the kernel has it
 _MEMORY_DEVICES: Final = 1  # the major number of /dev/null and its like
 _OWN_DESCRIPTOR: Final = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d{1,9})")
 _STANDARD: Final = {"stdin": 0, "stdout": 1, "stderr": 2}
@@ -30,10 +31,11 @@ _GROUP_MAY_WRITE: Final = 0o020
 _INSTEAD: Final = "remove it, or name another"
 _NO_ASIDE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY})
 """Of making or renaming a file, where one that is there may be written in place."""
-_NO_FLUSH: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF})
-"""What file systems answer that flush a folder by themselves, or cannot: CIFS, the shared folders
-of virtual machines, some in user space. (EBADF: the descriptor was not opened for writing, as no
-folder's can be.)"""
+_NOT_OFFERED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What file systems answer that flush by themselves, or cannot, or have no owners and modes: CIFS,
+the shared folders of virtual machines, some in user space."""
+_NO_FOLDER_FLUSH: Final = _NOT_OFFERED | {errno.EBADF}
+"""EBADF: the descriptor was not opened for writing, as no folder's can be."""
 
 _ONLY_FILES: Final = frozenset({stat.S_IFREG})
 _LOGS: Final = _ONLY_FILES | {stat.S_IFCHR}
@@ -166,9 +168,9 @@ def open_to_write(
                 os.ftruncate(fd, 0)
             return fd
     if owner is not None:
-        os.fchown(fd, *owner)
+        set_owner(fd, *owner)
     if not umask:
-        os.fchmod(fd, mode)
+        set_mode(fd, mode)
     os.set_blocking(fd, True)
     return fd
 
@@ -182,17 +184,40 @@ def write_all(fd: int, data: bytes, offset: int | None = None) -> None:
         offset = None if offset is None else offset + done
 
 
+def flush(fd: int, *, only_data: bool = False) -> None:
+    """Puts a file on the disk, where its file system lets a program ask for that.
+
+    Args:
+        fd: The file.
+        only_data: And its size, but no times.
+
+    Raises:
+        OSError: The disk could not take it.
+    """
+    with _where_offered():
+        (os.fdatasync if only_data else os.fsync)(fd)
+
+
+def set_mode(fd: int, mode: int) -> None:
+    """Gives a file that mode, where its file system has modes. Raises OSError."""
+    with _where_offered():
+        os.fchmod(fd, mode)
+
+
+def set_owner(fd: int, uid: int, gid: int) -> None:
+    """Gives a file to user and group (-1: not), where its file system has owners. Raises OSError."""
+    with _where_offered():
+        os.fchown(fd, uid, gid)
+
+
 def flush_folder(fd: int) -> None:
     """Puts the names in a folder on the disk, where its file system lets a program ask for that.
 
     Raises:
         OSError: The disk could not take them.
     """
-    try:
+    with _where_offered(_NO_FOLDER_FLUSH):
         os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in _NO_FLUSH:
-            raise
 
 
 def untrusted_part(path: str, *, end: bool = True) -> str | None:
@@ -221,7 +246,7 @@ def untrusted_part(path: str, *, end: bool = True) -> str | None:
         if found.st_uid or _others_may_change(found):
             return here
         if is_link:
-            if (links := links + 1) > 40:
+            if (links := links + 1) > _LINKS_MAX:
                 return here
             target = os.readlink(here)
             here = "/" if target.startswith("/") else os.path.dirname(here)
@@ -238,6 +263,24 @@ def others_may_write(folder: str) -> bool:
     except OSError:
         return False
     return stat.S_ISDIR(found.st_mode) and (found.st_uid != 0 or _has_bits_for_others(found))
+
+
+def behind_own_links(path: str) -> str:
+    """Where a file is that is to be written, by links that only this user or root can have made.
+
+    Raises:
+        OSError: Somebody else could have made a link, to have another file written over.
+    """
+    trusted = {0, os.geteuid()}
+    for _ in range(_LINKS_MAX):
+        if not os.path.islink(path):
+            return path
+        folder = os.path.dirname(path) or "."
+        above = os.stat(folder)
+        if not {os.lstat(path).st_uid, above.st_uid} <= trusted or _others_may_change(above):
+            raise OSError(errno.ELOOP, "it is a symbolic link that others can change", path)
+        path = os.path.join(folder, os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
 
 def make_folder(
@@ -356,6 +399,15 @@ def _refuse_put_there(folder_fd: int, found: os.stat_result, path: str) -> None:
 
 
 @contextlib.contextmanager
+def _where_offered(numbers: frozenset[int] = _NOT_OFFERED) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in numbers:
+            raise
+
+
+@contextlib.contextmanager
 def _opened(fd: int) -> Iterator[int]:
     try:
         yield fd
@@ -436,9 +488,9 @@ def _replace(
             write_all(fd, data)
             made = os.fstat(fd)
             if owner is not None and (made.st_uid, made.st_gid) != owner:
-                os.fchown(fd, *owner)
-            os.fchmod(fd, mode)
-            os.fsync(fd)
+                set_owner(fd, *owner)
+            set_mode(fd, mode)
+            flush(fd)
         os.replace(aside, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -464,7 +516,7 @@ def _write_in_place(folder_fd: int, name: str, data: bytes, found: os.stat_resul
             raise OSError(errno.EBUSY, "it was replaced meanwhile", name)
         write_all(fd, data)
         os.ftruncate(fd, len(data))
-        os.fsync(fd)
+        flush(fd)
 
 
 def _write_stream(folder_fd: int, name: str, path: str, data: bytes) -> None:
@@ -534,4 +586,4 @@ def _give_folder(fd: int, path: str, owner: tuple[int, int] | None) -> None:
         return
     if found.st_uid != os.geteuid() or os.listdir(fd):
         raise OSError(errno.EEXIST, "Somebody else has put something there", path)
-    os.fchown(fd, *owner)
+    set_owner(fd, *owner)

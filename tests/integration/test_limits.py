@@ -81,6 +81,27 @@ def test_too_little_memory(kib: int, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state"]
 
 
+@pytest.mark.parametrize("kib", range(14_000, 24_000, 1_000))
+def test_too_little_memory_to_load_a_program(kib: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f'ulimit -v {kib}; exec "$@"',
+            "bash",
+            PROGRAMS / "swtpm_setup",
+            "--version",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == (done.returncode != 0)
+    assert done.returncode in {0, 1}
+
+
 def test_too_few_descriptors_are_no_reason_to_install_libtpms(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from vtpm_cuse.engine._libtpms import ffi;"

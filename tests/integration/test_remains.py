@@ -312,6 +312,28 @@ def test_tpm12_does_not_start_from_its_backup(whole: dict[bool, Path], tmp_path:
     assert list(contents(path.parent)) == [path.name]
 
 
+@pytest.mark.parametrize("backup", [True, False])
+@pytest.mark.parametrize("damage", [b"", b"junk", bytes(2000)], ids=["empty", "junk", "zeros"])
+def test_a_damaged_backup_alone_is_called_damaged(
+    damage: bytes, backup: bool, whole: dict[bool, Path], tmp_path: Path
+) -> None:
+    path = leave(tmp_path / "state", whole[True], LEFT["backup"], tpm2=True)
+    path.write_bytes(damage)
+    vtpm, config = vtpm_of(path.parent, backup=backup)
+    said = refusal(vtpm, lambda: power_on(vtpm, config))
+    assert f"{path} of an earlier TPM is there" in said
+    assert "the backup is damaged" in said
+    assert "give the option" not in said
+    assert path.read_bytes() == damage
+
+
+def test_no_option_helps_a_tpm12(whole: dict[bool, Path], tmp_path: Path) -> None:
+    path = leave(tmp_path / "state", whole[False], LEFT["backup"], tpm2=False)
+    said = start(path.parent, whole[False], tpm2=False)
+    assert "copy it there to start from it" in said
+    assert "give the option" not in said
+
+
 @pytest.mark.parametrize(
     "damage",
     [b"", b"junk", bytes(2000), lambda good: good[:-1], lambda good: good[:24] + bytes(800)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,7 +26,7 @@ CONFIG = """\
 # a CA
 statedir = /ca/${NAME}  # here
 signingkey=/ca/key.pem
-  issuercert = /not/at/the/start
+  other = /not/at/the/start
 issuercert\t=\t/ca/cert.pem
 issuercert = /second
 this is nothing
@@ -81,6 +82,55 @@ def test_pin(text: str, environ: dict[str, str], pin: bytes, tmp_path: Path) -> 
     settings = CaSettings.load(write(tmp_path / "f", text), environ)
     assert settings.pin == pin
     assert settings.signing_key == "pkcs11:token=x;object=y"
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\v", "\f", "\r", " \f\v\t"])
+def test_blanks_as_c_has_them(blank: str) -> None:
+    text = f"statedir{blank}={blank}/a b{blank}# x\nenv:A{blank}={blank}b\n"
+    assert configfile.parse(text, {}) == {"statedir": "/a b", "env:A": "b"}
+
+
+def test_other_blanks_belong_to_a_value() -> None:
+    assert configfile.parse("statedir = \xa0/a\x85\n", {}) == {"statedir": "\xa0/a\x85"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(" statedir = /c", "\tstatedir=/c", "\fstatedir=/c", "statedir: /c", "certserial /c"),
+        *(
+            "\xa0statedir = /c",
+            "statedir\xa0= /c",
+            "\udca0statedir = /c",
+            "issuercert",
+            " env:A = b",
+        ),
+        *("env: A = b", "signingkey_password: geheim"),
+    ],
+)
+def test_a_line_that_is_meant_as_a_setting_is_named(line: str, tmp_path: Path) -> None:
+    """The built-in place, or a later line, would be another CA."""
+    path = tmp_path / "f"
+    path.write_bytes(f"# first\n{line}\n{CONFIG}".encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=rf"{path}, line 2: '[\w:]+' is not read as") as caught:
+        CaSettings.load(str(path), {})
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["", "words", " # statedir = /c", "x: statedir", "\udce9"])
+def test_other_lines_that_are_no_setting_are_no_error(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(f"{line}\n{CONFIG}".encode(errors="surrogateescape"))
+    assert CaSettings.load(str(path), {}) == replace(
+        CaSettings.load(write(tmp_path / "plain", CONFIG), {}), origin=str(path)
+    )
+
+
+def test_files_in_another_charset(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"# Jos\xe9\nstatedir = /Jos\xe9\nsigningkey=/k\nissuercert=/i\n")
+    settings = CaSettings.load(str(path), {})
+    assert os.fsencode(settings.state_dir) == b"/Jos\xe9"
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
@@ -232,7 +282,8 @@ def test_any_files_give_settings_or_usage_error(data: bytes) -> None:
 
 
 def test_a_huge_number_of_settings_is_quick(tmp_path: Path) -> None:
-    text = "a" * 50_000 + "\n" + "b " * 50_000 + "\n" + "env:" * 50_000 + CONFIG
+    text = "a" * 50_000 + "\n" + "b " * 50_000 + "\n" + "xenv:" * 50_000 + "\n"
+    text += "env:A" + "= " * 50_000 + "\n" + CONFIG
     assert CaSettings.load(write(tmp_path / "f", text), {}).signing_key == "/ca/key.pem"
 
 

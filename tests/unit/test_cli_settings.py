@@ -22,6 +22,7 @@ from vtpm_cuse.config import (
     VtpmConfig,
 )
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.wire.blob import BlobFlag, with_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,6 +137,26 @@ def test_no_new_tpm_beside_one_of_another_version(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     reason, status = error_of("-n", "vtpm0", word)
     assert (reason, status) == (f"Error: {place} holds a {says}", 1)
+
+
+@pytest.mark.parametrize("aside", [False, True])
+@pytest.mark.parametrize("tpm2", [False, True])
+def test_no_new_tpm_beside_what_is_left_of_another_version(
+    tpm2: bool, aside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unasked, it is the version of what is left, from which the start then refuses to begin."""
+    place = tmp_path / "vtpm-cuse" / "vtpm0"
+    place.mkdir(parents=True)
+    pattern = "TMP{}-00.permall" if aside else "tpm{}-00.permall.bak"
+    left = place / pattern.format("2" if tpm2 else "")
+    left.write_bytes(with_header(BlobFlag(0), b"state"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert config_of().vtpm.tpm2 is tpm2
+    reason, status = error_of("-n", "vtpm0", "--tpm12" if tpm2 else "--tpm2")
+    version = "2.0" if tpm2 else "1.2"
+    assert (reason, status) == (f"Error: {place} holds {left} of an earlier TPM {version}", 1)
+    (place / f"tpm{'' if tpm2 else '2'}-00.permall").write_bytes(b"state")
+    assert config_of().vtpm.tpm2 is not tpm2, "one that is whole comes first"
 
 
 def test_proxy_without_a_word_more() -> None:

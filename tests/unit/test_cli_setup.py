@@ -221,3 +221,20 @@ def test_keys_and_facts_as_a_certificate_tool_is_given_them() -> None:
     for bad in ("", "{}", "[]", '{"TPMSpecification": 1, "TPMAttributes": 2}'):
         with pytest.raises(UsageError, match="Could not get the TPM spec"):
             TpmFacts.from_json(bad)
+
+
+@pytest.mark.parametrize("line", [" create_certs_tool = /x", "create_certs_tool_config: /x"])
+def test_a_line_of_the_config_file_that_is_meant_as_a_setting(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text(f"active_pcr_banks = sha256\n{line}\n")
+    with pytest.raises(UsageError, match=rf"{path}, line 2: "):
+        ConfigFile.load(str(path), "alice")
+
+
+def test_config_file_in_another_charset(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"# Jos\xe9\ncreate_certs_tool = /Jos\xe9\nprofile = {\xe9}\n")
+    config = ConfigFile.load(str(path), "alice")
+    assert os.fsencode(config.certificate_tool() or "") == b"/Jos\xe9"
+    with pytest.raises(UsageError, match="not text in UTF-8"):
+        setup_profiles.profile_config(line_of("--tpm2"), config, BUILTIN)

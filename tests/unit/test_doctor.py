@@ -16,7 +16,7 @@ import pytest
 
 from vtpm_cuse.cli import swtpm_doctor
 from vtpm_cuse.engine import libtpms
-from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.errors import NO_PROC, EngineUnavailable
 from vtpm_cuse.service import doctor as machine
 from vtpm_cuse.service import flaws
 from vtpm_cuse.service.confine import landlock
@@ -100,6 +100,7 @@ def test_with_every_device_everything_works(made_up: MadeUp) -> None:
 def test_a_device_for_others_is_the_next_step_with_sudo(tmp_path: Path) -> None:
     made_up = MadeUp(tmp_path, denied=("/dev/cuse", "/dev/vtpmx"))
     made_up.put("/dev/cuse")
+    made_up.put("/proc/self/status", ALL_CAPABILITIES)
     diagnosis = diagnose(made_up)
     assert finding(diagnosis, "/dev/cuse").state is State.DENIED
     assert diagnosis.next.startswith("sudo swtpm-cuse -n vtpm0")
@@ -149,14 +150,14 @@ def test_a_device_whose_module_is_not_loaded_is_not_opened(tmp_path: Path) -> No
     """To open it would load that; the number is nobody's here, so it could not be opened."""
     machine = Machine(tmp_path)
     (tmp_path / "dev").mkdir()
-    os.mknod(tmp_path / "dev/cuse", stat.S_IFCHR | 0o600, os.makedev(510, 203))
-    assert machine.why_not("/dev/cuse", "cuse") == "No such device or address"
+    os.mknod(tmp_path / "dev/vtpmx", stat.S_IFCHR | 0o600, os.makedev(510, 203))
+    assert machine.why_not("/dev/vtpmx", "tpm_vtpm_proxy") == "No such device or address"
     modules = tmp_path / f"lib/modules/{machine.release}/modules.dep"
     modules.parent.mkdir(parents=True)
-    modules.write_text("kernel/fs/fuse/cuse.ko.xz:\n")
-    assert machine.why_not("/dev/cuse", "cuse") == ""
+    modules.write_text("kernel/fs/fuse/tpm_vtpm_proxy.ko.xz:\n")
+    assert machine.why_not("/dev/vtpmx", "tpm_vtpm_proxy") == ""
     (tmp_path / "sys/dev/char/510:203").mkdir(parents=True)
-    assert machine.why_not("/dev/cuse", "cuse") == "No such device or address"
+    assert machine.why_not("/dev/vtpmx", "tpm_vtpm_proxy") == "No such device or address"
 
 
 def test_the_proxy_needs_a_capability(made_up: MadeUp) -> None:
@@ -168,13 +169,67 @@ def test_the_proxy_needs_a_capability(made_up: MadeUp) -> None:
 
 def test_without_libtpms_nothing_works(made_up: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise EngineUnavailable("cannot load libtpms.so.0")
+        raise EngineUnavailable("cannot load libtpms.so.0", "apt-get install libtpms0")
 
     monkeypatch.setattr(libtpms, "_open_library", missing)
     made_up.put("/dev/cuse")
     diagnosis = diagnose(made_up)
     assert (works(diagnosis), diagnosis.healthy) == (set(), False)
     assert diagnosis.next == "sudo apt-get install libtpms0"
+
+
+def test_without_proc_that_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_callbacks() -> None:
+        raise EngineUnavailable(*NO_PROC)
+
+    monkeypatch.setattr(libtpms, "_open_library", no_callbacks)
+    diagnosis = diagnose(MadeUp(tmp_path))
+    command = "sudo mount -t proc proc /proc"
+    assert diagnosis.findings[0] == ("/proc", State.MISSING, "/proc is not mounted", command)
+    assert diagnosis.next == command
+    assert set(obstacles(diagnosis).values()) == {"/proc is not mounted"}
+    assert finding(diagnosis, "libtpms").command == command
+    for name in ("seccomp", "CAP_SYS_ADMIN"):
+        assert finding(diagnosis, name).detail.startswith("nobody can tell without /proc")
+
+
+def test_a_broken_libtpms_is_to_be_installed_again(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libtpms, "_SONAME", str(made_up.root / "broken"))
+    (made_up.root / "broken").write_bytes(b"")
+    diagnosis = diagnose(made_up)
+    assert diagnosis.next == "sudo apt-get install --reinstall libtpms0"
+    assert obstacles(diagnosis)["socket"] == "libtpms cannot be used"
+    (made_up.root / "broken").write_bytes(bytes(4096))
+    assert diagnose(made_up).next == "sudo apt-get install --reinstall libtpms0"
+
+
+def test_a_libtpms_that_cannot_be_used_is_not_called_missing(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden() -> None:
+        raise EngineUnavailable("this system has no memory", "let it map a memfd")
+
+    monkeypatch.setattr(libtpms, "_open_library", forbidden)
+    diagnosis = diagnose(made_up)
+    found = finding(diagnosis, "libtpms")
+    assert (found.detail, found.command) == ("this system has no memory; let it map a memfd", "")
+    assert diagnosis.next == found.detail
+    assert obstacles(diagnosis)["cuse"] == "libtpms cannot be used"
+
+
+def test_another_device_in_the_place_of_one(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    (tmp_path / "dev").mkdir()
+    try:
+        os.mknod(tmp_path / "dev/fuse", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("no right to make a device")
+    assert machine.why_not("/dev/fuse", "fuse") == "Another device"
+    found = finding(diagnose(machine), "/dev/fuse")
+    assert found.state is State.MISSING
+    assert "Another device" in found.detail
 
 
 def test_a_cache_that_cannot_be_looked_into(

@@ -1,7 +1,8 @@
-"""What a file system does not offer for folders is no error; a disk that fails is."""
+"""What a file system does not offer is no error; a disk that fails is."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vtpm_cuse.errors import StorageError
-from vtpm_cuse.files import write_output
+from vtpm_cuse.files import make_folder, open_to_write, write_output
+from vtpm_cuse.manufacture.target import Target
 from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -74,6 +76,86 @@ def test_folders_that_cannot_be_flushed_are_written_to(
     write(tmp_path)
     assert asked
     assert list(tmp_path.iterdir())
+
+
+CALLS = ["fsync", "fdatasync", "fchmod", "fchown"]
+
+
+def with_a_mode(folder: Path) -> None:
+    for uri in (f"dir://{folder}", f"file://{folder}/state.bin"):
+        store = open_store(uri, tpm2=True, mode=0o600)
+        store.lock()
+        store.store("permall", b"x")
+        assert store.load("permall") == b"x"
+        store.close()
+
+
+def of_another(folder: Path) -> None:
+    """Owner and mode are handed on."""
+    path = folder / "file"
+    path.touch()
+    if os.geteuid() == 0:
+        os.chown(path, 1000, 1000)
+    write_output(str(path), b"x", 0o600)
+    make_folder(f"{folder}/new", 0o700, (1000, 1000) if os.geteuid() == 0 else None)
+    os.close(open_to_write(f"{folder}/log", 0o600, (os.geteuid(), os.getegid()), umask=False))
+
+
+def files_answer(number: int, patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for call in CALLS:
+        patch.setattr(os, call, refuse)
+
+
+all_writes = pytest.mark.parametrize(
+    "write",
+    [into_directory, with_backup, into_linear_file, file_of_a_tool, with_a_mode, of_another],
+)
+
+
+@pytest.mark.parametrize("number", NOT_OFFERED[:3], ids=errno.errorcode.get)
+@all_writes
+def test_what_is_not_offered_for_files_is_done_without(
+    write: Write, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files_answer(number, monkeypatch)
+    write(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADF], ids=errno.errorcode.get)
+@all_writes
+def test_a_file_that_the_disk_refuses_is_an_error(
+    write: Write, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files_answer(number, monkeypatch)
+    with pytest.raises((OSError, StorageError)):
+        write(tmp_path)
+
+
+def test_nothing_is_left_of_a_file_that_a_failed_run_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, path = f"file://{tmp_path}/state.bin", tmp_path / "state.bin"
+    with monkeypatch.context() as patch, contextlib.closing(Target(uri, tpm2=True)) as target:
+        target.lock()
+        files_answer(errno.EIO, patch)
+        with pytest.raises(StorageError):
+            target.replace({"permall": b"x"})
+    assert not path.exists()
+    path.touch()
+    with monkeypatch.context() as patch, contextlib.closing(Target(uri, tpm2=True)) as target:
+        target.lock()
+        files_answer(errno.EIO, patch)
+        with pytest.raises(StorageError):
+            target.replace({"permall": b"x"})
+    assert path.exists(), "it was there before"
+    path.unlink()
+    with contextlib.closing(Target(uri, tpm2=True)) as target:
+        target.lock()
+        target.replace({"permall": b"x"})
+    assert path.exists()
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)

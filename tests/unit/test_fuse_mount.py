@@ -41,6 +41,7 @@ def test_no_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_no_right_to_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(fuse, "FUSE_PATH", "/dev/null")
+    monkeypatch.setattr(fuse, "_FUSE_DEVICE", os.stat("/dev/null").st_rdev)
     monkeypatch.setattr(os, "access", lambda *_: False)
     said = said_by(FuseMount(str(tmp_path / "mount")))
     assert said == "fuse: no right to use /dev/null; ask for its mode 0666"
@@ -49,6 +50,7 @@ def test_no_right_to_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 @pytest.fixture
 def any_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse, "FUSE_PATH", "/dev/null")
+    monkeypatch.setattr(fuse, "_FUSE_DEVICE", os.stat("/dev/null").st_rdev)
 
 
 @pytest.mark.usefixtures("any_fuse")

@@ -234,6 +234,45 @@ def test_an_issuer_without_key_identifier(tmp_path: Path) -> None:
 # -- serial numbers -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_serial_file_elsewhere(there: bool, tmp_path: Path) -> None:
+    """On a share of several machines, say: the link stays."""
+    (tmp_path / "ca").mkdir(0o755)
+    (tmp_path / "shared").mkdir()
+    number = tmp_path / "shared" / "number"
+    if there:
+        number.write_bytes(b"6")
+    (tmp_path / "second").symlink_to("shared/number")
+    link = tmp_path / "ca" / "certserial"
+    link.symlink_to("../second")
+    made = Parts.of(issue(ca_in(tmp_path / "ca")))
+    assert link.is_symlink()
+    assert int(number.read_bytes()) == int.from_bytes(made.serial, "big")
+    assert not there or number.read_bytes() == b"7"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("whose", ["link", "folder", "mode"])
+def test_no_link_of_somebody_elses_is_followed_to_write(whose: str, tmp_path: Path) -> None:
+    """Root would write a number over any file."""
+    folder, victim = tmp_path / "ca", tmp_path / "victim"
+    folder.mkdir(0o777 if whose == "mode" else 0o755)
+    victim.write_bytes(b"6")
+    link = folder / "certserial"
+    link.symlink_to(victim)
+    if whose != "mode":
+        os.chown(link if whose == "link" else folder, 1000, 1000, follow_symlinks=False)
+    with pytest.raises(CertificateError, match="a symbolic link that others can change"):
+        issue(ca_in(folder))
+    assert victim.read_bytes() == b"6"
+
+
+def test_a_serial_file_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "certserial").symlink_to("certserial")
+    with pytest.raises(CertificateError, match="Too many levels of symbolic links"):
+        issue(ca_in(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [(b"41", 42), (b"41\n", 42), (b"0", 1), (b"127", 128), (b"9" * 30, 10**30)],

@@ -42,6 +42,12 @@ def rows(name: bytes) -> list[tuple[str, int, str]]:
         ("CN=a,", [("03", PRINTABLE, "a")]),
         (r"CN=a\+b", [("03", PRINTABLE, "a+b")]),
         ("CN=a\\ ", [("03", PRINTABLE, "a ")]),
+        ("2.5.4.3=a", [("03", PRINTABLE, "a")]),
+        (" 2.5.4.3 = a ,2.5.4.6=US", [("06", PRINTABLE, "US"), ("03", PRINTABLE, "a")]),
+        ("2.5.4.3=#0c0161", [("03", UTF8, "a")]),
+        ("1.2.840.113549.1.9.1=a@b", [("01", IA5, "a@b")]),
+        ("0.9.2342.19200300.100.1.25=x", [("19", IA5, "x")]),
+        ("1.2.3.4=#0c0161", [("04", UTF8, "a")]),
         ("CN=a,CN=b", [("03", PRINTABLE, "b"), ("03", PRINTABLE, "a")]),
     ],
 )
@@ -51,7 +57,13 @@ def test_names_as_gnutls_makes_them(text: str, wanted: list[tuple[str, int, str]
 
 @pytest.mark.parametrize(
     "text",
-    ["", ",", "CN", "CN=", "CN= ", "FOO=a", "1.2.3=a", "CN=a+OU=b", 'CN="a"', "EMAIL=ä", "CN=a,O"],
+    [
+        *("", ",", "CN", "CN=", "CN= ", "FOO=a", "1.2.3=a", "CN=a+OU=b", 'CN="a"', "EMAIL=ä"),
+        *("CN=a,O", ",CN=a", "CN=a,,O=b", ",,", "CN=a,,", " ,CN=a", "1=#0c0161", "1.2=#0c0161"),
+        *("3.2.1=#0c0161", "1.40.1=#0c0161", "1.2.03=#0c0161", "1.2.3.=#0c0161", "1.2.3.4="),
+        *("OID.2.5.4.3=a", r"1.2.3.4=\#0c", "1.2.3.4=#020105", "1.2.99999999999=#0c0161"),
+        "1.2.\u0663=#0c0161",
+    ],
 )
 def test_texts_that_are_no_name(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):

@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import subprocess
 import time
 from typing import Final
@@ -20,7 +21,7 @@ from typing import Final
 import trio
 
 from vtpm_cuse.acquire.keeper import Keeper
-from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.errors import NO_PROC, FrontendError
 from vtpm_cuse.files import make_folder
 from vtpm_cuse.programs import find_program
 from vtpm_cuse.proto.device import READ_BUFFER_SIZE
@@ -28,6 +29,7 @@ from vtpm_cuse.proto.fuse import init_reply
 
 FUSE_PATH: Final = "/dev/fuse"
 
+_FUSE_DEVICE: Final = os.makedev(10, 229)
 _FUSERMOUNT: Final = "fusermount3"
 _OPTIONS: Final = "fsname=swtpm,subtype=vtpm,default_permissions,nosuid,nodev,noexec"
 _FD_SIZE: Final = 1
@@ -168,6 +170,12 @@ class FuseMount:
 def _check_fuse() -> None:
     if not os.path.exists(FUSE_PATH):
         raise FrontendError(f"fuse: {FUSE_PATH} not found", "try 'modprobe fuse' as root first")
+    found = os.stat(FUSE_PATH)
+    if not stat.S_ISCHR(found.st_mode) or found.st_rdev != _FUSE_DEVICE:
+        reason = f"fuse: {FUSE_PATH} is something else than the kernel's device"
+        raise FrontendError(
+            reason, f"as root, 'rm {FUSE_PATH} && mknod -m 666 {FUSE_PATH} c 10 229'"
+        )
     if not os.access(FUSE_PATH, os.R_OK | os.W_OK):
         raise FrontendError(f"fuse: no right to use {FUSE_PATH}", "ask for its mode 0666")
 
@@ -202,12 +210,19 @@ def _in_use(folder: str) -> FrontendError:
 def _mounted_on(folder: str) -> str | None:
     """The device number of what is mounted on a folder without links, without touching it."""
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            fields = line.split(" ")
-            if re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]) == folder:
-                found = fields[2]  # the last one is on top
+    for line in _mounts():
+        fields = line.split(" ")
+        if re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]) == folder:
+            found = fields[2]  # the last one is on top
     return found
+
+
+def _mounts() -> list[str]:
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+            return table.readlines()
+    except FileNotFoundError as exc:
+        raise FrontendError(*NO_PROC) from exc
 
 
 def _fusermount(

@@ -2,7 +2,8 @@
 
 One setting in a line, ``name = value``, from the line's start; the value ends at
 ``#`` and may refer to the environment, ``${HOME}``. The first of several counts;
-what is no setting is no error, as in the C suite.
+what is no setting is no error, as in the C suite, unless it begins with the name
+of one: it was meant, and without it another CA may be taken.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import read_small, untrusted_part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 SYSTEM_FOLDER: Final = "/etc"
 
-_SETTING: Final = re.compile(r"([A-Za-z0-9_]+)[ \t]*=[ \t]*([^#]*)")
-_FOR_ENVIRONMENT: Final = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(.*)")
+_BLANKS: Final = " \t\v\f\r"  # as isspace() of C has them, and no other character
+_AROUND: Final = rf"[{_BLANKS}]*"
+_SETTING: Final = re.compile(rf"([A-Za-z0-9_]+){_AROUND}={_AROUND}([^#]*)")
+_FOR_ENVIRONMENT: Final = re.compile(rf"env:([A-Za-z_][A-Za-z0-9_]*){_AROUND}={_AROUND}(.*)")
+_FIRST_WORD: Final = re.compile(r"[\s\udc80-\udcff]*(env:|[A-Za-z0-9_]+)")
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -62,20 +66,36 @@ def changed_by_others(path: str) -> str:
     return "" if part is None else f"others than root can change {part}"
 
 
-def parse(text: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings by their names; those of ``env:`` lines under "env:NAME"."""
+def parse(
+    text: str, environ: Mapping[str, str], known: Collection[str] = (), path: str = ""
+) -> dict[str, str]:
+    """The settings by their names; those of ``env:`` lines under "env:NAME".
+
+    Raises:
+        UsageError: A line begins with one of the *known* names, and is no setting.
+    """
     settings: dict[str, str] = {}
     # Not splitlines(): a form feed or U+2028 ends no line for any other program.
-    for line in text.replace("\r\n", "\n").split("\n"):
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if found := _SETTING.match(line):
-            settings.setdefault(found[1], _resolved(found[2].rstrip(), environ))
+            settings.setdefault(found[1], _resolved(found[2].rstrip(_BLANKS), environ))
         elif found := _FOR_ENVIRONMENT.match(line):
             settings.setdefault(f"env:{found[1]}", found[2])
+        elif (found := _FIRST_WORD.match(line)) and found[1] in known:
+            raise UsageError(
+                f"{path}, line {number}: '{found[1]}' is not read as a setting",
+                hint="a line is NAME = VALUE, from its beginning; '#' begins a comment",
+            )
     return settings
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, *, surrogates: bool = False) -> str:
     """A small text file.
+
+    Args:
+        path: May be a pipe of the caller's.
+        surrogates: What is not UTF-8 stands for its bytes, as in a path: in another charset, a
+            comment says nothing, and the name of a file is that file's.
 
     Raises:
         OSError: It cannot be read.
@@ -89,7 +109,7 @@ def read_text(path: str) -> str:
         # It would hide the first setting, as in the C suite, which says nothing.
         raise UsageError(f"{path} begins with a byte order mark", hint="save it without one")
     try:
-        text = data.decode()
+        text = data.decode(errors="surrogateescape" if surrogates else "strict")
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not text in UTF-8") from None
     if "\0" in text:

@@ -35,7 +35,14 @@ from vtpm_cuse.ca.keys import PrivateKey
 from vtpm_cuse.ca.names import common_name, escaped
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.errors import CertificateError, UsageError
-from vtpm_cuse.files import make_folder, read_small, write_output
+from vtpm_cuse.files import (
+    behind_own_links,
+    make_folder,
+    read_small,
+    set_mode,
+    set_owner,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -315,6 +322,7 @@ class LocalCa:
         """One more than the last, which the file keeps."""
         path = self._settings.serial_file
         with _errors_of(path):
+            path = behind_own_links(path)
             try:
                 text = read_small(path).strip()
             except FileNotFoundError:
@@ -356,11 +364,11 @@ def _open_lock_in(folder_fd: int, name: str, path: str) -> int:
     mode = 0o660 if group else 0o600
     with contextlib.suppress(PermissionError):
         if found.st_uid == os.geteuid() == 0:
-            os.fchown(fd, folder.st_uid, folder.st_gid)
+            set_owner(fd, folder.st_uid, folder.st_gid)
         elif group and found.st_gid != folder.st_gid:
-            os.fchown(fd, -1, folder.st_gid)
+            set_owner(fd, -1, folder.st_gid)
         if stat.S_IMODE(found.st_mode) != mode:
-            os.fchmod(fd, mode)
+            set_mode(fd, mode)
     return fd
 
 

@@ -1,8 +1,9 @@
 """Distinguished names: the text of ``--subject`` to DER. Source: RFC 4514, as GnuTLS reads it.
 
-Attribute names count in either case. A name of several attributes in one
-component (``CN=a+OU=b``), dotted identifiers and quotation marks are refused,
-as the C suite refuses them.
+Attribute names count in either case; an identifier with dots may stand for each,
+and alone can be of an attribute without a name, whose value is then an encoding.
+A name of several attributes in one component (``CN=a+OU=b``) and quotation marks
+are refused, as the C suite refuses them.
 
 By hand: `cryptography` knows neither `cn` nor `EMAIL`, refuses what is longer than X.520 has it,
 and makes UTF8Strings of common names and most others, where the C suite has PrintableStrings.
@@ -47,7 +48,12 @@ _ATTRIBUTES: Final[dict[str, tuple[str, Callable[[str], bytes]]]] = {
     "email": ("1.2.840.113549.1.9.1", der.ia5_string),
 }
 
-_PART: Final = re.compile(r"(?:\\.|[^\\,])+", re.DOTALL)
+_BY_IDENTIFIER: Final = dict(_ATTRIBUTES.values())
+_IDENTIFIER: Final = re.compile(
+    r"([01]\.[1-3]?[0-9]|2\.(0|[1-9][0-9]{0,9}))(\.(0|[1-9][0-9]{0,9}))+"
+)
+
+_PART: Final = re.compile(r"(?:\\.|[^\\,])+|,", re.DOTALL)
 _PLAIN_PLUS: Final = re.compile(r'(?<!\\)(?:\\\\)*[+"]')
 _ESCAPE: Final = re.compile(r"((?:\\[0-9a-fA-F]{2})+)|\\(.)", re.DOTALL)
 _ESCAPABLE: Final = frozenset(' "#+,;<=>\\')
@@ -86,27 +92,49 @@ def _components(text: str) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"longer than {_MAX} characters")
     if _HALF_ESCAPE.search(text):
         raise ValueError("a backslash at its end, with nothing behind it")
-    parts = _PART.findall(text)
-    if not parts:
+    if not text:
         raise ValueError("it is empty")
-    for part in parts:
+    for part in _parts(text):
         name, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"no '=' in '{part}'")
-        if name.strip().lower() not in _ATTRIBUTES:
-            raise ValueError(f"unknown attribute '{name.strip()}'")
+        identifier, encode = _attribute(name.strip())
         if _PLAIN_PLUS.search(value):
             raise ValueError(f"'+' and '\"' need a backslash in '{part}'")
-        identifier, encode = _ATTRIBUTES[name.strip().lower()]
         if (bare := _stripped(value)).startswith("#"):
             yield identifier, _encoded(bare)
             continue
+        if encode is None:
+            raise ValueError(f"{name.strip()} needs its value's encoding in hex, as '#0c0161'")
         if not (plain := _ESCAPE.sub(_unescaped, bare)):
             raise ValueError(f"no value in '{part}'")
         try:
             yield identifier, encode(plain)
         except UnicodeEncodeError:
             raise ValueError(f"characters that {name.strip()} cannot have, in '{part}'") from None
+
+
+def _parts(text: str) -> list[str]:
+    parts = [""]
+    for found in _PART.findall(text):
+        if found == ",":
+            parts.append("")
+        else:
+            parts[-1] = found
+    if not parts[-1]:
+        parts.pop()  # a comma at the end is none too many, as in the C suite
+    if "" in parts:
+        raise ValueError("there is nothing before a comma")
+    return parts
+
+
+def _attribute(name: str) -> tuple[str, Callable[[str], bytes] | None]:
+    """Its identifier, and how its text is encoded, if that is known."""
+    if name.lower() in _ATTRIBUTES:
+        return _ATTRIBUTES[name.lower()]
+    if not _IDENTIFIER.fullmatch(name):
+        raise ValueError(f"unknown attribute '{name}'")
+    return name, _BY_IDENTIFIER.get(name)
 
 
 def _unescaped(match: re.Match[str]) -> str:

@@ -23,6 +23,12 @@ STATE_FOLDER: Final = "var/lib/swtpm-localca"
 _CONFIG_OPTION: Final = "--configfile or create_certs_tool_config"
 _OPTIONS_OPTION: Final = "--optsfile or create_certs_tool_options"
 _PKCS11_PIN: Final = "SWTPM_PKCS11_PIN"
+_SETTINGS: Final = frozenset(
+    {
+        *{"statedir", "signingkey", "signingkey_password", "issuercert", "certserial"},
+        *{_PKCS11_PIN, "env:"},
+    }
+)
 _PKCS11_PIN_DEFAULT: Final = "swtpm-tpmca"
 
 FLAGS: Final = frozenset({"allow-signing", "decryption"})
@@ -98,7 +104,8 @@ class CaSettings:
 
     @classmethod
     def _parsed(cls, path: str, environ: Mapping[str, str]) -> CaSettings:
-        settings = configfile.parse(_read(path, "config"), environ)
+        text = _read(path, "config", surrogates=True)
+        settings = configfile.parse(text, environ, _SETTINGS, path)
         for name in ("statedir", "signingkey", "issuercert"):
             if not settings.get(name):
                 raise UsageError(f"Missing '{name}' config value in config file {path}.")
@@ -199,9 +206,9 @@ def machine_maker() -> Maker:
     return Maker(name, name, system.version.replace(" ", "_"))
 
 
-def _read(path: str, what: str) -> str:
+def _read(path: str, what: str, *, surrogates: bool = False) -> str:
     try:
-        return configfile.read_text(path)
+        return configfile.read_text(path, surrogates=surrogates)
     except OSError as exc:
         user = configfile.user_name()
         raise UsageError(

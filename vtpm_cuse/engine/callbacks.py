@@ -20,7 +20,7 @@ import resource
 import signal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.errors import NO_PROC, EngineUnavailable
 from vtpm_cuse.files import open_end
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ FLAG: Final = ctypes.c_ubyte
 POINTER: Final = ctypes.c_void_p  # a Python function gets its address
 TEXT: Final = ctypes.c_char_p  # a Python function gets its bytes
 
+_MAPS: Final = "/proc/self/maps"
 _CALLBACK_MEMORY: Final = 1 << 20
 """Bytes, more than libffi asks for at once: its own unit is 64 KiB, or a page if that is larger."""
 _PR_SET_MDWE: Final = 65
@@ -64,6 +65,8 @@ def make(functions: Mapping[str, tuple[Callable[..., int], Sequence[type]]]) -> 
             reason = f"a file may have no more than {most} bytes, too few for libtpms' callbacks"
             hint = "raise the limit: 'ulimit -f', or LimitFSIZE= of a unit"
             raise EngineUnavailable(reason, hint) from exc
+        if not os.path.exists(_MAPS):  # nothing else says where libffi has put them
+            raise EngineUnavailable(*NO_PROC) from exc
         hint = "let it map a memfd as executable (vm.memfd_noexec, SELinux), or use a newer libffi"
         raise EngineUnavailable("this system has no memory for libtpms' callbacks", hint) from exc
     return addresses
@@ -101,7 +104,7 @@ class _Mapping(NamedTuple):
 
 def _mappings() -> list[_Mapping]:
     found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as lines:
+    with open(_MAPS, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             place, rights, _, device, inode, *_ = line.split()
             start, end = (int(part, 16) for part in place.split("-"))

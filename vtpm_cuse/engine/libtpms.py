@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _SONAME = "libtpms.so.0"
 _NOT_THERE = "No such file"
+_BROKEN = "file too short", "ELF", "cannot read file data", "undefined symbol"
+_REINSTALL = "apt-get install --reinstall libtpms0"
 _NOWHERE = 0x7FFFFFFF  # a number that no descriptor can have
 _INFO_FLAGS = 0x7FFFFFFF  # an int of C, for which a request has 64 bits
 _TPM_FAIL = 0x9
@@ -45,7 +47,8 @@ def _open_library() -> Libtpms:
         library: Libtpms = ffi.dlopen(_SONAME)
     except OSError as exc:
         if _NOT_THERE not in str(exc):  # but could not be opened, or mapped
-            raise EngineUnavailable(str(exc)) from exc
+            broken = any(sign in str(exc) for sign in _BROKEN)
+            raise EngineUnavailable(str(exc), _REINSTALL if broken else "") from exc
         raise EngineUnavailable(f"cannot load {_SONAME}", "apt-get install libtpms0") from exc
     # Of itself libtpms writes to descriptor 2, at any level: the whole command after which it
     # is in failure mode, with what is secret in it.

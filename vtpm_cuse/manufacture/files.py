@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 DISTRO_PROFILES: Final = "/usr/share/swtpm/profiles"
 _SETUP_FILE: Final = "swtpm_setup.conf"
 _DEFAULT_PROFILE: Final = '{"Name":"default-v1"}'
+_SETTINGS: Final = frozenset(
+    {
+        *{"create_certs_tool", "create_certs_tool_config", "create_certs_tool_options"},
+        *{"active_pcr_banks", "rsa_keysize", "profile", "profile_file", "local_profiles_dir"},
+    }
+)
 _WORDS: Final = frozenset({"overwrite", "root", "skip-if-exist"})
 
 
@@ -42,12 +48,12 @@ class ConfigFile:
             if not os.path.lexists(path):
                 return cls({})
         try:
-            text = configfile.read_text(path)
+            text = configfile.read_text(path, surrogates=True)
         except OSError as exc:
             raise UsageError(
                 f"User {user} cannot read config file {path}.", hint=exc.strerror or ""
             ) from exc
-        settings = configfile.parse(text, os.environ)
+        settings = configfile.parse(text, os.environ, _SETTINGS, path)
         lines = (line.strip() for line in text.splitlines())
         if not settings and any(line and not line.startswith("#") for line in lines):
             raise UsageError(

@@ -7,6 +7,7 @@ one, never that with a stranger's volatile state.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,9 @@ class Target:
 
     def __init__(self, uri: str, *, tpm2: bool) -> None:
         self._store: StateStore = open_store(uri, tpm2=tpm2)
+        where = parse(uri)
+        self._file = where.path if where.scheme == "file" else ""
+        self._made = False
 
     def has_state(self) -> bool:
         """Whether a TPM is there. Raises StorageError also where only a part of one is left."""
@@ -54,7 +58,9 @@ class Target:
 
     def lock(self) -> None:
         """Keeps every other process off the state. Raises StateLocked."""
+        missing = bool(self._file) and not os.path.lexists(self._file)
         self._store.lock()
+        self._made = missing and not self._store.sizes()
 
     def blobs(self) -> dict[str, bytes]:
         """All that is there."""
@@ -63,6 +69,7 @@ class Target:
     def replace(self, made: dict[str, bytes]) -> None:
         """Puts another TPM in the place of the one that is there, if one is."""
         self._store.replace_all(made)
+        self._made = False
 
     def update(self, before: dict[str, bytes], after: dict[str, bytes]) -> None:
         """Writes what was changed of the TPM that is there."""
@@ -75,5 +82,8 @@ class Target:
             self._store.delete(name)
 
     def close(self) -> None:
-        """Gives up the lock."""
+        """Gives up the lock; a file that a failed run has made goes first."""
+        if self._made:
+            with contextlib.suppress(OSError):
+                os.unlink(self._file)
         self._store.close()

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.errors import EngineUnavailable
+from vtpm_cuse.errors import NO_PROC, EngineUnavailable
 from vtpm_cuse.programs import find_program
 from vtpm_cuse.service import flaws
 from vtpm_cuse.service.confine import landlock
@@ -113,6 +113,8 @@ class Machine:
             found = file.stat()
             if not stat.S_ISCHR(found.st_mode):
                 return "Not a device"
+            if found.st_rdev != _NUMBERS.get(path, found.st_rdev):
+                return "Another device"
             number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
             if self.there(f"/sys/dev/char/{number}") or not self.module_there(module):
                 os.close(os.open(file, os.O_RDWR | os.O_CLOEXEC))
@@ -145,14 +147,17 @@ _DEVICES: Final = {
     "/dev/vtpmx": ("tpm_vtpm_proxy", "the kernel makes TPM devices on it"),
     "/dev/fuse": ("fuse", "a TPM can be a file on it"),
 }
+# Where the kernel has a fixed number for it.
+_NUMBERS: Final = {"/dev/cuse": os.makedev(10, 203), "/dev/fuse": os.makedev(10, 229)}
 _DENIALS: Final = {os.strerror(errno.EACCES), os.strerror(errno.EPERM)}
 
 
 def diagnose(machine: Machine) -> Diagnosis:
     """Looks at everything."""
     findings = tuple(_findings(machine))
+    by_name = {finding.name: finding for finding in findings}
     state = {finding.name: finding.state for finding in findings}
-    no_library = "" if state["libtpms"] is State.OK else "libtpms is missing"
+    no_library = "" if state["libtpms"] is State.OK else _why_no_library(by_name)
     no_right = "" if state["CAP_SYS_ADMIN"] is State.OK else "it takes CAP_SYS_ADMIN"
     no_program = "" if state["fusermount3"] is State.OK else "fusermount3 is missing"
     # Users have the right by fusermount3, which is root's; root of a container has not.
@@ -193,12 +198,21 @@ def diagnose(machine: Machine) -> Diagnosis:
     return Diagnosis(findings, offers, _next(findings, offers))
 
 
+def _why_no_library(by_name: dict[str, Finding]) -> str:
+    if _PROC in by_name:
+        return by_name[_PROC].detail
+    missing = by_name["libtpms"].command == _INSTALL
+    return "libtpms is missing" if missing else "libtpms cannot be used"
+
+
 def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
     """What brings a device nearer, else the best that works."""
     by_name = {finding.name: finding for finding in findings}
     library, device = by_name["libtpms"], by_name["/dev/cuse"]
+    if _PROC in by_name:
+        return by_name[_PROC].command
     if library.state is not State.OK:
-        return library.command
+        return library.command or library.detail
     if device.state is State.LOADABLE:
         return device.command
     if device.state is State.DENIED:
@@ -207,6 +221,9 @@ def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
 
 
 def _findings(machine: Machine) -> Iterator[Finding]:
+    if not _has_proc(machine):
+        reason, command = NO_PROC
+        yield Finding(_PROC, State.MISSING, reason, f"sudo {command}")
     yield Finding("kernel", State.OK, machine.release)
     library, version = _library()
     yield library
@@ -233,6 +250,16 @@ def _findings(machine: Machine) -> Iterator[Finding]:
     yield _devices_there(machine)
 
 
+_PROC: Final = "/proc"
+_INSTALL: Final = "sudo apt-get install libtpms0"
+_COMMANDS: Final = ("apt-get ", "mount ")
+_NOT_TOLD: Final = "nobody can tell without /proc"
+
+
+def _has_proc(machine: Machine) -> bool:
+    return machine.there("/proc/self/status")
+
+
 def _library() -> tuple[Finding, flaws.Version | None]:
     try:
         from vtpm_cuse.service.compose import bare_engine, supported_versions
@@ -240,7 +267,9 @@ def _library() -> tuple[Finding, flaws.Version | None]:
         engine = bare_engine(tpm2=True)
         versions = " and ".join(sorted(supported_versions()))
     except EngineUnavailable as exc:
-        return Finding("libtpms", State.MISSING, str(exc), "sudo apt-get install libtpms0"), None
+        if not exc.hint.startswith(_COMMANDS):
+            return Finding("libtpms", State.MISSING, str(exc)), None
+        return Finding("libtpms", State.MISSING, exc.feature, f"sudo {exc.hint}"), None
     profiles = "with profiles" if engine.has_profiles else "no profiles (they need 0.10)"
     number = ".".join(map(str, engine.version))
     detail = f"{number}, TPM {versions}, {profiles}"
@@ -295,13 +324,18 @@ def _capability(machine: Machine) -> Finding:
     masks = [line.split()[1] for line in lines if line.startswith("CapEff:")]
     mask = int(masks[0], 16) if masks else 0
     state = State.OK if mask >> _CAP_SYS_ADMIN & 1 else State.DENIED
-    return Finding("CAP_SYS_ADMIN", state, "the kernel asks for it when it makes a TPM device")
+    detail = "the kernel asks for it when it makes a TPM device"
+    if not _has_proc(machine):
+        detail = f"{_NOT_TOLD}; {detail}"
+    return Finding("CAP_SYS_ADMIN", state, detail)
 
 
 def _sandbox(machine: Machine) -> Iterator[Finding]:
     actions = machine.text("/proc/sys/kernel/seccomp/actions_avail")
     wanted = {"kill_process", "log", "errno"} <= set(actions.split())
     detail = "filters system calls" if wanted else "this kernel cannot filter system calls"
+    if not _has_proc(machine):
+        detail = _NOT_TOLD
     yield Finding("seccomp", State.OK if wanted else State.MISSING, detail)
     try:
         detail = f"version {landlock.version()}; keeps the TPM off other files"

@@ -121,6 +121,9 @@ class StateStore(Protocol):
     def remedy(self, name: str) -> str:
         """What can be done when a blob is damaged, as a clause of a message; may look for it."""
 
+    def use_of_backup(self) -> str:
+        """What can be done with a backup alone, as a clause of a message; may look for it."""
+
     def defer_to(self, run_later: RunLater) -> None:
         """From now on, *run_later* may be given what no answer has to wait for."""
 
@@ -142,6 +145,10 @@ class WithoutBackup:
     def end_try(self, *, accepted: bool) -> None:
         """Nothing was tried."""
 
+    def use_of_backup(self) -> str:
+        """There is none."""
+        return ""
+
     def defer_to(self, _run_later: RunLater) -> None:
         """Nothing takes long here."""
 
@@ -159,7 +166,7 @@ def left_over(store: StateStore, left: str) -> StorageError:
     """Why no TPM can begin where the permanent state is missing and *left* is there."""
     permanent = store.where(PERMANENT)
     if left.endswith(BACKUP_SUFFIX):
-        cure = "give the option 'backup' to start a TPM 2.0 from it, or copy it there"
+        cure = store.use_of_backup()
     elif PERMANENT in left:
         cure = "copy it there to start from it"
     else:
@@ -175,3 +182,5 @@ REPLACED: Final = (
     "it was replaced since this program started, and the sandbox lets nobody at what is there now; "
     "end the program and start it again, or put back what was there"
 )
+
+GONE: Final = "it is gone since this program started; put back what was there"

@@ -16,12 +16,13 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import BlobError, StateDamaged, StateLocked, StateMissing, StorageError
-from vtpm_cuse.files import flush_folder, write_all
+from vtpm_cuse.files import flush, flush_folder, set_mode, write_all
 from vtpm_cuse.storage import modes
 from vtpm_cuse.storage.base import (
     BACKUP_SUFFIX,
     BLOB_NAMES,
     DEFAULT_MODE,
+    GONE,
     LOCK_CONFLICT,
     PERMANENT,
     REPLACED,
@@ -174,11 +175,9 @@ class DirectoryStore:
                 mode = modes.of_new(_LOCK_MODE, None)
                 fd = os.open(LOCK_NAME, flags, mode, dir_fd=self._directory)
         except StorageError as exc:
-            if os.path.lexists(self._path):
+            if self._replaced or os.path.lexists(self._path):
                 raise
             reason = f"No such file or directory; 'mkdir -m 700 {self._path}' makes it"
-            if self._replaced:
-                reason = "it is gone since this program started; put back what was there"
             raise StorageError(self._path, reason) from exc
         try:
             self._checked_size(LOCK_NAME, os.fstat(fd))
@@ -298,6 +297,14 @@ class DirectoryStore:
                 )
         return "nothing was changed: put back a copy that you kept, or use another directory"
 
+    def use_of_backup(self) -> str:
+        """It can be started from if it is whole."""
+        if not self._is_good(self._permanent + BACKUP_SUFFIX):
+            return "the backup is damaged: put back a copy of the state that you kept"
+        if self._starts_from_backup or self._prefix != "tpm2-00":
+            return "copy it there to start from it"
+        return "give the option 'backup' to start from it, or copy it there"
+
     def defer_to(self, run_later: RunLater) -> None:
         """Replaced files are freed there."""
         self._disposal.run_later = run_later
@@ -319,9 +326,10 @@ class DirectoryStore:
             try:
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
                 self._directory_fd = os.open(self._path, flags)
-            except PermissionError as exc:
+            except (PermissionError, FileNotFoundError) as exc:
                 if self._replaced:
-                    raise StorageError(self._path, REPLACED) from exc
+                    reason = REPLACED if isinstance(exc, PermissionError) else GONE
+                    raise StorageError(self._path, reason) from exc
                 raise
         return self._directory_fd
 
@@ -403,7 +411,7 @@ class DirectoryStore:
             self._give_mode(fd, self._mode)
             write_all(fd, blob)
             if self._fsync:
-                os.fsync(fd)
+                flush(fd)
         finally:
             os.close(fd)
 
@@ -418,7 +426,7 @@ class DirectoryStore:
     @staticmethod
     def _give_mode(fd: int, exact: int | None) -> None:
         if (mode := modes.to_give(os.fstat(fd), exact)) is not None:
-            os.fchmod(fd, mode)
+            set_mode(fd, mode)
 
     def _flush_directory(self) -> None:
         if self._fsync:

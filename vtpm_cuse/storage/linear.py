@@ -22,11 +22,12 @@ from vtpm_cuse.errors import (
     StateNoRoom,
     StorageError,
 )
-from vtpm_cuse.files import flush_folder, write_all
+from vtpm_cuse.files import flush, flush_folder, set_mode, write_all
 from vtpm_cuse.storage import modes
 from vtpm_cuse.storage.base import (
     BLOB_NAMES,
     DEFAULT_MODE,
+    GONE,
     LOCK_CONFLICT,
     PERMANENT,
     REPLACED,
@@ -245,7 +246,7 @@ class LinearStore(WithoutBackup):
 
     def _flush(self, fd: int) -> None:
         if self._fsync:
-            os.fdatasync(fd)
+            flush(fd, only_data=True)
 
     def _flush_directory(self) -> None:
         if not self._fsync:
@@ -275,10 +276,12 @@ class LinearStore(WithoutBackup):
 
     def _set_mode(self, fd: int) -> None:
         if (mode := modes.to_give(os.fstat(fd), self._mode)) is not None:
-            os.fchmod(fd, mode)
+            set_mode(fd, mode)
 
     def _opened(self, flags: int) -> int:
         flags |= os.O_NONBLOCK | os.O_CLOEXEC
+        if self._replaced:  # a TPM was here: no new one begins in its place
+            flags &= ~os.O_CREAT
         mode = modes.of_new(DEFAULT_MODE, self._mode)
         try:
             fd = os.open(self._path, flags | os.O_NOFOLLOW, mode)
@@ -286,6 +289,8 @@ class LinearStore(WithoutBackup):
         except OSError as exc:
             if self._replaced and exc.errno == errno.EACCES:
                 raise StorageError(self._path, REPLACED) from exc
+            if self._replaced and exc.errno == errno.ENOENT:
+                raise StorageError(self._path, GONE) from exc
             if exc.errno != errno.ELOOP:
                 raise
             # /dev is full of links to block devices; a link to anything else is refused.

@@ -285,17 +285,31 @@ def is_tpm2_in(state: StateConfig, line: CommandLine) -> bool:
     meant = is_tpm2(line)
     if not state.own_place:
         return meant
-    from vtpm_cuse.storage.stores import open_store
-
-    there = [v for v in (True, False) if open_store(state.uri, tpm2=v, lock=False).sizes()]
+    kept = {version: _kept_in(state, tpm2=version) for version in (True, False)}
     asked = [v for v, option in ((True, "tpm2"), (False, "tpm12")) if line.has(option)]
-    tpm2 = [*asked, *there, True][0]
-    if there and tpm2 not in there:
+    whole = [version for version, (is_whole, _) in kept.items() if is_whole]
+    left = [version for version, (_, left) in kept.items() if left]
+    tpm2 = [*asked, *whole, *left, True][0]
+    if kept[tpm2] == (False, "") and (whole or left):
+        what = kept[not tpm2][1]
+        it = (f"{what} of an earlier" if what else "a") + f" TPM {'1.2' if tpm2 else '2.0'}"
         raise UsageError(
-            f"Error: {state.uri.removeprefix('dir://')} holds a TPM {'1.2' if tpm2 else '2.0'}",
+            f"Error: {state.uri.removeprefix('dir://')} holds {it}",
             hint=f"give --{'tpm12' if tpm2 else 'tpm2'}, or another place by --tpmstate dir=DIR",
         )
     return tpm2
+
+
+def _kept_in(state: StateConfig, *, tpm2: bool) -> tuple[bool, str]:
+    """Whether a TPM of that version is there, else what is left of one. Raises StorageError."""
+    from vtpm_cuse.storage.stores import open_store
+
+    store = open_store(state.uri, tpm2=tpm2, lock=False)
+    try:
+        left = store.remains()
+        return bool(store.sizes()) and not left, left
+    finally:
+        store.close()
 
 
 def log_config(line: CommandLine) -> LogConfig:

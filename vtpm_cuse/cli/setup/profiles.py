@@ -79,7 +79,12 @@ def _given(line: CommandLine, config: ConfigFile, builtin: frozenset[str]) -> st
 
 def _configured(config: ConfigFile) -> str | None:
     path = config.value("profile_file")
-    return config.value("profile") if path is None else _read(path)
+    if path is not None:
+        return _read(path)
+    profile = config.value("profile")
+    if profile is not None and re.search(r"[\udc80-\udcff]", profile):
+        raise UsageError("The profile in the config file is not text in UTF-8.")
+    return profile
 
 
 def _by_name(name: str, config: ConfigFile, builtin: frozenset[str]) -> str:
