@@ -114,12 +114,13 @@ def test_a_program_in_the_current_folder_is_not_run_for_its_name(workshop: Works
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (" create_certs_tool = {tool}\n", "There is no setting in config file"),
-        ("create_certs_tool: {tool}\n", "There is no setting in config file"),
+        (" create_certs_tool = {tool}\n", "line 1: 'create_certs_tool' is not read as a setting"),
+        ("create_certs_tool: {tool}\n", "line 1: 'create_certs_tool' is not read as a setting"),
+        ("nothing of ours\n", "There is no setting in config file"),
         ("\ufeffcreate_certs_tool = {tool}\n", "begins with a byte order mark"),
         ("# nothing\n", "names no create_certs_tool"),
         ("", "names no create_certs_tool"),
-        ("active_pcr_banks = sha256\n create_certs_tool = {tool}\n", "names no create_certs_tool"),
+        ("active_pcr_banks = sha256\n create_certs_tool = {tool}\n", "line 2: 'create_certs_tool'"),
         ("create_certs_tool =\n", "names no create_certs_tool"),
     ],
 )
