@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PYTHON: Final = ".venv/bin/python"
 _RESULTS: Final = CACHE / "test"
 _DEPLOYED: Final = CACHE / "deployed"
-_SECONDS: Final = "1900"
+_SECONDS: Final = "2250"
 _NOTHING_COLLECTED: Final = 5
 # Once more with the newer libtpms, libffi and Python: engine, state, and what the sandbox takes away.
 _UNSTABLE: Final = (

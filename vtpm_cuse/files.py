@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import re
+import resource
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -339,6 +340,15 @@ def open_nowhere() -> int:
         end, other = socket.socketpair()
         other.close()
         return end.detach()
+
+
+def file_limit(least: int, what: str) -> tuple[str, str] | None:
+    """Reason and cure, where a limit lets no file have *least* bytes, as *what* takes."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if not 0 <= most < least:
+        return None
+    reason = f"a file may have no more than {most} bytes, too few for {what}"
+    return reason, "raise the limit: 'ulimit -f', or LimitFSIZE= of a unit"
 
 
 def open_end() -> int:

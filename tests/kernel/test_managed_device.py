@@ -11,7 +11,7 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
-from tests.kernel.harness import SWTPM_CUSE, run
+from tests.kernel.harness import SWTPM_CUSE, Zygote, run
 from tests.support.managed_device import DeviceWorld
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def world(serve: Serve) -> DeviceWorld:
-    server = serve("vtpm7", more=("--resource-manager",)).start()
+def world(serve: Serve, zygote: Zygote) -> DeviceWorld:
+    server = serve("vtpm7", more=("--resource-manager",)).start(zygote)
     return DeviceWorld(server, Path("/dev/vtpmrm7"))
 
 

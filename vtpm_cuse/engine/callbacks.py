@@ -16,12 +16,11 @@ import contextlib
 import ctypes
 import mmap
 import os
-import resource
 import signal
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import NO_PROC, EngineUnavailable
-from vtpm_cuse.files import open_end
+from vtpm_cuse.files import file_limit, open_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -61,10 +60,8 @@ def make(functions: Mapping[str, tuple[Callable[..., int], Sequence[type]]]) -> 
             addresses[name] = ctypes.cast(closure, ctypes.c_void_p).value or 0
         _seal(addresses.values())
     except (OSError, MemoryError) as exc:
-        if (most := _largest_file()) is not None:
-            reason = f"a file may have no more than {most} bytes, too few for libtpms' callbacks"
-            hint = "raise the limit: 'ulimit -f', or LimitFSIZE= of a unit"
-            raise EngineUnavailable(reason, hint) from exc
+        if (limit := file_limit(_CALLBACK_MEMORY, "libtpms' callbacks")) is not None:
+            raise EngineUnavailable(*limit) from exc  # libffi's memory is a file
         if not os.path.exists(_MAPS):  # nothing else says where libffi has put them
             raise EngineUnavailable(*NO_PROC) from exc
         hint = "let it map a memfd as executable (vm.memfd_noexec, SELinux), or use a newer libffi"
@@ -80,12 +77,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _largest_file() -> int | None:
-    """What a limit lets a file have, if that is what keeps libffi from its memory: that is a file."""
-    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return most if 0 <= most < _CALLBACK_MEMORY else None
 
 
 def _refuse_new_code() -> None:

@@ -19,6 +19,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.files import file_limit
 from vtpm_cuse.service.confine import capabilities
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 FILE_SIZE_MAX: Final = 1 << 30
 """No file is made larger: much more than any state has, or a log or capture that somebody reads."""
+
+_PROGRAM_MAX: Final = 4096 * 8
+"""Bytes of a filter: as many instructions as the kernel takes."""
 
 _ALLOWED: Final = (
     # descriptors that are open
@@ -274,6 +278,8 @@ def _unavailable(reason: str, remedy: str) -> FrontendError:
 
 
 def _refused(reason: str) -> FrontendError:
+    if (limit := file_limit(_PROGRAM_MAX, "the seccomp filter")) is not None:
+        return FrontendError(*limit)
     return _unavailable(
         reason, "let the kernel, or the container that this runs in, have seccomp filters"
     )
