@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, NoReturn
+from typing import IO, TYPE_CHECKING, Final, NoReturn, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 TREE: Final = Path(__file__).resolve().parents[1]
 SETUP: Final = str(TREE / "setup")
@@ -27,7 +27,7 @@ _NOT_FOUND: Final = 127
 class Signalled(BaseException):
     """SIGINT or SIGTERM has come."""
 
-    def __init__(self, number: int, _frame: object = None) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
@@ -49,15 +49,39 @@ def wrong_words() -> NoReturn:
     sys.exit(2)
 
 
+class _Held:
+    """A signal that comes while nobody could end a command for it waits until somebody can."""
+
+    def __init__(self) -> None:
+        self._active = False
+        self._came: int | None = None
+
+    def hold(self) -> None:
+        """From now on they wait."""
+        self._active = True
+
+    def release(self) -> None:
+        """From now on they do not. Raises Signalled for one that has waited."""
+        self._active = False
+        number, self._came = self._came, None
+        if number is not None:
+            raise Signalled(number)
+
+    def come(self, number: int, _frame: object) -> None:
+        """A signal's handler."""
+        if not self._active:
+            raise Signalled(number)
+        self._came = number
+
+
+_held: Final = _Held()
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program of this folder, to its end by itself or by a signal."""
-
-    def raise_it(number: int, frame: object) -> NoReturn:
-        raise Signalled(number, frame)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, raise_it)
+            signal.signal(number, _held.come)
     try:
         sys.exit(main())
     except Signalled as exc:
@@ -65,44 +89,53 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(128 + exc.number)
 
 
-@contextlib.contextmanager
-def started(
-    command: Sequence[str | Path], output: IO[bytes] | None = None
-) -> Iterator[Callable[[], int]]:
-    """Starts a command in a process group of its own, so that it gets signals from here, once.
+class Started:
+    """A command in a process group of its own, so that it gets signals from here, once.
 
-    Gives what waits for its end and returns its exit status, as a shell has it. When the block is
-    left otherwise, the command is ended.
+    When the block is left by an exception, the command is ended. Signals wait until `wait`.
     """
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=TREE,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            process_group=0,
-        )
-    except OSError as exc:
-        say(f"{command[0]}: {exc.strerror}")
-        yield lambda: _NOT_FOUND
-        return
 
-    def wait() -> int:
-        status = process.wait()
+    def __init__(self, command: Sequence[str | Path], output: IO[bytes] | None = None) -> None:
+        self._command = command
+        self._output = output
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        _held.hold()
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=TREE,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT if self._output else None,
+                process_group=0,
+            )
+        except OSError as exc:
+            say(f"{self._command[0]}: {exc.strerror}")
+        return self
+
+    def __exit__(self, _: object, exc: BaseException | None, __: object) -> None:
+        _held.hold()
+        if exc is None or self._process is None:
+            _held.release()
+        else:
+            number = exc.number if isinstance(exc, Signalled) else signal.SIGTERM
+            _end(self._process, number)
+
+    def wait(self) -> int:
+        """Waits for its end; returns its exit status, as a shell has it. Raises Signalled."""
+        _held.release()
+        if self._process is None:
+            return _NOT_FOUND
+        status = self._process.wait()
         return status if status >= 0 else 128 - status
-
-    try:
-        yield wait
-    except BaseException as exc:
-        _end(process, exc.number if isinstance(exc, Signalled) else signal.SIGTERM)
-        raise
 
 
 def run(command: Sequence[str | Path], output: IO[bytes] | None = None) -> int:
-    """Runs a command as `started`; returns its exit status."""
-    with started(command, output) as wait:
-        return wait()
+    """Runs a command as `Started`; returns its exit status."""
+    with Started(command, output) as started:
+        return started.wait()
 
 
 def _end(process: subprocess.Popen[bytes], number: int) -> None:
@@ -110,6 +143,7 @@ def _end(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         with contextlib.suppress(Signalled, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
+            _held.release()
             process.wait(_PATIENCE)
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from xml.etree import ElementTree
 
-from tools.steps import CACHE, run, run_main, say, started, step
+from tools.steps import CACHE, Started, run, run_main, say, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,10 +93,10 @@ class Suite:
         begin = time.monotonic()
         report.unlink(missing_ok=True)
         with report.with_suffix(".out").open("w+b") as said:
-            with started([*command, f"--junitxml={report}"], said) as wait:
+            with Started([*command, f"--junitxml={report}"], said) as started:
                 yield
                 say(f"waiting for the {name} ...")
-                status = wait()
+                status = started.wait()
             said.seek(0)
             shutil.copyfileobj(said, sys.stdout.buffer)
             sys.stdout.flush()
