@@ -15,6 +15,7 @@ import pytest
 from tests.kernel.harness import PROGRAMS
 from tests.support import sockets as s
 from tests.support.fuse import needs_fuse
+from tests.support.programs import INSTALLED
 from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
 
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGAIN: Final = 8
-ALL: Final = (
-    "swtpm",
-    "swtpm-cuse",
-    "swtpm_bios",
-    "swtpm_cert",
-    "swtpm_cuse",
-    "swtpm_ioctl",
-    "swtpm_localca",
-    "swtpm_setup",
-)
 
 
 def start(*words: str | Path) -> subprocess.Popen[bytes]:
@@ -148,7 +139,7 @@ def is_python(process: subprocess.Popen[bytes], program: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("program", ALL)
+@pytest.mark.parametrize("program", INSTALLED)
 def test_no_import_is_shown(program: str) -> None:
     for again in range(AGAIN):
         process = start(PROGRAMS / program, "--help")

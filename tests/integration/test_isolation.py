@@ -11,22 +11,13 @@ from typing import Final
 
 import pytest
 
+from tests.support.programs import INSTALLED
 from tests.support.sockets import GET_CAPABILITY, connect
 from tests.support.waiting import wait_until
 
 ROOT: Final = Path(__file__).parents[2]
 SOURCES: Final = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 FOREIGN: Final = ("trio", "cffi", "vtpm_cuse", "sitecustomize", "usercustomize")
-PROGRAMS: Final = (
-    "swtpm",
-    "swtpm-cuse",
-    "swtpm_bios",
-    "swtpm_cert",
-    "swtpm_cuse",
-    "swtpm_ioctl",
-    "swtpm_localca",
-    "swtpm_setup",
-)
 
 Words = list[str]
 
@@ -174,7 +165,7 @@ def test_a_module_that_python_is_told_to_run_is_not_isolated(module: str, foreig
 
 
 @pytest.mark.parametrize("name", DESPITE_I)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", INSTALLED)
 def test_python_is_the_one_that_the_program_names(program: str, name: str, foreign: Path) -> None:
     path = Path(sys.executable).parent / program
     env = variables(foreign, name)

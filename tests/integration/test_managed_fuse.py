@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
-from tests.kernel.harness import servers
+from tests.kernel.harness import errno_from, servers
+from tests.support.commands import get_random
 from tests.support.fuse import FuseServer, needs_fuse
 from tests.support.managed_device import DeviceWorld
 
@@ -30,3 +32,13 @@ def test_a_tpm_1_2_has_none(tmp_path: Path) -> None:
     for make in servers(tmp_path, FuseServer):
         server = make("vtpm0", tpm2=False, more=("--tpm12",)).start()
         assert not server.device.with_name("vtpmrm0").exists()
+
+
+def test_a_client_keeps_nobody_from_ending_the_tpm(world: DeviceWorld) -> None:
+    with world.client() as client:
+        assert len(client.command(get_random(8))) == 20
+        world.server.stop()
+        assert errno_from(lambda: client.send(get_random(8))) in {
+            errno.ENOTCONN,
+            errno.ECONNABORTED,
+        }

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from vtpm_cuse.cli.registry import MODULES
+
+INSTALLED: Final = (
+    "swtpm",
+    "swtpm-cuse",
+    "swtpm_bios",
+    "swtpm_cert",
+    "swtpm_cuse",
+    "swtpm_ioctl",
+    "swtpm_localca",
+    "swtpm_setup",
+)
+"""The programs."""
 
 
 def module_of(program: str) -> str:

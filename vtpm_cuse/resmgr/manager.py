@@ -117,11 +117,6 @@ class Manager:
         return found
 
     @property
-    def connections(self) -> tuple[Connection, ...]:
-        """Those that are open."""
-        return tuple(self._connections.values())
-
-    @property
     def inner_commands(self) -> int:
         """How many commands the manager itself has given the TPM."""
         return self._inner.count

@@ -128,7 +128,7 @@ class DeviceServer:
 
     async def _serve(self) -> None:
         looked_at, until_checkpoint, linger_until = self._served, _CHECKPOINT_EVERY, 0.0
-        while not (self._ptm.shutdown_requested and not self._is_open):
+        while not (self._ptm.shutdown_requested and not self._file.is_open):
             answered = 0
             for served in looked_at:
                 answered += self._answer_one(served)
@@ -146,10 +146,6 @@ class DeviceServer:
             if until_checkpoint <= 0:
                 await trio.lowlevel.checkpoint()
                 looked_at, until_checkpoint = self._served, _CHECKPOINT_EVERY
-
-    @property
-    def _is_open(self) -> bool:
-        return self._file.is_open or (self._managed is not None and self._managed.is_open)
 
     def _answer_one(self, served: Served) -> int:
         """How many requests there were: one or none. Raises DeviceGone."""

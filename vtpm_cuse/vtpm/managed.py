@@ -92,11 +92,6 @@ class ManagedFile:
         self._opens: set[ManagedOpen] = set()
         self._written: list[ManagedOpen] = []
 
-    @property
-    def is_open(self) -> bool:
-        """Whether somebody has the device open."""
-        return bool(self._opens)
-
     def open(self) -> ManagedOpen:
         """A new client. Raises DeviceError EMFILE when there are too many."""
         if len(self._opens) >= OPENS_MAX:
