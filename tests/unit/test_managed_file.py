@@ -1,0 +1,82 @@
+"""An open of a managed device, where the kernel's own has rules that take time or a busy TPM."""
+
+from __future__ import annotations
+
+import errno
+import select
+
+import pytest
+
+from tests.support.commands import create_primary_rsa, get_random
+from tests.support.kernel import Machine
+from vtpm_cuse.errors import DeviceError
+from vtpm_cuse.vtpm.managed import ManagedFile, ManagedOpen, ManagedVtpm
+from vtpm_cuse.vtpm.turn import Turn
+
+RANDOM = get_random(8)
+
+
+class Managed:
+    """A managed device, with a clock that stands still and jobs that wait to be run."""
+
+    def __init__(self) -> None:
+        self.machine = Machine()
+        self.now = 1000.0
+        self.changes = 0
+        vtpm = self.machine.vtpm
+        self.turn = Turn(self.machine.jobs.submit)
+        self.file = ManagedFile(
+            vtpm, ManagedVtpm(vtpm), self.turn, self._changed, clock=lambda: self.now
+        )
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def asked(self, found: ManagedOpen, command: bytes) -> None:
+        found.write(command)
+        self.file.run_pending()
+
+
+def test_an_answer_that_nobody_fetches_is_dropped_after_two_minutes() -> None:
+    managed = Managed()
+    found = managed.file.open()
+    managed.asked(found, RANDOM)
+    managed.now += 119
+    assert found.poll() & select.POLLIN
+    with pytest.raises(DeviceError) as refusal:
+        found.write(RANDOM)
+    assert refusal.value.errno == errno.EBUSY
+    managed.now += 2
+    assert found.poll() & select.POLLOUT
+    assert found.read(100, nonblocking=True) == b""
+    managed.asked(found, RANDOM)
+    assert found.read(100, nonblocking=True)
+
+
+def test_a_command_waits_for_the_one_that_runs() -> None:
+    managed = Managed()
+    slow, quick = managed.file.open(), managed.file.open()
+    managed.asked(slow, create_primary_rsa())
+    managed.asked(quick, RANDOM)
+    assert slow.read(100, nonblocking=False) is None
+    assert quick.read(100, nonblocking=False) is None
+    with pytest.raises(DeviceError) as refusal:
+        quick.read(100, nonblocking=True)
+    assert refusal.value.errno == errno.EAGAIN
+    managed.machine.jobs.run()
+    assert slow.read(100, nonblocking=True)
+    managed.machine.jobs.run()
+    assert quick.read(100, nonblocking=True)
+
+
+def test_who_has_gone_is_closed_behind_the_command() -> None:
+    managed = Managed()
+    found = managed.file.open()
+    managed.asked(found, create_primary_rsa())
+    found.release()
+    managed.machine.jobs.run()
+    assert not managed.turn.taken
+    for _ in range(64):
+        managed.file.open()
+    with pytest.raises(DeviceError):
+        managed.file.open()
