@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from tests.kernel.harness import PROGRAMS, ROOT, Done, Server, needs, run
+from tests.kernel.harness import OUR_IOCTL, PROGRAMS, ROOT, Done, Server, needs, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +55,9 @@ class FuseServer(Server):
     def waiting(self) -> int:
         (minor,) = (number.split(":")[1] for path, number in mounts() if path == str(self.mount))
         return int((CONNECTIONS / minor / "waiting").read_text())
+
+    def shut_down(self) -> None:
+        self.run(OUR_IOCTL, "-s", self.device)  # whoever runs this may not look into the mount
 
     def check_gone(self) -> None:
         assert str(self.mount) not in dict(mounts())
