@@ -44,6 +44,8 @@ class TpmTag(IntEnum):
     TPM_TAG_RQU_AUTH1_COMMAND = 0x00C2
     TPM_TAG_RQU_AUTH2_COMMAND = 0x00C3
     TPM_TAG_RSP_COMMAND = 0x00C4
+    TPM_TAG_RSP_AUTH1_COMMAND = 0x00C5
+    TPM_TAG_RSP_AUTH2_COMMAND = 0x00C6
     TPM_ST_NO_SESSIONS = 0x8001
     TPM_ST_SESSIONS = 0x8002
     TPM_ST_HASHCHECK = 0x8024
@@ -380,8 +382,8 @@ def command_code(command: bytes) -> bytes:
     return command[6:10]
 
 
-def command_size(command: bytes) -> int:
-    """The size that the header of a command, which is whole, says the command has."""
+def command_size(command: bytes | bytearray) -> int:
+    """The size that the header of a command or response, which is whole, says it has."""
     return int.from_bytes(command[2:6], "big")
 
 
