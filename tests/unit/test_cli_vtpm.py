@@ -29,6 +29,8 @@ PROGRAM: Final = [
     "-c",
     f"import sys; from {module_of('vtpm')} import main; sys.exit(main())",
 ]
+AS_USERS: Final = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""With it, nothing would have to be flushed."""
 ANSWERED: Final = bytes.fromhex("80010000000a00000922")
 AUTH_FAIL: Final = "0x98e [TPM] TPM_RC_AUTH_FAIL, session 1: wrong password or HMAC, "
 
@@ -201,7 +203,7 @@ def test_standard_input(file: Path) -> None:
 
 def test_a_line_is_there_while_more_may_come() -> None:
     with subprocess.Popen(
-        [*PROGRAM, "trace", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*PROGRAM, "trace", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=AS_USERS
     ) as process:
         assert process.stdin
         assert process.stdout
@@ -218,6 +220,7 @@ def test_ctrl_c_ends_it_without_a_word() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=AS_USERS,
     ) as process:
         assert process.stdin
         assert process.stdout
@@ -234,7 +237,7 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
     path = tmp_path / "long"
     path.write_bytes(capture(5000))
     with subprocess.Popen(
-        [*PROGRAM, "trace", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*PROGRAM, "trace", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=AS_USERS
     ) as process:
         assert process.stdout
         assert process.stderr

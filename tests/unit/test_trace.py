@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -11,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import commands as tpm
-from tests.support.libtpms import started
+from tests.support.libtpms import BOTH, make, nv_commands, started
 from tests.support.processes import in_child
+from vtpm_cuse.config import PcapConfig
+from vtpm_cuse.engine.recorded import RecordedTpm
 from vtpm_cuse.wire import names, tpm2, tpm2_handles, tpm12
+from vtpm_cuse.wire.pcapng import CaptureReader
 from vtpm_cuse.wire.rc import explain
 from vtpm_cuse.wire.tpm import TPM_CC_SET_LOCALITY, TpmCc, TpmOrdinal
 from vtpm_cuse.wire.trace import Session, as_json, decode, text
@@ -306,6 +310,37 @@ def test_every_command_of_libtpms_has_a_name_and_its_handles() -> None:
         assert names.command_name(code).startswith("TPM2_"), hex(code)
         wanted = names.Shape(attributes.handles, attributes.returns_handle)
         assert names.shape_of(code) == wanted, names.command_name(code)
+
+
+# -- a TPM --------------------------------------------------------------------------------
+
+
+@BOTH
+@in_child
+def test_what_a_tpm_was_asked_is_understood(tpm2: bool) -> None:
+    """From the capture that is written of it, to its last byte."""
+    fd = os.memfd_create("capture")
+    recorded = RecordedTpm(make(tpm2=tpm2), PcapConfig(fd=fd))
+    recorded.start()
+    asked = [tpm.TPM2_STARTUP_CLEAR if tpm2 else tpm.TPM12_STARTUP_CLEAR]
+    asked += nv_commands(tpm2=tpm2)
+    asked += [tpm.pcr_extend(3, bytes(32)), tpm.tpm2(0x99)] if tpm2 else [tpm.tpm12(0x0A)]
+    answers = [recorded.process(command) for command in asked]
+    recorded.stop()
+    reader = CaptureReader()
+    found = [*reader.feed(os.pread(fd, 1 << 20, 0)), *reader.end()]
+    assert (reader.trouble, reader.packets) == ("", 2 * len(asked) + 6)
+    assert [(one.command, one.response) for one in found] == [*zip(asked, answers, strict=True)]
+    records = [decode(one.command, one.response) for one in found]
+    assert [record.command.name.split("_")[0] for record in records[:-1]] == (
+        ["TPM2"] * 5 if tpm2 else ["TPM"] * 4
+    )
+    assert [record.command.name for record in records][-1] == ("0x00000099" if tpm2 else "TPM_OIAP")
+    assert [f for record in records[:-1] for f in record.command.faults] == []
+    assert [f for record in records if record.response for f in record.response.faults] == []
+    codes = [tpm.code_of(answer) for answer in answers]
+    assert [r.response.result.code for r in records if r.response and r.response.result] == codes
+    assert codes[:-1] == [0] * (len(asked) - 1)
 
 
 # -- secrets ------------------------------------------------------------------------------
