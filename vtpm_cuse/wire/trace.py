@@ -24,7 +24,6 @@ from vtpm_cuse.wire.tpm import (
     TPM_HEADER_SIZE,
     TpmCc,
     TpmOrdinal,
-    TpmSu,
     TpmTag,
     command_code,
     command_size,
@@ -202,17 +201,12 @@ def _sessions2(reader: Reader, data: bytes) -> tuple[Session, ...]:
     area = Reader(reader.take(reader.number(4)), "authorization area")
     found = []
     while area.left:
-        handle, _, attributes, _ = _authorization(area)
+        entry = tpm2.PasswordSession.read(area)
+        handle = entry.sessionHandle
         # Any other number there could be anything, a part of a password among it.
         name = names.handle_name(handle) if names.is_session(handle) else "no session"
-        found.append(Session(name, names.attribute_names(attributes)))
+        found.append(Session(name, names.attribute_names(entry.sessionAttributes)))
     return tuple(found)
-
-
-def _authorization(area: Reader) -> tuple[int, int, int, int]:
-    """TPMS_AUTH_COMMAND: handle, size of the nonce, attributes, size of password or HMAC."""
-    entry = tpm2.PasswordSession.read(area)
-    return entry.sessionHandle, len(entry.nonce), entry.sessionAttributes, len(entry.hmac)
 
 
 def _sessions12(reader: Reader, data: bytes) -> tuple[Session, ...]:
@@ -277,8 +271,7 @@ def _defined(parameters: bytes) -> Details:
 
 
 def _startup(parameters: bytes) -> Details:
-    kinds = {TpmSu.TPM_SU_CLEAR: "TPM_SU_CLEAR", TpmSu.TPM_SU_STATE: "TPM_SU_STATE"}
-    return _one_of(kinds, _number(parameters, 2))
+    return _one_of({0: "TPM_SU_CLEAR", 1: "TPM_SU_STATE"}, _number(parameters, 2))
 
 
 def _startup12(parameters: bytes) -> Details:
@@ -286,7 +279,7 @@ def _startup12(parameters: bytes) -> Details:
     return _one_of(kinds, _number(parameters, 2))
 
 
-def _one_of(kinds: dict[Any, str], kind: int) -> Details:
+def _one_of(kinds: dict[int, str], kind: int) -> Details:
     return (("type", kinds.get(kind, f"0x{kind:04x}")),)
 
 
