@@ -181,3 +181,14 @@ class UsageError(VtpmError):
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.hint}" if self.hint else self.reason
+
+
+class LabError(VtpmError):
+    """A private TPM cannot be had, or has gone; ``said`` is what its emulator said last."""
+
+    def __init__(self, reason: str, said: str = "") -> None:
+        super().__init__(reason, said)
+        self.reason, self.said = reason, said
+
+    def __str__(self) -> str:
+        return f"{self.reason}\n{self.said}" if self.said else self.reason

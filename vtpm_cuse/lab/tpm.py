@@ -1,0 +1,317 @@
+"""One private TPM: an emulator as a child, its environment for clients, its time machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+from vtpm_cuse.client.child import ChildEmulator, Nest, Owned, standard_files_left_alone
+from vtpm_cuse.client.connect import connect_unix, receive
+from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
+from vtpm_cuse.lab.snapshot import Snapshot
+from vtpm_cuse.wire.ptm import PtmBlobType, PtmInitFlag, PtmResult, PtmStateFlag
+from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmSu, command_size, startup_command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from vtpm_cuse.client.base import Control
+
+_DECRYPTED: Final = PtmStateFlag.PTM_STATE_FLAG_DECRYPTED
+_PERMANENT: Final = PtmBlobType.PTM_BLOB_TYPE_PERMANENT
+_VOLATILE: Final = PtmBlobType.PTM_BLOB_TYPE_VOLATILE
+_SAVED: Final = PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
+_ANSWER_SECONDS: Final = 300
+"""For one command: some keys take a TPM minutes on a busy machine."""
+_MANAGED, _RAW = "tpm", "raw"
+_TCTI: Final = Path(__file__).with_name("tcti.py")
+
+
+class Tpm:
+    """A private TPM, from the entry of the context to its end.
+
+    It is gone, with its folder and sockets, when this process is, however that ended. A copy of this
+    process, which fork() makes, cannot use it, but clients there can connect to it.
+
+    Methods are for any thread, and wait for each other. None of them is a coroutine: in an event
+    loop use ``async with``, and a thread of the loop's for commands that take a TPM long.
+
+    Args:
+        version: "2.0" or "1.2".
+        state: A folder that keeps what the TPM keeps, made if it is not there; else it is in memory.
+        snapshot: What it begins from, with the version of that.
+        profile: Of a TPM 2.0 yet to be made, by name or as JSON; needs libtpms 0.10.
+
+    Attributes:
+        path: The Unix socket of the resource manager: each connection has a TPM of its own. A TPM
+            1.2 has none; this is the other socket then.
+        raw_path: The Unix socket of the TPM itself, which has one client at a time.
+        tcti: `path` as tpm2-tss writes it.
+        env: Environment variables by which clients find the TPM; docs/lab.md says who reads which.
+        pid: The emulator's process.
+        version: "2.0" or "1.2".
+
+    Raises:
+        LabError: Of `start` and all methods: there is no TPM to be had, or it has gone.
+        TpmError: Of methods that are TPM commands: the TPM refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        version: Literal["2.0", "1.2"] = "2.0",
+        state: str | Path | None = None,
+        snapshot: Snapshot | None = None,
+        profile: str | None = None,
+    ) -> None:
+        if version not in {"2.0", "1.2"}:
+            raise LabError(f"There is no TPM {version}: it is 2.0 or 1.2")
+        if snapshot is not None and state is not None:
+            raise LabError("A TPM begins from a snapshot or from a folder, not from both")
+        self._tpm2 = version == "2.0" if snapshot is None else snapshot.tpm2
+        self._state = None if state is None else os.path.abspath(state)
+        self._begin = snapshot
+        self._profile = profile
+        self._lock = threading.RLock()
+        self._nest: Nest | None = None
+        self._emulator: ChildEmulator | None = None
+        self._client: _Client | None = None
+
+    # -- life -----------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Starts it, as the context does, which is ended by `close`. It is ready then."""
+        with self._lock, standard_files_left_alone():
+            if self._nest is not None:
+                raise LabError("It runs already")
+            try:
+                self._start()
+            except BaseException:
+                self._kill()
+                raise
+        return self
+
+    def _start(self) -> None:
+        self._nest = nest = Nest([_MANAGED, _RAW])
+        listeners = {"--server": nest.listen(_RAW)}
+        if self._tpm2:
+            listeners["--managed"] = nest.listen(_MANAGED)
+        self._emulator = ChildEmulator(self._words(), listeners)
+        if self._begin is not None:
+            self._rewind(self._emulator, self._begin)
+
+    def _words(self) -> list[str]:
+        words = ["--tpm2"] if self._tpm2 else []
+        if self._state is None:
+            words += ["--tpmstate", "backend-uri=mem://"]
+        else:
+            try:
+                os.makedirs(self._state, mode=0o700, exist_ok=True)
+            except OSError as exc:
+                raise LabError(f"Could not make {self._state}: {exc.strerror}") from exc
+            words += ["--tpmstate", f"backend-uri=dir://{self._state}"]
+        if self._begin is None:  # else it is not to make another one first
+            words += ["--flags", "not-need-init,startup-clear"]
+            if self._profile is not None:
+                kind = "profile" if self._profile.lstrip().startswith("{") else "name"
+                words += ["--profile", f"{kind}={self._profile}"]
+        return words
+
+    def close(self) -> None:
+        """Ends it; again is harmless. A state in a folder is stored then.
+
+        Raises:
+            LabError: The emulator did not end in order; it has ended all the same.
+        """
+        with self._lock:
+            try:
+                if self._emulator is not None and self._state is not None:
+                    self._emulator.end()
+            finally:
+                self._kill()
+
+    def _kill(self) -> None:
+        if self._client is not None:
+            self._client.release()
+        if self._emulator is not None:
+            self._emulator.kill()
+        if self._nest is not None:
+            self._nest.close()
+        self._client = self._emulator = self._nest = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, and is this process' own."""
+        return self._emulator is not None and self._emulator.alive
+
+    # -- where it is ----------------------------------------------------------------------
+
+    @property
+    def version(self) -> str:  # noqa: D102 - see the class
+        return "2.0" if self._tpm2 else "1.2"
+
+    @property
+    def pid(self) -> int:  # noqa: D102
+        return self._running().pid
+
+    @property
+    def path(self) -> str:  # noqa: D102
+        return self._path(_MANAGED if self._tpm2 else _RAW)
+
+    @property
+    def raw_path(self) -> str:  # noqa: D102
+        return self._path(_RAW)
+
+    @property
+    def tcti(self) -> str:  # noqa: D102
+        words = [sys.executable, "-I", "-S", str(_TCTI), self.path]
+        return f"cmd:{shlex.join(words)}"
+
+    @property
+    def env(self) -> dict[str, str]:  # noqa: D102
+        found = {"VTPM_PATH": self.path, "VTPM_RAW_PATH": self.raw_path}
+        if self._tpm2:
+            found |= dict.fromkeys(_TCTI_VARIABLES, self.tcti)
+        return found
+
+    def _path(self, name: str) -> str:
+        if self._nest is None:
+            raise LabError("The TPM is not running: enter its context, or start it")
+        return self._nest.path(name)
+
+    # -- commands -------------------------------------------------------------------------
+
+    def command(self, command: bytes) -> bytes:
+        """The TPM's response to a command, both whole with their headers.
+
+        All of them come from one client: what it loads stays until the TPM is reset.
+        """
+        if not TPM_HEADER_SIZE <= len(command) == command_size(command) <= TPM_BUFFER_MAX:
+            raise WireError("TPM command", command_size(command), len(command))
+        with self._lock:
+            emulator = self._running()
+            try:
+                if self._client is None or not self._tpm2:
+                    self._client = _Client(self.path)
+                return self._client.ask(command)
+            except (OSError, EOFError, VtpmError) as exc:
+                raise emulator.failure("The TPM did not answer", exc) from exc
+            finally:
+                if not self._tpm2 and self._client is not None:  # others wait for that socket
+                    self._client.release()
+
+    # -- time -----------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """All of it, as it is now; it goes on."""
+        with self._lock, self._asking("The TPM gave no snapshot") as emulator:
+            control = emulator.control
+            permanent = control.get_state(_PERMANENT, _DECRYPTED)
+            volatile = control.get_state(_VOLATILE, _DECRYPTED)
+            saved = b"" if self._tpm2 else _saved_state(control)
+        return Snapshot(permanent, volatile, saved, tpm2=self._tpm2)
+
+    def rewind(self, snapshot: Snapshot) -> None:
+        """Puts the TPM back to where *snapshot* was taken, of this TPM or of any of its version.
+
+        Clients that are connected find themselves at a TPM that was reset: their objects and
+        sessions are gone, as those of all clients at the moment of the snapshot are.
+        """
+        with self._lock, self._asking("The TPM could not be rewound") as emulator:
+            if snapshot.tpm2 != self._tpm2:
+                raise LabError(f"The snapshot is of another version than this TPM {self.version}")
+            self._rewind(emulator, snapshot)
+
+    def _rewind(self, emulator: ChildEmulator, snapshot: Snapshot) -> None:
+        control = emulator.control
+        control.stop()
+        control.set_state(_PERMANENT, snapshot.permanent)
+        control.set_state(_VOLATILE, snapshot.volatile)
+        if not self._tpm2:
+            control.set_state(_SAVED, snapshot.saved)
+        control.init()
+
+    def power_cycle(self) -> None:
+        """Takes the power away and gives it back, then starts the TPM up, as a machine does.
+
+        It is shut down in order before; what it keeps without power stays.
+        """
+        with self._lock:
+            with self._asking("The TPM could not be powered off and on") as emulator:
+                emulator.control.stop()
+                emulator.control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+            kind = TpmSu.TPM_SU_CLEAR if self._tpm2 else TpmSu.TPM_ST_CLEAR
+            self.command(startup_command(kind, tpm2=self._tpm2))
+
+    # -- helpers --------------------------------------------------------------------------
+
+    def _running(self) -> ChildEmulator:
+        if self._emulator is None:
+            raise LabError("The TPM is not running: enter its context, or start it")
+        if not self._emulator.ours:
+            raise LabError("The TPM belongs to the process that started it")
+        return self._emulator
+
+    @contextlib.contextmanager
+    def _asking(self, failing: str) -> Iterator[ChildEmulator]:
+        emulator = self._running()
+        try:
+            yield emulator
+        except LabError:
+            raise
+        except (OSError, VtpmError) as exc:
+            raise emulator.failure(failing, exc) from exc
+
+
+def _saved_state(control: Control) -> bytes:
+    """Of a TPM 1.2, which there may be none of. Raises as `Control` does."""
+    try:
+        return control.get_state(_SAVED, _DECRYPTED)
+    except AnswerError as exc:
+        if exc.result != PtmResult.TPM_RETRY:
+            raise
+        return b""
+
+
+_TCTI_VARIABLES: Final = (
+    "TPM2TOOLS_TCTI",
+    "TPM2OPENSSL_TCTI",
+    "TPM2_PKCS11_TCTI",
+    "TPM2TSSENGINE_TCTI",
+)
+
+
+class _Client(Owned):
+    """A connection for `Tpm.command`. Raises OSError or FrontendError."""
+
+    def __init__(self, path: str) -> None:
+        self._connection = connect_unix(path)
+        self._connection.settimeout(_ANSWER_SECONDS)
+        super().__init__()
+
+    def ask(self, command: bytes) -> bytes:
+        """The response. Raises OSError, EOFError."""
+        self._connection.sendall(command)
+        head = receive(self._connection, TPM_HEADER_SIZE)
+        return head + receive(self._connection, command_size(head) - TPM_HEADER_SIZE)
+
+    def release(self) -> None:
+        """See `Owned`."""
+        self._connection.close()
