@@ -244,7 +244,7 @@ class Tpm:
         control.stop()
         control.set_state(_PERMANENT, snapshot.permanent)
         control.set_state(_VOLATILE, snapshot.volatile)
-        if not self._tpm2:
+        if snapshot.saved:  # libtpms takes none, where there is one, for an error
             control.set_state(_SAVED, snapshot.saved)
         control.init()
 
