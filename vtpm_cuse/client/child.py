@@ -1,16 +1,15 @@
 """An emulator as a child: a TPM that its parent has to itself, and that goes when its parent goes.
 
 The parent binds the sockets, in a folder of its user's alone, and hands them over, so a client can
-connect before the emulator has begun. The control channel is one end of a socket pair: when the
-parent has ended, however that came about, the emulator finds the end of it and ends, too. A guardian
-waits for the same, and removes sockets and folder: not the parent, which may be killed, nor the
+connect before the emulator has begun. So does the parent, to the control channel: when that connection has ended, however
+that came about, there is no control client left and the emulator ends, too. A guardian waits for the
+same, and removes sockets and folder: not the parent, which may be killed, nor the
 emulator, whose sandbox lets it remove nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import site
@@ -24,17 +23,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.client.channel import SocketControl
+from vtpm_cuse.client.connect import connect_unix
 from vtpm_cuse.errors import LabError, VtpmError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+CONTROL: Final = "--ctrl"
 START_SECONDS: Final = 120
 """How long an answer may take: on a busy machine many emulators start at once."""
 
 _END_SECONDS: Final = 30
 _PATH_MAX: Final = 107  # bytes of sun_path, without the NUL
-_MESSAGES_MAX: Final = 1 << 16
+_MESSAGES_MAX: Final = 1 << 14  # bytes
 _ROOT: Final = Path(__file__).resolve().parents[2]
 """Where the package is: in a checkout, or beside what was installed with it."""
 
@@ -225,11 +226,9 @@ class ChildEmulator(Owned):
 
     Args:
         words: Options, all but those of the channels.
-        listeners: The sockets it serves, by their options, as "--server"; closed here afterwards.
+        listeners: The sockets it serves, by their options, as "--server", and `CONTROL` among them;
+            closed here afterwards.
         pass_fds: More descriptors that *words* name.
-
-    Attributes:
-        control: Its control channel.
 
     Raises:
         LabError: It does not start; with what it said.
@@ -241,15 +240,16 @@ class ChildEmulator(Owned):
         listeners: Mapping[str, socket.socket],
         pass_fds: Iterable[int] = (),
     ) -> None:
-        self._messages = _message_file()
-        self._ours, theirs = socket.socketpair()
-        self._ours.settimeout(START_SECONDS)
-        self.control = SocketControl(self._ours.dup)
+        # Nobody has to read what is in memory; and it is little, for the log leaves out what repeats.
+        self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
+        self._path: str = listeners[CONTROL].getsockname()
+        self._ours = _connect(self._path)
         super().__init__()
-        channels = ["--ctrl", f"type=unixio,clientfd={theirs.fileno()},terminate"]
+        channels = []
         for option, listener in listeners.items():
-            channels += [option, f"type=unixio,fd={listener.fileno()}"]
-        fds = [theirs.fileno(), *(one.fileno() for one in listeners.values()), *pass_fds]
+            more = ",terminate" if option == CONTROL else ""
+            channels += [option, f"type=unixio,fd={listener.fileno()}{more}"]
+        fds = [*(one.fileno() for one in listeners.values()), *pass_fds]
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own program
                 [*program_words("vtpm_cuse.cli.swtpm"), "socket", *words, *channels],
@@ -265,10 +265,10 @@ class ChildEmulator(Owned):
             self.release()
             raise LabError(f"Could not start an emulator: {exc.strerror}") from exc
         finally:
-            for end in (theirs, *listeners.values()):
-                end.close()
+            for listener in listeners.values():
+                listener.close()
         try:
-            self.control.capability()  # answered when it is up
+            SocketControl(self._ours.dup).capability()  # answered when it is up
         except (OSError, VtpmError) as exc:
             failure = self.failure("The emulator did not start", exc)
             self.kill()
@@ -284,6 +284,16 @@ class ChildEmulator(Owned):
         """Whether it runs, and is this process' own."""
         return self.ours and self._process.poll() is None
 
+    @contextlib.contextmanager
+    def control(self) -> Iterator[SocketControl]:
+        """A control connection of its own for several requests: after one is refused it must end.
+
+        Raises:
+            OSError: Nobody is there.
+        """
+        with _connect(self._path) as connection, SocketControl(connection.dup) as control:
+            yield control
+
     def failure(self, what: str, exc: Exception) -> LabError:
         """An error that says *what* went wrong, why, and what the emulator said last."""
         if isinstance(exc, VtpmError):
@@ -296,18 +306,19 @@ class ChildEmulator(Owned):
         return LabError(f"{what}: {ended or exc}", self.messages())
 
     def messages(self) -> str:
-        """What it said: the first 64 KiB of its log and of what Python had to say."""
+        """What it said last: of its log, and of what Python had to say, at most 16 KiB."""
         if self._messages < 0:
             return ""
-        said = os.pread(self._messages, _MESSAGES_MAX, 0).rstrip(b"\0")
+        begin = max(0, os.fstat(self._messages).st_size - _MESSAGES_MAX)
+        said = os.pread(self._messages, _MESSAGES_MAX, begin)
         return shown(said.decode(errors="replace")).strip()
 
     def end(self) -> None:
         """Has it store its state and end. Raises LabError; it has ended all the same."""
         if self.ours and self._messages >= 0:
             try:
-                self._ours.settimeout(_END_SECONDS)
-                self.control.shutdown()
+                with self.control() as control:
+                    control.shutdown()
                 self._process.wait(_END_SECONDS)
             except (OSError, VtpmError, subprocess.TimeoutExpired) as exc:
                 failure = self.failure("The emulator did not end in order", exc)
@@ -325,12 +336,18 @@ class ChildEmulator(Owned):
     def release(self) -> None:
         """See `Owned`. Once all have let go of its control channel, it ends."""
         if self._messages >= 0:
-            self.control.close()
             self._ours.close()
             os.close(self._messages)
             self._messages = -1
         if not self.ours:
             self._process.returncode = 0  # another process' child
+
+
+def _connect(path: str) -> socket.socket:
+    """Raises OSError."""
+    connection = connect_unix(path)
+    connection.settimeout(START_SECONDS)
+    return connection
 
 
 @contextlib.contextmanager
@@ -345,11 +362,3 @@ def standard_files_left_alone() -> Iterator[None]:
     finally:
         for fd in held:
             os.close(fd)
-
-
-def _message_file() -> int:
-    """In memory, and no larger than it is: writes past its end fail, and nobody has to read it."""
-    fd = os.memfd_create("messages", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, _MESSAGES_MAX)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-    return fd

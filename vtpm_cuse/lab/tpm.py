@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from vtpm_cuse.client.child import ChildEmulator, Nest, Owned, standard_files_left_alone
+from vtpm_cuse.client.child import CONTROL, ChildEmulator, Nest, Owned, standard_files_left_alone
 from vtpm_cuse.client.connect import connect_unix, receive
 from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
 from vtpm_cuse.lab.snapshot import Snapshot
@@ -29,7 +29,8 @@ _VOLATILE: Final = PtmBlobType.PTM_BLOB_TYPE_VOLATILE
 _SAVED: Final = PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
 _ANSWER_SECONDS: Final = 300
 """For one command: some keys take a TPM minutes on a busy machine."""
-_MANAGED, _RAW = "tpm", "raw"
+_MANAGED, _RAW, _CONTROL = "tpm", "raw", "raw.ctrl"
+"""Names of the sockets; where the last one is, tpm2-tss knows by the one before."""
 _TCTI: Final = Path(__file__).with_name("tcti.py")
 
 
@@ -109,13 +110,14 @@ class Tpm:
         return self
 
     def _start(self) -> None:
-        self._nest = nest = Nest([_MANAGED, _RAW])
-        listeners = {"--server": nest.listen(_RAW)}
+        self._nest = nest = Nest([_MANAGED, _RAW, _CONTROL])
+        listeners = {CONTROL: nest.listen(_CONTROL), "--server": nest.listen(_RAW)}
         if self._tpm2:
             listeners["--managed"] = nest.listen(_MANAGED)
         self._emulator = ChildEmulator(self._words(), listeners)
         if self._begin is not None:
-            self._rewind(self._emulator, self._begin)
+            with self._asking("The TPM could not begin from the snapshot") as control:
+                _rewind(control, self._begin)
 
     def _words(self) -> list[str]:
         words = ["--tpm2"] if self._tpm2 else []
@@ -221,8 +223,7 @@ class Tpm:
 
     def snapshot(self) -> Snapshot:
         """All of it, as it is now; it goes on."""
-        with self._lock, self._asking("The TPM gave no snapshot") as emulator:
-            control = emulator.control
+        with self._lock, self._asking("The TPM gave no snapshot") as control:
             permanent = control.get_state(_PERMANENT, _DECRYPTED)
             volatile = control.get_state(_VOLATILE, _DECRYPTED)
             saved = b"" if self._tpm2 else _saved_state(control)
@@ -234,19 +235,12 @@ class Tpm:
         Clients that are connected find themselves at a TPM that was reset: their objects and
         sessions are gone, as those of all clients at the moment of the snapshot are.
         """
-        with self._lock, self._asking("The TPM could not be rewound") as emulator:
+        with self._lock:
             if snapshot.tpm2 != self._tpm2:
                 raise LabError(f"The snapshot is of another version than this TPM {self.version}")
-            self._rewind(emulator, snapshot)
-
-    def _rewind(self, emulator: ChildEmulator, snapshot: Snapshot) -> None:
-        control = emulator.control
-        control.stop()
-        control.set_state(_PERMANENT, snapshot.permanent)
-        control.set_state(_VOLATILE, snapshot.volatile)
-        if snapshot.saved:  # libtpms takes none, where there is one, for an error
-            control.set_state(_SAVED, snapshot.saved)
-        control.init()
+            with self._asking("The TPM could not be rewound") as control:
+                control.stop()
+                _rewind(control, snapshot)
 
     def power_cycle(self) -> None:
         """Takes the power away and gives it back, then starts the TPM up, as a machine does.
@@ -254,9 +248,9 @@ class Tpm:
         It is shut down in order before; what it keeps without power stays.
         """
         with self._lock:
-            with self._asking("The TPM could not be powered off and on") as emulator:
-                emulator.control.stop()
-                emulator.control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+            with self._asking("The TPM could not be powered off and on") as control:
+                control.stop()
+                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             kind = TpmSu.TPM_SU_CLEAR if self._tpm2 else TpmSu.TPM_ST_CLEAR
             self.command(startup_command(kind, tpm2=self._tpm2))
 
@@ -270,14 +264,24 @@ class Tpm:
         return self._emulator
 
     @contextlib.contextmanager
-    def _asking(self, failing: str) -> Iterator[ChildEmulator]:
+    def _asking(self, failing: str) -> Iterator[Control]:
         emulator = self._running()
         try:
-            yield emulator
+            with emulator.control() as control:
+                yield control
         except LabError:
             raise
         except (OSError, VtpmError) as exc:
             raise emulator.failure(failing, exc) from exc
+
+
+def _rewind(control: Control, snapshot: Snapshot) -> None:
+    """Of a TPM that is off. Raises as `Control` does."""
+    control.set_state(_PERMANENT, snapshot.permanent)
+    control.set_state(_VOLATILE, snapshot.volatile)
+    if snapshot.saved:  # libtpms takes none, where there is one, for an error
+        control.set_state(_SAVED, snapshot.saved)
+    control.init()
 
 
 def _saved_state(control: Control) -> bytes:
