@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import shlex
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -13,9 +16,21 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 from vtpm_cuse.client.child import CONTROL, ChildEmulator, Nest, Owned, standard_files_left_alone
 from vtpm_cuse.client.connect import connect_unix, receive
 from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
+from vtpm_cuse.lab import commands
+from vtpm_cuse.lab.loops import in_thread
+from vtpm_cuse.lab.made import profile_words, set_up
+from vtpm_cuse.lab.record import Exchange, Recorder
+from vtpm_cuse.lab.relay import Relay
 from vtpm_cuse.lab.snapshot import Snapshot
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmInitFlag, PtmResult, PtmStateFlag
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmSu, command_size, startup_command
+from vtpm_cuse.wire.tpm import (
+    TPM_BUFFER_MAX,
+    TPM_HEADER_SIZE,
+    TpmSu,
+    command_size,
+    shutdown_command,
+    startup_command,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +44,9 @@ _VOLATILE: Final = PtmBlobType.PTM_BLOB_TYPE_VOLATILE
 _SAVED: Final = PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
 _ANSWER_SECONDS: Final = 300
 """For one command: some keys take a TPM minutes on a busy machine."""
-_MANAGED, _RAW, _CONTROL = "tpm", "raw", "raw.ctrl"
-"""Names of the sockets; where the last one is, tpm2-tss knows by the one before."""
+_MANAGED, _RAW, _CONTROL, _INNER = "tpm", "raw", "raw.ctrl", ".in"
+_NAMES: Final = (_MANAGED, _RAW, _CONTROL, _MANAGED + _INNER, _RAW + _INNER)
+"""Of the sockets; where that for control is, tpm2-tss knows by the one before."""
 _TCTI: Final = Path(__file__).with_name("tcti.py")
 
 
@@ -47,13 +63,20 @@ class Tpm:
         version: "2.0" or "1.2".
         state: A folder that keeps what the TPM keeps, made if it is not there; else it is in memory.
         snapshot: What it begins from, with the version of that.
+        manufactured: With endorsement keys and certificates. All such in memory are the same one:
+            it takes a second to make, and is made once in a process.
         profile: Of a TPM 2.0 yet to be made, by name or as JSON; needs libtpms 0.10.
+        faults: Whether `fail_next`, `latency` and `lose_next_response` can be used. All commands
+            then go through threads of this process, which costs each about a tenth of a
+            millisecond; no client in this process may wait while it holds the interpreter's lock.
+        trace: How many of the last commands are kept for `exchanges`.
 
     Attributes:
         path: The Unix socket of the resource manager: each connection has a TPM of its own. A TPM
             1.2 has none; this is the other socket then.
         raw_path: The Unix socket of the TPM itself, which has one client at a time.
         tcti: `path` as tpm2-tss writes it.
+        raw_tcti: `raw_path` as tpm2-tss writes it.
         env: Environment variables by which clients find the TPM; docs/lab.md says who reads which.
         pid: The emulator's process.
         version: "2.0" or "1.2".
@@ -69,16 +92,24 @@ class Tpm:
         version: Literal["2.0", "1.2"] = "2.0",
         state: str | Path | None = None,
         snapshot: Snapshot | None = None,
+        manufactured: bool = False,
         profile: str | None = None,
+        faults: bool = False,
+        trace: int = 0,
     ) -> None:
         if version not in {"2.0", "1.2"}:
             raise LabError(f"There is no TPM {version}: it is 2.0 or 1.2")
-        if snapshot is not None and state is not None:
-            raise LabError("A TPM begins from a snapshot or from a folder, not from both")
+        if snapshot is not None and (state is not None or manufactured or profile is not None):
+            raise LabError("A snapshot is all of a TPM: leave out state, manufactured and profile")
         self._tpm2 = version == "2.0" if snapshot is None else snapshot.tpm2
         self._state = None if state is None else os.path.abspath(state)
         self._begin = snapshot
+        self._manufactured = manufactured
         self._profile = profile
+        self._trace = trace
+        self._faults = faults
+        self._relay: Relay | None = None
+        self._recorder: Recorder | None = None
         self._lock = threading.RLock()
         self._nest: Nest | None = None
         self._emulator: ChildEmulator | None = None
@@ -97,6 +128,17 @@ class Tpm:
     ) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return await in_thread(self.start, lambda tpm: tpm.close())
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await in_thread(self.close)
+
     def start(self) -> Self:
         """Starts it, as the context does, which is ended by `close`. It is ready then."""
         with self._lock, standard_files_left_alone():
@@ -110,30 +152,50 @@ class Tpm:
         return self
 
     def _start(self) -> None:
-        self._nest = nest = Nest([_MANAGED, _RAW, _CONTROL])
-        listeners = {CONTROL: nest.listen(_CONTROL), "--server": nest.listen(_RAW)}
+        if self._manufactured and self._state is None:
+            self._begin = _manufactured(self.version, self._profile)
+        words = self._words()
+        self._nest = nest = Nest(_NAMES)
+        listeners = {"--server": nest.listen(_RAW)}
         if self._tpm2:
             listeners["--managed"] = nest.listen(_MANAGED)
-        self._emulator = ChildEmulator(self._words(), listeners)
+        if self._faults:
+            ways = {}
+            for option, listener in listeners.items():
+                inner = f"{os.path.basename(listener.getsockname())}{_INNER}"
+                listeners[option], ways[listener] = nest.listen(inner), nest.path(inner)
+            self._relay = Relay(ways, tpm2=self._tpm2, seconds=_ANSWER_SECONDS)
+        listeners[CONTROL] = nest.listen(_CONTROL)
+        fds = []
+        if self._trace:
+            self._recorder = Recorder(self._trace)
+            words += ["--pcap", f"fd={self._recorder.fd}"]
+            fds = [self._recorder.fd]
+        self._emulator = ChildEmulator(words, listeners, fds)
+        if self._recorder is not None:
+            self._recorder.started()
         if self._begin is not None:
             with self._asking("The TPM could not begin from the snapshot") as control:
-                _rewind(control, self._begin)
+                self._return_to(control, self._begin)
 
     def _words(self) -> list[str]:
+        """Of the options; makes the state's folder, and what is to be in it."""
         words = ["--tpm2"] if self._tpm2 else []
-        if self._state is None:
-            words += ["--tpmstate", "backend-uri=mem://"]
-        else:
+        where = "mem://"
+        if self._state is not None:
+            where = f"dir://{self._state}"
             try:
                 os.makedirs(self._state, mode=0o700, exist_ok=True)
             except OSError as exc:
                 raise LabError(f"Could not make {self._state}: {exc.strerror}") from exc
-            words += ["--tpmstate", f"backend-uri=dir://{self._state}"]
+            if self._manufactured:
+                set_up(self._state, self.version, self._profile)
+        words += ["--tpmstate", f"backend-uri={where}"]
         if self._begin is None:  # else it is not to make another one first
             words += ["--flags", "not-need-init,startup-clear"]
-            if self._profile is not None:
-                kind = "profile" if self._profile.lstrip().startswith("{") else "name"
-                words += ["--profile", f"{kind}={self._profile}"]
+            if not self._manufactured:
+                given = profile_words(self._profile, name="name", text="profile")
+                words += ["--profile", "=".join(given)] if given else []
         return words
 
     def close(self) -> None:
@@ -150,13 +212,16 @@ class Tpm:
                 self._kill()
 
     def _kill(self) -> None:
-        if self._client is not None:
-            self._client.release()
+        self._hang_up()
         if self._emulator is not None:
             self._emulator.kill()
+        if self._relay is not None and self._relay.ours:
+            self._relay.close()
+        if self._recorder is not None:
+            self._recorder.release()
         if self._nest is not None:
             self._nest.close()
-        self._client = self._emulator = self._nest = None
+        self._emulator = self._relay = self._recorder = self._nest = None
 
     @property
     def alive(self) -> bool:
@@ -166,7 +231,7 @@ class Tpm:
     # -- where it is ----------------------------------------------------------------------
 
     @property
-    def version(self) -> str:  # noqa: D102 - see the class
+    def version(self) -> Literal["2.0", "1.2"]:  # noqa: D102 - see the class
         return "2.0" if self._tpm2 else "1.2"
 
     @property
@@ -185,6 +250,10 @@ class Tpm:
     def tcti(self) -> str:  # noqa: D102
         words = [sys.executable, "-I", "-S", str(_TCTI), self.path]
         return f"cmd:{shlex.join(words)}"
+
+    @property
+    def raw_tcti(self) -> str:  # noqa: D102
+        return f"swtpm:path={self.raw_path}"
 
     @property
     def env(self) -> dict[str, str]:  # noqa: D102
@@ -210,14 +279,20 @@ class Tpm:
         with self._lock:
             emulator = self._running()
             try:
-                if self._client is None or not self._tpm2:
+                if self._client is None:
                     self._client = _Client(self.path)
                 return self._client.ask(command)
             except (OSError, EOFError, VtpmError) as exc:
+                self._hang_up()
                 raise emulator.failure("The TPM did not answer", exc) from exc
             finally:
-                if not self._tpm2 and self._client is not None:  # others wait for that socket
-                    self._client.release()
+                if not self._tpm2:  # others wait for that socket
+                    self._hang_up()
+
+    def _hang_up(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.release()
 
     # -- time -----------------------------------------------------------------------------
 
@@ -240,7 +315,22 @@ class Tpm:
                 raise LabError(f"The snapshot is of another version than this TPM {self.version}")
             with self._asking("The TPM could not be rewound") as control:
                 control.stop()
-                _rewind(control, snapshot)
+                self._return_to(control, snapshot)
+            self._forget()
+
+    def _return_to(self, control: Control, snapshot: Snapshot) -> None:
+        """Of a TPM that is off. Raises as `Control` does."""
+        control.set_state(_PERMANENT, snapshot.permanent)
+        control.set_state(_VOLATILE, snapshot.volatile)
+        if snapshot.saved:  # libtpms takes none, where there is one, for an error
+            control.set_state(_SAVED, snapshot.saved)
+        control.init()
+        if not snapshot.volatile:
+            self._start_up()
+
+    def _start_up(self) -> None:
+        kind = TpmSu.TPM_SU_CLEAR if self._tpm2 else TpmSu.TPM_ST_CLEAR
+        self.command(startup_command(kind, tpm2=self._tpm2))
 
     def power_cycle(self) -> None:
         """Takes the power away and gives it back, then starts the TPM up, as a machine does.
@@ -251,8 +341,85 @@ class Tpm:
             with self._asking("The TPM could not be powered off and on") as control:
                 control.stop()
                 control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
-            kind = TpmSu.TPM_SU_CLEAR if self._tpm2 else TpmSu.TPM_ST_CLEAR
-            self.command(startup_command(kind, tpm2=self._tpm2))
+            self._start_up()
+
+    def reset(self) -> None:
+        """As a machine's reset line: the TPM is initialized while it is on, and started up.
+
+        It is shut down in order before, here, too.
+        """
+        with self._lock:
+            with self._asking("The TPM could not be reset") as control:
+                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+            self._start_up()
+
+    # -- what it has seen, and what is done to it -----------------------------------------
+
+    def pcr(self, number: int, bank: str = "sha256") -> bytes:
+        """The value of a PCR, 0 to 23; a TPM 1.2 has the bank "sha1" alone, whatever is asked for.
+
+        Raises:
+            LabError: There is no such PCR, or bank.
+        """
+        if self._tpm2:
+            return commands.read_pcr(self.command, number, bank)
+        return commands.read_pcr12(self.command, number)
+
+    def exchanges(self) -> list[Exchange]:
+        """The last commands and responses since the last rewind, of all clients; see *trace*.
+
+        As the TPM saw them: behind the resource manager, with its own commands among them.
+        """
+        self._running()
+        return [] if self._recorder is None else self._recorder.exchanges()
+
+    def lockout(self) -> None:
+        """Gives it wrong passwords until it refuses all of those that it protects that way."""
+        self._need_tpm2("A lockout")
+        with self._lock:
+            commands.lock_out(self.command)
+
+    def clock_step(self, milliseconds: int) -> None:
+        """Sets its clock forward, which cannot be set back. It takes the platform's authorization.
+
+        Raises:
+            LabError: *milliseconds* are not positive.
+        """
+        self._need_tpm2("A clock that can be set")
+        if milliseconds <= 0:
+            raise LabError("The clock of a TPM can only be set forward")
+        with self._lock:
+            commands.step_clock(self.command, milliseconds)
+
+    def fail_next(self, code: int) -> None:
+        """The next command of any client gets this response code; the TPM does not see it."""
+        self._need_relay().fail_next(code)
+
+    def lose_next_response(self) -> None:
+        """The TPM executes the next command, whose client finds its connection at an end instead."""
+        self._need_relay().lose_next_response()
+
+    def latency(self, seconds: float) -> None:
+        """All later commands reach the TPM so much later; 0 for at once."""
+        if not 0 <= seconds < math.inf:
+            raise LabError(f"A command cannot come {seconds} seconds later")
+        self._need_relay().latency = seconds
+
+    def _need_relay(self) -> Relay:
+        self._running()
+        if self._relay is None:
+            raise LabError("Faults need a relay: make the TPM with faults=True")
+        return self._relay
+
+    def _need_tpm2(self, what: str) -> None:
+        if not self._tpm2:
+            raise LabError(f"{what}: a TPM 1.2 has none")
+
+    def _forget(self) -> None:
+        if self._relay is not None:
+            self._relay.reset()
+        if self._recorder is not None:
+            self._recorder.clear()
 
     # -- helpers --------------------------------------------------------------------------
 
@@ -275,13 +442,15 @@ class Tpm:
             raise emulator.failure(failing, exc) from exc
 
 
-def _rewind(control: Control, snapshot: Snapshot) -> None:
-    """Of a TPM that is off. Raises as `Control` does."""
-    control.set_state(_PERMANENT, snapshot.permanent)
-    control.set_state(_VOLATILE, snapshot.volatile)
-    if snapshot.saved:  # libtpms takes none, where there is one, for an error
-        control.set_state(_SAVED, snapshot.saved)
-    control.init()
+@functools.cache
+def _manufactured(version: Literal["2.0", "1.2"], profile: str | None) -> Snapshot:
+    """One that is off. Raises LabError."""
+    with tempfile.TemporaryDirectory(prefix="vtpm-lab-") as folder:
+        with Tpm(version=version, state=folder, manufactured=True, profile=profile) as tpm:
+            if version == "2.0":  # else it would count as one that lost its power
+                tpm.command(shutdown_command(TpmSu.TPM_SU_CLEAR))
+            found = tpm.snapshot()
+        return Snapshot(found.permanent, tpm2=found.tpm2)
 
 
 def _saved_state(control: Control) -> bytes:
