@@ -195,9 +195,7 @@ class Nest(Owned):
             self._guardian.returncode = 0  # another process' child
 
 
-def _start_guardian(
-    read_end: int, folder: str, names: Sequence[str]
-) -> subprocess.Popen[bytes]:
+def _start_guardian(read_end: int, folder: str, names: Sequence[str]) -> subprocess.Popen[bytes]:
     """It waits for the end of what *read_end* is of. Raises OSError."""
     return subprocess.Popen(  # noqa: S603 - our own words
         ["/bin/sh", "-c", _GUARDIAN, "vtpm-guardian", folder, *names],

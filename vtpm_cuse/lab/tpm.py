@@ -321,6 +321,9 @@ class Tpm:
 
         Clients that are connected find themselves at a TPM that was reset: their objects and
         sessions are gone, as those of all clients at the moment of the snapshot are.
+
+        Raises:
+            LabError: The TPM does not take it, and is off until it is rewound to another one.
         """
         with self._lock:
             if snapshot.tpm2 != self._tpm2:
