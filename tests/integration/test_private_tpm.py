@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import trio
 
 from tests.support import commands as tpm
 from tests.support import managed
+from tests.support.private import processes_below, runtime_folder
 from tests.support.sockets import TREE, connect, environment
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.errors import TpmError, WireError
@@ -35,25 +35,9 @@ EXTEND: Final = tpm.pcr_extend(16, b"m" * 32)
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the sockets are; in the end there are none, nor a process."""
-    folder = Path(tempfile.mkdtemp(prefix="run time-"))  # short, and the shell would see two words
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    yield folder
-    wait_until(lambda: not os.listdir(folder), "sockets and folders are removed")
-    wait_until(lambda: not processes_below(folder), "who removed them has ended")
-    folder.rmdir()
-
-
-def processes_below(folder: Path) -> list[str]:
-    """Command lines that name *folder*."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = place.read_bytes()
-        except OSError:
-            continue
-        if bytes(folder) in words:
-            found.append(words.replace(b"\0", b" ").decode())
-    return found
+    with runtime_folder() as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        yield folder
 
 
 def ends(pid: int) -> bool:
@@ -273,7 +257,7 @@ def test_the_last_commands_of_all_clients() -> None:
         assert lab.exchanges() == []
         lab.command(EXTEND)
         os.kill(lab.pid, signal.SIGKILL)
-        assert [one.command for one in lab.exchanges()] == [EXTEND]
+        assert lab.exchanges()[-1].command == EXTEND  # behind what the resource manager asks
     with Tpm() as lab:
         lab.command(EXTEND)
         assert lab.exchanges() == []
@@ -489,10 +473,32 @@ def test_surroundings(kind: str, tmp_path: Path) -> None:
     shell, code = SURROUNDINGS[kind]
     words = ("/bin/sh", "-c", shell, "sh", sys.executable)
     code += "\nsay(use())\ntpm.power_cycle()\nsay(use())\ntpm.close()\n"
-    code += "tpm.start()\nsay(use())\ntpm.close()"
     script = Script(tmp_path, code, *words)
     try:
-        assert script.ended() == ["True"] * 3
+        assert script.ended() == ["True"] * 2
+    finally:
+        script.close()
+
+
+def test_too_few_descriptors_are_said(tmp_path: Path) -> None:
+    code = """
+import resource
+tpm.close()
+found = set()
+for most in range(3, 40):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, 1000))
+    try:
+        tpm.start()
+        tpm.close()
+    except LabError as exc:
+        found.add(str(exc).rpartition(": ")[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
+say(len(found), *found)
+"""
+    script = Script(tmp_path, code)
+    try:
+        count, *words = script.ended()
+        assert (count, words) == ("1", ["Too", "many", "open", "files"])
     finally:
         script.close()
 

@@ -142,13 +142,16 @@ class Tpm:
 
     def start(self) -> Self:
         """Starts it, as the context does, which is ended by `close`. It is ready then."""
-        with self._lock, standard_files_left_alone():
+        with self._lock:
             if self._nest is not None:
                 raise LabError("It runs already")
             try:
-                self._start()
-            except BaseException:
+                with standard_files_left_alone():
+                    self._start()
+            except BaseException as exc:
                 self._kill()
+                if isinstance(exc, OSError):  # no descriptor is to be had, say
+                    raise LabError(f"The TPM could not be started: {exc.strerror}") from exc
                 raise
         return self
 
