@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -53,7 +52,7 @@ def ends(pid: int) -> bool:
 
 def test_it_answers_and_is_gone_in_the_end(runtime: Path) -> None:
     with Tpm() as lab:
-        assert lab.alive
+        assert not ends(lab.pid)
         assert lab.pcr(16) == ZEROS
         assert lab.pcr(0, "sha1") == bytes(20)
         assert Path(lab.path).parent.stat().st_mode & 0o777 == 0o700
@@ -480,7 +479,7 @@ def test_surroundings(kind: str, tmp_path: Path) -> None:
         script.close()
 
 
-def test_too_few_descriptors_are_said(tmp_path: Path) -> None:
+def test_too_few_descriptors_are_said_and_none_is_lost(tmp_path: Path) -> None:
     code = """
 import resource
 tpm.close()
@@ -491,14 +490,14 @@ for most in range(3, 40):
         tpm.start()
         tpm.close()
     except LabError as exc:
-        found.add(str(exc).rpartition(": ")[2])
+        found.add(most)
+        assert "oo many open files" in str(exc) or exc.said, exc
 resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
-say(len(found), *found)
+say(4 in found, 39 in found, len(os.listdir("/proc/self/fd")) < 9)
 """
     script = Script(tmp_path, code)
     try:
-        count, *words = script.ended()
-        assert (count, words) == ("1", ["Too", "many", "open", "files"])
+        assert script.ended() == ["True", "False", "True"]
     finally:
         script.close()
 
@@ -589,10 +588,6 @@ def test_cancelled_while_it_starts(runtime: Path) -> None:
 
 # -- other stacks -------------------------------------------------------------------------
 
-needs_tools = pytest.mark.skipif(
-    shutil.which("tpm2_createprimary") is None, reason="tpm2-tools are not installed"
-)
-
 
 def run_tool(folder: Path, env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -606,7 +601,6 @@ def run_tool(folder: Path, env: dict[str, str], *words: str) -> subprocess.Compl
     )
 
 
-@needs_tools
 def test_tpm2_tools_need_not_flush(tmp_path: Path) -> None:
     """Each has a connection of its own; what it saved, the next one loads."""
     with Tpm(faults=True) as lab:
@@ -625,7 +619,6 @@ def test_tpm2_tools_need_not_flush(tmp_path: Path) -> None:
         assert run_tool(tmp_path, lab.env, "tpm2_getrandom", "-Q", "4").returncode != 0
 
 
-@needs_tools
 def test_the_tpm_itself_is_there_for_tpm2_tools_too(tmp_path: Path) -> None:
     with Tpm() as lab:
         env = {"TPM2TOOLS_TCTI": lab.raw_tcti}
