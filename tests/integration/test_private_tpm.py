@@ -605,8 +605,8 @@ def test_tpm2_tools_need_not_flush(tmp_path: Path) -> None:
     """Each has a connection of its own; what it saved, the next one loads."""
     with Tpm(faults=True) as lab:
         for number in range(4):
-            words = ("tpm2_createprimary", "-Q", "-G", "ecc", "-c", f"{number}.ctx")
-            assert run_tool(tmp_path, lab.env, *words).returncode == 0
+            make = ("tpm2_createprimary", "-Q", "-G", "ecc", "-c", f"{number}.ctx")
+            assert run_tool(tmp_path, lab.env, *make).returncode == 0
         key = ("-u", "pub", "-r", "priv")
         for name, *words in (
             ("tpm2_create", "-G", "ecc", "-C", "3.ctx", *key),

@@ -33,6 +33,7 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
     from types import TracebackType
 
@@ -159,28 +160,34 @@ class Tpm:
         if self._manufactured and self._state is None:
             self._begin = _manufactured(self.version, self._profile)
         words = self._words()
-        self._nest = nest = Nest(_NAMES)
-        listeners = {"--server": nest.listen(_RAW)}
-        if self._tpm2:
-            listeners["--managed"] = nest.listen(_MANAGED)
-        if self._faults:
-            ways = {}
-            for option, listener in listeners.items():
-                inner = f"{os.path.basename(listener.getsockname())}{_INNER}"
-                listeners[option], ways[listener] = nest.listen(inner), nest.path(inner)
-            self._relay = Relay(ways, tpm2=self._tpm2, seconds=_ANSWER_SECONDS)
-        listeners[CONTROL] = nest.listen(_CONTROL)
-        fds = []
-        if self._trace:
-            self._recorder = Recorder(self._trace)
-            words += ["--pcap", f"fd={self._recorder.fd}"]
-            fds = [self._recorder.fd]
-        self._emulator = ChildEmulator(words, listeners, fds)
-        if self._recorder is not None:
-            self._recorder.started()
-        if self._begin is not None:
-            with self._asking("The TPM could not begin from the snapshot") as control:
-                self._return_to(control, self._begin)
+        with contextlib.ExitStack() as undo:
+            self._nest = nest = Nest(_NAMES)
+
+            def listen(name: str) -> socket.socket:
+                return undo.enter_context(nest.listen(name))
+
+            listeners = {"--server": listen(_RAW)}
+            if self._tpm2:
+                listeners["--managed"] = listen(_MANAGED)
+            if self._faults:
+                names = {"--server": _RAW, "--managed": _MANAGED}
+                inner = {option: listen(names[option] + _INNER) for option in listeners}
+                ways = {listeners[option]: nest.path(names[option] + _INNER) for option in inner}
+                self._relay = Relay(ways, tpm2=self._tpm2, seconds=_ANSWER_SECONDS)
+                listeners = inner
+            listeners[CONTROL] = listen(_CONTROL)
+            fds = []
+            if self._trace:
+                self._recorder = Recorder(self._trace)
+                words += ["--pcap", f"fd={self._recorder.fd}"]
+                fds = [self._recorder.fd]
+            self._emulator = ChildEmulator(words, listeners, fds)
+            if self._recorder is not None:
+                self._recorder.started()
+            if self._begin is not None:
+                with self._asking("The TPM could not begin from the snapshot") as control:
+                    self._return_to(control, self._begin)
+            undo.pop_all()
 
     def _words(self) -> list[str]:
         """Of the options; makes the state's folder, and what is to be in it."""
