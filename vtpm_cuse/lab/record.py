@@ -1,7 +1,7 @@
 """The last commands of a private TPM and its responses, as its emulator captures them.
 
-The capture goes through a pipe, so that nothing is between the TPM and its clients. A thread reads,
-for the emulator waits while the pipe is full.
+The capture goes through a pipe, so that nothing is between the TPM and its clients. A thread reads
+now and then, for the emulator waits while the pipe is full.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import select
 import struct
 import threading
+import time
 from collections import deque
 from typing import Final, NamedTuple
 
@@ -19,7 +20,11 @@ from vtpm_cuse.client.child import Owned
 from vtpm_cuse.wire.pcapng import TPM_PORT
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_code
 
-_PIPE_SIZE: Final = 1 << 20
+_PIPE_SIZE: Final = 1 << 18
+_GATHER_SECONDS: Final = 0.02
+"""Between two looks of the thread: to be woken for each packet would cost the clients more than all
+else. A TPM cannot fill the pipe meanwhile."""
+
 _READ_SIZE: Final = 1 << 16
 _ENHANCED_PACKET: Final = 6
 _BLOCK_HEAD: Final = 8
@@ -128,6 +133,7 @@ class Recorder(Owned):
         poll.register(self._read_end, select.POLLIN)
         while True:
             poll.poll()
+            time.sleep(_GATHER_SECONDS)
             with self._lock:
                 if not self._drain():
                     return
