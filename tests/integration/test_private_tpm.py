@@ -435,6 +435,38 @@ sys.stdin.read()
         script.close()
 
 
+def test_a_copy_that_is_made_in_the_middle_of_something_does_not_hang(tmp_path: Path) -> None:
+    code = """
+import threading
+over = threading.Event()
+def work():
+    while not over.is_set():
+        tpm.rewind(snapshot)
+snapshot = tpm.snapshot()
+worker = threading.Thread(target=work)
+worker.start()
+for _ in range(10):
+    if os.fork() == 0:
+        for ask in tpm.snapshot, tpm.reset, tpm.lockout, lambda: tpm.pcr(0), lambda: tpm.clients:
+            try:
+                ask()
+            except LabError:
+                continue
+            os._exit(1)
+        tpm.close()
+        os._exit(0)
+    say(os.wait()[1])
+over.set()
+worker.join()
+say(use())
+"""
+    script = Script(tmp_path, code)
+    try:
+        assert script.ended() == ["0"] * 10 + ["True"]
+    finally:
+        script.close()
+
+
 def test_what_is_typed_at_a_terminal_reaches_the_program_alone(tmp_path: Path) -> None:
     code = """
 signal.signal(signal.SIGINT, lambda *_: say("interrupted", use()))

@@ -189,7 +189,8 @@ class Nest(Owned):
     def release(self) -> None:
         """See `Owned`. Once all have let go of it the guardian removes it."""
         if self._held >= 0:
-            os.close(self._held)
+            with contextlib.suppress(OSError):  # somebody else has closed it
+                os.close(self._held)
             self._held = -1
         if not self.ours and self._guardian is not None:
             self._guardian.returncode = 0  # another process' child
@@ -328,10 +329,11 @@ class ChildEmulator(Owned):
 
     def messages(self) -> str:
         """What it said last: of its log, and of what Python had to say, at most 16 KiB."""
-        if self._messages < 0:
+        try:
+            begin = max(0, os.fstat(self._messages).st_size - _MESSAGES_MAX)
+            said = os.pread(self._messages, _MESSAGES_MAX, begin)
+        except OSError:  # it is closed
             return ""
-        begin = max(0, os.fstat(self._messages).st_size - _MESSAGES_MAX)
-        said = os.pread(self._messages, _MESSAGES_MAX, begin)
         return shown(said.decode(errors="replace")).strip()
 
     def end(self) -> None:
@@ -356,14 +358,16 @@ class ChildEmulator(Owned):
 
     def release(self) -> None:
         """See `Owned`. Once all have let go of its control channel, it ends."""
-        self._ours.close()
+        with contextlib.suppress(OSError):  # somebody else has closed it
+            self._ours.close()
         self._close_messages()
         if not self.ours:
             self._process.returncode = 0  # another process' child
 
     def _close_messages(self) -> None:
         if self._messages >= 0:
-            os.close(self._messages)
+            with contextlib.suppress(OSError):
+                os.close(self._messages)
             self._messages = -1
 
 

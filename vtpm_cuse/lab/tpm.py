@@ -215,6 +215,9 @@ class Tpm:
         Raises:
             LabError: The emulator did not end in order; it has ended all the same.
         """
+        if self._nest is not None and not self._nest.ours:  # a copy, in which a lock may be held
+            self._kill()
+            return
         with self._lock:
             try:
                 if self._emulator is not None and self._state is not None:
@@ -260,6 +263,7 @@ class Tpm:
     @property
     def clients(self) -> int:
         """How many connections others have to `path` and `raw_path`. 0, too, without /proc."""
+        self._running()
         paths = {os.fsencode(self._path(name)) for name in (_MANAGED, _RAW)}
         with self._lock, contextlib.suppress(FileNotFoundError):
             with open("/proc/net/unix", "rb") as table:
@@ -298,8 +302,8 @@ class Tpm:
         """
         if not TPM_HEADER_SIZE <= len(command) == command_size(command) <= TPM_BUFFER_MAX:
             raise WireError("TPM command", command_size(command), len(command))
+        emulator = self._running()
         with self._lock:
-            emulator = self._running()
             try:
                 if self._client is None:
                     self._client = _Client(self.path)
@@ -320,7 +324,7 @@ class Tpm:
 
     def snapshot(self) -> Snapshot:
         """All of it, as it is now; it goes on."""
-        with self._lock, self._asking("The TPM gave no snapshot") as control:
+        with self._asking("The TPM gave no snapshot") as control:
             permanent = control.get_state(_PERMANENT, _DECRYPTED)
             volatile = control.get_state(_VOLATILE, _DECRYPTED)
             saved = b"" if self._tpm2 else _saved_state(control)
@@ -335,12 +339,11 @@ class Tpm:
         Raises:
             LabError: The TPM does not take it, and is off until it is rewound to another one.
         """
-        with self._lock:
-            if snapshot.tpm2 != self._tpm2:
-                raise LabError(f"The snapshot is of another version than this TPM {self.version}")
-            with self._asking("The TPM could not be rewound") as control:
-                control.stop()
-                self._return_to(control, snapshot)
+        if snapshot.tpm2 != self._tpm2:
+            raise LabError(f"The snapshot is of another version than this TPM {self.version}")
+        with self._asking("The TPM could not be rewound") as control:
+            control.stop()
+            self._return_to(control, snapshot)
             self._forget()
 
     def _return_to(self, control: Control, snapshot: Snapshot) -> None:
@@ -362,10 +365,9 @@ class Tpm:
 
         It is shut down in order before; what it keeps without power stays.
         """
-        with self._lock:
-            with self._asking("The TPM could not be powered off and on") as control:
-                control.stop()
-                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        with self._asking("The TPM could not be powered off and on") as control:
+            control.stop()
+            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     def reset(self) -> None:
@@ -373,9 +375,8 @@ class Tpm:
 
         It is shut down in order before, here, too.
         """
-        with self._lock:
-            with self._asking("The TPM could not be reset") as control:
-                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        with self._asking("The TPM could not be reset") as control:
+            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     # -- what it has seen, and what is done to it -----------------------------------------
@@ -401,6 +402,7 @@ class Tpm:
     def lockout(self) -> None:
         """Gives it wrong passwords until it refuses all of those that it protects that way."""
         self._need_tpm2("A lockout")
+        self._running()
         with self._lock:
             commands.lock_out(self.command)
 
@@ -413,6 +415,7 @@ class Tpm:
         self._need_tpm2("A clock that can be set")
         if milliseconds <= 0:
             raise LabError("The clock of a TPM can only be set forward")
+        self._running()
         with self._lock:
             commands.step_clock(self.command, milliseconds)
 
@@ -459,7 +462,7 @@ class Tpm:
     def _asking(self, failing: str) -> Iterator[Control]:
         emulator = self._running()
         try:
-            with emulator.control() as control:
+            with self._lock, emulator.control() as control:
                 yield control
         except LabError:
             raise
@@ -512,4 +515,5 @@ class _Client(Owned):
 
     def release(self) -> None:
         """See `Owned`."""
-        self._connection.close()
+        with contextlib.suppress(OSError):  # somebody else has closed it
+            self._connection.close()
