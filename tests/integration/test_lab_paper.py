@@ -66,7 +66,7 @@ def test_the_tables_name_what_is_there() -> None:
     fixtures = {name for name in vars(pytest_plugin) if name.startswith(("tpm", "manu", "faul"))}
     assert named == variables | fixtures
     assert set(re.findall(r"`(?:tpm\.)?([a-z_]\w*)`", PAPER)) <= fixtures | set(dir(Tpm)) | {
-        *("save", "cmd", "fork", "exec")
+        *("save", "said", "cmd", "fork", "exec")
     }
     for code in EXAMPLES:
         for names in re.findall(r"from vtpm_cuse.lab import (.*)", code):

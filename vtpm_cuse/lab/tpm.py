@@ -8,12 +8,18 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from vtpm_cuse.client.child import CONTROL, ChildEmulator, Nest, Owned, standard_files_left_alone
+from vtpm_cuse.client.child import (
+    CONTROL,
+    ChildEmulator,
+    Nest,
+    Owned,
+    Scratch,
+    standard_files_left_alone,
+)
 from vtpm_cuse.client.connect import connect_unix, receive
 from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
 from vtpm_cuse.lab import commands
@@ -473,7 +479,7 @@ class Tpm:
 @functools.cache
 def _manufactured(version: Literal["2.0", "1.2"], profile: str | None) -> Snapshot:
     """One that is off. Raises LabError."""
-    with tempfile.TemporaryDirectory(prefix="vtpm-lab-") as folder:
+    with Scratch() as folder:
         with Tpm(version=version, state=folder, manufactured=True, profile=profile) as tpm:
             if version == "2.0":  # else it would count as one that lost its power
                 tpm.command(shutdown_command(TpmSu.TPM_SU_CLEAR))
