@@ -181,3 +181,20 @@ class UsageError(VtpmError):
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.hint}" if self.hint else self.reason
+
+
+class LabError(VtpmError):
+    """A private TPM cannot be had, or has gone; ``said`` is what its emulator said last.
+
+    The sentence has the last line of that, and a traceback all of it.
+    """
+
+    def __init__(self, reason: str, said: str = "") -> None:
+        super().__init__(reason, said)
+        self.reason, self.said = reason, said
+        if "\n" in said:
+            self.add_note(said)
+
+    def __str__(self) -> str:
+        last = self.said.rpartition("\n")[2]
+        return f"{self.reason}: {last}" if last else self.reason

@@ -51,6 +51,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     ),
     "acquire.keeper": frozenset({"files"}),
     "client": frozenset({"errors", "wire"}),
+    "lab": frozenset({"client", "errors", "proto", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "resmgr", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
     # the life of one vTPM
