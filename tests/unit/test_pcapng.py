@@ -82,6 +82,15 @@ def test_our_own() -> None:
     assert read(CAPTURE, CAPTURE) == ([ONE, ONE], "")
 
 
+def test_what_waits_for_its_response() -> None:
+    reader, talk = CaptureReader(), Conversation(50001)
+    assert reader.feed(file_header() + talk.begin(0) + talk.command(ASKED, 7)) == []
+    for _ in range(2):
+        assert reader.unanswered() == [Exchange(7, ASKED, None, None)]
+    assert reader.feed(talk.response(ANSWERED, 9)) == [Exchange(7, ASKED, ANSWERED, 2)]
+    assert reader.unanswered() == []
+
+
 @given(MESSAGES, st.integers(1, 60), st.booleans())
 def test_what_was_said_is_heard_whatever_the_pieces(
     messages: list[bytes], size: int, checksums: bool

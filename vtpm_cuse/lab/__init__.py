@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vtpm_cuse.errors import LabError as LabError
     from vtpm_cuse.errors import TpmError as TpmError
-    from vtpm_cuse.lab.record import Exchange as Exchange
     from vtpm_cuse.lab.snapshot import Snapshot as Snapshot
     from vtpm_cuse.lab.tpm import Tpm as Tpm
+    from vtpm_cuse.wire.pcapng import Exchange as Exchange
 
 __all__ = ["Exchange", "LabError", "Snapshot", "Tpm", "TpmError"]
 
 _PLACES = {
-    "Exchange": "vtpm_cuse.lab.record",
+    "Exchange": "vtpm_cuse.wire.pcapng",
     "LabError": "vtpm_cuse.errors",
     "Snapshot": "vtpm_cuse.lab.snapshot",
     "Tpm": "vtpm_cuse.lab.tpm",

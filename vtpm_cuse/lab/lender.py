@@ -17,7 +17,6 @@ class Kind(NamedTuple):
 
     version: Literal["2.0", "1.2"] = "2.0"
     manufactured: bool = False
-    faults: bool = False
 
 
 class Lender:
@@ -48,7 +47,7 @@ class Lender:
             with suppress(LabError):
                 tpm.close()
         profile = self._profile if kind.version == "2.0" else None
-        tpm = Tpm(**kind._asdict(), profile=profile, trace=self._trace).start()
+        tpm = Tpm(**kind._asdict(), profile=profile, faults=True, trace=self._trace).start()
         try:
             pristine = tpm.snapshot()
             tpm.rewind(pristine)  # so that the first test finds what all others do

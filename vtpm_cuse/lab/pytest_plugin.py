@@ -67,14 +67,6 @@ def manufactured_tpm(request: pytest.FixtureRequest, _vtpm_lender: Lender) -> Tp
 
 
 @pytest.fixture
-def faulty_tpm(request: pytest.FixtureRequest, _vtpm_lender: Lender) -> Tpm:
-    """A TPM 2.0 that fails when it is told to."""
-    from vtpm_cuse.lab.lender import Kind
-
-    return _lend(request, _vtpm_lender, Kind(faults=True))
-
-
-@pytest.fixture
 def tpm12(request: pytest.FixtureRequest, _vtpm_lender: Lender) -> Tpm:
     """A TPM 1.2 that is on, and that nobody has used."""
     from vtpm_cuse.lab.lender import Kind

@@ -9,16 +9,17 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import struct
 import threading
 import time
 from collections import deque
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.client.child import Owned
-from vtpm_cuse.wire.pcapng import TPM_PORT
-from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_code
+from vtpm_cuse.wire.pcapng import CaptureReader
+
+if TYPE_CHECKING:
+    from vtpm_cuse.wire.pcapng import Exchange
 
 _PIPE_SIZE: Final = 1 << 18
 _GATHER_SECONDS: Final = 0.02
@@ -26,67 +27,16 @@ _GATHER_SECONDS: Final = 0.02
 else. A TPM cannot fill the pipe meanwhile."""
 
 _READ_SIZE: Final = 1 << 16
-_ENHANCED_PACKET: Final = 6
-_BLOCK_HEAD: Final = 8
-_FRAME_AT: Final = _BLOCK_HEAD + 20
-_PORTS_AT: Final = _FRAME_AT + 14 + 20
-_DATA_AT: Final = _PORTS_AT + 20
-
-
-class Exchange(NamedTuple):
-    """A command and the TPM's response, whole; the response is empty while there is none yet."""
-
-    command: bytes
-    response: bytes
 
 
 def traced_lines(exchanges: list[Exchange]) -> list[str]:
-    """For people: a line for each, without what passwords and secrets are in."""
-    lines = []
-    for command, response in exchanges:
-        code = int.from_bytes(response[6:TPM_HEADER_SIZE], "big")
-        result = f"0x{code:x}" if response else "no response"
-        lines.append(f"command 0x{command_code(command).hex()}, {len(command)} bytes: {result}")
-    return lines
+    """For people: what `wire.trace` says of each, without what passwords and secrets are in."""
+    from vtpm_cuse.wire import trace  # for those that look
 
-
-class CaptureStream:
-    """Exchanges out of what `wire.pcapng` makes. Sans-IO."""
-
-    def __init__(self) -> None:
-        self._buffer = b""
-        self._command: bytes | None = None
-
-    @property
-    def command(self) -> bytes | None:
-        """One that has no response yet."""
-        return self._command
-
-    def feed(self, data: bytes) -> list[Exchange]:
-        """Those that *data* completes."""
-        buffer = self._buffer + data
-        at, found = 0, []
-        while len(buffer) - at >= _BLOCK_HEAD:
-            kind, size = struct.unpack_from("<II", buffer, at)
-            if len(buffer) - at < size:
-                break
-            if kind == _ENHANCED_PACKET:
-                found += self._packet(buffer[at : at + size])
-            at += size
-        self._buffer = buffer[at:]
-        return found
-
-    def _packet(self, block: bytes) -> list[Exchange]:
-        (captured,) = struct.unpack_from("<I", block, _FRAME_AT - 8)
-        _, port = struct.unpack_from("!HH", block, _PORTS_AT)
-        data = block[_DATA_AT : _FRAME_AT + captured]
-        if not data:
-            return []
-        if port == TPM_PORT:
-            self._command = data
-            return []
-        command, self._command = self._command, None
-        return [] if command is None else [Exchange(command, data)]
+    return [
+        trace.text(trace.decode(command, response, micros=micros, duration=duration))
+        for micros, command, response, duration in exchanges
+    ]
 
 
 class Recorder(Owned):
@@ -101,7 +51,7 @@ class Recorder(Owned):
 
     def __init__(self, count: int) -> None:
         self._kept: deque[Exchange] = deque(maxlen=count)
-        self._stream = CaptureStream()
+        self._capture = CaptureReader()
         self._lock = threading.Lock()
         self._read_end, self.fd = os.pipe()
         os.set_blocking(self._read_end, False)
@@ -119,8 +69,7 @@ class Recorder(Owned):
         """The last ones, among them all that have been answered by now."""
         with self._lock:
             self._drain()
-            unanswered = self._stream.command
-            return [*self._kept, *([Exchange(unanswered, b"")] if unanswered else [])]
+            return [*self._kept, *self._capture.unanswered()]
 
     def clear(self) -> None:
         """Forgets what was before."""
@@ -149,7 +98,7 @@ class Recorder(Owned):
                 data = b""
             if not data:
                 self._close()
-            self._kept.extend(self._stream.feed(data))
+            self._kept.extend(self._capture.feed(data))
         return False
 
     def release(self) -> None:

@@ -25,7 +25,7 @@ from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
 from vtpm_cuse.lab import commands
 from vtpm_cuse.lab.loops import in_thread
 from vtpm_cuse.lab.made import profile_words, set_up
-from vtpm_cuse.lab.record import Exchange, Recorder
+from vtpm_cuse.lab.record import Recorder
 from vtpm_cuse.lab.relay import Relay
 from vtpm_cuse.lab.snapshot import Snapshot
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmInitFlag, PtmResult, PtmStateFlag
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vtpm_cuse.client.base import Control
+    from vtpm_cuse.wire.pcapng import Exchange
 
 _DECRYPTED: Final = PtmStateFlag.PTM_STATE_FLAG_DECRYPTED
 _PERMANENT: Final = PtmBlobType.PTM_BLOB_TYPE_PERMANENT
@@ -75,8 +76,7 @@ class Tpm:
             it takes a second to make, and is made once in a process.
         profile: Of a TPM 2.0 yet to be made, by name or as JSON; needs libtpms 0.10.
         faults: Whether `fail_next`, `latency` and `lose_next_response` can be used. All commands
-            then go through threads of this process, which costs each about a tenth of a
-            millisecond; no client in this process may wait while it holds the interpreter's lock.
+            then go through another process, which costs each about a tenth of a millisecond.
         trace: How many of the last commands are kept for `exchanges`.
 
     Attributes:
@@ -179,7 +179,7 @@ class Tpm:
                 names = {"--server": _RAW, "--managed": _MANAGED}
                 inner = {option: listen(names[option] + _INNER) for option in listeners}
                 ways = {listeners[option]: nest.path(names[option] + _INNER) for option in inner}
-                self._relay = Relay(ways, tpm2=self._tpm2, seconds=_ANSWER_SECONDS)
+                self._relay = Relay(ways, tpm2=self._tpm2)
                 listeners = inner
             listeners[CONTROL] = listen(_CONTROL)
             fds = []
@@ -235,7 +235,7 @@ class Tpm:
         self._hang_up()
         if self._emulator is not None:
             self._emulator.kill()
-        if self._relay is not None and self._relay.ours:
+        if self._relay is not None:
             self._relay.close()
         if self._recorder is not None:
             self._recorder.release()
@@ -437,7 +437,7 @@ class Tpm:
         """All later commands reach the TPM so much later; 0 for at once."""
         if not 0 <= seconds < math.inf:
             raise LabError(f"A command cannot come {seconds} seconds later")
-        self._need_relay().latency = seconds
+        self._need_relay().latency(seconds)
 
     def _need_relay(self) -> Relay:
         self._running()

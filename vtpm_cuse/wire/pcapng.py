@@ -190,8 +190,13 @@ class CaptureReader:
             )
         elif not self._order and not self.trouble:
             self.trouble = "the file is empty"
-        found = [exchange for talk in self._talks.values() for exchange in talk.end()]
+        found = self.unanswered()
         self._talks.clear()
+        return found
+
+    def unanswered(self) -> list[Exchange]:
+        """The commands without a response so far, in the order of their beginning."""
+        found = [exchange for talk in self._talks.values() for exchange in talk.so_far()]
         return sorted(found, key=lambda exchange: exchange.micros)
 
     def _block_size(self, start: int) -> int:
@@ -313,6 +318,12 @@ class _Talk:
         return self.end() if _complete(self._response) else []
 
     def end(self) -> list[Exchange]:
+        """What there is, if anything; the next one begins."""
+        found = self.so_far()
+        self._command, self._response = bytearray(), bytearray()
+        return found
+
+    def so_far(self) -> list[Exchange]:
         """What there is, if anything."""
         if not self._command and not self._response:
             return []
@@ -323,7 +334,6 @@ class _Talk:
             bytes(self._response) or None,
             self._answered - self._sent if known else None,
         )
-        self._command, self._response = bytearray(), bytearray()
         return [found]
 
 
