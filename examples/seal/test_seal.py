@@ -59,9 +59,9 @@ def test_another_tpm_does_not_open_it(tpm: Tpm, sealed: Path) -> None:
         assert run(another, "unseal", sealed).returncode == 1
 
 
-def test_a_tpm_that_answers_no_more_is_told(faulty_tpm: Tpm, sealed: Path) -> None:
-    faulty_tpm.lose_next_response()
-    done = run(faulty_tpm, "seal", sealed, data=SECRET)
+def test_a_tpm_that_answers_no_more_is_told(tpm: Tpm, sealed: Path) -> None:
+    tpm.lose_next_response()
+    done = run(tpm, "seal", sealed, data=SECRET)
     assert done.returncode == 1
     assert b"the TPM refuses" in done.stderr
     assert not sealed.exists()
