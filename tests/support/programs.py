@@ -15,6 +15,7 @@ INSTALLED: Final = (
     "swtpm_ioctl",
     "swtpm_localca",
     "swtpm_setup",
+    "vtpm",
 )
 """The programs."""
 

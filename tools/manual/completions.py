@@ -54,7 +54,8 @@ def _commands() -> Iterator[Command]:
             for sub in program.subcommands:
                 yield Command(program.name, sub.name, program_of(sub.module))
         for alias in program.aliases:
-            yield Command(alias, "", program)
+            if " " not in alias:  # else it is another program's subcommand
+                yield Command(alias, "", program)
 
 
 def _values(option: Option) -> tuple[Value, ...]:

@@ -38,7 +38,7 @@ def pages() -> dict[str, str]:
 def links() -> dict[str, str]:
     """Pages under further names: path below a folder of manuals, and the file it links to."""
     return {
-        _path(alias, program.section): f"{page_name(program)}.{program.section}"
+        _path(_as_page(alias), program.section): f"{page_name(program)}.{program.section}"
         for program in programs()
         for alias in program.aliases
         if alias != page_name(program)
@@ -47,7 +47,11 @@ def links() -> dict[str, str]:
 
 def page_name(program: Program) -> str:
     """The page's name: "swtpm_cuse" for "swtpm cuse"."""
-    return program.name.replace(" ", "_")
+    return _as_page(program.name)
+
+
+def _as_page(name: str) -> str:
+    return name.replace(" ", "_")
 
 
 def program_page(program: Program) -> str:

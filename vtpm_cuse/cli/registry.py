@@ -24,6 +24,9 @@ MODULES: Final = (
     "vtpm_cuse.cli.ca.swtpm_localca",
     "vtpm_cuse.cli.setup.swtpm_setup",
     "vtpm_cuse.cli.swtpm_bios",
+    "vtpm_cuse.cli.vtpm.vtpm",
+    "vtpm_cuse.cli.vtpm.vtpm_rc",
+    "vtpm_cuse.cli.vtpm.vtpm_trace",
 )
 
 

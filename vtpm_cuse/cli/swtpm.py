@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from typing import Final
 
-from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.front import run_chosen
 from vtpm_cuse.cli.words.program import complain, run_program, version_text
 from vtpm_cuse.cli.words.table import Example, Option, Program, Subcommand
 
@@ -59,29 +58,17 @@ PROGRAM: Final = Program(
 
 def main() -> int:
     """The program swtpm."""
-    return run_program(lambda: _run(sys.argv[1:]), _report, clears_up=False)
+    return run_program(_run, _report, clears_up=False)
 
 
-def _run(words: list[str]) -> int:
-    if not words:
-        return _refuse("Missing TPM interface type.")
-    first, *rest = words
-    if first in {"-v", "--version"}:
-        print(version_text(""))
-        return 0
-    if first in {"-h", "--help"}:
-        print(help_text(PROGRAM), end="")
-        return 0
-    for name, _, module in PROGRAM.subcommands:
-        if name == first:
-            status: int = import_module(module).main(rest, f"swtpm {name}")
-            return status
-    return _refuse(f"Unsupported TPM interface type '{first}'.")
-
-
-def _refuse(reason: str) -> int:
-    complain(f"{reason}\n{help_text(PROGRAM)}".rstrip())
-    return 1
+def _run() -> int:
+    return run_chosen(
+        PROGRAM,
+        sys.argv[1:],
+        version_text(""),
+        missing="Missing TPM interface type.",
+        unknown="Unsupported TPM interface type '{}'.",
+    )
 
 
 def _report(reason: str) -> None:

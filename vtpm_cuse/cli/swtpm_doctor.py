@@ -1,4 +1,4 @@
-"""``swtpm doctor``: what this machine offers to virtual TPMs, and the next command to type."""
+"""``swtpm doctor``, ``vtpm doctor``: what this machine offers to virtual TPMs, and the next command to type."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ PROGRAM: Final = Program(
         Option("json", "print the findings as JSON, for scripts"),
         Option("help", "print this help and end", letter="h"),
     ),
+    aliases=("vtpm doctor",),
     description=(
         "Looks at kernel modules, device nodes and permissions, libtpms and its known flaws, FUSE, "
         "sandboxing and the kernel lab, changes nothing, and ends with the next command to type.",
@@ -43,7 +44,7 @@ PROGRAM: Final = Program(
         Term("/dev/cuse", "The kernel's CUSE driver."),
         Term("/dev/vtpmx", "The kernel's vTPM proxy."),
     ),
-    see_also=("swtpm(8)", "swtpm_cuse(8)", "swtpm_socket(8)"),
+    see_also=("swtpm(8)", "vtpm(8)", "swtpm_cuse(8)", "swtpm_socket(8)"),
 )
 
 _MARKS: Final = {"ok": "+", "loadable": "o", "denied": "!", "missing": "-", "flawed": "!"}
@@ -51,7 +52,7 @@ _MARKS: Final = {"ok": "+", "loadable": "o", "denied": "!", "missing": "-", "fla
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``swtpm doctor`` with the words behind it."""
-    return run_program(lambda: _run(words, program), _report)
+    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
 
 
 def _run(words: Sequence[str], program: str) -> int:
@@ -98,7 +99,3 @@ def _as_text(diagnosis: Diagnosis) -> str:
         why = f" ({offer.obstacle})" if offer.obstacle else ""
         lines.append(f"{'+' if offer.works else '-'} {offer.interface:<20} {offer.what}{why}")
     return "\n".join([*lines, "", "Next:", f"  {diagnosis.next}"])
-
-
-def _report(reason: str) -> None:
-    complain(f"swtpm doctor: {reason}")
