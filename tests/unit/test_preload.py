@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 PACKAGE: Final = Path(__file__).parents[2] / "vtpm_cuse"
-OTHER_PROGRAMS: Final = {"ca", "cli", "manufacture"}
+OTHER_PROGRAMS: Final = {"ca", "cli", "lab", "manufacture"}
 
 
 def loaded_after(statement: str) -> set[str]:

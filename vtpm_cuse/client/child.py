@@ -138,27 +138,23 @@ class Nest(Owned):
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
+        self._held = -1
         longest = max(map(len, names))
         self.folder = f"{_base(longest)}/vtpm-{secrets.token_hex(8)}"
-        read_end, self._held = os.pipe()
-        super().__init__()
+        self._guardian: subprocess.Popen[bytes] | None = None
         try:
-            self._guardian = subprocess.Popen(  # noqa: S603 - our own words
-                ["/bin/sh", "-c", _GUARDIAN, "vtpm-guardian", self.folder, *names],
-                stdin=read_end,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                start_new_session=True,
-            )
+            read_end, self._held = os.pipe()
+            super().__init__()
+            try:
+                self._guardian = _start_guardian(read_end, self.folder, names)
+            finally:
+                os.close(read_end)
             # After its guardian: there is no moment at which nobody would remove it.
             os.mkdir(self.folder, 0o700)
             os.chmod(self.folder, 0o700)  # whatever the umask
         except OSError as exc:
-            os.close(self._held)
+            self.close()
             raise LabError(f"Could not make {self.folder}: {exc.strerror}") from exc
-        finally:
-            os.close(read_end)
 
     def path(self, name: str) -> str:
         """Where the socket of that *name* is, or comes to be."""
@@ -187,7 +183,7 @@ class Nest(Owned):
             with contextlib.suppress(OSError):
                 os.rmdir(self.folder)
         self.release()
-        if self.ours:
+        if self.ours and self._guardian is not None:
             self._guardian.wait()
 
     def release(self) -> None:
@@ -195,8 +191,22 @@ class Nest(Owned):
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
-        if not self.ours:
+        if not self.ours and self._guardian is not None:
             self._guardian.returncode = 0  # another process' child
+
+
+def _start_guardian(
+    read_end: int, folder: str, names: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    """It waits for the end of what *read_end* is of. Raises OSError."""
+    return subprocess.Popen(  # noqa: S603 - our own words
+        ["/bin/sh", "-c", _GUARDIAN, "vtpm-guardian", folder, *names],
+        stdin=read_end,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        start_new_session=True,
+    )
 
 
 def _base(longest: int) -> str:

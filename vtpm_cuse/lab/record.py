@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from vtpm_cuse.client.child import Owned
 from vtpm_cuse.wire.pcapng import TPM_PORT
+from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_code
 
 _PIPE_SIZE: Final = 1 << 20
 _READ_SIZE: Final = 1 << 16
@@ -32,6 +33,16 @@ class Exchange(NamedTuple):
 
     command: bytes
     response: bytes
+
+
+def traced_lines(exchanges: list[Exchange]) -> list[str]:
+    """For people: a line for each, without what passwords and secrets are in."""
+    lines = []
+    for command, response in exchanges:
+        code = int.from_bytes(response[6:TPM_HEADER_SIZE], "big")
+        result = f"0x{code:x}" if response else "no response"
+        lines.append(f"command 0x{command_code(command).hex()}, {len(command)} bytes: {result}")
+    return lines
 
 
 class CaptureStream:

@@ -47,6 +47,7 @@ _ANSWER_SECONDS: Final = 300
 _MANAGED, _RAW, _CONTROL, _INNER = "tpm", "raw", "raw.ctrl", ".in"
 _NAMES: Final = (_MANAGED, _RAW, _CONTROL, _MANAGED + _INNER, _RAW + _INNER)
 """Of the sockets; where that for control is, tpm2-tss knows by the one before."""
+_ACCEPTCON: Final = 1 << 16  # __SO_ACCEPTCON, linux/net.h
 _TCTI: Final = Path(__file__).with_name("tcti.py")
 
 
@@ -245,6 +246,17 @@ class Tpm:
     @property
     def raw_path(self) -> str:  # noqa: D102
         return self._path(_RAW)
+
+    @property
+    def clients(self) -> int:
+        """How many connections others have to `path` and `raw_path`. 0, too, without /proc."""
+        paths = {os.fsencode(self._path(name)) for name in (_MANAGED, _RAW)}
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            with open("/proc/net/unix", "rb") as table:
+                rows = [row.split(None, 7) for row in table.read().splitlines()]
+            found = [r for r in rows if r[-1] in paths and not int(r[3], 16) & _ACCEPTCON]
+            return len(found) - (self._client is not None)
+        return 0
 
     @property
     def tcti(self) -> str:  # noqa: D102
