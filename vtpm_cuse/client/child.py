@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import site
 import socket
 import stat
@@ -29,11 +28,15 @@ from vtpm_cuse.errors import LabError, VtpmError, shown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from vtpm_cuse.client.base import Control
+
 CONTROL: Final = "--ctrl"
+ANNOUNCEMENT: Final = "env.json"
+"""Of a TPM that others of this user may find, in its `Nest`; see `lab.running`."""
 START_SECONDS: Final = 120
 """How long an answer may take: on a busy machine many emulators start at once."""
 
-_END_SECONDS: Final = 30
+END_SECONDS: Final = 30
 _PATH_MAX: Final = 107  # bytes of sun_path, without the NUL
 _MESSAGES_MAX: Final = 1 << 14  # bytes
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -140,7 +143,7 @@ class Nest(Owned):
         self._names = names
         self._held = -1
         longest = max(map(len, names))
-        self.folder = f"{_base(longest)}/vtpm-{secrets.token_hex(8)}"
+        self.folder = f"{_base(longest)}/vtpm-{os.urandom(8).hex()}"
         self._guardian: subprocess.Popen[bytes] | None = None
         try:
             read_end, self._held = os.pipe()
@@ -209,12 +212,17 @@ def _start_guardian(
     )
 
 
+def nest_places() -> list[str]:
+    """Folders in which a `Nest` may be, the best one first."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    private = [runtime] if os.path.isabs(runtime) and _is_own_folder(runtime) else []
+    return [*private, tempfile.gettempdir(), "/tmp"]  # noqa: S108 - what is in it is private
+
+
 def _base(longest: int) -> str:
     """A folder in which sockets may be. Raises LabError."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    candidates = [runtime] if os.path.isabs(runtime) and _is_own_folder(runtime) else []
     room = _PATH_MAX - len("/vtpm-") - 16 - 1 - longest
-    for base in [*candidates, tempfile.gettempdir(), "/tmp"]:  # noqa: S108 - the folder is private
+    for base in nest_places():
         if len(os.fsencode(base)) <= room and os.access(base, os.W_OK | os.X_OK):
             return base.rstrip("/")
     raise LabError("There is no folder for sockets: set TMPDIR to a short path that can be written")
@@ -295,7 +303,7 @@ class ChildEmulator(Owned):
         return self.ours and self._process.poll() is None
 
     @contextlib.contextmanager
-    def control(self) -> Iterator[SocketControl]:
+    def control(self) -> Iterator[Control]:
         """A control connection of its own for several requests: after one is refused it must end.
 
         Raises:
@@ -329,7 +337,7 @@ class ChildEmulator(Owned):
             try:
                 with self.control() as control:
                     control.shutdown()
-                self._process.wait(_END_SECONDS)
+                self._process.wait(END_SECONDS)
             except (OSError, VtpmError, subprocess.TimeoutExpired) as exc:
                 failure = self.failure("The emulator did not end in order", exc)
                 self.kill()
