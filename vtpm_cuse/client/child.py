@@ -302,6 +302,14 @@ class ChildEmulator(Owned):
         """Whether it runs, and is this process' own."""
         return self.ours and self._process.poll() is None
 
+    @property
+    def ending(self) -> str:
+        """How it ended, if it has: "status 1", "signal 9"."""
+        status = self._process.poll()
+        if status is None:
+            return ""
+        return f"signal {-status}" if status < 0 else f"status {status}"
+
     @contextlib.contextmanager
     def control(self) -> Iterator[Control]:
         """A control connection of its own for several requests: after one is refused it must end.
@@ -319,8 +327,7 @@ class ChildEmulator(Owned):
         with contextlib.suppress(subprocess.TimeoutExpired):
             if not isinstance(exc, TimeoutError):
                 self._process.wait(1)  # it is about to be there
-        status = self._process.poll()
-        ended = "" if status is None else f"it ended with status {status}"
+        ended = f"it ended with {self.ending}" if self.ending else ""
         return LabError(f"{what}: {ended or exc}", self.messages())
 
     def messages(self) -> str:

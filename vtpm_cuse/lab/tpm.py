@@ -248,6 +248,11 @@ class Tpm:
         """Whether it runs, and is this process' own."""
         return self._emulator is not None and self._emulator.alive
 
+    @property
+    def ending(self) -> str:
+        """How the emulator ended, if it did so by itself: "status 1", "signal 9"."""
+        return "" if self._emulator is None else self._emulator.ending
+
     # -- where it is ----------------------------------------------------------------------
 
     @property
