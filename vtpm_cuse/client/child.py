@@ -16,7 +16,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -198,9 +197,7 @@ class Nest(Owned):
             self._guardian.returncode = 0  # another process' child
 
 
-def _start_guardian(
-    read_end: int, folder: str, names: Sequence[str]
-) -> subprocess.Popen[bytes]:
+def _start_guardian(read_end: int, folder: str, names: Sequence[str]) -> subprocess.Popen[bytes]:
     """It waits for the end of what *read_end* is of. Raises OSError."""
     return subprocess.Popen(  # noqa: S603 - our own words
         ["/bin/sh", "-c", _GUARDIAN, "vtpm-guardian", folder, *names],
@@ -214,9 +211,11 @@ def _start_guardian(
 
 def nest_places() -> list[str]:
     """Folders in which a `Nest` may be, the best one first."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    runtime, chosen = (os.environ.get(name, "") for name in ("XDG_RUNTIME_DIR", "TMPDIR"))
     private = [runtime] if os.path.isabs(runtime) and _is_own_folder(runtime) else []
-    return [*private, tempfile.gettempdir(), "/tmp"]  # noqa: S108 - what is in it is private
+    # Not tempfile.gettempdir(), which tries them with a file that a signal would leave there.
+    temporary = [chosen] if os.path.isabs(chosen) else []
+    return [*private, *temporary, "/tmp"]  # noqa: S108 - what is in it is private
 
 
 def _base(longest: int) -> str:

@@ -8,7 +8,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -494,6 +493,8 @@ class Tpm:
 @functools.cache
 def _manufactured(version: Literal["2.0", "1.2"], profile: str | None) -> Snapshot:
     """One that is off. Raises LabError."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="vtpm-lab-") as folder:
         with Tpm(version=version, state=folder, manufactured=True, profile=profile) as tpm:
             if version == "2.0":  # else it would count as one that lost its power

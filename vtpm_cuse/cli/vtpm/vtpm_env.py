@@ -21,7 +21,7 @@ PROGRAM: Final = Program(
     "vtpm env",
     "how to reach a TPM that vtpm run has started",
     (
-        Option("shell", "print commands for a shell: eval \"$(vtpm env --shell)\""),
+        Option("shell", 'print commands for a shell: eval "$(vtpm env --shell)"'),
         Option("json", "print an object"),
         Option("list", "print the TPMs that run, a line each: name, version, process id"),
         Option("help", "print this help and end", letter="h"),
@@ -36,8 +36,7 @@ PROGRAM: Final = Program(
     examples=(
         Example(
             "In another terminal",
-            "vtpm run --name try --shell\n"
-            'eval "$(vtpm env --shell try)"; tpm2_getrandom --hex 8',
+            'vtpm run --name try --shell\neval "$(vtpm env --shell try)"; tpm2_getrandom --hex 8',
         ),
         Example("", "vtpm env --json try | jq -r .env.VTPM_PATH"),
         Example("", "vtpm env --list"),

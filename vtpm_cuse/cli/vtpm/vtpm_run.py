@@ -49,9 +49,7 @@ PROGRAM: Final = Program(
             metavar="PROFILE",
             group="The TPM",
         ),
-        Option(
-            "from", "begin from the snapshot in that file", metavar="FILE", group="The TPM"
-        ),
+        Option("from", "begin from the snapshot in that file", metavar="FILE", group="The TPM"),
         Option(
             "save",
             "write a snapshot to that file when the command has ended; it is as secret as all "
@@ -105,7 +103,9 @@ PROGRAM: Final = Program(
             "vtpm run --manufactured --save tpm.snapshot -- ./enroll\n"
             "vtpm run --from tpm.snapshot -- ./test",
         ),
-        Example("A program that knows /dev/tpm0 alone", "vtpm run --device sh -c './p $VTPM_DEVICE'"),
+        Example(
+            "A program that knows /dev/tpm0 alone", "vtpm run --device sh -c './p $VTPM_DEVICE'"
+        ),
         Example("A shell to try things in", "vtpm run --shell"),
     ),
     exits=(
@@ -178,13 +178,15 @@ def _command(line: CommandLine) -> list[str]:
 class _Run:
     def __init__(self, line: CommandLine, attendant: Attendant, program: str) -> None:
         self._line, self._attendant, self._program = line, attendant, program
-        self._good = True
+        self._good, self._told = True, False
 
     def run(self, command: Sequence[str]) -> int:
         """Raises VtpmError, OSError: the command has not been started."""
         name = self._line.value("name") or ""
         if name:
             _check_free(name)
+        if (path := self._line.value("save")) is not None:
+            _check_place(path)
         with self._traced() as capture:
             tpm = self._tpm(capture)
             try:
@@ -256,7 +258,8 @@ class _Run:
         status = self._attendant.run(words, {**_environment(), **env})
         if not tpm.alive:
             self._complain(f"The TPM ended before {command[0]} did, with {tpm.ending}")
-            self._good = False
+            self._good = not (self._line.has("state") or self._line.has("save"))
+            self._told = True
         elif (path := self._line.value("save")) is not None:
             with self._noting():
                 _save(tpm, path)
@@ -268,9 +271,9 @@ class _Run:
         try:
             yield
         except VtpmError as exc:
-            if self._good:  # else there was another one before
+            if not self._told:  # else this follows from that
                 self._complain(str(exc))
-            self._good = False
+            self._good, self._told = False, True
 
     def _introduce(self, tpm: Tpm, name: str) -> None:
         inform(
@@ -294,6 +297,16 @@ def _check_free(name: str) -> None:
         )
     if any(one.name == name for one in running()):
         raise UsageError(f"There is a TPM {name} already; choose another --name")
+
+
+def _check_place(path: str) -> None:
+    """Raises UsageError where nothing can be saved, while nothing is lost yet."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UsageError(f"{path} is no file; save to another place")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        why = "may not be written to" if os.path.isdir(folder) else "is not there"
+        raise UsageError(f"Could not save to {path}: its folder {why}")
 
 
 def _environment() -> dict[str, str]:
