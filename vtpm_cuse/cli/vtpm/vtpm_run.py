@@ -59,7 +59,7 @@ PROGRAM: Final = Program(
         ),
         Option(
             "raw",
-            "what TCTI variables name is the TPM itself, with one client at a time, and no "
+            "what the variables name is the TPM itself, with one client at a time, and no "
             "resource manager",
             group="How clients find it",
         ),
@@ -249,7 +249,7 @@ class _Run:
         env = {"VTPM_NAME": name, **tpm.env}
         if self._line.has("raw"):
             env |= {key: tpm.raw_tcti for key, value in env.items() if value == tpm.tcti}
-            env |= {key: tpm.raw_path for key in env.keys() & {"TPM_DEVICE"}}
+            env |= {key: tpm.raw_path for key, value in env.items() if value == tpm.path}
         announce(tpm.folder, name, tpm.version, env)
         if self._line.has("shell"):
             self._introduce(tpm, name)
@@ -324,7 +324,8 @@ def _environment() -> dict[str, str]:
 
 def _prompt() -> dict[str, str]:
     """What Debian's bash shows in front of its prompt."""
-    return {"debian_chroot": os.environ.get("debian_chroot") or "vtpm"}
+    name = "debian_chroot"
+    return {name: os.environ.get(name) or "vtpm"}
 
 
 def _save(tpm: Tpm, path: str) -> None:
