@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -46,10 +47,8 @@ def test_a_damaged_snapshot_is_an_error_or_another_snapshot(data: st.DataObject)
     whole = Snapshot(b"permanent", b"volatile").to_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     changed = whole[:at] + bytes([data.draw(st.integers(0, 255))]) + whole[at + 1 :]
-    try:
+    with contextlib.suppress(WireError):
         assert Snapshot.from_bytes(changed).to_bytes() == changed
-    except WireError:
-        pass
     with pytest.raises(WireError):
         Snapshot.from_bytes(whole[:at])
 
@@ -142,7 +141,9 @@ def test_what_a_tpm_cannot_begin_from() -> None:
     with pytest.raises(LabError, match=r"no TPM 3\.0"):
         Tpm(version="3.0")  # type: ignore[arg-type]
     with pytest.raises(LabError, match="all of a TPM"):
-        Tpm(snapshot=Snapshot(b""), state="folder")
+        Tpm(snapshot=Snapshot(b"-"), state="folder")
+    with pytest.raises(LabError, match="without a permanent state"):
+        Snapshot(b"")
 
 
 def test_a_tpm_that_is_not_started_says_so() -> None:
@@ -153,7 +154,7 @@ def test_a_tpm_that_is_not_started_says_so() -> None:
     for ask in asks:
         with pytest.raises(LabError, match="not running"):
             ask()
-    with pytest.raises(LabError, match="TPM 1.2 has none"):
+    with pytest.raises(LabError, match=r"TPM 1\.2 has none"):
         tpm.lockout()
 
 

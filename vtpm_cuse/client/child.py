@@ -191,7 +191,8 @@ class Nest(Owned):
     def release(self) -> None:
         """See `Owned`. Once all have let go of it the guardian removes it."""
         if self._held >= 0:
-            os.close(self._held)
+            with contextlib.suppress(OSError):  # somebody else has closed it
+                os.close(self._held)
             self._held = -1
         if not self.ours and self._guardian is not None:
             self._guardian.returncode = 0  # another process' child
@@ -249,7 +250,10 @@ class ChildEmulator(Owned):
 
     Raises:
         LabError: It does not start; with what it said.
+        OSError: No descriptor is to be had.
     """
+
+    _messages = -1
 
     def __init__(
         self,
@@ -257,39 +261,49 @@ class ChildEmulator(Owned):
         listeners: Mapping[str, socket.socket],
         pass_fds: Iterable[int] = (),
     ) -> None:
-        # Nobody has to read what is in memory; and it is little, for the log leaves out what repeats.
-        self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
-        self._path: str = listeners[CONTROL].getsockname()
-        self._ours = _connect(self._path)
-        super().__init__()
-        channels = []
-        for option, listener in listeners.items():
-            more = ",terminate" if option == CONTROL else ""
-            channels += [option, f"type=unixio,fd={listener.fileno()}{more}"]
-        fds = [*(one.fileno() for one in listeners.values()), *pass_fds]
-        try:
-            self._process = subprocess.Popen(  # noqa: S603 - our own program
-                [*program_words("vtpm_cuse.cli.swtpm"), "socket", *words, *channels],
-                stdin=subprocess.DEVNULL,
-                stdout=self._messages,
-                stderr=self._messages,
-                cwd="/",
-                env=program_environment(),
-                pass_fds=fds,
-                start_new_session=True,
-            )
-        except OSError as exc:
-            self.release()
-            raise LabError(f"Could not start an emulator: {exc.strerror}") from exc
-        finally:
+        with contextlib.ExitStack() as undo:
             for listener in listeners.values():
-                listener.close()
+                undo.callback(listener.close)
+            self._path: str = listeners[CONTROL].getsockname()
+            self._ours = _connect(self._path)
+            try:
+                # Nobody has to read what is in memory; and it is little: the log leaves out what
+                # repeats.
+                self._messages = os.memfd_create("messages", os.MFD_CLOEXEC)
+                self._process = self._start(words, listeners, pass_fds)
+            except OSError as exc:
+                self._ours.close()
+                self._close_messages()
+                raise LabError(f"Could not start an emulator: {exc.strerror}") from exc
+        super().__init__()
         try:
             SocketControl(self._ours.dup).capability()  # answered when it is up
         except (OSError, VtpmError) as exc:
             failure = self.failure("The emulator did not start", exc)
             self.kill()
             raise failure from exc
+
+    def _start(
+        self,
+        words: Iterable[str],
+        listeners: Mapping[str, socket.socket],
+        pass_fds: Iterable[int],
+    ) -> subprocess.Popen[bytes]:
+        """Raises OSError."""
+        channels = []
+        for option, listener in listeners.items():
+            more = ",terminate" if option == CONTROL else ""
+            channels += [option, f"type=unixio,fd={listener.fileno()}{more}"]
+        return subprocess.Popen(  # noqa: S603 - our own program
+            [*program_words("vtpm_cuse.cli.swtpm"), "socket", *words, *channels],
+            stdin=subprocess.DEVNULL,
+            stdout=self._messages,
+            stderr=self._messages,
+            cwd="/",
+            env=program_environment(),
+            pass_fds=[*(one.fileno() for one in listeners.values()), *pass_fds],
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -331,10 +345,11 @@ class ChildEmulator(Owned):
 
     def messages(self) -> str:
         """What it said last: of its log, and of what Python had to say, at most 16 KiB."""
-        if self._messages < 0:
+        try:
+            begin = max(0, os.fstat(self._messages).st_size - _MESSAGES_MAX)
+            said = os.pread(self._messages, _MESSAGES_MAX, begin)
+        except OSError:  # it is closed
             return ""
-        begin = max(0, os.fstat(self._messages).st_size - _MESSAGES_MAX)
-        said = os.pread(self._messages, _MESSAGES_MAX, begin)
         return shown(said.decode(errors="replace")).strip()
 
     def end(self) -> None:
@@ -359,12 +374,17 @@ class ChildEmulator(Owned):
 
     def release(self) -> None:
         """See `Owned`. Once all have let go of its control channel, it ends."""
-        if self._messages >= 0:
+        with contextlib.suppress(OSError):  # somebody else has closed it
             self._ours.close()
-            os.close(self._messages)
-            self._messages = -1
+        self._close_messages()
         if not self.ours:
             self._process.returncode = 0  # another process' child
+
+    def _close_messages(self) -> None:
+        if self._messages >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._messages)
+            self._messages = -1
 
 
 def _connect(path: str) -> socket.socket:

@@ -76,10 +76,12 @@ def _check_pcr(number: int) -> None:
 
 
 def step_clock(ask: Callable[[bytes], bytes], milliseconds: int) -> None:
-    """Sets the clock of a TPM 2.0 forward, which never goes back. Raises TpmError, WireError."""
+    """Sets the clock of a TPM 2.0 forward, which never goes back. Raises LabError, TpmError, WireError."""
     answer = ask(_command(_TPM_CC_ReadClock, b"", sessions=False))
     body = tpm2.read_response_untrusted("TPM2_ReadClock", answer).parameters
     _, clock = struct.unpack_from(">QQ", body)
+    if clock + milliseconds >= 1 << 64:
+        raise LabError("No clock goes so far")
     new = struct.pack(">Q", clock + milliseconds)
     answer = ask(_authorized(_TPM_CC_ClockSet, TPM_RH_PLATFORM, new))
     tpm2.read_response_untrusted("TPM2_ClockSet", answer)

@@ -14,12 +14,13 @@ R = TypeVar("R")
 async def in_thread(call: Callable[[], R], undo: Callable[[R], object] | None = None) -> R:
     """What *call* gives, in a thread of the loop's; a loop that runs has been imported.
 
-    A call is always finished. If it is cancelled meanwhile, its result is given to *undo*.
+    A call is always made and finished. Where a cancellation then takes its result away, as asyncio's
+    does, that is given to *undo*.
     """
     trio = sys.modules.get("trio")
     if trio is not None and _in_trio(trio):
-        # Is not abandoned when it is cancelled: its result comes back in any case.
-        found: R = await trio.to_thread.run_sync(call)
+        with trio.CancelScope(shield=True):  # whoever is cancelled hears of it right behind this
+            found: R = await trio.to_thread.run_sync(call)
         return found
     asyncio: Any = sys.modules["asyncio"]
     running = asyncio.get_running_loop().run_in_executor(None, call)

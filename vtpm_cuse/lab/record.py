@@ -1,25 +1,30 @@
 """The last commands of a private TPM and its responses, as its emulator captures them.
 
-The capture goes through a pipe, so that nothing is between the TPM and its clients. A thread reads,
-for the emulator waits while the pipe is full.
+The capture goes through a pipe, so that nothing is between the TPM and its clients. A thread reads
+now and then, for the emulator waits while the pipe is full.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import select
 import struct
 import threading
+import time
 from collections import deque
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from vtpm_cuse.client.child import Owned
 from vtpm_cuse.wire.pcapng import TPM_PORT
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_code
 
-_PIPE_SIZE: Final = 1 << 20
+_PIPE_SIZE: Final = 1 << 18
+_GATHER_SECONDS: Final = 0.02
+"""Between two looks of the thread: to be woken for each packet would cost the clients more than all
+else. A TPM cannot fill the pipe meanwhile."""
+
 _READ_SIZE: Final = 1 << 16
 _ENHANCED_PACKET: Final = 6
 _BLOCK_HEAD: Final = 8
@@ -100,7 +105,7 @@ class Recorder(Owned):
         self._lock = threading.Lock()
         self._read_end, self.fd = os.pipe()
         os.set_blocking(self._read_end, False)
-        with contextlib.suppress(OSError):  # who may have no more has less room
+        with suppress(OSError):  # who may have no more has less room
             fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         super().__init__()
 
@@ -128,6 +133,7 @@ class Recorder(Owned):
         poll.register(self._read_end, select.POLLIN)
         while True:
             poll.poll()
+            time.sleep(_GATHER_SECONDS)
             with self._lock:
                 if not self._drain():
                     return
@@ -139,20 +145,24 @@ class Recorder(Owned):
                 data = os.read(self._read_end, _READ_SIZE)
             except BlockingIOError:
                 return True
+            except OSError:  # somebody else has closed it
+                data = b""
             if not data:
-                os.close(self._read_end)
-                self._read_end = -1
+                self._close()
             self._kept.extend(self._stream.feed(data))
         return False
 
     def release(self) -> None:
         """See `Owned`. In its own process the thread closes it, at the emulator's end."""
-        if self.fd >= 0:
+        begun = self.fd < 0
+        if not begun:
             os.close(self.fd)
             self.fd = -1
-            if self.ours:  # there is no thread
+        if not (begun and self.ours):  # there is no thread
+            self._close()
+
+    def _close(self) -> None:
+        if self._read_end >= 0:
+            with suppress(OSError):
                 os.close(self._read_end)
-                self._read_end = -1
-        if not self.ours and self._read_end >= 0:
-            os.close(self._read_end)
             self._read_end = -1

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
-from vtpm_cuse.errors import WireError
+from vtpm_cuse.errors import LabError, WireError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +28,9 @@ class Snapshot:
         permanent: What it keeps without power.
         volatile: All else, of one that was on; else empty.
         saved: What a TPM 1.2 kept by TPM_SaveState; else empty.
+
+    Raises:
+        LabError: There is no permanent state.
     """
 
     __slots__ = ("permanent", "saved", "tpm2", "volatile")
@@ -35,6 +38,8 @@ class Snapshot:
     def __init__(
         self, permanent: bytes, volatile: bytes = b"", saved: bytes = b"", *, tpm2: bool = True
     ) -> None:
+        if not permanent:
+            raise LabError("There is no TPM without a permanent state")
         self.permanent, self.volatile, self.saved, self.tpm2 = permanent, volatile, saved, tpm2
 
     def __repr__(self) -> str:
@@ -69,6 +74,8 @@ class Snapshot:
         if at != len(data):
             raise WireError("Snapshot", at, len(data))
         permanent, volatile, saved = blobs
+        if not permanent:
+            raise WireError("Snapshot", len(data) + 1, len(data))
         return cls(permanent, volatile, saved, tpm2=bool(data[len(_MAGIC)]))
 
     def save(self, path: str | Path) -> None:

@@ -38,6 +38,7 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
     from types import TracebackType
 
@@ -153,13 +154,16 @@ class Tpm:
 
     def start(self) -> Self:
         """Starts it, as the context does, which is ended by `close`. It is ready then."""
-        with self._lock, standard_files_left_alone():
+        with self._lock:
             if self._nest is not None:
                 raise LabError("It runs already")
             try:
-                self._start()
-            except BaseException:
+                with standard_files_left_alone():
+                    self._start()
+            except BaseException as exc:
                 self._kill()
+                if isinstance(exc, OSError):  # no descriptor is to be had, say
+                    raise LabError(f"The TPM could not be started: {exc.strerror}") from exc
                 raise
         return self
 
@@ -185,17 +189,24 @@ class Tpm:
     def _launch(self, words: list[str], fds: list[int]) -> ChildEmulator:
         """What serves it, in a `Nest`; of a TPM that begins from a snapshot, off."""
         self._nest = nest = Nest(_NAMES)
-        listeners = {"--server": nest.listen(_RAW)}
-        if self._tpm2:
-            listeners["--managed"] = nest.listen(_MANAGED)
-        if self._faults:
-            ways = {}
-            for option, listener in listeners.items():
-                inner = f"{os.path.basename(listener.getsockname())}{_INNER}"
-                listeners[option], ways[listener] = nest.listen(inner), nest.path(inner)
-            self._relay = Relay(ways, tpm2=self._tpm2, seconds=_ANSWER_SECONDS)
-        listeners[CONTROL] = nest.listen(_CONTROL)
-        return ChildEmulator(words, listeners, fds)
+        with contextlib.ExitStack() as undo:
+
+            def listen(name: str) -> socket.socket:
+                return undo.enter_context(nest.listen(name))
+
+            listeners = {"--server": listen(_RAW)}
+            if self._tpm2:
+                listeners["--managed"] = listen(_MANAGED)
+            if self._faults:
+                names = {"--server": _RAW, "--managed": _MANAGED}
+                inner = {option: listen(names[option] + _INNER) for option in listeners}
+                ways = {listeners[option]: nest.path(names[option] + _INNER) for option in inner}
+                self._relay = Relay(ways, tpm2=self._tpm2, seconds=_ANSWER_SECONDS)
+                listeners = inner
+            listeners[CONTROL] = listen(_CONTROL)
+            emulator = ChildEmulator(words, listeners, fds)
+            undo.pop_all()
+        return emulator
 
     def _words(self) -> list[str]:
         """Of the options; makes the state's folder, and what is to be in it."""
@@ -223,6 +234,9 @@ class Tpm:
         Raises:
             LabError: The emulator did not end in order; it has ended all the same.
         """
+        if self._nest is not None and not self._nest.ours:  # a copy, in which a lock may be held
+            self._kill()
+            return
         with self._lock:
             try:
                 if self._emulator is not None and self._state is not None:
@@ -277,6 +291,7 @@ class Tpm:
     @property
     def clients(self) -> int:
         """How many connections others have to `path` and `raw_path`. 0, too, without /proc."""
+        self._running()
         paths = {os.fsencode(self._path(name)) for name in (_MANAGED, _RAW)}
         with self._lock, contextlib.suppress(FileNotFoundError):
             with open("/proc/net/unix", "rb") as table:
@@ -315,8 +330,8 @@ class Tpm:
         """
         if not TPM_HEADER_SIZE <= len(command) == command_size(command) <= TPM_BUFFER_MAX:
             raise WireError("TPM command", command_size(command), len(command))
+        emulator = self._running()
         with self._lock:
-            emulator = self._running()
             try:
                 if self._client is None:
                     self._client = self._connect()
@@ -340,7 +355,7 @@ class Tpm:
 
     def snapshot(self) -> Snapshot:
         """All of it, as it is now; it goes on."""
-        with self._lock, self._asking("The TPM gave no snapshot") as control:
+        with self._asking("The TPM gave no snapshot") as control:
             permanent = control.get_state(_PERMANENT, _DECRYPTED)
             volatile = control.get_state(_VOLATILE, _DECRYPTED)
             saved = b"" if self._tpm2 else _saved_state(control)
@@ -351,10 +366,13 @@ class Tpm:
 
         Clients that are connected find themselves at a TPM that was reset: their objects and
         sessions are gone, as those of all clients at the moment of the snapshot are.
+
+        Raises:
+            LabError: The TPM does not take it, and is off until it is rewound to another one.
         """
+        if snapshot.tpm2 != self._tpm2:
+            raise LabError(f"The snapshot is of another version than this TPM {self.version}")
         with self._lock:
-            if snapshot.tpm2 != self._tpm2:
-                raise LabError(f"The snapshot is of another version than this TPM {self.version}")
             with self._asking("The TPM could not be rewound") as control:
                 control.stop()
                 self._return_to(control, snapshot)
@@ -379,10 +397,9 @@ class Tpm:
 
         It is shut down in order before; what it keeps without power stays.
         """
-        with self._lock:
-            with self._asking("The TPM could not be powered off and on") as control:
-                control.stop()
-                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        with self._asking("The TPM could not be powered off and on") as control:
+            control.stop()
+            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     def reset(self) -> None:
@@ -390,9 +407,8 @@ class Tpm:
 
         It is shut down in order before, here, too.
         """
-        with self._lock:
-            with self._asking("The TPM could not be reset") as control:
-                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        with self._asking("The TPM could not be reset") as control:
+            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     # -- what it has seen, and what is done to it -----------------------------------------
@@ -422,6 +438,7 @@ class Tpm:
         from vtpm_cuse.lab import commands
 
         self._need_tpm2("A lockout")
+        self._running()
         with self._lock:
             commands.lock_out(self.command)
 
@@ -436,6 +453,7 @@ class Tpm:
 
         if milliseconds <= 0:
             raise LabError("The clock of a TPM can only be set forward")
+        self._running()
         with self._lock:
             commands.step_clock(self.command, milliseconds)
 
@@ -482,7 +500,7 @@ class Tpm:
     def _asking(self, failing: str) -> Iterator[Control]:
         emulator = self._running()
         try:
-            with emulator.control() as control:
+            with self._lock, emulator.control() as control:
                 yield control
         except LabError:
             raise
@@ -537,4 +555,5 @@ class Client(Owned):
 
     def release(self) -> None:
         """See `Owned`."""
-        self._connection.close()
+        with contextlib.suppress(OSError):  # somebody else has closed it
+            self._connection.close()

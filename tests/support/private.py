@@ -1,0 +1,37 @@
+"""Where the sockets of private TPMs are, in tests that look whether anything is left."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def runtime_folder() -> Iterator[Path]:
+    """For XDG_RUNTIME_DIR: short, and a shell would see two words. In the end nothing is in it."""
+    folder = Path(tempfile.mkdtemp(prefix="run time-"))
+    yield folder
+    wait_until(lambda: not os.listdir(folder), "sockets and folders are removed")
+    wait_until(lambda: not processes_below(folder), "who removed them has ended")
+    folder.rmdir()
+
+
+def processes_below(folder: Path) -> list[str]:
+    """Command lines that name *folder*."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = place.read_bytes()
+        except OSError:
+            continue
+        if bytes(folder) in words:
+            found.append(words.replace(b"\0", b" ").decode())
+    return found
