@@ -23,7 +23,7 @@ from vtpm_cuse.storage.linear import LinearStore
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
-from vtpm_cuse.wire.pcapng import TPM_PORT, Conversation, file_header
+from vtpm_cuse.wire.pcapng import TPM_PORT, CaptureReader, Conversation, file_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -231,6 +231,15 @@ def capture(data: bytes) -> None:
     ]
     wanted = [(TPM_PORT if number % 2 else 50000, one) for number, one in enumerate(said)]
     assert heard == wanted
+
+
+def capture_read(data: bytes) -> None:
+    """A capture of anybody's: the same whole and in pieces, and no more than there was."""
+    whole, parts = CaptureReader(), CaptureReader()
+    found = [*whole.feed(data), *whole.end()]
+    again = [one for at in range(0, len(data), 99) for one in parts.feed(data[at : at + 99])]
+    assert ([*again, *parts.end()], parts.trouble) == (found, whole.trouble)
+    assert sum(len(one.command) + len(one.response or b"") for one in found) <= len(data)
 
 
 def _packets(capture: bytes) -> Iterator[tuple[int, int, bytes]]:

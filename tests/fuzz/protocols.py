@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,7 @@ from vtpm_cuse.wire.layout import BIG, HOST, WireStruct
 from vtpm_cuse.wire.marshal import TpmStruct
 from vtpm_cuse.wire.ptm import PtmCommand
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmCc, TpmOrdinal
+from vtpm_cuse.wire.trace import as_json, decode, text
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -186,6 +188,14 @@ def structures(data: bytes) -> None:
         return
     if refused is not None:
         raise refused
+
+
+def trace(data: bytes) -> None:
+    """A command and a response, which are described whatever they are."""
+    command, response = (*pieces(data), b"", b"")[:2]
+    record = decode(command, response, micros=1, duration=1)
+    assert text(record)
+    assert json.loads(json.dumps(as_json(record)))["response"]["size"] == len(response)
 
 
 def responses(data: bytes) -> None:

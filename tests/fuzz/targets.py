@@ -15,6 +15,7 @@ _REQUESTS: Final = tuple((command + 1).to_bytes(4, "big") for command in PtmComm
 _IOCTLS: Final = tuple(number.to_bytes(4, "little") for number in PTM_IOCTLS)
 _CODES: Final = tuple(code.to_bytes(4, "big") for kind in (TpmCc, TpmOrdinal) for code in kind)
 _TAGS: Final = (b"\x80\x01", b"\x80\x02", b"\x00\xc1", b"\x00\xc4")
+_BLOCKS: Final = (b"\x0a\x0d\x0d\x0a", b"\x4d\x3c\x2b\x1a", b"\6\0\0\0", b"\x09\x11")
 _OPTIONS: Final = tuple(
     sorted({f"--{option.name}".encode() for one in words.PROGRAMS for option in one.options})
 )
@@ -42,6 +43,8 @@ TARGETS: Final[dict[str, Target]] = {
     "certificate": Target(files.certificate, rounds=500),
     "key-pem": Target(files.key_pem, (VtpmError, ValueError), rounds=500),
     "capture": Target(files.capture),
+    "capture-read": Target(files.capture_read, words=_BLOCKS),
+    "trace": Target(protocols.trace, words=(*_TAGS, *_CODES)),
     "options": Target(words.options, words=(b"\0", *_OPTIONS, *_SUBS), rounds=1000),
     "sub-options": Target(words.sub_options, (SubOptionError,), words=(b",", b"{", b"}", *_SUBS)),
     "names": Target(words.names, (ValueError,), words=(b"CN=", b",", b"\\", b"+", b"DC=")),

@@ -27,6 +27,8 @@ def modules_after(statement: str) -> set[str]:
     [
         ("import vtpm_cuse", HEAVY | {"vtpm_cuse.errors"}),
         ("import vtpm_cuse.wire.ptm, vtpm_cuse.wire.fuse, vtpm_cuse.wire.blob", HEAVY),
+        ("import vtpm_cuse.wire.trace, vtpm_cuse.wire.pcapng, vtpm_cuse.wire.rc", HEAVY),
+        ("import vtpm_cuse.cli.vtpm.vtpm_rc, vtpm_cuse.cli.vtpm.vtpm_trace", HEAVY),
         ("import vtpm_cuse.proto.cuse, vtpm_cuse.faults", HEAVY),
         ("import vtpm_cuse.storage.directory, vtpm_cuse.storage.linear", HEAVY),
         ("import vtpm_cuse.storage.sealed", HEAVY),

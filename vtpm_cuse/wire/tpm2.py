@@ -377,7 +377,7 @@ class SelfTestParameters(TpmStruct):
 
 @marshalled
 class PasswordSession(TpmStruct):
-    """TPMS_AUTH_COMMAND with an empty password."""
+    """TPMS_AUTH_COMMAND; by itself, one with an empty password."""
 
     sessionHandle: U32 = TPM_RS_PW
     nonce: Sized16 = b""

@@ -12,23 +12,22 @@ Main Part 1, section 13 (the same, and authorization).
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vtpm_cuse.errors import WireError
 from vtpm_cuse.wire import names, tpm2, tpm12
-from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.marshal import Reader
 from vtpm_cuse.wire.rc import Explained, explain
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
     TPM_HEADER_SIZE,
     TpmCc,
-    TpmHeader,
     TpmOrdinal,
-    TpmSu,
     TpmTag,
+    command_code,
     command_size,
+    response_code,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     Details = tuple[tuple[str, str], ...]
 
-_COMMAND_TAGS2: Final = frozenset({TpmTag.TPM_ST_NO_SESSIONS, TpmTag.TPM_ST_SESSIONS})
+_TAGS2: Final = frozenset({TpmTag.TPM_ST_NO_SESSIONS, TpmTag.TPM_ST_SESSIONS})
 _SESSIONS12: Final[dict[int, int]] = {
     TpmTag.TPM_TAG_RQU_COMMAND: 0,
     TpmTag.TPM_TAG_RQU_AUTH1_COMMAND: 1,
@@ -49,7 +48,7 @@ _RESPONSE_SESSIONS12: Final[dict[int, int]] = {
 }
 _AUTHORIZATION_SIZE12: Final = 45
 _RESPONSE_AUTHORIZATION_SIZE12: Final = 41
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH: Final = datetime(1970, 1, 1)
 
 
 class Session(NamedTuple):
@@ -135,10 +134,10 @@ def decode(
         duration: How long it took, in microseconds.
     """
     tag = _tag(command)
-    of_response = _tag(response or b"") in _RESPONSE_SESSIONS12 and tag not in _COMMAND_TAGS2
-    is12 = tag in _SESSIONS12 or of_response
-    known = tag in _SESSIONS12 or tag in _COMMAND_TAGS2
-    code = TpmHeader.unpack_untrusted(command, BIG).code if _whole(command) and known else None
+    is12 = tag in _SESSIONS12
+    code = int.from_bytes(command_code(command), "big") if is12 or tag in _TAGS2 else None
+    if code is None:
+        is12 = _tag(response or b"") in _RESPONSE_SESSIONS12
     answer = None if response is None else _response(response, code, tpm12=is12)
     return Decoded(micros, duration, is12, _command(command, code, tpm12=is12), answer)
 
@@ -202,17 +201,12 @@ def _sessions2(reader: Reader, data: bytes) -> tuple[Session, ...]:
     area = Reader(reader.take(reader.number(4)), "authorization area")
     found = []
     while area.left:
-        handle, _, attributes, _ = _authorization(area)
+        entry = tpm2.PasswordSession.read(area)
+        handle = entry.sessionHandle
         # Any other number there could be anything, a part of a password among it.
         name = names.handle_name(handle) if names.is_session(handle) else "no session"
-        found.append(Session(name, names.attribute_names(attributes)))
+        found.append(Session(name, names.attribute_names(entry.sessionAttributes)))
     return tuple(found)
-
-
-def _authorization(area: Reader) -> tuple[int, int, int, int]:
-    """TPMS_AUTH_COMMAND: handle, size of the nonce, attributes, size of password or HMAC."""
-    entry = tpm2.PasswordSession.read(area)
-    return entry.sessionHandle, len(entry.nonce), entry.sessionAttributes, len(entry.hmac)
 
 
 def _sessions12(reader: Reader, data: bytes) -> tuple[Session, ...]:
@@ -273,12 +267,11 @@ def _flushed(parameters: bytes) -> Details:
 def _defined(parameters: bytes) -> Details:
     public = tpm2.NvDefineParameters.unpack_untrusted(parameters).publicInfo
     index = tpm2.NvPublic.unpack_untrusted(public).nvIndex
-    return (("index", names.handle_name(index)),)
+    return (("index", names.hexadecimal(index)),)
 
 
 def _startup(parameters: bytes) -> Details:
-    kinds = {TpmSu.TPM_SU_CLEAR: "TPM_SU_CLEAR", TpmSu.TPM_SU_STATE: "TPM_SU_STATE"}
-    return _one_of(kinds, _number(parameters, 2))
+    return _one_of({0: "TPM_SU_CLEAR", 1: "TPM_SU_STATE"}, _number(parameters, 2))
 
 
 def _startup12(parameters: bytes) -> Details:
@@ -286,7 +279,7 @@ def _startup12(parameters: bytes) -> Details:
     return _one_of(kinds, _number(parameters, 2))
 
 
-def _one_of(kinds: dict[Any, str], kind: int) -> Details:
+def _one_of(kinds: dict[int, str], kind: int) -> Details:
     return (("type", kinds.get(kind, f"0x{kind:04x}")),)
 
 
@@ -349,16 +342,18 @@ def _response(data: bytes, code: int | None, *, tpm12: bool) -> Response:
     tag = _tag(data)
     if tag is None:
         return Response(None, len(data), faults=("too short for a response",))
-    if tag not in _RESPONSE_SESSIONS12 and tag not in _COMMAND_TAGS2:
+    if tag not in _RESPONSE_SESSIONS12 and tag not in _TAGS2:
         return Response(None, len(data), faults=("the tag is none of a response",))
-    result = explain(TpmHeader.unpack_untrusted(data, BIG).code, tpm12=tpm12)
+    # A TPM of the other version answers in its own way.
+    answers12 = tag in _RESPONSE_SESSIONS12
+    result = explain(response_code(data), tpm12=answers12)
     reader = Reader(data[TPM_HEADER_SIZE:], "response")
     found = Response(result, len(data), parameters=reader.left, faults=_size_faults(data))
     if result.code:
         fault = ("it failed, and has more than a code",) if reader.left else ()
         return found._replace(faults=(*found.faults, *fault))
     shape = None if code is None else names.shape_of(code, tpm12=tpm12)
-    if shape is None:
+    if shape is None or answers12 != tpm12:
         return found
     try:
         if shape.returns_handle:
@@ -442,7 +437,8 @@ def as_json(record: Decoded) -> dict[str, Any]:
 
 def _session_text(session: Session) -> str:
     attributes = f" [{', '.join(session.attributes)}]" if session.attributes else ""
-    return f"session {session.handle}{attributes}"
+    kind = "" if "session" in session.handle else "session "
+    return f"{kind}{session.handle}{attributes}"
 
 
 def _sizes_text(parameters: int, size: int) -> str:
@@ -461,6 +457,7 @@ def _result_text(result: Explained | None) -> str:
 def _time(micros: int) -> str:
     """ISO 8601, UTC; a capture may say anything, and what is no date is a number."""
     try:
-        return (_EPOCH + timedelta(microseconds=micros)).isoformat(timespec="microseconds")
+        moment = _EPOCH + timedelta(microseconds=micros)
+        return f"{moment.isoformat(timespec='microseconds')}Z"
     except OverflowError:
         return f"{micros} us"

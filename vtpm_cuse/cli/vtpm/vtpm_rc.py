@@ -31,9 +31,8 @@ PROGRAM: Final = Program(
         "or session it is about, and what it means. It knows the codes of TPM 2.0, TPM 1.2 and "
         "the layers of the TSS, which are those that programs, libraries, resource managers and "
         "the Linux kernel report.",
-        "Digits alone are a decimal number, as the kernel prints it; where they would be the name "
-        "of a code as a hexadecimal number, too, that follows. With zeros in front they are "
-        "hexadecimal.",
+        "Digits alone may be decimal, as the kernel prints them, or hexadecimal: what is a known code "
+        "is printed, which may be both. With zeros in front they are hexadecimal.",
     ),
     examples=(
         Example("", "vtpm rc 0x98e"),
