@@ -11,6 +11,9 @@ import socket
 import struct
 from typing import Any, Final
 
+# At once: a test of theirs leaves imports broken.
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU, TCTILdr  # type: ignore[import-not-found]
+
 _PTM_INIT_DELETE_VOLATILE: Final = struct.pack(">II", 2, 1)
 
 
@@ -22,8 +25,6 @@ class BelowRun:
 
     def start(self) -> None:
         """As new, but for its seeds, and not started up."""
-        from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU  # type: ignore[import-not-found]
-
         _reset()
         with ESAPI(self.tcti_name_conf) as esapi:
             esapi.startup(TPM2_SU.CLEAR)
@@ -35,8 +36,6 @@ class BelowRun:
 
     # Any: of a package without types.
     def get_tcti(self) -> Any:  # noqa: ANN401
-        from tpm2_pytss import TCTILdr
-
         return TCTILdr(*self.tcti_name_conf.split(":", 1))
 
     def __str__(self) -> str:
