@@ -29,7 +29,12 @@ VTPM: Final = program_words("vtpm_cuse.cli.vtpm.vtpm")
 def test_the_parts_are_there() -> None:
     assert [part.splitlines()[0] for part in PARTS] == ["# install", "# start"]
     for part in PARTS:
-        subprocess.run(["shellcheck", "-s", "bash", "-"], input=part, text=True, check=True)
+        subprocess.run(
+            ["shellcheck", "-S", "warning", "-s", "bash", "-"],
+            input=f"set -eo pipefail\n{part}",
+            text=True,
+            check=True,
+        )
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from pathlib import Path
+import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -17,6 +17,7 @@ from vtpm_cuse.lab.running import Running, announce, is_name, parse_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 ENV: Final = {"VTPM_PATH": "/x/tpm", "TPM2TOOLS_TCTI": "cmd:a b"}
 GOOD: Final[dict[str, Any]] = {"name": "one", "version": "2.0", "pid": 7, "env": ENV}
@@ -181,5 +182,5 @@ def test_the_only_one_needs_no_name(
 @pytest.mark.parametrize("value", ["a'b", "$(touch x)", "`x`", "a b;c", '"', "\\"])
 def test_a_shell_takes_values_as_they_are(value: str) -> None:
     (line,) = vtpm_env._lines(Running("a", "2.0", 1, {"VTPM_PATH": value}), for_shell=True)
-    with os.popen(f'{line}; printf %s "$VTPM_PATH"') as shell:
-        assert shell.read() == value
+    words = ["sh", "-c", f'{line}; printf %s "$VTPM_PATH"']
+    assert subprocess.run(words, check=True, capture_output=True, text=True).stdout == value
