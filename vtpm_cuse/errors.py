@@ -184,11 +184,17 @@ class UsageError(VtpmError):
 
 
 class LabError(VtpmError):
-    """A private TPM cannot be had, or has gone; ``said`` is what its emulator said last."""
+    """A private TPM cannot be had, or has gone; ``said`` is what its emulator said last.
+
+    The sentence has the last line of that, and a traceback all of it.
+    """
 
     def __init__(self, reason: str, said: str = "") -> None:
         super().__init__(reason, said)
         self.reason, self.said = reason, said
+        if "\n" in said:
+            self.add_note(said)
 
     def __str__(self) -> str:
-        return f"{self.reason}\n{self.said}" if self.said else self.reason
+        last = self.said.rpartition("\n")[2]
+        return f"{self.reason}: {last}" if last else self.reason

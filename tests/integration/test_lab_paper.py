@@ -1,4 +1,4 @@
-"""The examples of docs/lab.md do what it says."""
+"""The examples of docs/lab.md, and the program in examples/, do what is said of them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ def test_an_example_runs(code: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_example_passes_its_tests(tmp_path: Path) -> None:
+    words = ["-m", "pytest", "-q", "-p", "vtpm_cuse.lab.pytest_plugin", "-p", "no:cacheprovider"]
+    with runtime_folder() as runtime:
+        done = subprocess.run(
+            [sys.executable, *words, "--rootdir", tmp_path, TREE / "examples" / "seal"],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **environment(),
+                "XDG_RUNTIME_DIR": str(runtime),
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            },
+            timeout=PATIENCE_SECONDS,
+        )
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
+
+
 def test_the_tables_name_what_is_there() -> None:
     rows = re.findall(r"^\| (`[^|]*)\|", PAPER, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
@@ -46,7 +66,7 @@ def test_the_tables_name_what_is_there() -> None:
     fixtures = {name for name in vars(pytest_plugin) if name.startswith(("tpm", "manu", "faul"))}
     assert named == variables | fixtures
     assert set(re.findall(r"`(?:tpm\.)?([a-z_]\w*)`", PAPER)) <= fixtures | set(dir(Tpm)) | {
-        *("save", "cmd", "fork", "exec")
+        *("save", "said", "cmd", "fork", "exec")
     }
     for code in EXAMPLES:
         for names in re.findall(r"from vtpm_cuse.lab import (.*)", code):

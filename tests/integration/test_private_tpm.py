@@ -405,6 +405,16 @@ def test_kill_9_leaves_nothing(whom: str, arguments: str, tmp_path: Path, runtim
     wait_until(lambda: ends(number), "the emulator has ended")
 
 
+def test_kill_9_in_a_set_up_leaves_no_key(tmp_path: Path, runtime: Path) -> None:
+    code = "tpm.close()\nsay('begins')\nTpm(manufactured=True).start()\nsys.stdin.read()"
+    script = Script(tmp_path, code)
+    try:
+        script.said(1)
+        wait_until(lambda: bool(list(runtime.rglob("swtpm_setup.conf"))), "a folder is made")
+    finally:
+        script.close()
+
+
 def test_a_copy_of_the_process_neither_ends_nor_uses_nor_keeps_it(tmp_path: Path) -> None:
     code = """
 say(tpm.pid)

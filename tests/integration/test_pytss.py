@@ -88,7 +88,8 @@ def test_its_suite_passes_below_vtpm_run(suite: Path, tmp_path: Path) -> None:
         [
             *program_words("vtpm_cuse.cli.vtpm.vtpm"),
             *("run", FOLDER / "venv/bin/python", "-m", "pytest", "-q", "--tb=short"),
-            *("-p", "no:cacheprovider", "-p", "pytss_below_run", *unwanted, "test"),
+            *("-c", "pyproject.toml", "-p", "no:cacheprovider", "-p", "pytss_below_run"),
+            *(*unwanted, "test"),
         ],
         cwd=suite,
         env={**others, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},

@@ -32,7 +32,7 @@ TABLE: list[tuple[BaseException, int, int, int, str]] = [
     (errors.FrontendError("no device"), 9, errno.EIO, 1, "no device"),
     (errors.FrontendError("no device", "modprobe"), 9, errno.EIO, 1, "no device; modprobe"),
     (errors.LabError("no TPM"), 9, errno.EIO, 1, "no TPM"),
-    (errors.LabError("no TPM", "it said so"), 9, errno.EIO, 1, "no TPM\nit said so"),
+    (errors.LabError("no TPM", "twice\nit said so"), 9, errno.EIO, 1, "no TPM: it said so"),
     (errors.UsageError("bad option", 255), 9, errno.EIO, 255, "bad option"),
     (errors.TpmError("TPM2_Clear", 0x921), 9, errno.EIO, 1, "TPM2_Clear failed: 0x921"),
     (errors.UsageError("bad option", hint="try -h"), 9, errno.EIO, 1, "bad option; try -h"),

@@ -1,16 +1,18 @@
 """An emulator as a child: a TPM that its parent has to itself, and that goes when its parent goes.
 
 The parent binds the sockets, in a folder of its user's alone, and hands them over, so a client can
-connect before the emulator has begun. So does the parent, to the control channel: when that connection has ended, however
-that came about, there is no control client left and the emulator ends, too. A guardian waits for the
-same, and removes sockets and folder: not the parent, which may be killed, nor the
-emulator, whose sandbox lets it remove nothing.
+connect before the emulator has begun. The parent itself does, to the control channel: when that
+connection has ended, however that came about, no control client is left and the emulator ends, too.
+A guardian waits for the same, and removes sockets and folder: the parent may be killed, and the
+emulator's sandbox lets it remove nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
+import shutil
 import site
 import socket
 import stat
@@ -36,6 +38,9 @@ START_SECONDS: Final = 120
 """How long an answer may take: on a busy machine many emulators start at once."""
 
 END_SECONDS: Final = 30
+_GONE_MILLISECONDS: Final = 50
+"""What who has found one connection at an end looks for that of another one."""
+
 _PATH_MAX: Final = 107  # bytes of sun_path, without the NUL
 _MESSAGES_MAX: Final = 1 << 14  # bytes
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -60,6 +65,12 @@ read -r _
 folder=$1
 shift
 cd "$folder" && command -p rm -f -- "$@" && cd / && command -p rmdir -- "$folder"
+"""
+# The whole of a folder, which nobody else can have put anything into.
+_SCRATCH_GUARDIAN: Final = """\
+trap '' HUP INT QUIT TERM
+read -r _
+[ ! -d "$1" ] || command -p rm -rf -- "$1"
 """
 # A child is not to announce itself to its parent's service manager, nor to hear what is for that.
 _NOT_FOR_A_CHILD: Final = (
@@ -126,7 +137,7 @@ os.register_at_fork(after_in_child=_release_those_of_the_parent)
 
 
 class Nest(Owned):
-    """A folder for sockets, of this user's alone, that goes with this process.
+    """A folder for sockets, of this user's alone, that goes with this process and its copies.
 
     Args:
         names: Of the sockets that may come to be in it.
@@ -138,17 +149,19 @@ class Nest(Owned):
         LabError: It cannot be made.
     """
 
+    _guard = _GUARDIAN
+
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._held = -1
-        longest = max(map(len, names))
+        longest = max(map(len, names), default=0)
         self.folder = f"{_base(longest)}/vtpm-{os.urandom(8).hex()}"
         self._guardian: subprocess.Popen[bytes] | None = None
         try:
             read_end, self._held = os.pipe()
             super().__init__()
             try:
-                self._guardian = _start_guardian(read_end, self.folder, names)
+                self._guardian = _start_guardian(self._guard, read_end, self.folder, names)
             finally:
                 os.close(read_end)
             # After its guardian: there is no moment at which nobody would remove it.
@@ -179,11 +192,7 @@ class Nest(Owned):
         if self._held < 0:
             return
         if self.ours:
-            for name in self._names:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path(name))
-            with contextlib.suppress(OSError):
-                os.rmdir(self.folder)
+            self._remove()
         self.release()
         if self.ours and self._guardian is not None:
             self._guardian.wait()
@@ -197,11 +206,38 @@ class Nest(Owned):
         if not self.ours and self._guardian is not None:
             self._guardian.returncode = 0  # another process' child
 
+    def _remove(self) -> None:
+        for name in self._names:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path(name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)
 
-def _start_guardian(read_end: int, folder: str, names: Sequence[str]) -> subprocess.Popen[bytes]:
+
+class Scratch(Nest):
+    """A folder for anything, of this user's alone, that goes with this process. Raises LabError."""
+
+    _guard = _SCRATCH_GUARDIAN
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def __enter__(self) -> str:
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start_guardian(
+    script: str, read_end: int, folder: str, names: Sequence[str]
+) -> subprocess.Popen[bytes]:
     """It waits for the end of what *read_end* is of. Raises OSError."""
     return subprocess.Popen(  # noqa: S603 - our own words
-        ["/bin/sh", "-c", _GUARDIAN, "vtpm-guardian", folder, *names],
+        ["/bin/sh", "-c", script, "vtpm-guardian", folder, *names],
         stdin=read_end,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -282,6 +318,9 @@ class ChildEmulator(Owned):
             failure = self.failure("The emulator did not start", exc)
             self.kill()
             raise failure from exc
+        except BaseException:
+            self.kill()
+            raise
 
     def _start(
         self,
@@ -337,11 +376,20 @@ class ChildEmulator(Owned):
         """An error that says *what* went wrong, why, and what the emulator said last."""
         if isinstance(exc, VtpmError):
             return LabError(f"{what}: {exc}", self.messages())
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if not isinstance(exc, TimeoutError):
-                self._process.wait(1)  # it is about to be there
+        if self._has_gone():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
         ended = f"it ended with {self.ending}" if self.ending else ""
         return LabError(f"{what}: {ended or exc}", self.messages())
+
+    def _has_gone(self) -> bool:
+        """Whether it is at its end: then nobody has the other end of the parent's connection."""
+        try:
+            found = select.poll()
+            found.register(self._ours, select.POLLIN)
+            return bool(found.poll(_GONE_MILLISECONDS))
+        except (OSError, ValueError):  # it is closed
+            return True
 
     def messages(self) -> str:
         """What it said last: of its log, and of what Python had to say, at most 16 KiB."""

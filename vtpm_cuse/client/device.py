@@ -36,6 +36,8 @@ MANAGED: Final = "vtpmrm0"
 READY: Final = "ready"
 NEST_NAMES: Final = (READY, ANNOUNCEMENT)
 _READY_MAX: Final = 4096
+_GONE_SECONDS: Final = 0.05
+"""How long who has found a file dead waits for the end of its process."""
 _NOT_ENOUGH: Final = "With no setpriv of util-linux, nothing would end when this program is killed"
 
 
@@ -126,6 +128,11 @@ class DeviceEmulator(ChildEmulator):
         """
         with DeviceControl(f"{self.folder}/{RAW}") as control:
             yield control
+
+    def _has_gone(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GONE_SECONDS)
+        return self._process.poll() is not None
 
     def end(self) -> None:
         """Has it store its state and end; clients that have the device open do not keep it from that.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import tempfile
 from typing import Final
 
-from vtpm_cuse.client.child import program_environment, program_words
+from vtpm_cuse.client.child import Scratch, program_environment, program_words
 from vtpm_cuse.errors import LabError, shown
 
 _SETUP: Final = "vtpm_cuse.cli.setup.swtpm_setup"
@@ -28,7 +27,7 @@ def set_up(state: str, version: str, profile: str | None) -> None:
     Raises:
         LabError: It cannot be made; with what the set-up said.
     """
-    with tempfile.TemporaryDirectory(prefix="vtpm-lab-") as folder:
+    with Scratch() as folder:
         _configure(folder)
         words = ["--tpm-state", state, "--config", f"{folder}/swtpm_setup.conf", "--not-overwrite"]
         words += ["--create-ek-cert", "--create-platform-cert"]

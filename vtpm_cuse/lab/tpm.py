@@ -18,6 +18,7 @@ from vtpm_cuse.client.child import (
     ChildEmulator,
     Nest,
     Owned,
+    Scratch,
     standard_files_left_alone,
 )
 from vtpm_cuse.client.connect import connect_unix, receive
@@ -511,9 +512,7 @@ class Tpm:
 @functools.cache
 def _manufactured(version: Literal["2.0", "1.2"], profile: str | None) -> Snapshot:
     """One that is off. Raises LabError."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="vtpm-lab-") as folder:
+    with Scratch() as folder:
         with Tpm(version=version, state=folder, manufactured=True, profile=profile) as tpm:
             if version == "2.0":  # else it would count as one that lost its power
                 tpm.command(shutdown_command(TpmSu.TPM_SU_CLEAR))
