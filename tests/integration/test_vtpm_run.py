@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -406,12 +407,20 @@ def test_the_tpms_end_is_told(
 
 # -- signals and terminals ------------------------------------------------------------------
 
-TRAPPING: Final = "trap 'exit 5' {}; echo ready; while :; do read -r _ || exit 1; done"
+AWAITING: Final = """
+import signal, sys
+expected = {int(sys.argv[1])}
+signal.pthread_sigmask(signal.SIG_BLOCK, expected)
+print("ready", flush=True)
+signal.sigwait(expected)
+sys.exit(5)
+"""
+"""A shell may sleep before it looks for a signal that has just come."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_are_passed_on(place: Place, number: signal.Signals) -> None:
-    with place.started("bash", "-c", TRAPPING.format(number.name)) as process:
+    with place.started(sys.executable, "-I", "-c", AWAITING, str(number.value)) as process:
         assert first_line(process) == ["ready"]
         process.send_signal(number)
         assert process.wait(PATIENCE_SECONDS) == 5
@@ -430,12 +439,25 @@ def test_what_was_ignored_stays_so(place: Place) -> None:
     assert process.returncode == 4
 
 
+INTERRUPTED: Final = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+print("ready", flush=True)
+signal.sigwait({signal.SIGINT})
+print("once", flush=True)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+while True:
+    signal.pause()
+"""
+
+
 def test_ctrl_c_is_the_commands(place: Place) -> None:
     """It decides; we stay until it has ended."""
-    script = "trap 'trap - INT; echo once' INT; echo ready; while read -r _; do :; done; exit 5"
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execve(VTPM[0], [*VTPM, "run", "bash", "-c", script], place.env)  # noqa: S606
+        words = [*VTPM, "run", sys.executable, "-I", "-c", INTERRUPTED]
+        os.execve(words[0], words, place.env)  # noqa: S606
     said = b""
 
     def read_until(text: bytes) -> None:

@@ -6,6 +6,7 @@ It stays in our process group, so what is typed to interrupt or stop it reaches 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 from typing import TYPE_CHECKING, Final, Self
@@ -20,6 +21,7 @@ FAILED: Final = 125  # as env(1) and timeout(1) have it
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 _KILLED: Final = 128
+_WAKES_MAX: Final = 4096
 
 _TYPED: Final = (signal.SIGINT, signal.SIGQUIT)
 """A terminal gives them to the whole group: the command has them already, and decides."""
@@ -106,9 +108,22 @@ class Attendant:
         process = subprocess.Popen(words, env=env, close_fds=False)  # noqa: S603 - the user's own
         self._command = os.pidfd_open(process.pid)
         self._pass_on()
-        try:
-            status = process.wait()
-        finally:
-            command, self._command = self._command, -1
-            os.close(command)
+        self._wait_for_the_end()
+        status = process.wait()
         return status if status >= 0 else _KILLED - status
+
+    def _wait_for_the_end(self) -> None:
+        """Not by waitpid: a signal just before that would be seen when the command has ended."""
+        woken, wake = os.pipe()
+        for fd in (woken, wake):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        poll = select.poll()
+        for fd in (self._command, woken):
+            poll.register(fd, select.POLLIN)
+        while self._command not in {fd for fd, _ in poll.poll()}:
+            os.read(woken, _WAKES_MAX)
+        signal.set_wakeup_fd(-1)
+        command, self._command = self._command, -1  # from here on, nobody would get a signal
+        for fd in (command, woken, wake):
+            os.close(fd)
