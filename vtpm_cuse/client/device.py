@@ -6,12 +6,14 @@ There is no channel whose end would tell it that its parent has gone: the kernel
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import socket
 import subprocess
-from typing import TYPE_CHECKING, Final
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from vtpm_cuse.client.child import (
     ANNOUNCEMENT,
@@ -27,15 +29,19 @@ from vtpm_cuse.errors import LabError
 from vtpm_cuse.programs import find_program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from vtpm_cuse.client.base import Control
+
+T = TypeVar("T")
 
 RAW: Final = "vtpm0"
 MANAGED: Final = "vtpmrm0"
 READY: Final = "ready"
 NEST_NAMES: Final = (READY, ANNOUNCEMENT)
 _READY_MAX: Final = 4096
+_BUSY_SECONDS: Final = 1.0
+_AGAIN_SECONDS: Final = 0.001
 _GONE_SECONDS: Final = 0.05
 """How long who has found a file dead waits for the end of its process."""
 _NOT_ENOUGH: Final = "With no setpriv of util-linux, nothing would end when this program is killed"
@@ -54,6 +60,24 @@ def bound_to_us(number: signal.Signals) -> list[str]:
     if setpriv is None:
         raise LabError(f"{_NOT_ENOUGH}: install the package util-linux")
     return [setpriv, "--pdeathsig", number.name.removeprefix("SIG"), "--"]
+
+
+def once_free(opening: Callable[[], T]) -> T:
+    """What *opening* a device gives, when whoever has closed it a moment ago is known to have.
+
+    The kernel tells a file system of that behind the back of close(), and nobody when it has.
+
+    Raises:
+        OSError: Of *opening*; EBUSY after a second.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            return opening()
+        except OSError as exc:
+            if exc.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_AGAIN_SECONDS)
 
 
 class DeviceEmulator(ChildEmulator):
@@ -126,7 +150,7 @@ class DeviceEmulator(ChildEmulator):
         Raises:
             OSError: Nobody is there; EBUSY while a client has it.
         """
-        with DeviceControl(f"{self.folder}/{RAW}") as control:
+        with once_free(lambda: DeviceControl(f"{self.folder}/{RAW}")) as control:
             yield control
 
     def _has_gone(self) -> bool:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.client.child import Nest
-from vtpm_cuse.client.device import MANAGED, NEST_NAMES, RAW, DeviceEmulator
+from vtpm_cuse.client.device import MANAGED, NEST_NAMES, RAW, DeviceEmulator, once_free
 from vtpm_cuse.errors import LabError
 from vtpm_cuse.lab.tpm import TCTI_VARIABLES, Client, Tpm
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
@@ -74,7 +74,7 @@ class DeviceTpm(Tpm):
 
 class _DeviceClient(Client):
     def __init__(self, path: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._fd = once_free(lambda: os.open(path, os.O_RDWR | os.O_CLOEXEC))
         super(Client, self).__init__()
 
     def ask(self, command: bytes) -> bytes:
