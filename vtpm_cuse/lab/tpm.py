@@ -398,9 +398,10 @@ class Tpm:
 
         It is shut down in order before; what it keeps without power stays.
         """
-        with self._asking("The TPM could not be powered off and on") as control:
-            control.stop()
-            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        with self._lock:
+            with self._asking("The TPM could not be powered off and on") as control:
+                control.stop()
+                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     def reset(self) -> None:
@@ -408,8 +409,9 @@ class Tpm:
 
         It is shut down in order before, here, too.
         """
-        with self._asking("The TPM could not be reset") as control:
-            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        with self._lock:
+            with self._asking("The TPM could not be reset") as control:
+                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     # -- what it has seen, and what is done to it -----------------------------------------
