@@ -373,6 +373,7 @@ class Tpm:
         """
         if snapshot.tpm2 != self._tpm2:
             raise LabError(f"The snapshot is of another version than this TPM {self.version}")
+        self._running()
         with self._lock:
             with self._asking("The TPM could not be rewound") as control:
                 control.stop()
@@ -398,6 +399,7 @@ class Tpm:
 
         It is shut down in order before; what it keeps without power stays.
         """
+        self._running()
         with self._lock:
             with self._asking("The TPM could not be powered off and on") as control:
                 control.stop()
@@ -409,6 +411,7 @@ class Tpm:
 
         It is shut down in order before, here, too.
         """
+        self._running()
         with self._lock:
             with self._asking("The TPM could not be reset") as control:
                 control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
