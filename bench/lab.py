@@ -9,6 +9,7 @@ a folder, swtpm_setup, swtpm, a first answer, and the end of it.
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.report import Report, add_arguments, finish
+from vtpm_cuse.client.child import program_words
 from vtpm_cuse.lab import Tpm
 from vtpm_cuse.lab.lender import Kind, Lender
 
@@ -91,6 +93,33 @@ def _measure(report: Report, folder: Path) -> None:
     report.add("a private TPM from start to end", "ms", statistics.median(first["ours"]), bare)
 
 
+PEER_RUN: Final = """\
+set -e
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+swtpm_setup --tpm2 --tpmstate "$folder" --createek --overwrite --config /dev/null >/dev/null
+swtpm socket --tpm2 --tpmstate "dir=$folder" --flags not-need-init,startup-clear --daemon \\
+    --pid "file=$folder/pid" --server "type=unixio,path=$folder/tpm" \\
+    --ctrl "type=unixio,path=$folder/ctrl"
+true
+kill "$(cat "$folder/pid")"
+"""
+"""What a person writes who has swtpm and no `vtpm run`."""
+
+
+def _commands_with_a_tpm(report: Report) -> None:
+    ours = [*program_words("vtpm_cuse.cli.vtpm.vtpm"), "run", "true"]
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    env = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
+    for _ in range(ROUNDS):
+        for name, words in (("ours", ours), ("peer", ["sh", "-c", PEER_RUN])):
+            call = partial(subprocess.run, words, check=True, env=env, stdout=subprocess.DEVNULL)
+            times[name].append(_milliseconds(call))
+    found = {name: statistics.median(each) for name, each in times.items()}
+    report.add("vtpm run true, a script with swtpm", "ms", found["ours"], found["peer"])
+    report.add("vtpm run true", "ms", found["ours"], limit=250)
+
+
 def _snapshots(report: Report) -> None:
     with Tpm() as tpm:
         report.add("snapshot", "ms", _milliseconds(tpm.snapshot, REWINDS))
@@ -123,6 +152,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         _measure(report, Path(name))
+    _commands_with_a_tpm(report)
     _snapshots(report)
     _commands(report)
     finish(report, options)

@@ -50,7 +50,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
         {"acquire.keeper", "config", "containers", "errors", "files", "programs", "proto", "wire"}
     ),
     "acquire.keeper": frozenset({"files"}),
-    "client": frozenset({"errors", "wire"}),
+    "client": frozenset({"errors", "programs", "wire"}),
     "lab": frozenset({"client", "errors", "proto", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "resmgr", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
@@ -87,7 +87,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.swtpm_bios": WORDS | {"cli.bios_steps", "client", "service.confine", "wire"},
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
-    "cli.vtpm": WORDS | {"wire"},
+    "cli.vtpm": WORDS | {"client", "lab", "wire"},
     "cli.setup": WORDS
     | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},

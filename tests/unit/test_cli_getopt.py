@@ -210,3 +210,11 @@ def test_number_must_be_all_and_in_bounds() -> None:
 def test_any_text_is_a_number_or_none(text: str, base: int) -> None:
     found = leading_number(text, base)
     assert found is None or text.endswith(found[1])
+
+
+def test_a_command_has_words_of_its_own() -> None:
+    words = ["--name", "a", "run", "--name", "--", "-x"]
+    items = list(Getopt("cuse", words, OPTIONS, in_order=True))
+    assert isinstance(items[0], Given)
+    assert items[1:] == [Operand(word) for word in words[2:]]
+    assert list(Getopt("cuse", ["--", "-x"], OPTIONS, in_order=True)) == [Operand("-x")]

@@ -25,7 +25,9 @@ MODULES: Final = (
     "vtpm_cuse.cli.setup.swtpm_setup",
     "vtpm_cuse.cli.swtpm_bios",
     "vtpm_cuse.cli.vtpm.vtpm",
+    "vtpm_cuse.cli.vtpm.vtpm_env",
     "vtpm_cuse.cli.vtpm.vtpm_rc",
+    "vtpm_cuse.cli.vtpm.vtpm_run",
     "vtpm_cuse.cli.vtpm.vtpm_trace",
 )
 

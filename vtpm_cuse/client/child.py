@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import select
 import shutil
 import site
@@ -19,7 +18,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,11 +29,15 @@ from vtpm_cuse.errors import LabError, VtpmError, shown
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from vtpm_cuse.client.base import Control
+
 CONTROL: Final = "--ctrl"
+ANNOUNCEMENT: Final = "env.json"
+"""Of a TPM that others of this user may find, in its `Nest`; see `lab.running`."""
 START_SECONDS: Final = 120
 """How long an answer may take: on a busy machine many emulators start at once."""
 
-_END_SECONDS: Final = 30
+END_SECONDS: Final = 30
 _GONE_MILLISECONDS: Final = 50
 """What who has found one connection at an end looks for that of another one."""
 
@@ -153,7 +155,7 @@ class Nest(Owned):
         self._names = names
         self._held = -1
         longest = max(map(len, names), default=0)
-        self.folder = f"{_base(longest)}/vtpm-{secrets.token_hex(8)}"
+        self.folder = f"{_base(longest)}/vtpm-{os.urandom(8).hex()}"
         self._guardian: subprocess.Popen[bytes] | None = None
         try:
             read_end, self._held = os.pipe()
@@ -244,12 +246,19 @@ def _start_guardian(
     )
 
 
+def nest_places() -> list[str]:
+    """Folders in which a `Nest` may be, the best one first."""
+    runtime, chosen = (os.environ.get(name, "") for name in ("XDG_RUNTIME_DIR", "TMPDIR"))
+    private = [runtime] if os.path.isabs(runtime) and _is_own_folder(runtime) else []
+    # Not tempfile.gettempdir(), which tries them with a file that a signal would leave there.
+    temporary = [chosen] if os.path.isabs(chosen) else []
+    return [*private, *temporary, "/tmp"]  # noqa: S108 - what is in it is private
+
+
 def _base(longest: int) -> str:
     """A folder in which sockets may be. Raises LabError."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    candidates = [runtime] if os.path.isabs(runtime) and _is_own_folder(runtime) else []
     room = _PATH_MAX - len("/vtpm-") - 16 - 1 - longest
-    for base in [*candidates, tempfile.gettempdir(), "/tmp"]:  # noqa: S108 - the folder is private
+    for base in nest_places():
         if len(os.fsencode(base)) <= room and os.access(base, os.W_OK | os.X_OK):
             return base.rstrip("/")
     raise LabError("There is no folder for sockets: set TMPDIR to a short path that can be written")
@@ -345,8 +354,16 @@ class ChildEmulator(Owned):
         """Whether it runs, and is this process' own."""
         return self.ours and self._process.poll() is None
 
+    @property
+    def ending(self) -> str:
+        """How it ended, if it has: "status 1", "signal 9"."""
+        status = self._process.poll()
+        if status is None:
+            return ""
+        return f"signal {-status}" if status < 0 else f"status {status}"
+
     @contextlib.contextmanager
-    def control(self) -> Iterator[SocketControl]:
+    def control(self) -> Iterator[Control]:
         """A control connection of its own for several requests: after one is refused it must end.
 
         Raises:
@@ -361,9 +378,8 @@ class ChildEmulator(Owned):
             return LabError(f"{what}: {exc}", self.messages())
         if self._has_gone():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_SECONDS)
-        status = self._process.poll()
-        ended = "" if status is None else f"it ended with status {status}"
+                self._process.wait(END_SECONDS)
+        ended = f"it ended with {self.ending}" if self.ending else ""
         return LabError(f"{what}: {ended or exc}", self.messages())
 
     def _has_gone(self) -> bool:
@@ -390,7 +406,7 @@ class ChildEmulator(Owned):
             try:
                 with self.control() as control:
                     control.shutdown()
-                self._process.wait(_END_SECONDS)
+                self._process.wait(END_SECONDS)
             except (OSError, VtpmError, subprocess.TimeoutExpired) as exc:
                 failure = self.failure("The emulator did not end in order", exc)
                 self.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
@@ -85,6 +84,8 @@ class Snapshot:
         Raises:
             OSError: It cannot be written; a file that was there is as it was.
         """
+        import tempfile
+
         folder = os.path.dirname(os.path.abspath(path))
         fd, aside = tempfile.mkstemp(prefix=".snapshot-", dir=folder)
         try:

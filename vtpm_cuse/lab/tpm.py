@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 from vtpm_cuse.client.child import (
+    ANNOUNCEMENT,
     CONTROL,
     ChildEmulator,
     Nest,
@@ -22,7 +23,6 @@ from vtpm_cuse.client.child import (
 )
 from vtpm_cuse.client.connect import connect_unix, receive
 from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
-from vtpm_cuse.lab import commands
 from vtpm_cuse.lab.loops import in_thread
 from vtpm_cuse.lab.made import profile_words, set_up
 from vtpm_cuse.lab.record import Recorder
@@ -53,8 +53,8 @@ _SAVED: Final = PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
 _ANSWER_SECONDS: Final = 300
 """For one command: some keys take a TPM minutes on a busy machine."""
 _MANAGED, _RAW, _CONTROL, _INNER = "tpm", "raw", "raw.ctrl", ".in"
-_NAMES: Final = (_MANAGED, _RAW, _CONTROL, _MANAGED + _INNER, _RAW + _INNER)
-"""Of the sockets; where that for control is, tpm2-tss knows by the one before."""
+_NAMES: Final = (_MANAGED, _RAW, _CONTROL, _MANAGED + _INNER, _RAW + _INNER, ANNOUNCEMENT)
+"""Of the sockets, and that of a program's file; where that for control is, tpm2-tss knows by the one before."""
 _ACCEPTCON: Final = 1 << 16  # __SO_ACCEPTCON, linux/net.h
 _TCTI: Final = Path(__file__).with_name("tcti.py")
 
@@ -78,8 +78,11 @@ class Tpm:
         faults: Whether `fail_next`, `latency` and `lose_next_response` can be used. All commands
             then go through another process, which costs each about a tenth of a millisecond.
         trace: How many of the last commands are kept for `exchanges`.
+        capture: A descriptor that takes a packet capture of all commands, in format pcapng; it stays
+            the caller's. Not together with *trace*.
 
     Attributes:
+        folder: A folder of this user's alone that goes with the TPM; its sockets are in it.
         path: The Unix socket of the resource manager: each connection has a TPM of its own. A TPM
             1.2 has none; this is the other socket then.
         raw_path: The Unix socket of the TPM itself, which has one client at a time.
@@ -104,24 +107,27 @@ class Tpm:
         profile: str | None = None,
         faults: bool = False,
         trace: int = 0,
+        capture: int | None = None,
     ) -> None:
         if version not in {"2.0", "1.2"}:
             raise LabError(f"There is no TPM {version}: it is 2.0 or 1.2")
         if snapshot is not None and (state is not None or manufactured or profile is not None):
             raise LabError("A snapshot is all of a TPM: leave out state, manufactured and profile")
+        if trace and capture is not None:
+            raise LabError("The commands are kept or captured: leave out trace or capture")
         self._tpm2 = version == "2.0" if snapshot is None else snapshot.tpm2
         self._state = None if state is None else os.path.abspath(state)
         self._begin = snapshot
         self._manufactured = manufactured
         self._profile = profile
-        self._trace = trace
+        self._trace, self._capture = trace, capture
         self._faults = faults
         self._relay: Relay | None = None
         self._recorder: Recorder | None = None
         self._lock = threading.RLock()
         self._nest: Nest | None = None
         self._emulator: ChildEmulator | None = None
-        self._client: _Client | None = None
+        self._client: Client | None = None
 
     # -- life -----------------------------------------------------------------------------
 
@@ -165,9 +171,26 @@ class Tpm:
     def _start(self) -> None:
         if self._manufactured and self._state is None:
             self._begin = _manufactured(self.version, self._profile)
-        words = self._words()
+        words, fds = self._words(), []
+        if self._trace:
+            self._recorder = Recorder(self._trace)
+            fds = [self._recorder.fd]
+        elif self._capture is not None:
+            fds = [self._capture]
+        words += [word for fd in fds for word in ("--pcap", f"fd={fd}")]
+        self._emulator = self._launch(words, fds)
+        if self._recorder is not None:
+            self._recorder.started()
+        if self._begin is not None:
+            with self._asking("The TPM could not begin from the snapshot") as control:
+                self._return_to(control, self._begin)
+            if not self._begin.volatile:
+                self._start_up()
+
+    def _launch(self, words: list[str], fds: list[int]) -> ChildEmulator:
+        """What serves it, in a `Nest`; of a TPM that begins from a snapshot, off."""
+        self._nest = nest = Nest(_NAMES)
         with contextlib.ExitStack() as undo:
-            self._nest = nest = Nest(_NAMES)
 
             def listen(name: str) -> socket.socket:
                 return undo.enter_context(nest.listen(name))
@@ -182,18 +205,9 @@ class Tpm:
                 self._relay = Relay(ways, tpm2=self._tpm2)
                 listeners = inner
             listeners[CONTROL] = listen(_CONTROL)
-            fds = []
-            if self._trace:
-                self._recorder = Recorder(self._trace)
-                words += ["--pcap", f"fd={self._recorder.fd}"]
-                fds = [self._recorder.fd]
-            self._emulator = ChildEmulator(words, listeners, fds)
-            if self._recorder is not None:
-                self._recorder.started()
-            if self._begin is not None:
-                with self._asking("The TPM could not begin from the snapshot") as control:
-                    self._return_to(control, self._begin)
+            emulator = ChildEmulator(words, listeners, fds)
             undo.pop_all()
+        return emulator
 
     def _words(self) -> list[str]:
         """Of the options; makes the state's folder, and what is to be in it."""
@@ -248,6 +262,11 @@ class Tpm:
         """Whether it runs, and is this process' own."""
         return self._emulator is not None and self._emulator.alive
 
+    @property
+    def ending(self) -> str:
+        """How the emulator ended, if it did so by itself: "status 1", "signal 9"."""
+        return "" if self._emulator is None else self._emulator.ending
+
     # -- where it is ----------------------------------------------------------------------
 
     @property
@@ -257,6 +276,10 @@ class Tpm:
     @property
     def pid(self) -> int:  # noqa: D102
         return self._running().pid
+
+    @property
+    def folder(self) -> str:  # noqa: D102
+        return os.path.dirname(self._path(_RAW))
 
     @property
     def path(self) -> str:  # noqa: D102
@@ -291,7 +314,7 @@ class Tpm:
     def env(self) -> dict[str, str]:  # noqa: D102
         found = {"VTPM_PATH": self.path, "VTPM_RAW_PATH": self.raw_path}
         if self._tpm2:
-            found |= dict.fromkeys(_TCTI_VARIABLES, self.tcti)
+            found |= dict.fromkeys(TCTI_VARIABLES, self.tcti)
         return found
 
     def _path(self, name: str) -> str:
@@ -312,7 +335,7 @@ class Tpm:
         with self._lock:
             try:
                 if self._client is None:
-                    self._client = _Client(self.path)
+                    self._client = self._connect()
                 return self._client.ask(command)
             except (OSError, EOFError, VtpmError) as exc:
                 self._hang_up()
@@ -320,6 +343,9 @@ class Tpm:
             finally:
                 if not self._tpm2:  # others wait for that socket
                     self._hang_up()
+
+    def _connect(self) -> Client:
+        return Client(self.path)
 
     def _hang_up(self) -> None:
         client, self._client = self._client, None
@@ -347,9 +373,13 @@ class Tpm:
         """
         if snapshot.tpm2 != self._tpm2:
             raise LabError(f"The snapshot is of another version than this TPM {self.version}")
-        with self._asking("The TPM could not be rewound") as control:
-            control.stop()
-            self._return_to(control, snapshot)
+        self._running()
+        with self._lock:
+            with self._asking("The TPM could not be rewound") as control:
+                control.stop()
+                self._return_to(control, snapshot)
+            if not snapshot.volatile:
+                self._start_up()
             self._forget()
 
     def _return_to(self, control: Control, snapshot: Snapshot) -> None:
@@ -359,8 +389,6 @@ class Tpm:
         if snapshot.saved:  # libtpms takes none, where there is one, for an error
             control.set_state(_SAVED, snapshot.saved)
         control.init()
-        if not snapshot.volatile:
-            self._start_up()
 
     def _start_up(self) -> None:
         kind = TpmSu.TPM_SU_CLEAR if self._tpm2 else TpmSu.TPM_ST_CLEAR
@@ -371,9 +399,11 @@ class Tpm:
 
         It is shut down in order before; what it keeps without power stays.
         """
-        with self._asking("The TPM could not be powered off and on") as control:
-            control.stop()
-            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        self._running()
+        with self._lock:
+            with self._asking("The TPM could not be powered off and on") as control:
+                control.stop()
+                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     def reset(self) -> None:
@@ -381,8 +411,10 @@ class Tpm:
 
         It is shut down in order before, here, too.
         """
-        with self._asking("The TPM could not be reset") as control:
-            control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
+        self._running()
+        with self._lock:
+            with self._asking("The TPM could not be reset") as control:
+                control.init(PtmInitFlag.PTM_INIT_FLAG_DELETE_VOLATILE)
             self._start_up()
 
     # -- what it has seen, and what is done to it -----------------------------------------
@@ -393,6 +425,8 @@ class Tpm:
         Raises:
             LabError: There is no such PCR, or bank.
         """
+        from vtpm_cuse.lab import commands  # with structures that few programs need
+
         if self._tpm2:
             return commands.read_pcr(self.command, number, bank)
         return commands.read_pcr12(self.command, number)
@@ -407,6 +441,8 @@ class Tpm:
 
     def lockout(self) -> None:
         """Gives it wrong passwords until it refuses all of those that it protects that way."""
+        from vtpm_cuse.lab import commands
+
         self._need_tpm2("A lockout")
         self._running()
         with self._lock:
@@ -419,6 +455,8 @@ class Tpm:
             LabError: *milliseconds* are not positive.
         """
         self._need_tpm2("A clock that can be set")
+        from vtpm_cuse.lab import commands
+
         if milliseconds <= 0:
             raise LabError("The clock of a TPM can only be set forward")
         self._running()
@@ -497,7 +535,7 @@ def _saved_state(control: Control) -> bytes:
         return b""
 
 
-_TCTI_VARIABLES: Final = (
+TCTI_VARIABLES: Final = (
     "TPM2TOOLS_TCTI",
     "TPM2OPENSSL_TCTI",
     "TPM2_PKCS11_TCTI",
@@ -505,7 +543,7 @@ _TCTI_VARIABLES: Final = (
 )
 
 
-class _Client(Owned):
+class Client(Owned):
     """A connection for `Tpm.command`. Raises OSError or FrontendError."""
 
     def __init__(self, path: str) -> None:

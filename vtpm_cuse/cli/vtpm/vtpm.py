@@ -24,16 +24,20 @@ PROGRAM: Final = Program(
             "what this machine offers, and what to type next",
             "vtpm_cuse.cli.swtpm_doctor",
         ),
+        Subcommand("env", "how to reach a TPM that runs", "vtpm_cuse.cli.vtpm.vtpm_env"),
         Subcommand("rc", "what a response code means", "vtpm_cuse.cli.vtpm.vtpm_rc"),
+        Subcommand("run", "run a command with a TPM of its own", "vtpm_cuse.cli.vtpm.vtpm_run"),
         Subcommand(
             "trace", "the commands of a packet capture, readable", "vtpm_cuse.cli.vtpm.vtpm_trace"
         ),
     ),
     description=(
-        "Answers questions about TPMs. The first word chooses which; every command has a help "
-        "screen and a manual page. To serve a TPM is what swtpm(8) does.",
+        "Runs commands with TPMs of their own, and answers questions about TPMs. The first word "
+        "chooses which; every command has a help screen and a manual page. To serve a TPM is what "
+        "swtpm(8) does.",
     ),
     examples=(
+        Example("", "vtpm run tpm2_getrandom --hex 8"),
         Example("", "vtpm doctor"),
         Example("", "vtpm rc 0x98e"),
         Example("", "vtpm trace tpm.pcapng"),

@@ -59,7 +59,11 @@ class CommandLine:
         self._subs: dict[str, SubValues] = {}
         self.operands: list[str] = []
         words_of = Getopt(
-            self._name.split()[-1], words, program.options, long_only=program.long_only
+            self._name.split()[-1],
+            words,
+            program.options,
+            long_only=program.long_only,
+            in_order=program.runs,
         )
         for item in words_of:
             if isinstance(item, Operand):

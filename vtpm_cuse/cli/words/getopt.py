@@ -57,6 +57,7 @@ class Getopt:
         words: What follows the program's name.
         options: The options there are.
         long_only: One dash starts a long option too, and there are no letters.
+        in_order: The first operand ends the options.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Getopt:
         options: Sequence[Option],
         *,
         long_only: bool = False,
+        in_order: bool = False,
     ) -> None:
         self._program, self._options, self._long_only = program, options, long_only
+        self._in_order = in_order
         self._words = deque(words)
 
     def __iter__(self) -> Iterator[Given | Complaint | Operand]:
@@ -80,6 +83,9 @@ class Getopt:
                 yield self._long("--", word)
             elif word == "-" or not word.startswith("-"):
                 yield Operand(word)
+                if self._in_order:
+                    yield from map(Operand, self._words)
+                    return
             elif self._long_only:
                 yield self._long("-", word)
             else:

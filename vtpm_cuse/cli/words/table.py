@@ -169,6 +169,7 @@ class Program(NamedTuple):
         section: Section of the manual.
         banner: First line of the help screen, where scripts or habits want one.
         long_only: One dash starts a long option too, as in getopt_long_only.
+        runs: Its operands are a command, whose words are nobody else's.
         lenient: What is left out of account instead of being an error.
         shows_help: An option that does not fit brings the help screen.
         bad_number: Exit status after a number out of range.
@@ -192,6 +193,7 @@ class Program(NamedTuple):
     section: int = 8
     banner: str = ""
     long_only: bool = False
+    runs: bool = False
     lenient: Lenient = Lenient.NOTHING
     shows_help: bool = False
     bad_number: int = 1
