@@ -14,9 +14,8 @@ import pytest
 from tests.support.programs import INSTALLED
 from tests.support.sockets import GET_CAPABILITY, connect
 from tests.support.waiting import wait_until
+from tests.support.wheel import ROOT, copied_sources
 
-ROOT: Final = Path(__file__).parents[2]
-SOURCES: Final = ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 FOREIGN: Final = ("trio", "cffi", "vtpm_cuse", "sitecustomize", "usercustomize")
 
 Words = list[str]
@@ -24,12 +23,7 @@ Words = list[str]
 
 def installed(folder: Path) -> Path:
     """A venv with the package as pip installs it, and the dependencies of this one."""
-    tree = folder / "tree"
-    ignored = shutil.ignore_patterns("__pycache__", "_libtpms.py")
-    shutil.copytree(ROOT / "vtpm_cuse", tree / "vtpm_cuse", ignore=ignored)
-    (tree / "deploy").mkdir()
-    for name in (*SOURCES, "deploy/vtpm-cuse-python"):
-        shutil.copy(ROOT / name, tree / name)
+    tree = copied_sources(folder)
     # Paths that no line with #! could name.
     venv = folder / f"a venv {'x' * 200}" / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)

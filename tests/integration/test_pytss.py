@@ -1,4 +1,4 @@
-"""The suite of tpm2-pytss, the Python bindings of tpm2-tss, as it is, on the TPM of `vtpm run`."""
+"""tpm2-pytss, the Python bindings of tpm2-tss: its own suite on our TPMs, and our example with it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import shutil
 import subprocess
 import sys
 import venv
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from tests.kernel.harness import needs
+from tests.support.private import runtime_folder
 from tests.support.sockets import TREE
+from tests.support.wheel import built_wheel
 from vtpm_cuse.client.child import program_words
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 VERSION: Final = "3.0.0"
@@ -47,7 +51,7 @@ NOT_HERE: Final = {
 }
 
 
-def call(*words: str | Path) -> str:
+def call(*words: str | Path, **more: Any) -> str:  # noqa: ANN401 - as subprocess has them
     done = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
@@ -55,57 +59,83 @@ def call(*words: str | Path) -> str:
         text=True,
         timeout=SECONDS,
         check=False,
+        **more,
     )
-    if done.returncode:
-        shown = (done.stdout + done.stderr).strip().splitlines()[-20:]
-        pytest.skip(f"{words[0]} failed: " + "\n".join(shown))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-20000:]
     return done.stdout
+
+
+def pip(folder: Path) -> tuple[str | Path, ...]:
+    return (folder / "bin/python", "-m", "pip", "-q", "--disable-pip-version-check")
 
 
 @pytest.fixture(scope="module")
 def suite() -> Path:
-    """Its folder, and beside it an environment with all it needs; made once."""
-    if shutil.which("pkg-config") is None or shutil.which("gcc") is None:
-        pytest.skip("pkg-config or gcc is missing")
+    """Its folder; a wheel and an environment with all it needs are beside it, made once."""
+    for program in ("gcc", "pkg-config"):
+        needs(shutil.which(program) is not None, f"{program} is missing")
     source, stamp = FOLDER / f"tpm2_pytss-{VERSION}", FOLDER / "made"
     if stamp.exists():
         return source
     shutil.rmtree(FOLDER, ignore_errors=True)
     venv.create(FOLDER / "venv", with_pip=True)
-    pip = (FOLDER / "venv/bin/python", "-m", "pip", "-q", "--disable-pip-version-check")
-    call(*pip, "install", *BESIDE)
-    words = ("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", FOLDER)
-    call(*pip, "download", *words, f"tpm2-pytss=={VERSION}")
+    own = pip(FOLDER / "venv")
+    call(*own, "install", *BESIDE)
+    plain = ("--no-deps", "--no-build-isolation")
+    call(*own, "download", *plain, "--no-binary", ":all:", "-d", FOLDER, f"tpm2-pytss=={VERSION}")
     (archive,) = FOLDER.glob("*.tar.gz")
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == SHA256
-    call(*pip, "install", "--no-deps", "--no-build-isolation", archive)
+    call(*own, "wheel", *plain, "--wheel-dir", FOLDER, archive)
+    call(*own, "install", "--no-deps", *FOLDER.glob("*.whl"))
     call("tar", "-xf", archive, "-C", FOLDER)
     shutil.rmtree(source / "src")  # what is installed is tested
     stamp.touch()
     return source
 
 
-def test_its_suite_passes_below_vtpm_run(suite: Path, tmp_path: Path) -> None:
-    plugin = tmp_path / "pytss_below_run.py"
-    shutil.copy(TREE / "tests/support/pytss_below_run.py", plugin)
-    unwanted = [f"--deselect=test/{name}" for name in NOT_HERE]
+@pytest.fixture(scope="module")
+def clean(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with our wheel, and with what both packages ask for."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder / "venv", with_pip=True)
+    wheels = (built_wheel(folder), *FOLDER.glob("*.whl"))
+    call(*pip(folder / "venv"), "install", *wheels, "pytest", "pytest-xdist")
+    return folder / "venv"
+
+
+def passed(
+    folder: Path, words: Sequence[str | Path], more: Sequence[str], env: Mapping[str, str] = {}
+) -> int:
+    """Runs pytest there, with nothing of its settings here; how many tests passed."""
     others = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    done = subprocess.run(
-        [
-            *program_words("vtpm_cuse.cli.vtpm.vtpm"),
-            *("run", FOLDER / "venv/bin/python", "-m", "pytest", "-q", "--tb=short"),
-            *("-c", "pyproject.toml", "-p", "no:cacheprovider", "-p", "pytss_below_run"),
-            *(*unwanted, "test"),
-        ],
-        cwd=suite,
-        env={**others, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr
-    counts = re.search(r"(\d+) passed", done.stdout)
+    tests = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *more)
+    said = call(*words, *tests, cwd=folder, env={**others, **env})
+    counts = re.search(r"(\d+) passed", said)
     assert counts is not None
-    assert int(counts[1]) >= PASSED
+    return int(counts[1])
+
+
+def suite_passed(suite: Path, words: Sequence[str | Path], folder: Path) -> int:
+    shutil.copy(TREE / "tests/support/pytss_simulator.py", folder)
+    unwanted = [f"--deselect=test/{name}" for name in NOT_HERE]
+    env = {"PYTHONPATH": str(folder), "HOME": str(folder)}
+    return passed(
+        suite, words, ["-c", "pyproject.toml", "-p", "pytss_simulator", *unwanted, "test"], env
+    )
+
+
+def test_its_suite_passes_below_vtpm_run(suite: Path, tmp_path: Path) -> None:
+    run = (*program_words("vtpm_cuse.cli.vtpm.vtpm"), "run", FOLDER / "venv/bin/python")
+    assert suite_passed(suite, run, tmp_path) >= PASSED
+
+
+def test_its_suite_passes_with_the_fixture(suite: Path, clean: Path, tmp_path: Path) -> None:
+    assert suite_passed(suite, [clean / "bin/python"], tmp_path) >= PASSED
+
+
+def test_the_example_passes_its_tests(clean: Path, tmp_path: Path) -> None:
+    """As its users would have it: the package is a wheel, and no checkout is near."""
+    shutil.copytree(TREE / "examples/seal", tmp_path / "seal")
+    with runtime_folder() as runtime:
+        env = {"XDG_RUNTIME_DIR": str(runtime)}
+        assert passed(tmp_path / "seal", [clean / "bin/python"], [], env) == 4

@@ -1,0 +1,75 @@
+"""A plugin of pytest for the suite of tpm2-pytss: its TPM is ours, and not a program that it starts.
+
+Either the one of `vtpm run`, around that suite, which is cleared between two tests; or, where this
+package's own plugin is there, the fixture `tpm`. It runs in an environment of that suite's own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+# At once: a test of theirs leaves imports broken.
+from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU, TCTILdr
+
+if TYPE_CHECKING:
+    from vtpm_cuse.lab import Tpm
+
+_PTM_INIT_DELETE_VOLATILE: Final = struct.pack(">II", 2, 1)
+_BELOW_RUN: Final = "VTPM_RAW_PATH" in os.environ
+
+
+class Ours:
+    """A simulator, as that suite calls it."""
+
+    lent: Tpm | None = None
+
+    def __init__(self) -> None:
+        if self.lent is None:
+            self.tcti_name_conf = os.environ["TPM2TOOLS_TCTI"]
+            self._raw_path = os.environ["VTPM_RAW_PATH"]
+        else:
+            self.tcti_name_conf, self._raw_path = self.lent.tcti, self.lent.raw_path
+
+    def start(self) -> None:
+        """As new, below `vtpm run` but for its seeds, and not started up."""
+        if self.lent is None:
+            self._reset()
+            with ESAPI(self.tcti_name_conf) as esapi:
+                esapi.startup(TPM2_SU.CLEAR)
+                esapi.clear(ESYS_TR.RH_PLATFORM)
+        self._reset()
+
+    def close(self) -> None:
+        """It goes on."""
+
+    # Any: of a package without types.
+    def get_tcti(self) -> Any:  # noqa: ANN401
+        return TCTILdr(*self.tcti_name_conf.split(":", 1))
+
+    def __str__(self) -> str:
+        return "swtpm"
+
+    def _reset(self) -> None:
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(f"{self._raw_path}.ctrl")
+            control.sendall(_PTM_INIT_DELETE_VOLATILE)
+            assert control.recv(4) == bytes(4)
+
+
+if not _BELOW_RUN:
+
+    @pytest.fixture(autouse=True)
+    def _lent(tpm: Tpm) -> None:
+        Ours.lent = tpm
+
+
+def pytest_configure() -> None:
+    """Puts it into the place of theirs."""
+    from test.TSS2_BaseTest import TpmSimulator  # type: ignore[import-not-found]
+
+    TpmSimulator.getSimulator = staticmethod(Ours)
