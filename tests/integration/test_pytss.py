@@ -85,6 +85,7 @@ def suite() -> Path:
     return source
 
 
+@pytest.mark.timeout(2 * SECONDS)
 def test_its_suite_passes_below_vtpm_run(suite: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "pytss_below_run.py"
     shutil.copy(TREE / "tests/support/pytss_below_run.py", plugin)
