@@ -1,4 +1,4 @@
-"""action.yml: what its shell parts do, run as a runner of GitHub runs them."""
+"""action.yml: its part that starts a TPM, run as a runner of GitHub runs it; both as scripts."""
 
 from __future__ import annotations
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    Words = Sequence[str | Path]
+
 VERSION: Final = "3.0.0"
 SHA256: Final = "c193cf1908b482f93c4aa464132920fe3a37d4b9d802e267974ff2dfe37d4433"
 BESIDE: Final = (
@@ -52,7 +54,7 @@ NOT_HERE: Final = {
 
 
 def call(*words: str | Path, **more: Any) -> str:  # noqa: ANN401 - as subprocess has them
-    done = subprocess.run(
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -65,7 +67,7 @@ def call(*words: str | Path, **more: Any) -> str:  # noqa: ANN401 - as subproces
     return done.stdout
 
 
-def pip(folder: Path) -> tuple[str | Path, ...]:
+def pip(folder: Path) -> Words:
     return (folder / "bin/python", "-m", "pip", "-q", "--disable-pip-version-check")
 
 
@@ -103,9 +105,7 @@ def clean(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv"
 
 
-def passed(
-    folder: Path, words: Sequence[str | Path], more: Sequence[str], env: Mapping[str, str] = {}
-) -> int:
+def passed(folder: Path, words: Words, more: Sequence[str], env: Mapping[str, str] = {}) -> int:
     """Runs pytest there, with nothing of its settings here; how many tests passed."""
     others = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     tests = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *more)
@@ -115,7 +115,7 @@ def passed(
     return int(counts[1])
 
 
-def suite_passed(suite: Path, words: Sequence[str | Path], folder: Path) -> int:
+def suite_passed(suite: Path, words: Words, folder: Path) -> int:
     shutil.copy(TREE / "tests/support/pytss_simulator.py", folder)
     unwanted = [f"--deselect=test/{name}" for name in NOT_HERE]
     env = {"PYTHONPATH": str(folder), "HOME": str(folder)}
@@ -125,7 +125,7 @@ def suite_passed(suite: Path, words: Sequence[str | Path], folder: Path) -> int:
 
 
 def test_its_suite_passes_below_vtpm_run(suite: Path, tmp_path: Path) -> None:
-    run = (*program_words("vtpm_cuse.cli.vtpm.vtpm"), "run", FOLDER / "venv/bin/python")
+    run: Words = (*program_words("vtpm_cuse.cli.vtpm.vtpm"), "run", FOLDER / "venv/bin/python")
     assert suite_passed(suite, run, tmp_path) >= PASSED
 
 

@@ -17,6 +17,8 @@ import pytest
 from tpm2_pytss import ESAPI, ESYS_TR, TPM2_SU, TCTILdr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vtpm_cuse.lab import Tpm
 
 _PTM_INIT_DELETE_VOLATILE: Final = struct.pack(">II", 2, 1)
@@ -29,15 +31,20 @@ class Ours:
     lent: Tpm | None = None
 
     def __init__(self) -> None:
-        if self.lent is None:
+        self._own = None
+        if _BELOW_RUN:
             self.tcti_name_conf = os.environ["TPM2TOOLS_TCTI"]
             self._raw_path = os.environ["VTPM_RAW_PATH"]
-        else:
-            self.tcti_name_conf, self._raw_path = self.lent.tcti, self.lent.raw_path
+            return
+        if (tpm := self.lent) is None:  # for the tests of a whole class
+            from vtpm_cuse.lab import Tpm
+
+            tpm = self._own = Tpm().start()
+        self.tcti_name_conf, self._raw_path = tpm.tcti, tpm.raw_path
 
     def start(self) -> None:
         """As new, below `vtpm run` but for its seeds, and not started up."""
-        if self.lent is None:
+        if _BELOW_RUN:
             self._reset()
             with ESAPI(self.tcti_name_conf) as esapi:
                 esapi.startup(TPM2_SU.CLEAR)
@@ -45,7 +52,9 @@ class Ours:
         self._reset()
 
     def close(self) -> None:
-        """It goes on."""
+        """What is not its own goes on."""
+        if self._own is not None:
+            self._own.close()
 
     # Any: of a package without types.
     def get_tcti(self) -> Any:  # noqa: ANN401
@@ -64,8 +73,11 @@ class Ours:
 if not _BELOW_RUN:
 
     @pytest.fixture(autouse=True)
-    def _lent(tpm: Tpm) -> None:
-        Ours.lent = tpm
+    def _lent(request: pytest.FixtureRequest) -> Iterator[None]:
+        if "simulator" not in request.fixturenames:  # else several tests have one together
+            Ours.lent = request.getfixturevalue("tpm")
+        yield
+        Ours.lent = None
 
 
 def pytest_configure() -> None:
