@@ -37,6 +37,8 @@ SECONDS: Final = 600
 PASSED: Final = 560
 """At least; 568 where it was tried. What it skips are algorithms and newer libraries."""
 
+pytestmark = pytest.mark.timeout(2 * SECONDS)
+
 NOT_HERE: Final = {
     # They look for TPM_RC_COMMAND_CODE as a TPM says it, and a resource manager says that it says so.
     "test_esapi.py::TestEsys::test_field_upgrade_data": "0xb0143",
