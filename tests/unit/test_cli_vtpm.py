@@ -276,7 +276,7 @@ def test_a_capture_without_a_tpm(run: Run, file: Path) -> None:
         (["a", "b"], "Name one capture, or - for standard input"),
         (["none/such"], "Could not read none/such: No such file or directory"),
         (["/"], "Could not read /: Is a directory"),
-        (["a\0b"], "Could not read a\\u0000b: embedded null byte"),
+        (["a\0b"], "Could not read a\\u0000b: no file has such a name"),
         (["/dev/null"], "/dev/null: the file is empty"),
     ],
 )

@@ -98,7 +98,7 @@ def _open(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (OSError, ValueError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else exc
+        why = exc.strerror if isinstance(exc, OSError) else "no file has such a name"
         raise UsageError(f"Could not read {path}: {why}") from exc
 
 
