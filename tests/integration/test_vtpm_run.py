@@ -190,6 +190,15 @@ def test_a_script_without_its_first_line_is_run(place: Place, tmp_path: Path) ->
 
 def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
     done = place.run("--trace", "/dev/full", "true")
+def test_a_script_that_nothing_runs(place: Place, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/program\n")
+    script.chmod(0o755)
+    done = place.run(script)
+    said = f"vtpm run: What runs {script} is not there; see its first line\n"
+    assert (done.returncode, done.stderr) == (127, said)
+
+
     assert done.returncode == 125
     assert "No space left on device" in done.stderr
     with open("/dev/full", "w") as full:
@@ -359,6 +368,41 @@ def test_a_device_goes_when_all_is_killed(place: Place) -> None:
 def test_without_fuse_it_says_so(place: Place, tmp_path: Path) -> None:
     """As on a machine without the package fuse3."""
     needs_fuse()
+TOO_LATE: Final = """#!/bin/sh
+exec 9>"{ended}"
+echo >&9
+kill -9 $PPID
+while read -r _ _ _ parent _ </proc/$$/stat && [ "$parent" = "$PPID" ]; do :; done
+exec {setpriv} "$@"
+"""
+"""setpriv, where its parent is killed before the kernel is told whom to tell of that."""
+
+
+def test_a_device_goes_whenever_it_is_killed(place: Place, tmp_path: Path) -> None:
+    needs_fuse()
+    ended, setpriv = tmp_path / "ended", tmp_path / "setpriv"
+    os.mkfifo(ended)
+    setpriv.write_text(TOO_LATE.format(ended=ended, setpriv=shutil.which("setpriv")))
+    setpriv.chmod(0o755)
+    reader = os.open(ended, os.O_RDONLY | os.O_NONBLOCK)
+    begun: list[bool] = []
+
+    def over() -> bool:
+        """Whether nobody has the other end any more."""
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(reader, 1):
+                return bool(begun)
+            begun.append(True)
+        return False
+
+    try:
+        env = {**place.env, "PATH": f"{tmp_path}:{place.env['PATH']}"}
+        assert place.run("--device", "true", env=env).returncode == -signal.SIGKILL
+        wait_until(over, "the emulator has ended")
+    finally:
+        os.close(reader)
+
+
     for name in ("setpriv", "true"):
         found = shutil.which(name)
         assert found is not None
@@ -384,6 +428,18 @@ def test_all_go_with_it(place: Place) -> None:
 def test_all_go_with_the_command(place: Place) -> None:
     with place.started(*WAITING) as process:
         command, _ = first_line(process)
+def test_a_command_that_comes_too_late_is_not_run() -> None:
+    """As that of a vtpm run that is killed before the kernel knows whom to kill with it."""
+    program = """
+import os, subprocess
+from vtpm_cuse.cli.vtpm.command import bound_to
+for parent in os.getpid(), 1:
+    print(subprocess.run(["echo", "runs"], preexec_fn=bound_to(parent)).returncode, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "runs\n0\n125\n"
+
+
         with ends(emulator_of(process)):
             os.kill(int(command), signal.SIGKILL)
             assert process.wait(PATIENCE_SECONDS) == 137

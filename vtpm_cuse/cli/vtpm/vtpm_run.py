@@ -14,7 +14,7 @@ from vtpm_cuse.cli.vtpm.command import (
     NOT_FOUND,
     Attendant,
     EndedBySignal,
-    check_command,
+    find_command,
 )
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
@@ -171,7 +171,7 @@ def _command(line: CommandLine) -> list[str]:
         words = [os.environ.get("SHELL") or "/bin/sh"]
     if not words:
         raise UsageError("There is no command; name one, or say --shell")
-    check_command(words[0])
+    find_command(words[0])
     return words
 
 
@@ -242,7 +242,6 @@ class _Run:
 
     def _attend(self, tpm: Tpm, command: Sequence[str], name: str) -> int:
         """With the TPM there; returns the command's exit status."""
-        from vtpm_cuse.client.device import bound_to_us
         from vtpm_cuse.lab.running import announce
 
         name = name or str(os.getpid())
@@ -254,8 +253,7 @@ class _Run:
         if self._line.has("shell"):
             self._introduce(tpm, name)
             env |= _prompt()
-        words = [*bound_to_us(signal.SIGKILL), *command]
-        status = self._attendant.run(words, {**_environment(), **env})
+        status = self._attendant.run(command, {**_environment(), **env})
         if not tpm.alive:
             self._complain(f"The TPM ended before {command[0]} did, with {tpm.ending}")
             self._good = not (self._line.has("state") or self._line.has("save"))
