@@ -157,6 +157,8 @@ def test_a_command_that_is_not_there_starts_no_tpm(place: Place, tmp_path: Path)
         ((), "There is no command; name one, or say --shell"),
         (("--bogus", "true"), "unrecognized option '--bogus'"),
         (("--shell", "true"), "With --shell there is no command"),
+        (("--managed", "--raw", "true"), "--managed and --raw exclude each other"),
+        (("--managed", "--tpm1.2", "true"), "A TPM 1.2 has no resource manager"),
         (("--name", "a/b", "true"), "'a/b' is no name for a TPM"),
         (("--name", "12", "true"), "'12' is no name for a TPM"),
         (("--from", "/etc/passwd", "true"), "Could not begin from /etc/passwd: it is no snapshot"),
@@ -188,8 +190,6 @@ def test_a_script_without_its_first_line_is_run(place: Place, tmp_path: Path) ->
     assert place.run(script).returncode == 9
 
 
-def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
-    done = place.run("--trace", "/dev/full", "true")
 def test_a_script_that_nothing_runs(place: Place, tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("#!/no/such/program\n")
@@ -199,6 +199,8 @@ def test_a_script_that_nothing_runs(place: Place, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (127, said)
 
 
+def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
+    done = place.run("--trace", "/dev/full", "true")
     assert done.returncode == 125
     assert "No space left on device" in done.stderr
     with open("/dev/full", "w") as full:
@@ -218,21 +220,22 @@ def test_a_script_that_nothing_runs(place: Place, tmp_path: Path) -> None:
 
 def test_the_environment_is_the_callers_but_for_the_tpm(place: Place) -> None:
     few = {"PATH": place.env["PATH"], "XDG_RUNTIME_DIR": str(place.folder), "A b%%": "x\ny"}
-    outer = {**few, "VTPM_DEVICE": "of another", "TPM2TOOLS_TCTI": "of another"}
-    done = place.run("env", "-0", env=outer)
+    others = ("VTPM_DEVICE", "TPM2TOOLS_TCTI", "TCTI", "TPM_INTERFACE_TYPE", "TPM_DEVICE")
+    outer = {**few, **dict.fromkeys(others, "of another")}
+    done = place.run("--managed", "env", "-0", env=outer)
     found = dict(item.split("=", 1) for item in done.stdout.split("\0") if item)
     set_by_us = {name for name in found if name not in few}
     assert {name: found[name] for name in few} == few
     assert set_by_us == {
         *("VTPM_NAME", "VTPM_PATH", "VTPM_RAW_PATH", "TPM2TOOLS_TCTI", "TPM2OPENSSL_TCTI"),
-        *("TPM2_PKCS11_TCTI", "TPM2TSSENGINE_TCTI"),
+        *("TPM2_PKCS11_TCTI", "TPM2TSSENGINE_TCTI", "TCTI"),
     }
     assert found["VTPM_PATH"].startswith(f"{place.folder}/vtpm-")
-    assert found["VTPM_PATH"] in found["TPM2TOOLS_TCTI"]
+    assert found["VTPM_PATH"] in found["TPM2TOOLS_TCTI"] == found["TCTI"]
 
 
 def test_a_tpm_1_2_sets_nothing_for_those_of_2_0(place: Place) -> None:
-    outer = {**place.env, "TPM2TOOLS_TCTI": "of another"}
+    outer = {**place.env, "TPM2TOOLS_TCTI": "of another", "TCTI": "of another"}
     done = place.run("--tpm1.2", "sh", "-c", "test -S $VTPM_PATH && env", env=outer)
     assert done.returncode == 0
     assert "TCTI" not in done.stdout
@@ -365,9 +368,6 @@ def test_a_device_goes_when_all_is_killed(place: Place) -> None:
     assert os.path.dirname(device) not in dict(mounts())
 
 
-def test_without_fuse_it_says_so(place: Place, tmp_path: Path) -> None:
-    """As on a machine without the package fuse3."""
-    needs_fuse()
 TOO_LATE: Final = """#!/bin/sh
 exec 9>"{ended}"
 echo >&9
@@ -403,6 +403,9 @@ def test_a_device_goes_whenever_it_is_killed(place: Place, tmp_path: Path) -> No
         os.close(reader)
 
 
+def test_without_fuse_it_says_so(place: Place, tmp_path: Path) -> None:
+    """As on a machine without the package fuse3."""
+    needs_fuse()
     for name in ("setpriv", "true"):
         found = shutil.which(name)
         assert found is not None
@@ -425,9 +428,6 @@ def test_all_go_with_it(place: Place) -> None:
             process.kill()
 
 
-def test_all_go_with_the_command(place: Place) -> None:
-    with place.started(*WAITING) as process:
-        command, _ = first_line(process)
 def test_a_command_that_comes_too_late_is_not_run() -> None:
     """As that of a vtpm run that is killed before the kernel knows whom to kill with it."""
     program = """
@@ -440,6 +440,9 @@ for parent in os.getpid(), 1:
     assert done.stdout == "runs\n0\n125\n"
 
 
+def test_all_go_with_the_command(place: Place) -> None:
+    with place.started(*WAITING) as process:
+        command, _ = first_line(process)
         with ends(emulator_of(process)):
             os.kill(int(command), signal.SIGKILL)
             assert process.wait(PATIENCE_SECONDS) == 137

@@ -540,7 +540,10 @@ TCTI_VARIABLES: Final = (
     "TPM2OPENSSL_TCTI",
     "TPM2_PKCS11_TCTI",
     "TPM2TSSENGINE_TCTI",
+    "TCTI",
 )
+IBM_VARIABLES: Final = ("TPM_INTERFACE_TYPE", "TPM_DEVICE")
+"""Of the TSS of IBM, for a device."""
 
 
 class Client(Owned):

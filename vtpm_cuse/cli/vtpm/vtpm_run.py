@@ -58,6 +58,12 @@ PROGRAM: Final = Program(
             group="The TPM",
         ),
         Option(
+            "managed",
+            "what the variables name is a resource manager, by which each client has a TPM 2.0 of "
+            "its own; that is so without this option, too",
+            group="How clients find it",
+        ),
+        Option(
             "raw",
             "what the variables name is the TPM itself, with one client at a time, and no "
             "resource manager",
@@ -124,7 +130,12 @@ PROGRAM: Final = Program(
         Term("TPM2OPENSSL_TCTI", "Set, for the provider tpm2 of OpenSSL."),
         Term("TPM2_PKCS11_TCTI", "Set, for tpm2-pkcs11."),
         Term("TPM2TSSENGINE_TCTI", "Set, for the engine tpm2tss of OpenSSL."),
-        Term("TPM_INTERFACE_TYPE, TPM_DEVICE", "Set with --device, for the TSS of IBM."),
+        Term("TCTI", "Set, for Keylime and others in Rust; they know what --device gives alone."),
+        Term(
+            "TPM_INTERFACE_TYPE, TPM_DEVICE",
+            "Set with --device, for the TSS of IBM; else COMMAND has none, which would lead it to "
+            "another TPM.",
+        ),
         Term("SHELL", "What --shell runs; else /bin/sh."),
         Term("XDG_RUNTIME_DIR, TMPDIR", "Where the sockets are."),
     ),
@@ -183,6 +194,8 @@ class _Run:
     def run(self, command: Sequence[str]) -> int:
         """Raises VtpmError, OSError: the command has not been started."""
         name = self._line.value("name") or ""
+        if self._line.has("managed"):
+            self._check_manager()
         if name:
             _check_free(name)
         if (path := self._line.value("save")) is not None:
@@ -199,6 +212,13 @@ class _Run:
             with self._noting():
                 tpm.close()
         return status or (0 if self._good else FAILED)
+
+    def _check_manager(self) -> None:
+        """Raises UsageError."""
+        if self._line.has("raw"):
+            raise UsageError("--managed and --raw exclude each other; leave one of them out")
+        if self._line.has("tpm1.2"):
+            raise UsageError("A TPM 1.2 has no resource manager; leave --managed out")
 
     @contextlib.contextmanager
     def _traced(self) -> Iterator[int | None]:
@@ -308,11 +328,11 @@ def _check_place(path: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The caller's, but for another TPM's, and for what Python has put into it."""
-    from vtpm_cuse.lab.tpm import TCTI_VARIABLES
+    """The caller's, but for what leads to another TPM, and for what Python has put into it."""
+    from vtpm_cuse.lab.tpm import IBM_VARIABLES, TCTI_VARIABLES
 
     hidden = {"VTPM_NAME", "VTPM_PATH", "VTPM_RAW_PATH", "VTPM_DEVICE", "VTPM_RAW_DEVICE"}
-    hidden |= {*TCTI_VARIABLES}
+    hidden |= {*TCTI_VARIABLES, *IBM_VARIABLES}
     with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
         # In the locale C it sets this one, which our children were not given.
         if not any(item.startswith(b"LC_CTYPE=") for item in file.read().split(b"\0")):
