@@ -21,6 +21,7 @@ import pytest
 from tests.support.fuse import mounts, needs_fuse
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.client.child import program_words
+from vtpm_cuse.lab import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -176,6 +177,18 @@ def test_own_failures_are_125(place: Place, words: tuple[str, ...], text: str) -
     assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_snapshot_knows_its_version(place: Place, tmp_path: Path) -> None:
+    old, new = tmp_path / "1.2", tmp_path / "2.0"
+    old.write_bytes(Snapshot(b"x", tpm2=False).to_bytes())
+    new.write_bytes(Snapshot(b"x").to_bytes())
+    done = place.run("--from", new, "--tpm1.2", "true")
+    said = f"vtpm run: {new} is of a TPM 2.0; leave --tpm1.2 out\n"
+    assert (done.returncode, done.stderr) == (125, said)
+    done = place.run("--from", old, "--managed", "true")
+    said = "vtpm run: A TPM 1.2 has no resource manager; leave --managed out\n"
+    assert (done.returncode, done.stderr) == (125, said)
 
 
 def test_options_end_at_the_command(place: Place) -> None:

@@ -194,8 +194,8 @@ class _Run:
     def run(self, command: Sequence[str]) -> int:
         """Raises VtpmError, OSError: the command has not been started."""
         name = self._line.value("name") or ""
-        if self._line.has("managed"):
-            self._check_manager()
+        if self._line.has("managed") and self._line.has("raw"):
+            raise UsageError("--managed and --raw exclude each other; leave one of them out")
         if name:
             _check_free(name)
         if (path := self._line.value("save")) is not None:
@@ -212,13 +212,6 @@ class _Run:
             with self._noting():
                 tpm.close()
         return status or (0 if self._good else FAILED)
-
-    def _check_manager(self) -> None:
-        """Raises UsageError."""
-        if self._line.has("raw"):
-            raise UsageError("--managed and --raw exclude each other; leave one of them out")
-        if self._line.has("tpm1.2"):
-            raise UsageError("A TPM 1.2 has no resource manager; leave --managed out")
 
     @contextlib.contextmanager
     def _traced(self) -> Iterator[int | None]:
@@ -251,7 +244,9 @@ class _Run:
             except (OSError, VtpmError) as exc:
                 why = exc.strerror if isinstance(exc, OSError) else "it is no snapshot"
                 raise UsageError(f"Could not begin from {path}: {why}") from exc
-        return Kind(
+            if snapshot.tpm2 and line.has("tpm1.2"):
+                raise UsageError(f"{path} is of a TPM 2.0; leave --tpm1.2 out")
+        tpm = Kind(
             version="1.2" if line.has("tpm1.2") else "2.0",
             state=line.value("state"),
             snapshot=snapshot,
@@ -259,6 +254,9 @@ class _Run:
             profile=line.value("profile"),
             capture=capture,
         )
+        if line.has("managed") and tpm.version == "1.2":
+            raise UsageError("A TPM 1.2 has no resource manager; leave --managed out")
+        return tpm
 
     def _attend(self, tpm: Tpm, command: Sequence[str], name: str) -> int:
         """With the TPM there; returns the command's exit status."""
