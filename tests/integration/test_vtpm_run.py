@@ -447,10 +447,31 @@ def test_a_command_that_comes_too_late_is_not_run() -> None:
 import os, subprocess
 from vtpm_cuse.cli.vtpm.command import bound_to
 for parent in os.getpid(), 1:
-    print(subprocess.run(["echo", "runs"], preexec_fn=bound_to(parent)).returncode, flush=True)
+    done = subprocess.run(["echo", "runs"], preexec_fn=bound_to(parent, set()))
+    print(done.returncode, flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "runs\n0\n125\n"
+
+
+def test_what_is_typed_while_the_command_starts_is_not_lost() -> None:
+    program = """
+import os, signal, subprocess
+from vtpm_cuse.cli.vtpm import command
+attendant = command.Attendant().__enter__()
+signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+bound_to = command.bound_to
+def late(*given):
+    def bind():
+        for number in signal.SIGQUIT, signal.SIGINT:
+            os.kill(os.getpid(), number)
+        bound_to(*given)()
+    return bind
+command.bound_to = late
+print(attendant.run(["echo", "runs"], dict(os.environ)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{128 + signal.SIGINT}\n", "")
 
 
 def test_all_go_with_the_command(place: Place) -> None:

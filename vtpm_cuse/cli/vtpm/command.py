@@ -29,6 +29,7 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _TYPED: Final = (signal.SIGINT, signal.SIGQUIT)
 """A terminal gives them to the whole group: the command has them already, and decides."""
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_TAKEN: Final = (*_TYPED, *_PASSED_ON)
 
 
 class EndedBySignal(BaseException):
@@ -59,7 +60,9 @@ def find_command(name: str) -> str:
     raise UsageError(f"There is no command '{name}'", NOT_FOUND)
 
 
-def _start(words: Sequence[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    words: Sequence[str], env: dict[str, str], mask: set[int | signal.Signals]
+) -> subprocess.Popen[bytes]:
     """Raises as `Attendant.run`."""
     name = words[0]
     try:
@@ -69,7 +72,7 @@ def _start(words: Sequence[str], env: dict[str, str]) -> subprocess.Popen[bytes]
             env=env,
             # As the caller gave them: others that are open, too, but for ours, which close.
             close_fds=False,
-            preexec_fn=bound_to(os.getpid()),
+            preexec_fn=bound_to(os.getpid(), mask),
         )
     except FileNotFoundError as exc:
         raise UsageError(f"What runs {name} is not there; see its first line", NOT_FOUND) from exc
@@ -77,10 +80,11 @@ def _start(words: Sequence[str], env: dict[str, str]) -> subprocess.Popen[bytes]
         raise UsageError(f"{name} may not be executed; see its mode", NOT_EXECUTABLE) from exc
 
 
-def bound_to(parent: int) -> Callable[[], None]:
+def bound_to(parent: int, mask: set[int | signal.Signals]) -> Callable[[], None]:
     """What a child of *parent* calls, to be killed by the kernel when that thread has ended.
 
-    Between fork and exec, which is no place for Python code where there are threads.
+    Between fork and exec, which is no place for Python code where there are threads. The signals
+    that we take are blocked in both until then, and reach the child when it has *mask* again.
     """
     libc = ctypes.CDLL(None)
 
@@ -88,6 +92,10 @@ def bound_to(parent: int) -> Callable[[], None]:
         failed = libc.prctl(_PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
         if failed or os.getppid() != parent:  # it was killed before the kernel knew
             os._exit(FAILED)
+        for number in _TAKEN:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)  # a handler of ours would lose it
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     return bind
 
@@ -107,7 +115,7 @@ class Attendant:
         self._command = -1  # a pidfd: the number of a process may be another's by now
 
     def __enter__(self) -> Self:
-        for number in (*_TYPED, *_PASSED_ON):
+        for number in _TAKEN:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._take)
         return self
@@ -142,7 +150,11 @@ class Attendant:
             OSError: No process is to be had.
         """
         self._early = False
-        process = _start(words, env)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+        try:
+            process = _start(words, env, mask)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._command = os.pidfd_open(process.pid)
         self._pass_on()
         self._wait_for_the_end()
