@@ -212,6 +212,21 @@ def test_a_script_that_nothing_runs(place: Place, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (127, said)
 
 
+def test_the_current_folder_has_gone(place: Place, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+
+    def go() -> None:
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+
+    assert place.run("true", preexec_fn=go).returncode == 0
+    said = "vtpm run: The current folder has gone; give the whole path of x\n"
+    for option in "--state", "--save":
+        done = place.run(option, "x", "true", preexec_fn=go)
+        assert (done.returncode, done.stderr) == (125, said)
+
+
 def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
     done = place.run("--trace", "/dev/full", "true")
     assert done.returncode == 125

@@ -116,7 +116,7 @@ class Tpm:
         if trace and capture is not None:
             raise LabError("The commands are kept or captured: leave out trace or capture")
         self._tpm2 = version == "2.0" if snapshot is None else snapshot.tpm2
-        self._state = None if state is None else os.path.abspath(state)
+        self._state = None if state is None else _whole(state)
         self._begin = snapshot
         self._manufactured = manufactured
         self._profile = profile
@@ -512,6 +512,14 @@ class Tpm:
             raise
         except (OSError, VtpmError) as exc:
             raise emulator.failure(failing, exc) from exc
+
+
+def _whole(path: str | Path) -> str:
+    """A path that counts in any folder. Raises LabError."""
+    try:
+        return os.path.abspath(path)
+    except OSError as exc:
+        raise LabError(f"The current folder has gone; give the whole path of {path}") from exc
 
 
 @functools.cache

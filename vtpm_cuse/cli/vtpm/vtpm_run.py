@@ -317,7 +317,10 @@ def _check_free(name: str) -> None:
 
 def _check_place(path: str) -> None:
     """Raises UsageError where nothing can be saved, while nothing is lost yet."""
-    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        folder = os.path.dirname(os.path.abspath(path))
+    except OSError as exc:
+        raise UsageError(f"The current folder has gone; give the whole path of {path}") from exc
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UsageError(f"{path} is no file; save to another place")
     if not os.access(folder, os.W_OK | os.X_OK):
