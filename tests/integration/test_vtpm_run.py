@@ -262,6 +262,24 @@ def test_the_environment_is_the_callers_but_for_the_tpm(place: Place) -> None:
     assert found["VTPM_PATH"] in found["TPM2TOOLS_TCTI"] == found["TCTI"]
 
 
+@pytest.mark.parametrize("odd", [b"a,b", b"a\nb", b"a\xffb", b"a b$'c"])
+def test_an_odd_folder_hinders_nobody(place: Place, tmp_path: Path, odd: bytes) -> None:
+    """Neither a client of the TPM itself nor whoever looks for it."""
+    folder = os.path.join(os.fsencode(place.folder), odd)
+    os.mkdir(folder, 0o700)
+    env = {**place.env, "XDG_RUNTIME_DIR": os.fsdecode(folder), "TMPDIR": os.fsdecode(folder)}
+    name = f"odd-{os.getpid()}"
+    try:
+        script = 'tpm2_getrandom --hex 8 >$0 && exec "$@"'
+        words = ["sh", "-c", script, str(tmp_path / "random"), *VTPM, "env", name]
+        done = place.run("--raw", "--name", name, *words, env=env)
+        assert done.returncode == 0, done.stderr
+        assert f"VTPM_NAME={name}\n" in done.stdout
+    finally:
+        wait_until(lambda: not os.listdir(folder), "all is removed")
+        os.rmdir(folder)
+
+
 def test_a_tpm_1_2_sets_nothing_for_those_of_2_0(place: Place) -> None:
     outer = {**place.env, "TPM2TOOLS_TCTI": "of another", "TCTI": "of another"}
     done = place.run("--tpm1.2", "sh", "-c", "test -S $VTPM_PATH && env", env=outer)
