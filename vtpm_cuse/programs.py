@@ -41,4 +41,5 @@ def start_program(words: Sequence[str], **options: Any) -> subprocess.Popen[byte
     except OSError as exc:
         if exc.errno != errno.ENOEXEC:
             raise
-    return subprocess.Popen([_SHELL, *words], **options)  # noqa: S603
+    script = options.pop("executable", words[0])
+    return subprocess.Popen([_SHELL, script, *words[1:]], **options)  # noqa: S603

@@ -20,6 +20,7 @@ complete -c vtpm -n '__fish_seen_subcommand_from run' -l manufactured -f -d 'wit
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l profile -x -d 'of a TPM 2.0 that is made anew, by name or as JSON; needs libtpms 0.10'
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l from -r -F -d 'begin from the snapshot in that file'
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l save -r -F -d 'write a snapshot to that file when the command has ended; it is as secret as all that the TPM keeps'
+complete -c vtpm -n '__fish_seen_subcommand_from run' -l managed -f -d 'what the variables name is a resource manager, by which each client has a TPM 2.0 of its own; that is so without this option, too'
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l raw -f -d 'what the variables name is the TPM itself, with one client at a time, and no resource manager'
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l device -f -d 'a device file in a FUSE mount instead of sockets, for what knows devices alone'
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l name -x -d 'what vtpm env calls it; else that is the process id'

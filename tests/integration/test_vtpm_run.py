@@ -21,6 +21,7 @@ import pytest
 from tests.support.fuse import mounts, needs_fuse
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.client.child import program_words
+from vtpm_cuse.lab import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,6 +158,8 @@ def test_a_command_that_is_not_there_starts_no_tpm(place: Place, tmp_path: Path)
         ((), "There is no command; name one, or say --shell"),
         (("--bogus", "true"), "unrecognized option '--bogus'"),
         (("--shell", "true"), "With --shell there is no command"),
+        (("--managed", "--raw", "true"), "--managed and --raw exclude each other"),
+        (("--managed", "--tpm1.2", "true"), "A TPM 1.2 has no resource manager"),
         (("--name", "a/b", "true"), "'a/b' is no name for a TPM"),
         (("--name", "12", "true"), "'12' is no name for a TPM"),
         (("--from", "/etc/passwd", "true"), "Could not begin from /etc/passwd: it is no snapshot"),
@@ -176,6 +179,18 @@ def test_own_failures_are_125(place: Place, words: tuple[str, ...], text: str) -
     assert done.stdout == ""
 
 
+def test_a_snapshot_knows_its_version(place: Place, tmp_path: Path) -> None:
+    old, new = tmp_path / "1.2", tmp_path / "2.0"
+    old.write_bytes(Snapshot(b"x", tpm2=False).to_bytes())
+    new.write_bytes(Snapshot(b"x").to_bytes())
+    done = place.run("--from", new, "--tpm1.2", "true")
+    said = f"vtpm run: {new} is of a TPM 2.0; leave --tpm1.2 out\n"
+    assert (done.returncode, done.stderr) == (125, said)
+    done = place.run("--from", old, "--managed", "true")
+    said = "vtpm run: A TPM 1.2 has no resource manager; leave --managed out\n"
+    assert (done.returncode, done.stderr) == (125, said)
+
+
 def test_options_end_at_the_command(place: Place) -> None:
     assert place.run("echo", "--shell", "-h", "--").stdout == "--shell -h --\n"
     assert place.run("--", "echo", "--").stdout == "--\n"
@@ -186,6 +201,30 @@ def test_a_script_without_its_first_line_is_run(place: Place, tmp_path: Path) ->
     script.write_text("exit 9\n")
     script.chmod(0o755)
     assert place.run(script).returncode == 9
+
+
+def test_a_script_that_nothing_runs(place: Place, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/program\n")
+    script.chmod(0o755)
+    done = place.run(script)
+    said = f"vtpm run: What runs {script} is not there; see its first line\n"
+    assert (done.returncode, done.stderr) == (127, said)
+
+
+def test_the_current_folder_has_gone(place: Place, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+
+    def go() -> None:
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+
+    assert place.run("true", preexec_fn=go).returncode == 0
+    said = "vtpm run: The current folder has gone; give the whole path of x\n"
+    for option in "--state", "--save":
+        done = place.run(option, "x", "true", preexec_fn=go)
+        assert (done.returncode, done.stderr) == (125, said)
 
 
 def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
@@ -209,21 +248,40 @@ def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
 
 def test_the_environment_is_the_callers_but_for_the_tpm(place: Place) -> None:
     few = {"PATH": place.env["PATH"], "XDG_RUNTIME_DIR": str(place.folder), "A b%%": "x\ny"}
-    outer = {**few, "VTPM_DEVICE": "of another", "TPM2TOOLS_TCTI": "of another"}
-    done = place.run("env", "-0", env=outer)
+    others = ("VTPM_DEVICE", "TPM2TOOLS_TCTI", "TCTI", "TPM_INTERFACE_TYPE", "TPM_DEVICE")
+    outer = {**few, **dict.fromkeys(others, "of another")}
+    done = place.run("--managed", "env", "-0", env=outer)
     found = dict(item.split("=", 1) for item in done.stdout.split("\0") if item)
     set_by_us = {name for name in found if name not in few}
     assert {name: found[name] for name in few} == few
     assert set_by_us == {
         *("VTPM_NAME", "VTPM_PATH", "VTPM_RAW_PATH", "TPM2TOOLS_TCTI", "TPM2OPENSSL_TCTI"),
-        *("TPM2_PKCS11_TCTI", "TPM2TSSENGINE_TCTI"),
+        *("TPM2_PKCS11_TCTI", "TPM2TSSENGINE_TCTI", "TCTI"),
     }
     assert found["VTPM_PATH"].startswith(f"{place.folder}/vtpm-")
-    assert found["VTPM_PATH"] in found["TPM2TOOLS_TCTI"]
+    assert found["VTPM_PATH"] in found["TPM2TOOLS_TCTI"] == found["TCTI"]
+
+
+@pytest.mark.parametrize("odd", [b"a,b", b"a\nb", b"a\xffb", b"a b$'c"])
+def test_an_odd_folder_hinders_nobody(place: Place, tmp_path: Path, odd: bytes) -> None:
+    """Neither a client of the TPM itself nor whoever looks for it."""
+    folder = os.path.join(os.fsencode(place.folder), odd)
+    os.mkdir(folder, 0o700)
+    env = {**place.env, "XDG_RUNTIME_DIR": os.fsdecode(folder), "TMPDIR": os.fsdecode(folder)}
+    name = f"odd-{os.getpid()}"
+    try:
+        script = 'tpm2_getrandom --hex 8 >$0 && exec "$@"'
+        words = ["sh", "-c", script, str(tmp_path / "random"), *VTPM, "env", name]
+        done = place.run("--raw", "--name", name, *words, env=env)
+        assert done.returncode == 0, done.stderr
+        assert f"VTPM_NAME={name}\n" in done.stdout
+    finally:
+        wait_until(lambda: not os.listdir(folder), "all is removed")
+        os.rmdir(folder)
 
 
 def test_a_tpm_1_2_sets_nothing_for_those_of_2_0(place: Place) -> None:
-    outer = {**place.env, "TPM2TOOLS_TCTI": "of another"}
+    outer = {**place.env, "TPM2TOOLS_TCTI": "of another", "TCTI": "of another"}
     done = place.run("--tpm1.2", "sh", "-c", "test -S $VTPM_PATH && env", env=outer)
     assert done.returncode == 0
     assert "TCTI" not in done.stdout
@@ -356,6 +414,41 @@ def test_a_device_goes_when_all_is_killed(place: Place) -> None:
     assert os.path.dirname(device) not in dict(mounts())
 
 
+TOO_LATE: Final = """#!/bin/sh
+exec 9>"{ended}"
+echo >&9
+kill -9 $PPID
+while read -r _ _ _ parent _ </proc/$$/stat && [ "$parent" = "$PPID" ]; do :; done
+exec {setpriv} "$@"
+"""
+"""setpriv, where its parent is killed before the kernel is told whom to tell of that."""
+
+
+def test_a_device_goes_whenever_it_is_killed(place: Place, tmp_path: Path) -> None:
+    needs_fuse()
+    ended, setpriv = tmp_path / "ended", tmp_path / "setpriv"
+    os.mkfifo(ended)
+    setpriv.write_text(TOO_LATE.format(ended=ended, setpriv=shutil.which("setpriv")))
+    setpriv.chmod(0o755)
+    reader = os.open(ended, os.O_RDONLY | os.O_NONBLOCK)
+    begun: list[bool] = []
+
+    def over() -> bool:
+        """Whether nobody has the other end any more."""
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(reader, 1):
+                return bool(begun)
+            begun.append(True)
+        return False
+
+    try:
+        env = {**place.env, "PATH": f"{tmp_path}:{place.env['PATH']}"}
+        assert place.run("--device", "true", env=env).returncode == -signal.SIGKILL
+        wait_until(over, "the emulator has ended")
+    finally:
+        os.close(reader)
+
+
 def test_without_fuse_it_says_so(place: Place, tmp_path: Path) -> None:
     """As on a machine without the package fuse3."""
     needs_fuse()
@@ -379,6 +472,39 @@ def test_all_go_with_it(place: Place) -> None:
         assert os.path.exists(path)
         with ends(int(command), emulator_of(process)):
             process.kill()
+
+
+def test_a_command_that_comes_too_late_is_not_run() -> None:
+    """As that of a vtpm run that is killed before the kernel knows whom to kill with it."""
+    program = """
+import os, subprocess
+from vtpm_cuse.cli.vtpm.command import bound_to
+for parent in os.getpid(), 1:
+    done = subprocess.run(["echo", "runs"], preexec_fn=bound_to(parent, set()))
+    print(done.returncode, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "runs\n0\n125\n"
+
+
+def test_what_is_typed_while_the_command_starts_is_not_lost() -> None:
+    program = """
+import os, signal, subprocess
+from vtpm_cuse.cli.vtpm import command
+attendant = command.Attendant().__enter__()
+signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+bound_to = command.bound_to
+def late(*given):
+    def bind():
+        for number in signal.SIGQUIT, signal.SIGINT:
+            os.kill(os.getpid(), number)
+        bound_to(*given)()
+    return bind
+command.bound_to = late
+print(attendant.run(["echo", "runs"], dict(os.environ)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{128 + signal.SIGINT}\n", "")
 
 
 def test_all_go_with_the_command(place: Place) -> None:

@@ -87,7 +87,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.swtpm_bios": WORDS | {"cli.bios_steps", "client", "service.confine", "wire"},
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
-    "cli.vtpm": WORDS | {"client", "lab", "wire"},
+    "cli.vtpm": WORDS | {"client", "lab", "programs", "wire"},
     "cli.setup": WORDS
     | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},

@@ -247,6 +247,16 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
         assert process.wait() == 1
 
 
+def test_a_disk_that_is_full_is_not_the_captures_fault(file: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PROGRAM, "trace", file], stdout=full, stderr=subprocess.PIPE, env=AS_USERS, text=True
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "read" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("keep", "status", "trouble"),
     [

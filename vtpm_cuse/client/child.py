@@ -259,9 +259,15 @@ def _base(longest: int) -> str:
     """A folder in which sockets may be. Raises LabError."""
     room = _PATH_MAX - len("/vtpm-") - 16 - 1 - longest
     for base in nest_places():
-        if len(os.fsencode(base)) <= room and os.access(base, os.W_OK | os.X_OK):
+        # A comma ends a path in tpm2-tss' words; and vtpm env believes in nothing that is not printed.
+        plain = base.isprintable() and "," not in base
+        fits = plain and len(os.fsencode(base)) <= room
+        if fits and os.access(base, os.W_OK | os.X_OK):
             return base.rstrip("/")
-    raise LabError("There is no folder for sockets: set TMPDIR to a short path that can be written")
+    raise LabError(
+        "There is no folder for sockets: set TMPDIR to a short path, of letters and digits, that can "
+        "be written"
+    )
 
 
 def _is_own_folder(path: str) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import os
 import select
-import signal
 import socket
 import subprocess
 import time
@@ -44,14 +43,15 @@ _BUSY_SECONDS: Final = 1.0
 _AGAIN_SECONDS: Final = 0.001
 _GONE_SECONDS: Final = 0.05
 """How long who has found a file dead waits for the end of its process."""
+# Whoever was killed before the kernel knew whom to tell of that is no parent any more.
+_IF_NOT_TOO_LATE: Final = '[ "$PPID" = "$1" ] || exit 0; shift; exec "$@"'
 _NOT_ENOUGH: Final = "With no setpriv of util-linux, nothing would end when this program is killed"
 
 
-def bound_to_us(number: signal.Signals) -> list[str]:
-    """Words before a command that gets a signal from the kernel when this thread has ended.
+def _bound_to_us() -> list[str]:
+    """Words before a command that the kernel sends SIGTERM when this thread has ended.
 
-    setpriv, for Python has no prctl(2). In the half millisecond until that is called, the command
-    could outlive us.
+    setpriv, for between fork and exec Python code is no good where there are threads.
 
     Raises:
         LabError: There is no setpriv.
@@ -59,7 +59,8 @@ def bound_to_us(number: signal.Signals) -> list[str]:
     setpriv = find_program("setpriv")
     if setpriv is None:
         raise LabError(f"{_NOT_ENOUGH}: install the package util-linux")
-    return [setpriv, "--pdeathsig", number.name.removeprefix("SIG"), "--"]
+    bound = [setpriv, "--pdeathsig", "TERM", "--"]
+    return [*bound, "/bin/sh", "-c", _IF_NOT_TOO_LATE, "sh", str(os.getpid())]
 
 
 def once_free(opening: Callable[[], T]) -> T:
@@ -105,7 +106,7 @@ class DeviceEmulator(ChildEmulator):
         try:
             self._ours.bind(nest.path(READY))
             self._process = subprocess.Popen(  # noqa: S603 - our own program
-                [*bound_to_us(signal.SIGTERM), *program, "--name", RAW, "--mount", self.folder],
+                [*_bound_to_us(), *program, "--name", RAW, "--mount", self.folder],
                 stdin=subprocess.DEVNULL,
                 stdout=self._messages,
                 stderr=self._messages,

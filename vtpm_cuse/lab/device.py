@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vtpm_cuse.client.child import Nest
 from vtpm_cuse.client.device import MANAGED, NEST_NAMES, RAW, DeviceEmulator, once_free
 from vtpm_cuse.errors import LabError
-from vtpm_cuse.lab.tpm import TCTI_VARIABLES, Client, Tpm
+from vtpm_cuse.lab.tpm import IBM_VARIABLES, TCTI_VARIABLES, Client, Tpm
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class DeviceTpm(Tpm):
         found = {"VTPM_DEVICE": self.path, "VTPM_RAW_DEVICE": self.raw_path}
         if self._tpm2:
             found |= dict.fromkeys(TCTI_VARIABLES, self.tcti)
-            found |= {"TPM_INTERFACE_TYPE": "dev", "TPM_DEVICE": self.path}
+            found |= zip(IBM_VARIABLES, ("dev", self.path), strict=True)
         return found
 
 

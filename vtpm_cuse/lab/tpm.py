@@ -116,7 +116,7 @@ class Tpm:
         if trace and capture is not None:
             raise LabError("The commands are kept or captured: leave out trace or capture")
         self._tpm2 = version == "2.0" if snapshot is None else snapshot.tpm2
-        self._state = None if state is None else os.path.abspath(state)
+        self._state = None if state is None else _whole(state)
         self._begin = snapshot
         self._manufactured = manufactured
         self._profile = profile
@@ -514,6 +514,14 @@ class Tpm:
             raise emulator.failure(failing, exc) from exc
 
 
+def _whole(path: str | Path) -> str:
+    """A path that counts in any folder. Raises LabError."""
+    try:
+        return os.path.abspath(path)
+    except OSError as exc:
+        raise LabError(f"The current folder has gone; give the whole path of {path}") from exc
+
+
 @functools.cache
 def _manufactured(version: Literal["2.0", "1.2"], profile: str | None) -> Snapshot:
     """One that is off. Raises LabError."""
@@ -540,7 +548,10 @@ TCTI_VARIABLES: Final = (
     "TPM2OPENSSL_TCTI",
     "TPM2_PKCS11_TCTI",
     "TPM2TSSENGINE_TCTI",
+    "TCTI",
 )
+IBM_VARIABLES: Final = ("TPM_INTERFACE_TYPE", "TPM_DEVICE")
+"""Of the TSS of IBM, for a device."""
 
 
 class Client(Owned):

@@ -5,16 +5,18 @@ It stays in our process group, so what is typed to interrupt or stop it reaches 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
-import subprocess
 from typing import TYPE_CHECKING, Final, Self
 
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.programs import start_program
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import subprocess
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
 FAILED: Final = 125  # as env(1) and timeout(1) have it
@@ -22,10 +24,12 @@ NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
 _KILLED: Final = 128
 _WAKES_MAX: Final = 4096
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 _TYPED: Final = (signal.SIGINT, signal.SIGQUIT)
 """A terminal gives them to the whole group: the command has them already, and decides."""
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_TAKEN: Final = (*_TYPED, *_PASSED_ON)
 
 
 class EndedBySignal(BaseException):
@@ -40,19 +44,60 @@ class EndedBySignal(BaseException):
         self.number = number
 
 
-def check_command(name: str) -> None:
-    """Raises UsageError, with the exit status of a shell, unless there is such a command."""
+def find_command(name: str) -> str:
+    """Where it is. Raises UsageError, with the exit status of a shell, unless it is there."""
     if "/" in name:
         places = [name]
     else:
         places = [os.path.join(folder or os.curdir, name) for folder in os.get_exec_path()]
-    if any(os.path.isfile(place) and os.access(place, os.X_OK) for place in places):
-        return
+    for place in places:
+        if os.path.isfile(place) and os.access(place, os.X_OK):
+            return place
     if "/" in name and os.path.isdir(name):
         raise UsageError(f"{name} is a directory and no command", NOT_EXECUTABLE)
     if name and any(map(os.path.isfile, places)):
         raise UsageError(f"{name} may not be executed; see its mode", NOT_EXECUTABLE)
     raise UsageError(f"There is no command '{name}'", NOT_FOUND)
+
+
+def _start(
+    words: Sequence[str], env: dict[str, str], mask: set[int | signal.Signals]
+) -> subprocess.Popen[bytes]:
+    """Raises as `Attendant.run`."""
+    name = words[0]
+    try:
+        return start_program(
+            words,
+            executable=find_command(name),
+            env=env,
+            # As the caller gave them: others that are open, too, but for ours, which close.
+            close_fds=False,
+            preexec_fn=bound_to(os.getpid(), mask),
+        )
+    except FileNotFoundError as exc:
+        raise UsageError(f"What runs {name} is not there; see its first line", NOT_FOUND) from exc
+    except PermissionError as exc:
+        raise UsageError(f"{name} may not be executed; see its mode", NOT_EXECUTABLE) from exc
+
+
+def bound_to(parent: int, mask: set[int | signal.Signals]) -> Callable[[], None]:
+    """What a child of *parent* calls, to be killed by the kernel when that thread has ended.
+
+    Between fork and exec, which is no place for Python code where there are threads. The signals
+    that we take are blocked in both until then, and reach the child when it has *mask* again.
+    """
+    libc = ctypes.CDLL(None)
+
+    def bind() -> None:
+        failed = libc.prctl(_PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (signal.SIGKILL, 0, 0, 0)))
+        if failed or os.getppid() != parent:  # it was killed before the kernel knew
+            os._exit(FAILED)
+        for number in _TAKEN:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)  # a handler of ours would lose it
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    return bind
 
 
 class Attendant:
@@ -70,7 +115,7 @@ class Attendant:
         self._command = -1  # a pidfd: the number of a process may be another's by now
 
     def __enter__(self) -> Self:
-        for number in (*_TYPED, *_PASSED_ON):
+        for number in _TAKEN:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._take)
         return self
@@ -97,15 +142,19 @@ class Attendant:
         """Runs it to its end; returns its exit status, or that of a shell for its signal.
 
         Args:
-            words: It, with the words before it that bind it to us.
+            words: It.
             env: Its environment.
 
         Raises:
-            OSError: It cannot be started.
+            UsageError: It cannot be executed.
+            OSError: No process is to be had.
         """
         self._early = False
-        # As the caller gave them: other descriptors that are open, too, but for ours, which close.
-        process = subprocess.Popen(words, env=env, close_fds=False)  # noqa: S603 - the user's own
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+        try:
+            process = _start(words, env, mask)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._command = os.pidfd_open(process.pid)
         self._pass_on()
         self._wait_for_the_end()

@@ -14,7 +14,7 @@ from vtpm_cuse.cli.vtpm.command import (
     NOT_FOUND,
     Attendant,
     EndedBySignal,
-    check_command,
+    find_command,
 )
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
@@ -56,6 +56,12 @@ PROGRAM: Final = Program(
             "that the TPM keeps",
             metavar="FILE",
             group="The TPM",
+        ),
+        Option(
+            "managed",
+            "what the variables name is a resource manager, by which each client has a TPM 2.0 of "
+            "its own; that is so without this option, too",
+            group="How clients find it",
         ),
         Option(
             "raw",
@@ -124,7 +130,12 @@ PROGRAM: Final = Program(
         Term("TPM2OPENSSL_TCTI", "Set, for the provider tpm2 of OpenSSL."),
         Term("TPM2_PKCS11_TCTI", "Set, for tpm2-pkcs11."),
         Term("TPM2TSSENGINE_TCTI", "Set, for the engine tpm2tss of OpenSSL."),
-        Term("TPM_INTERFACE_TYPE, TPM_DEVICE", "Set with --device, for the TSS of IBM."),
+        Term("TCTI", "Set, for Keylime and others in Rust; they know what --device gives alone."),
+        Term(
+            "TPM_INTERFACE_TYPE, TPM_DEVICE",
+            "Set with --device, for the TSS of IBM; else COMMAND has none, which would lead it to "
+            "another TPM.",
+        ),
         Term("SHELL", "What --shell runs; else /bin/sh."),
         Term("XDG_RUNTIME_DIR, TMPDIR", "Where the sockets are."),
     ),
@@ -171,7 +182,7 @@ def _command(line: CommandLine) -> list[str]:
         words = [os.environ.get("SHELL") or "/bin/sh"]
     if not words:
         raise UsageError("There is no command; name one, or say --shell")
-    check_command(words[0])
+    find_command(words[0])
     return words
 
 
@@ -183,6 +194,8 @@ class _Run:
     def run(self, command: Sequence[str]) -> int:
         """Raises VtpmError, OSError: the command has not been started."""
         name = self._line.value("name") or ""
+        if self._line.has("managed") and self._line.has("raw"):
+            raise UsageError("--managed and --raw exclude each other; leave one of them out")
         if name:
             _check_free(name)
         if (path := self._line.value("save")) is not None:
@@ -231,7 +244,9 @@ class _Run:
             except (OSError, VtpmError) as exc:
                 why = exc.strerror if isinstance(exc, OSError) else "it is no snapshot"
                 raise UsageError(f"Could not begin from {path}: {why}") from exc
-        return Kind(
+            if snapshot.tpm2 and line.has("tpm1.2"):
+                raise UsageError(f"{path} is of a TPM 2.0; leave --tpm1.2 out")
+        tpm = Kind(
             version="1.2" if line.has("tpm1.2") else "2.0",
             state=line.value("state"),
             snapshot=snapshot,
@@ -239,10 +254,12 @@ class _Run:
             profile=line.value("profile"),
             capture=capture,
         )
+        if line.has("managed") and tpm.version == "1.2":
+            raise UsageError("A TPM 1.2 has no resource manager; leave --managed out")
+        return tpm
 
     def _attend(self, tpm: Tpm, command: Sequence[str], name: str) -> int:
         """With the TPM there; returns the command's exit status."""
-        from vtpm_cuse.client.device import bound_to_us
         from vtpm_cuse.lab.running import announce
 
         name = name or str(os.getpid())
@@ -254,8 +271,7 @@ class _Run:
         if self._line.has("shell"):
             self._introduce(tpm, name)
             env |= _prompt()
-        words = [*bound_to_us(signal.SIGKILL), *command]
-        status = self._attendant.run(words, {**_environment(), **env})
+        status = self._attendant.run(command, {**_environment(), **env})
         if not tpm.alive:
             self._complain(f"The TPM ended before {command[0]} did, with {tpm.ending}")
             self._good = not (self._line.has("state") or self._line.has("save"))
@@ -301,7 +317,10 @@ def _check_free(name: str) -> None:
 
 def _check_place(path: str) -> None:
     """Raises UsageError where nothing can be saved, while nothing is lost yet."""
-    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        folder = os.path.dirname(os.path.abspath(path))
+    except OSError as exc:
+        raise UsageError(f"The current folder has gone; give the whole path of {path}") from exc
     if os.path.lexists(path) and not os.path.isfile(path):
         raise UsageError(f"{path} is no file; save to another place")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -310,11 +329,11 @@ def _check_place(path: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The caller's, but for another TPM's, and for what Python has put into it."""
-    from vtpm_cuse.lab.tpm import TCTI_VARIABLES
+    """The caller's, but for what leads to another TPM, and for what Python has put into it."""
+    from vtpm_cuse.lab.tpm import IBM_VARIABLES, TCTI_VARIABLES
 
     hidden = {"VTPM_NAME", "VTPM_PATH", "VTPM_RAW_PATH", "VTPM_DEVICE", "VTPM_RAW_DEVICE"}
-    hidden |= {*TCTI_VARIABLES}
+    hidden |= {*TCTI_VARIABLES, *IBM_VARIABLES}
     with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
         # In the locale C it sets this one, which our children were not given.
         if not any(item.startswith(b"LC_CTYPE=") for item in file.read().split(b"\0")):

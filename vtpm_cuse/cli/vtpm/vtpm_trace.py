@@ -75,11 +75,7 @@ def _run(words: Sequence[str], program: str) -> int:
     reader = CaptureReader()
     fd = _open(path)
     try:
-        found = _show(_exchanges(reader, fd), as_json=line.has("json"))
-    except OSError as exc:
-        if isinstance(exc, BrokenPipeError):
-            raise
-        raise UsageError(f"Could not read {path}: {exc.strerror}") from exc
+        found = _show(_exchanges(reader, fd, path), as_json=line.has("json"))
     finally:
         os.close(fd)
     if reader.trouble:
@@ -102,11 +98,18 @@ def _open(path: str) -> int:
         raise UsageError(f"Could not read {path}: {why}") from exc
 
 
-def _exchanges(reader: CaptureReader, fd: int) -> Iterator[list[Exchange]]:
-    """What is complete with each piece of the file."""
-    while not reader.trouble and (data := os.read(fd, _PIECE)):
+def _exchanges(reader: CaptureReader, fd: int, path: str) -> Iterator[list[Exchange]]:
+    """What is complete with each piece of the file. Raises UsageError."""
+    while not reader.trouble and (data := _read(fd, path)):
         yield reader.feed(data)
     yield reader.end()
+
+
+def _read(fd: int, path: str) -> bytes:
+    try:
+        return os.read(fd, _PIECE)
+    except OSError as exc:
+        raise UsageError(f"Could not read {path}: {exc.strerror}") from exc
 
 
 def _show(pieces: Iterator[list[Exchange]], *, as_json: bool) -> int:
