@@ -643,6 +643,22 @@ def run_tool(folder: Path, env: dict[str, str], *words: str) -> subprocess.Compl
     )
 
 
+def test_fapi_has_keys_beside_the_tpm(tmp_path: Path, runtime: Path) -> None:
+    """Its tools, which find neither the machine's TPM nor the keys of whoever runs them."""
+    with Tpm() as lab:
+        home = {"HOME": str(tmp_path)}
+        for name, *words in (
+            ("tss2_provision",),
+            ("tss2_createkey", "--path=HS/SRK/key", "--type=sign", "--authValue="),
+            ("tss2_list",),
+        ):
+            done = run_tool(tmp_path, {**lab.env, **home}, name, *words)
+            assert done.returncode == 0, done.stderr
+        assert "/HS/SRK/key" in done.stdout
+        assert list(Path(lab.folder).rglob("*key*"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tpm2_tools_need_not_flush(tmp_path: Path) -> None:
     """Each has a connection of its own; what it saved, the next one loads."""
     with Tpm(faults=True) as lab:

@@ -246,9 +246,12 @@ def test_a_disk_that_is_full(place: Place, tmp_path: Path) -> None:
 # -- what the command is given --------------------------------------------------------------
 
 
+FAPI: Final = "TSS2_FAPICONF"
+
+
 def test_the_environment_is_the_callers_but_for_the_tpm(place: Place) -> None:
     few = {"PATH": place.env["PATH"], "XDG_RUNTIME_DIR": str(place.folder), "A b%%": "x\ny"}
-    others = ("VTPM_DEVICE", "TPM2TOOLS_TCTI", "TCTI", "TPM_INTERFACE_TYPE", "TPM_DEVICE")
+    others = ("VTPM_DEVICE", "TPM2TOOLS_TCTI", "TCTI", "TPM_INTERFACE_TYPE", "TPM_DEVICE", FAPI)
     outer = {**few, **dict.fromkeys(others, "of another")}
     done = place.run("--managed", "env", "-0", env=outer)
     found = dict(item.split("=", 1) for item in done.stdout.split("\0") if item)
@@ -256,7 +259,7 @@ def test_the_environment_is_the_callers_but_for_the_tpm(place: Place) -> None:
     assert {name: found[name] for name in few} == few
     assert set_by_us == {
         *("VTPM_NAME", "VTPM_PATH", "VTPM_RAW_PATH", "TPM2TOOLS_TCTI", "TPM2OPENSSL_TCTI"),
-        *("TPM2_PKCS11_TCTI", "TPM2TSSENGINE_TCTI", "TCTI"),
+        *("TPM2_PKCS11_TCTI", "TPM2TSSENGINE_TCTI", "TCTI", FAPI),
     }
     assert found["VTPM_PATH"].startswith(f"{place.folder}/vtpm-")
     assert found["VTPM_PATH"] in found["TPM2TOOLS_TCTI"] == found["TCTI"]

@@ -64,7 +64,7 @@ read -r _
 [ -d "$1" ] || exit 0
 folder=$1
 shift
-cd "$folder" && command -p rm -f -- "$@" && cd / && command -p rmdir -- "$folder"
+cd "$folder" && command -p rm -rf -- "$@" && cd / && command -p rmdir -- "$folder"
 """
 # The whole of a folder, which nobody else can have put anything into.
 _SCRATCH_GUARDIAN: Final = """\
@@ -140,7 +140,7 @@ class Nest(Owned):
     """A folder for sockets, of this user's alone, that goes with this process and its copies.
 
     Args:
-        names: Of the sockets that may come to be in it.
+        names: Of what may come to be in it: sockets, files, folders with all that is in them.
 
     Attributes:
         folder: Its path, with room for the names behind it.
@@ -208,8 +208,12 @@ class Nest(Owned):
 
     def _remove(self) -> None:
         for name in self._names:
-            with contextlib.suppress(OSError):
+            try:
                 os.unlink(self.path(name))
+            except IsADirectoryError:
+                shutil.rmtree(self.path(name), ignore_errors=True)
+            except OSError:
+                continue
         with contextlib.suppress(OSError):
             os.rmdir(self.folder)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from vtpm_cuse.client.child import Nest
 from vtpm_cuse.client.device import MANAGED, NEST_NAMES, RAW, DeviceEmulator, once_free
 from vtpm_cuse.errors import LabError
-from vtpm_cuse.lab.tpm import IBM_VARIABLES, TCTI_VARIABLES, Client, Tpm
+from vtpm_cuse.lab.fapi import FAPI_NAMES
+from vtpm_cuse.lab.tpm import IBM_VARIABLES, Client, Tpm
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class DeviceTpm(Tpm):
         return [*super()._words(), *([] if self._tpm2 else ["--tpm12"])]
 
     def _launch(self, words: list[str], fds: list[int]) -> ChildEmulator:
-        self._nest = Nest(NEST_NAMES)
+        self._nest = Nest((*NEST_NAMES, *FAPI_NAMES))
         return DeviceEmulator(words, self._nest, fds)
 
     def _return_to(self, control: Control, snapshot: Snapshot) -> None:
@@ -67,7 +68,7 @@ class DeviceTpm(Tpm):
         """Those of a `Tpm`, but for its sockets, and those of the software by IBM."""
         found = {"VTPM_DEVICE": self.path, "VTPM_RAW_DEVICE": self.raw_path}
         if self._tpm2:
-            found |= dict.fromkeys(TCTI_VARIABLES, self.tcti)
+            found |= self._env_of_stacks
             found |= zip(IBM_VARIABLES, ("dev", self.path), strict=True)
         return found
 

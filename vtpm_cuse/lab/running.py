@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _FOLDER: Final = re.compile(r"vtpm-[0-9a-f]{16}")
 _NAME: Final = re.compile(r"(?=.*[A-Za-z_])[A-Za-z0-9_][A-Za-z0-9._-]{0,63}|[0-9]{1,10}")
-_VARIABLE: Final = re.compile(r"(VTPM|TPM|TPM2|TPM2[A-Z0-9]+)_[A-Z0-9_]{1,64}|TCTI")
+_VARIABLE: Final = re.compile(r"(VTPM|TSS2|TPM|TPM2|TPM2[A-Z0-9]+)_[A-Z0-9_]{1,64}|TCTI")
 _SIZE_MAX: Final = 1 << 16
 _OPENING: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OTHERS: Final = 0o077

@@ -23,6 +23,7 @@ from vtpm_cuse.client.child import (
 )
 from vtpm_cuse.client.connect import connect_unix, receive
 from vtpm_cuse.errors import AnswerError, LabError, VtpmError, WireError
+from vtpm_cuse.lab.fapi import FAPI_NAMES, FAPI_VARIABLE, configure
 from vtpm_cuse.lab.loops import in_thread
 from vtpm_cuse.lab.made import profile_words, set_up
 from vtpm_cuse.lab.record import Recorder
@@ -53,7 +54,8 @@ _SAVED: Final = PtmBlobType.PTM_BLOB_TYPE_SAVESTATE
 _ANSWER_SECONDS: Final = 300
 """For one command: some keys take a TPM minutes on a busy machine."""
 _MANAGED, _RAW, _CONTROL, _INNER = "tpm", "raw", "raw.ctrl", ".in"
-_NAMES: Final = (_MANAGED, _RAW, _CONTROL, _MANAGED + _INNER, _RAW + _INNER, ANNOUNCEMENT)
+_SOCKETS: Final = (_MANAGED, _RAW, _CONTROL, _MANAGED + _INNER, _RAW + _INNER)
+_NAMES: Final = (*_SOCKETS, ANNOUNCEMENT, *FAPI_NAMES)
 """Of the sockets, and that of a program's file; where that for control is, tpm2-tss knows by the one before."""
 _ACCEPTCON: Final = 1 << 16  # __SO_ACCEPTCON, linux/net.h
 _TCTI: Final = Path(__file__).with_name("tcti.py")
@@ -179,6 +181,8 @@ class Tpm:
             fds = [self._capture]
         words += [word for fd in fds for word in ("--pcap", f"fd={fd}")]
         self._emulator = self._launch(words, fds)
+        if self._tpm2:
+            configure(self.folder, self.tcti)
         if self._recorder is not None:
             self._recorder.started()
         if self._begin is not None:
@@ -314,8 +318,14 @@ class Tpm:
     def env(self) -> dict[str, str]:  # noqa: D102
         found = {"VTPM_PATH": self.path, "VTPM_RAW_PATH": self.raw_path}
         if self._tpm2:
-            found |= dict.fromkeys(TCTI_VARIABLES, self.tcti)
+            found |= self._env_of_stacks
         return found
+
+    @property
+    def _env_of_stacks(self) -> dict[str, str]:
+        """Of all that read one; for a TPM 2.0."""
+        file = f"{self.folder}/{FAPI_NAMES[0]}"
+        return {**dict.fromkeys(TCTI_VARIABLES, self.tcti), FAPI_VARIABLE: file}
 
     def _path(self, name: str) -> str:
         if self._nest is None:

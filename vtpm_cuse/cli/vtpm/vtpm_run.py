@@ -130,6 +130,9 @@ PROGRAM: Final = Program(
         Term("TPM2OPENSSL_TCTI", "Set, for the provider tpm2 of OpenSSL."),
         Term("TPM2_PKCS11_TCTI", "Set, for tpm2-pkcs11."),
         Term("TPM2TSSENGINE_TCTI", "Set, for the engine tpm2tss of OpenSSL."),
+        Term(
+            "TSS2_FAPICONF", "Set, for FAPI of tpm2-tss: a configuration with a place for its keys."
+        ),
         Term("TCTI", "Set, for Keylime and others in Rust; they know what --device gives alone."),
         Term(
             "TPM_INTERFACE_TYPE, TPM_DEVICE",
@@ -330,10 +333,11 @@ def _check_place(path: str) -> None:
 
 def _environment() -> dict[str, str]:
     """The caller's, but for what leads to another TPM, and for what Python has put into it."""
+    from vtpm_cuse.lab.fapi import FAPI_VARIABLE
     from vtpm_cuse.lab.tpm import IBM_VARIABLES, TCTI_VARIABLES
 
     hidden = {"VTPM_NAME", "VTPM_PATH", "VTPM_RAW_PATH", "VTPM_DEVICE", "VTPM_RAW_DEVICE"}
-    hidden |= {*TCTI_VARIABLES, *IBM_VARIABLES}
+    hidden |= {*TCTI_VARIABLES, *IBM_VARIABLES, FAPI_VARIABLE}
     with contextlib.suppress(OSError), open("/proc/self/environ", "rb") as file:
         # In the locale C it sets this one, which our children were not given.
         if not any(item.startswith(b"LC_CTYPE=") for item in file.read().split(b"\0")):
