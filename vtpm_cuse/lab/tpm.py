@@ -78,7 +78,7 @@ class Tpm:
             it takes a second to make, and is made once in a process.
         profile: Of a TPM 2.0 yet to be made, by name or as JSON; needs libtpms 0.10.
         faults: Whether `fail_next`, `latency` and `lose_next_response` can be used. All commands
-            then go through another process, which costs each about a tenth of a millisecond.
+            then go through another process, which costs each about 50 µs.
         trace: How many of the last commands are kept for `exchanges`.
         capture: A descriptor that takes a packet capture of all commands, in format pcapng; it stays
             the caller's. Not together with *trace*.
