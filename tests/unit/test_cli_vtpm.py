@@ -95,7 +95,7 @@ def test_every_command_has_help_with_examples(run: Run, command: str) -> None:
     status, out, err = run(command, "--bogus")
     assert (status, out) == (125 if command == "run" else 1, "")  # which else is that of a command
     assert err == (
-        f"{command}: unrecognized option '--bogus'\n"
+        f"vtpm {command}: unrecognized option '--bogus'\n"
         f"vtpm {command}: Try 'vtpm {command} --help' for the options\n"
     )
 

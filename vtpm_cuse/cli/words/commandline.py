@@ -59,7 +59,7 @@ class CommandLine:
         self._subs: dict[str, SubValues] = {}
         self.operands: list[str] = []
         words_of = Getopt(
-            self._name.split()[-1],
+            self._name.removeprefix("swtpm "),  # the C suite's are called so
             words,
             program.options,
             long_only=program.long_only,
