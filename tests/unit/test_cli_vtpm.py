@@ -27,7 +27,8 @@ Run = Callable[..., tuple[int, str, str]]
 PROGRAM: Final = [
     sys.executable,
     "-c",
-    f"import sys; from {module_of('vtpm')} import main; sys.exit(main())",
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "  # as installed programs do
+    f"from {module_of('vtpm')} import main; sys.exit(main())",
 ]
 AS_USERS: Final = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 """With it, nothing would have to be flushed."""
@@ -230,7 +231,7 @@ def test_ctrl_c_ends_it_without_a_word() -> None:
         assert process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""
-        assert process.wait() == 130
+        assert process.wait() == -signal.SIGINT
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:

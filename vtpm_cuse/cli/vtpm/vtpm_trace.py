@@ -59,7 +59,12 @@ _DAMAGED: Final = 2
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm trace`` with the words behind it."""
-    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+    # Ctrl-C just ends it: Python would not hear of one that comes right before a read.
+    return run_program(
+        lambda: _run(words, program),
+        lambda text: complain(f"{program}: {text}"),
+        clears_up=False,
+    )
 
 
 def _run(words: Sequence[str], program: str) -> int:
