@@ -15,10 +15,12 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import managed
+from tests.support.private import children
 from tests.support.sockets import TREE, connect, environment
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.lab import LabError, Snapshot, Tpm
+from vtpm_cuse.lab.lender import Kind, Lender
 
 ZEROS: Final = bytes(32)
 EXTEND: Final = tpm.pcr_extend(16, b"m" * 32)
@@ -225,6 +227,21 @@ def test_a_prefix_passes_the_relay() -> None:
         for piece in command:  # it may come in pieces
             client.send(bytes([piece]))
         assert tpm.code_of(client.response()) == 0
+
+
+def test_a_relay_that_was_killed_is_told_and_replaced() -> None:
+    lender = Lender()
+    try:
+        lent = lender.lend(Kind())
+        (relay,) = [pid for pid, words in children(os.getpid()).items() if "lab.relay" in words]
+        os.kill(relay, signal.SIGKILL)
+        with pytest.raises(LabError, match="relay for faults"):
+            lent.fail_next(1)
+        with pytest.raises(LabError, match="did not answer"):
+            lent.pcr(0)
+        assert lender.lend(Kind()).pcr(0) == ZEROS
+    finally:
+        lender.close()
 
 
 def test_faults_that_nobody_asked_for() -> None:

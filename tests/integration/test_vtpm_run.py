@@ -12,18 +12,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from tests.support.fuse import mounts, needs_fuse
+from tests.support.private import children
 from tests.support.vtpm_run import VTPM
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.lab import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.vtpm_run import Place
 
@@ -34,12 +35,6 @@ AT_ONCE: Final = 24
 def first_line(process: subprocess.Popen[str]) -> list[str]:
     assert process.stdout is not None
     return process.stdout.readline().split()
-
-
-def children(pid: int) -> dict[int, str]:
-    """Processes with their command lines."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
 
 
 def emulator_of(process: subprocess.Popen[str]) -> int:

@@ -35,3 +35,9 @@ def processes_below(folder: Path) -> list[str]:
         if bytes(folder) in words:
             found.append(words.replace(b"\0", b" ").decode())
     return found
+
+
+def children(pid: int) -> dict[int, str]:
+    """Processes with their command lines."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
