@@ -48,6 +48,7 @@ _NO_SESSIONS: Final = b"\x80\x01"
 _TAGS: Final = frozenset({_NO_SESSIONS, b"\x80\x02"})
 _SUCCESS: Final = bytes(4)
 _ONE_HANDLE_END: Final = TPM_HEADER_SIZE + 4
+_FLUSH: Final = TpmCc.TPM_CC_FlushContext.to_bytes(4, "big")
 _ALWAYS_READ: Final = frozenset(
     {
         TpmCc.TPM_CC_Startup,
@@ -477,6 +478,13 @@ class Connection:
     def cancel(self) -> int:
         """Asks a running command to end early; only while it is this connection's."""
         return self._manager.tpm.cancel()
+
+    def flushes_none(self, command: bytes) -> bool:
+        """Whether a command would flush a transient object that is none of this connection's."""
+        if command_code(command) != _FLUSH or len(command) != _ONE_HANDLE_END:
+            return False
+        handle = int.from_bytes(command[TPM_HEADER_SIZE:], "big")
+        return kind_of(handle) == TpmHt.TRANSIENT and handle not in self.objects
 
     def close(self) -> None:
         """Ends what it leaves; again is harmless."""

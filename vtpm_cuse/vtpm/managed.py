@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.resmgr.manager import Manager
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, command_size
+from vtpm_cuse.wire.tpm import (
+    TPM_BUFFER_MAX,
+    TPM_HEADER_SIZE,
+    TpmRc,
+    command_size,
+    response_code,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +32,7 @@ OPENS_MAX: Final = 64
 """Clients of one TPM: as many as it has sessions."""
 
 _UNREAD_SECONDS: Final = 120.0
+_ATTEMPTS: Final = 4  # the kernel's devices send a command again, too; libtpms wants one more
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
@@ -134,14 +141,17 @@ class ManagedOpen:
         """Takes a TPM command.
 
         Raises:
-            DeviceError: E2BIG above 4096 bytes, EINVAL for one that is not whole, EBUSY while a
-                command runs or before its response has been read.
+            DeviceError: E2BIG above 4096 bytes, EINVAL for one that is not whole or flushes an
+                object that is not there, EBUSY while a command runs or before its response has
+                been read.
         """
         if self._busy or self._command is not None or self._unread:
             raise DeviceError(errno.EBUSY)
         if len(data) > TPM_BUFFER_MAX:
             raise DeviceError(errno.E2BIG)
         if len(data) < TPM_HEADER_SIZE or command_size(data) > len(data):
+            raise DeviceError(errno.EINVAL)
+        if self._client is not None and self._client.flushes_none(data):
             raise DeviceError(errno.EINVAL)
         self._command = data[: command_size(data)] if command_size(data) else data
         self._response = memoryview(b"")
@@ -173,7 +183,11 @@ class ManagedOpen:
     def _process(self, command: bytes) -> bytes:
         if self._client is None:
             self._client = self._file.managed.connect()
-        return self._file.managed.process(self._client, command)
+        for _ in range(_ATTEMPTS):
+            response = self._file.managed.process(self._client, command)
+            if response_code(response) != TpmRc.TPM_RC_RETRY:
+                break
+        return response
 
     def _finish(self, response: bytes) -> None:
         self._busy = False
