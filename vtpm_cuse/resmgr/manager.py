@@ -84,6 +84,7 @@ class Manager:
         limits: What a client may have.
 
     Attributes:
+        connections: Those that are not closed, by their numbers.
         alone: Nobody else uses the TPM: what was left in it is flushed at the start.
     """
 
@@ -105,15 +106,15 @@ class Manager:
         self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
         self._sessions_max = 0
         self._numbers = itertools.count(1)
-        self._connections: dict[int, Connection] = {}
+        self.connections: dict[int, Connection] = {}
         self._clock = itertools.count(1)
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
     def connect(self) -> Connection:
-        """A new client."""
+        """A new client. This one may be called beside a running command."""
         found = Connection(self, next(self._numbers))
-        self._connections[found.number] = found
+        self.connections[found.number] = found
         return found
 
     @property
@@ -124,15 +125,15 @@ class Manager:
     def reset(self) -> None:
         """The TPM was reset, or has another state: what clients had is no more."""
         self._ready = False
-        for connection in self._connections.values():
+        for connection in list(self.connections.values()):
             connection.objects.clear()
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
     def drop(self) -> None:
         """Ends all that clients have, but not the clients: the TPM's state is about to leave."""
-        for connection in self._connections.values():
-            self._end_objects(connection)
+        for connection in list(self.connections.values()):
+            self.end_objects(connection)
         self.sessions.drop_all()
 
     def prepare(self) -> bool:
@@ -168,12 +169,13 @@ class Manager:
 
     def close(self, connection: Connection) -> None:
         """A client has gone: what it leaves is ended, but for sessions that it saved."""
-        if self._connections.pop(connection.number, None) is None:
+        if self.connections.pop(connection.number, None) is None:
             return
-        self._end_objects(connection)
+        self.end_objects(connection)
         self.sessions.abandon(connection.number, self.limits.abandoned)
 
-    def _end_objects(self, connection: Connection) -> None:
+    def end_objects(self, connection: Connection) -> None:
+        """All that a client has."""
         for found in connection.objects.values():
             with contextlib.suppress(TpmError):  # it had ended already
                 self.objects.flush(found)
@@ -183,6 +185,7 @@ class Manager:
 
     def process(self, connection: Connection, command: bytes) -> bytes:
         """The response to a connection's command; never raises VtpmError."""
+        connection.commands += 1
         code_bytes = command_code(command)
         if command[:2] == _NO_SESSIONS:
             if code_bytes in self._simple:
@@ -460,6 +463,7 @@ class Connection:
     Attributes:
         number: Tells it apart from others, past ones too.
         objects: Its transient objects, by the handles it knows.
+        commands: How many it has given.
     """
 
     tpm2 = True
@@ -468,6 +472,7 @@ class Connection:
         self._manager = manager
         self.number = number
         self.objects: dict[int, Object] = {}
+        self.commands = 0
         self._next = _FIRST_OBJECT
 
     def process(self, command: bytes) -> bytes:

@@ -102,7 +102,8 @@ class DeviceServer:
         self._file = TpmDeviceFile(vtpm, ptm, turn, self._wake, owners)
         self._managed: ManagedFile | None = None
         if managed:
-            self._managed = ManagedFile(vtpm, ManagedVtpm(vtpm), turn, self._wake)
+            ptm.managed = ManagedVtpm(vtpm)
+            self._managed = ManagedFile(vtpm, ptm.managed, turn, self._wake)
         self._served = tuple(sessions(self._file, self._managed))
         self._scope = trio.CancelScope()
 

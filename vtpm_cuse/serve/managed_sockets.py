@@ -9,29 +9,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
+import struct
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
-from vtpm_cuse.serve.connections import DATA_READ_SIZE, DataConnection, hang_up
+from vtpm_cuse.serve.connections import DATA_READ_SIZE, NETWORK, DataConnection, hang_up
+from vtpm_cuse.vtpm.clients import Peer
 from vtpm_cuse.vtpm.managed import OPENS_MAX, ManagedVtpm
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
 
     from vtpm_cuse.proto.stream import Request
-    from vtpm_cuse.resmgr.manager import Connection
     from vtpm_cuse.serve.worker import Worker
-    from vtpm_cuse.vtpm.vtpm import Vtpm
+    from vtpm_cuse.vtpm.clients import Client
+    from vtpm_cuse.vtpm.ptm import PtmService
 
 log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
 _TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
+_UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h: process, user, group
+_NOBODY: Final = 0xFFFF_FFFF
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -40,7 +44,7 @@ class ManagedServer:
 
     Args:
         nursery: Where their tasks run.
-        vtpm: The TPM.
+        ptm: Tells of them.
         worker: Runs the long commands.
         turn: Held while one runs.
         accept: Gives the next connection of a listener.
@@ -49,17 +53,17 @@ class ManagedServer:
     def __init__(
         self,
         nursery: trio.Nursery,
-        vtpm: Vtpm,
+        ptm: PtmService,
         worker: Worker,
         turn: trio.Lock,
         accept: Callable[[socket.socket], Awaitable[socket.socket]],
     ) -> None:
         self._nursery = nursery
-        self._vtpm = vtpm
+        self._vtpm = ptm.vtpm
         self._worker = worker
         self._turn = turn
         self._accept = accept
-        self._managed = ManagedVtpm(vtpm)
+        self._managed = ptm.managed = ManagedVtpm(ptm.vtpm)
         self._places = Places()
         self._served = 0
         self.share = self._managed.share
@@ -74,11 +78,10 @@ class ManagedServer:
             if len(self._places) > OPENS_MAX and (stranger := self._places.stranger()):
                 log.warning("Too many managed clients: one was turned away")
                 stranger.end()
-            self._nursery.start_soon(self._serve_client, client, place)
+            managed = self._managed.connect(_peer_of(connection))
+            self._nursery.start_soon(self._serve_client, client, place, managed)
 
-    async def _serve_client(self, client: DataConnection, place: Place) -> None:
-        async with self._turn:
-            managed = self._managed.connect()
+    async def _serve_client(self, client: DataConnection, place: Place, managed: Client) -> None:
         try:
             with contextlib.closing(client.connection):
                 await self._converse(client, place, managed)
@@ -89,10 +92,10 @@ class ManagedServer:
         finally:
             self._places.leave(place)
         async with self._turn:
-            managed.close()
+            self._managed.close(managed)
         log.debug("Managed client disconnected")
 
-    async def _converse(self, client: DataConnection, place: Place, managed: Connection) -> None:
+    async def _converse(self, client: DataConnection, place: Place, managed: Client) -> None:
         stream, connection, served = client.stream, client.connection, False
         while True:
             try:
@@ -143,7 +146,7 @@ class ManagedServer:
         if self._served % _CHECKPOINT_EVERY == 0:
             await trio.lowlevel.checkpoint()
 
-    async def _process(self, managed: Connection, request: Request) -> bytes:
+    async def _process(self, managed: Client, request: Request) -> bytes:
         await self._count()
         if self._turn.locked():
             async with self._turn:
@@ -157,5 +160,18 @@ class ManagedServer:
             await trio.lowlevel.checkpoint()
         return response
 
-    def _run(self, managed: Connection, request: Request) -> bytes:
+    def _run(self, managed: Client, request: Request) -> bytes:
         return self._managed.process(managed, request.command, request.locality)
+
+
+def _peer_of(connection: socket.socket) -> Peer:
+    """Who is at the other end."""
+    if connection.family in NETWORK:
+        try:
+            host, port, *_ = connection.getpeername()
+        except OSError:  # it has gone again
+            return Peer("tcp")
+        return Peer("tcp", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(credentials)
+    return Peer("unix", pid=pid, uid=uid if uid != _NOBODY else None)

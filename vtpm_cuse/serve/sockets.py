@@ -171,7 +171,7 @@ class SocketServer:
             from vtpm_cuse.serve.managed_sockets import ManagedServer
 
             self._managed = ManagedServer(
-                self._nursery, self._vtpm, self._worker, self._turn, self._accept
+                self._nursery, self._ptm, self._worker, self._turn, self._accept
             )
             start(self._managed.serve, endpoints.managed_listener)
 
