@@ -15,7 +15,9 @@ from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.saved import SavedConnection, SavedManager
 from vtpm_cuse.resmgr.sessions import Place, Session, Sessions, digest_of
+from vtpm_cuse.resmgr.used import Used
 from vtpm_cuse.wire import tpm2_handles as wire
 from vtpm_cuse.wire.tpm import (
     TPM_HEADER_SIZE,
@@ -155,6 +157,11 @@ class Manager:
             return False
         self.objects = Objects(inner, slots)
         self.sessions = Sessions(inner, loaded, gap)
+        self._sort_commands()
+        self._ready = True
+        return True
+
+    def _sort_commands(self) -> None:
         self._simple, self._short = (
             frozenset(
                 code.to_bytes(4, "big")
@@ -164,8 +171,40 @@ class Manager:
             )
             for handles in (0, 1)
         )
-        self._ready = True
-        return True
+
+    def suspend(self) -> SavedManager:
+        """The manager as plain values; it is not used any more."""
+        return SavedManager(
+            self.alone,
+            self._ready,
+            tuple(self._attributes.items()),
+            self._sessions_max,
+            self.objects.slots,
+            next(self._numbers),
+            next(self._clock),
+            self._inner.count,
+            self.objects.evictions,
+            tuple(connection.suspend() for connection in self.connections.values()),
+            self.sessions.suspend(),
+        )
+
+    def resume(self, saved: SavedManager) -> None:
+        """Goes on where *saved* was suspended; called once, before anything else."""
+        self.alone, self._ready = saved.alone, saved.ready
+        self._attributes, self._sessions_max = dict(saved.attributes), saved.sessions_max
+        self._sort_commands()
+        self._numbers = itertools.count(saved.next_number)
+        self._clock = itertools.count(saved.clock)
+        self._inner.count = saved.inner_commands
+        self.objects = Objects(self._inner, saved.slots)
+        self.objects.evictions = saved.object_evictions
+        self.sessions = Sessions(self._inner, saved.sessions.slots, saved.sessions.gap)
+        self.sessions.resume(saved.sessions)
+        for one in saved.connections:
+            found = self.connections[one.number] = Connection(self, one.number)
+            found.resume(one)
+            for known in found.objects.values():
+                self.objects.resume(known)
 
     def close(self, connection: Connection) -> None:
         """A client has gone: what it leaves is ended, but for sessions that it saved."""
@@ -252,7 +291,7 @@ class Manager:
         handles = wire.handles_of(command, attributes.handles)
         if handles is None:
             raise Refusal(LAYER | TpmRc.TPM_RC_INSUFFICIENT)
-        used = _Used(self, connection, handles, wire.sessions_of(command, len(handles)))
+        used = Used(self, connection, handles, wire.sessions_of(command, len(handles)))
         self._check_quota(connection, code, attributes)
         response = self._send(command, used, code, attributes)
         if _failed(response):
@@ -281,7 +320,7 @@ class Manager:
         elif len(connection.objects) >= self.limits.objects:
             raise Refusal(LAYER | TpmRc.TPM_RC_OBJECT_MEMORY)
 
-    def _send(self, command: bytes, used: _Used, code: int, attributes: CommandAttributes) -> bytes:
+    def _send(self, command: bytes, used: Used, code: int, attributes: CommandAttributes) -> bytes:
         starts_session = code == TpmCc.TPM_CC_StartAuthSession
         scratch = (attributes.returns_handle and not starts_session) or code == TpmCc.TPM_CC_Create
         used.load_sessions()
@@ -308,7 +347,7 @@ class Manager:
                 return self.sessions.drop_abandoned()
         return False
 
-    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: _Used) -> None:
+    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: Used) -> None:
         """A session ends by its response, not by the request: a failed command ends none."""
         if not used.authorizations:
             return
@@ -487,6 +526,16 @@ class Connection:
         """Ends what it leaves; again is harmless."""
         self._manager.close(self)
 
+    def suspend(self) -> SavedConnection:
+        """The connection as plain values."""
+        objects = tuple(found.suspend() for found in self.objects.values())
+        return SavedConnection(self.number, self._next, self.commands, objects)
+
+    def resume(self, saved: SavedConnection) -> None:
+        """As it was suspended."""
+        self._next, self.commands = saved.next_handle, saved.commands
+        self.objects = {one.handle: Object(self.number, *one) for one in saved.objects}
+
     def next_handle(self) -> int:
         """Ascending, as lists must be; none is used again before all were."""
         while True:
@@ -494,79 +543,6 @@ class Connection:
             self._next = _FIRST_OBJECT if handle == _LAST_OBJECT else handle + 1
             if handle not in self.objects:
                 return handle
-
-
-class _Used:
-    """What one command uses. Raises Refusal for anything that is not its connection's."""
-
-    def __init__(
-        self,
-        manager: Manager,
-        connection: Connection,
-        handles: tuple[int, ...],
-        authorizations: tuple[wire.UsedSession, ...],
-    ) -> None:
-        self._manager = manager
-        self._connection = connection
-        self._handles = handles
-        self.objects: list[Object] = []
-        self.sessions: list[Session] = []
-        self.authorizations: list[Session | None] = []
-        self._places: dict[Session, int] = {}
-        for place, handle in enumerate(handles):
-            if kind_of(handle) == TpmHt.TRANSIENT:
-                self._use_object(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
-            elif kind_of(handle) in SESSIONS:
-                self._use_session(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
-        for place, used in enumerate(authorizations):
-            found = None
-            if kind_of(used.handle) in SESSIONS:
-                found = self._use_session(used.handle, TpmRc.TPM_RC_REFERENCE_S0 + place)
-            self.authorizations.append(found)
-
-    def _use_object(self, handle: int, code: int) -> None:
-        found = self._connection.objects.get(handle)
-        if found is None:
-            raise Refusal(LAYER | code)
-        found.used = self._manager.now()
-        if found not in self.objects:
-            self.objects.append(found)
-
-    def _use_session(self, handle: int, code: int) -> Session:
-        found = self._manager.sessions.refuse_unowned(handle, self._connection.number, code)
-        found.used = self._manager.now()
-        if found not in self.sessions:
-            self.sessions.append(found)
-            self._places[found] = code
-        return found
-
-    def slots_needed(self) -> int:
-        """Objects that are to be loaded, and persistent ones, which take a slot for as long."""
-        missing = sum(found.physical is None for found in self.objects)
-        return missing + sum(kind_of(handle) == TpmHt.PERSISTENT for handle in self._handles)
-
-    def load_sessions(self) -> None:
-        """All of them. Raises Refusal."""
-        try:
-            self._manager.sessions.load_all(self.sessions)
-        except Dead as exc:
-            raise Refusal(LAYER | self._places[exc.args[0]]) from exc
-
-    def load_objects(self) -> tuple[int, ...]:
-        """The handle area in the TPM's numbers. Raises Refusal."""
-        physical: list[int] = []
-        for place, handle in enumerate(self._handles):
-            if kind_of(handle) != TpmHt.TRANSIENT:
-                physical.append(handle)
-                continue
-            found = self._connection.objects[handle]
-            try:
-                physical.append(self._manager.objects.load(found, self.objects))
-            except Dead:
-                if found.context is None:
-                    del self._connection.objects[handle]
-                raise Refusal(LAYER | TpmRc.TPM_RC_REFERENCE_H0 + place) from None
-        return tuple(physical)
 
 
 _SEQUENCES: Final = frozenset({0x15B, 0x186})  # TPM2_HMAC_Start, TPM2_HashSequenceStart

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.saved import SavedSession, SavedSessions
 from vtpm_cuse.wire.tpm import TpmRc
 from vtpm_cuse.wire.tpm2_handles import Context, index_of
 
@@ -61,6 +62,19 @@ class Session:
         """What tells it apart."""
         return index_of(self.handle)
 
+    def suspend(self) -> SavedSession:
+        """As plain values."""
+        place = self.place.value
+        return SavedSession(
+            *(self.handle, self.owner, place, self.context, self.sequence, self.digest, self.used)
+        )
+
+    @classmethod
+    def resumed(cls, saved: SavedSession) -> Session:
+        """As it was suspended."""
+        handle, owner, place, context, sequence, digest, used = saved
+        return cls(handle, owner, Place(place), context, sequence, digest, used)
+
 
 def digest_of(context: bytes) -> bytes:
     """Stands for a context that a client holds."""
@@ -77,6 +91,20 @@ class Sessions:
         self._by_index: dict[int, Session] = {}
         self._saved: dict[int, Session] = {}  # the oldest first
         self.evictions = self.refreshes = 0
+
+    def suspend(self) -> SavedSessions:
+        """All of them as plain values."""
+        loaded = (one for one in self._by_index.values() if one.place is Place.LOADED)
+        sessions = tuple(one.suspend() for one in (*loaded, *self._saved.values()))
+        return SavedSessions(self.slots, self.gap, sessions, self.evictions, self.refreshes)
+
+    def resume(self, saved: SavedSessions) -> None:
+        """As they were suspended; called once, before anything else."""
+        self.evictions, self.refreshes = saved.evictions, saved.refreshes
+        for found in map(Session.resumed, saved.sessions):
+            self._by_index[found.index] = found
+            if found.place is not Place.LOADED:
+                self._saved[found.index] = found
 
     def find(self, handle: int) -> Session | None:
         """The session of a handle, whatever kind that claims."""

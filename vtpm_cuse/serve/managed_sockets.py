@@ -11,7 +11,7 @@ import functools
 import logging
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -25,9 +25,11 @@ from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from vtpm_cuse.proto.places import SavedPlace
     from vtpm_cuse.proto.stream import Request
+    from vtpm_cuse.serve.connections import SavedData
     from vtpm_cuse.serve.worker import Worker
-    from vtpm_cuse.vtpm.clients import Client
+    from vtpm_cuse.vtpm.clients import Client, SavedClients
     from vtpm_cuse.vtpm.ptm import PtmService
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,40 @@ _NOBODY: Final = 0xFFFF_FFFF
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
+class SavedManaged(NamedTuple):
+    """A client's connection between two commands, as plain values.
+
+    Attributes:
+        data: The connection.
+        place: Of it among the others.
+        client: The client's number.
+    """
+
+    data: SavedData
+    place: SavedPlace
+    client: int
+
+
+class SavedManagedSockets(NamedTuple):
+    """All clients as plain values; descriptors by their numbers.
+
+    Attributes:
+        listener: Where they come.
+        clients: Who they are, and what they have.
+        connections: In the order in which they came.
+    """
+
+    listener: int
+    clients: SavedClients
+    connections: tuple[SavedManaged, ...]
+
+
+class _Served(NamedTuple):
+    data: DataConnection
+    place: Place
+    client: Client
+
+
 class ManagedServer:
     """Serves the clients of a resource manager.
 
@@ -48,6 +84,7 @@ class ManagedServer:
         worker: Runs the long commands.
         turn: Held while one runs.
         accept: Gives the next connection of a listener.
+        listener: Where they come.
     """
 
     def __init__(
@@ -57,69 +94,116 @@ class ManagedServer:
         worker: Worker,
         turn: trio.Lock,
         accept: Callable[[socket.socket], Awaitable[socket.socket]],
+        listener: socket.socket,
     ) -> None:
         self._nursery = nursery
         self._vtpm = ptm.vtpm
         self._worker = worker
         self._turn = turn
         self._accept = accept
+        self._listener = listener
+        self._connections: list[_Served] = []
+        self._leaving: list[Client] = []
         self._managed = ptm.managed = ManagedVtpm(ptm.vtpm)
         self._places = Places()
         self._served = 0
         self.share = self._managed.share
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Serves all who come."""
+    def start(self, saved: SavedManagedSockets | None) -> None:
+        """Starts the tasks that serve all who come, and those who were *saved*."""
+        if saved is not None:
+            self._managed.resume(saved.clients)
+            now = trio.current_time()
+            for one in saved.connections:
+                data = DataConnection.resumed(one.data, prefix=True)
+                place = self._take_place(data, now)
+                place.resume(one.place, now)
+                self._begin(_Served(data, place, self._managed.client(one.client)))
+        self._nursery.start_soon(self._serve)
+
+    def suspend(self, now: float) -> SavedManagedSockets:
+        """As plain values, for who has the turn; the descriptors are the caller's from now on."""
+        for client in self._leaving:
+            self._managed.close(client)
+        connections = tuple(
+            SavedManaged(one.data.suspend(), one.place.suspend(now), one.client.connection.number)
+            for one in self._connections
+        )
+        return SavedManagedSockets(self._listener.detach(), self._managed.suspend(), connections)
+
+    def _take_place(self, data: DataConnection, now: float) -> Place:
+        place = Place(functools.partial(hang_up, data.connection), now)
+        self._places.take(place)
+        return place
+
+    def _begin(self, served: _Served) -> None:
+        self._connections.append(served)
+        self._nursery.start_soon(self._serve_client, served)
+
+    async def _serve(self) -> None:
         while True:
-            connection = await self._accept(listener)
-            client = DataConnection(connection, prefix=True, known=True)
-            place = Place(functools.partial(hang_up, connection), trio.current_time())
-            self._places.take(place)
+            connection = await self._accept(self._listener)
+            data = DataConnection(connection, prefix=True, known=True)
+            place = self._take_place(data, trio.current_time())
             if len(self._places) > OPENS_MAX and (stranger := self._places.stranger()):
                 log.warning("Too many managed clients: one was turned away")
                 stranger.end()
-            managed = self._managed.connect(_peer_of(connection))
-            self._nursery.start_soon(self._serve_client, client, place, managed)
+            client = self._managed.connect(_peer_of(connection))
+            self._begin(_Served(data, place, client))
 
-    async def _serve_client(self, client: DataConnection, place: Place, managed: Client) -> None:
+    async def _serve_client(self, served: _Served) -> None:
+        data, place, client = served
         try:
-            with contextlib.closing(client.connection):
-                await self._converse(client, place, managed)
+            with contextlib.closing(data.connection):
+                await self._converse(data, place, client)
         except OSError as exc:
+            await trio.lowlevel.checkpoint_if_cancelled()  # suspended: nothing has happened
             log.info("Managed client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A managed client could not be served")
         finally:
             self._places.leave(place)
+        self._connections.remove(served)
+        self._leaving.append(client)
         async with self._turn:
-            self._managed.close(managed)
+            self._managed.close(client)
+        self._leaving.remove(client)
         log.debug("Managed client disconnected")
 
-    async def _converse(self, client: DataConnection, place: Place, managed: Client) -> None:
-        stream, connection, served = client.stream, client.connection, False
+    async def _converse(self, data: DataConnection, place: Place, client: Client) -> None:
+        stream, connection = data.stream, data.connection
+        served = await self._answer_all(data, client, flush=False)  # what was there at a suspension
         while True:
             try:
-                data: bytes | None = connection.recv(DATA_READ_SIZE)
+                came: bytes | None = connection.recv(DATA_READ_SIZE)
             except BlockingIOError:
                 # Who looks for more of one client lets all others wait.
-                data = await client.receive(linger=served and len(self._places) == 1)
+                came = await data.receive(linger=served and len(self._places) == 1)
                 place.heard = trio.current_time()
-            if data and stream.empty and self._is_quick(data):
+            if came and stream.empty and self._is_quick(came):
                 # The general way below, shortened for the usual command.
-                await self._send_now(client, self._managed.process(managed, data))
+                await self._send_now(data, self._managed.process(client, came))
                 served = place.known = True
                 continue
-            if data:
-                stream.feed(data)
-            while (request := client.take_request(flush=not data)) is not None:
-                response = await self._process(managed, request)
-                client.request = None
-                await client.send(framed(response, request))
+            if came:
+                stream.feed(came)
+            if await self._answer_all(data, client, flush=not came):
                 served = place.known = True
             if stream.broken:
                 log.warning(_FOREIGN)
-            if stream.broken or data == b"":
+            if stream.broken or came == b"":
                 return
+
+    async def _answer_all(self, data: DataConnection, client: Client, *, flush: bool) -> bool:
+        """Answers the commands that are there; returns whether there was one."""
+        served = bool(data.unsent)
+        await data.send_rest()
+        while (request := data.take_request(flush=flush)) is not None:
+            response = await self._process(client, request)
+            data.request = None
+            await data.send(framed(response, request))
+            served = True
+        return served
 
     def _is_quick(self, data: bytes) -> bool:
         """Whether it is one whole command that can be given to the TPM at once."""
@@ -131,13 +215,13 @@ class ManagedServer:
             and not self._vtpm.is_long(data)
         )
 
-    async def _send_now(self, client: DataConnection, response: bytes) -> None:
+    async def _send_now(self, data: DataConnection, response: bytes) -> None:
         try:
-            sent = client.connection.send(response)
+            sent = data.connection.send(response)
         except BlockingIOError:
             sent = 0
         if sent < len(response):
-            await client.send(response[sent:])
+            await data.send(response[sent:])
         await self._count()
 
     async def _count(self) -> None:
@@ -146,22 +230,22 @@ class ManagedServer:
         if self._served % _CHECKPOINT_EVERY == 0:
             await trio.lowlevel.checkpoint()
 
-    async def _process(self, managed: Client, request: Request) -> bytes:
+    async def _process(self, client: Client, request: Request) -> bytes:
         await self._count()
         if self._turn.locked():
             async with self._turn:
                 pass
         if not self._vtpm.is_long(request.command):
-            return self._run(managed, request)
+            return self._run(client, request)
         async with self._turn:
-            response = await self._worker.run(lambda: self._run(managed, request), self._vtpm.abort)
+            response = await self._worker.run(lambda: self._run(client, request), self._vtpm.abort)
         if self._vtpm.state_lost:
             self._nursery.cancel_scope.cancel()
             await trio.lowlevel.checkpoint()
         return response
 
-    def _run(self, managed: Client, request: Request) -> bytes:
-        return self._managed.process(managed, request.command, request.locality)
+    def _run(self, client: Client, request: Request) -> bytes:
+        return self._managed.process(client, request.command, request.locality)
 
 
 def _peer_of(connection: socket.socket) -> Peer:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vtpm_cuse.resmgr.manager import Connection, Manager
+    from vtpm_cuse.resmgr.saved import SavedManager
     from vtpm_cuse.resmgr.view import Held
 
 
@@ -48,6 +49,22 @@ class Client:
     peer: Peer
     since: float
     heard: float
+
+
+class SavedClient(NamedTuple):
+    """A client as plain values: the number of its connection, who it is, seconds since."""
+
+    number: int
+    peer: Peer
+    connected: float
+    idle: float
+
+
+class SavedClients(NamedTuple):
+    """All clients as plain values; as secret as the TPM's volatile state."""
+
+    manager: SavedManager
+    clients: tuple[SavedClient, ...]
 
 
 # Any: what json.dumps takes.

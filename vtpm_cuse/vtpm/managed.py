@@ -10,19 +10,19 @@ import errno
 import json
 import select
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import DeviceError, PtmError
-from vtpm_cuse.proto.device import Opener
 from vtpm_cuse.resmgr import view
 from vtpm_cuse.resmgr.manager import Manager
-from vtpm_cuse.vtpm.clients import Client, Peer, described
+from vtpm_cuse.vtpm.clients import Client, Peer, SavedClient, SavedClients, described
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.proto.device import Opener
     from vtpm_cuse.vtpm.turn import Turn
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -66,6 +66,29 @@ class ManagedVtpm:
         self._clients.pop(client.connection.number, None)
         client.connection.close()
 
+    def suspend(self) -> SavedClients:
+        """The clients as plain values, before the TPM is suspended; they are not used any more."""
+        self._notice_reset()
+        now = self.clock()
+        clients = tuple(
+            SavedClient(number, one.peer, now - one.since, now - one.heard)
+            for number, one in self._clients.items()
+        )
+        return SavedClients(self._manager.suspend(), clients)
+
+    def resume(self, saved: SavedClients) -> None:
+        """Goes on where *saved* was suspended, with a TPM that does; before anything else."""
+        self._manager.resume(saved.manager)
+        now = self.clock()
+        for one in saved.clients:
+            connection = self._manager.connections[one.number]
+            client = Client(connection, one.peer, now - one.connected, now - one.idle)
+            self._clients[one.number] = client
+
+    def client(self, number: int) -> Client:
+        """The one that had this number when all were suspended."""
+        return self._clients[number]
+
     def describe(self) -> bytes:
         """JSON text about the clients and what they have; see `clients.described`."""
         self._notice_reset()
@@ -103,6 +126,22 @@ class ManagedVtpm:
             vtpm.set_locality(before)
 
 
+class SavedManagedOpen(NamedTuple):
+    """An open of a managed device between two commands, as plain values.
+
+    Attributes:
+        client: Its number.
+        response: What is unread of the last response.
+        answered: Seconds since that came.
+        touched: Whether some of it has been read.
+    """
+
+    client: int
+    response: bytes
+    answered: float
+    touched: bool
+
+
 class ManagedFile:
     """The file behind a managed device node (implements `proto.device.DeviceFile`).
 
@@ -136,10 +175,12 @@ class ManagedFile:
         self._opens.add(found)
         return found
 
-    def resume(self, saved: None) -> ManagedOpen:
-        """Its objects are gone, as after a reset of the TPM."""
-        _ = saved
-        return self.open(Opener(0, 0))
+    def resume(self, saved: SavedManagedOpen) -> ManagedOpen:
+        """An open as it was suspended, of a client that was resumed before."""
+        found = ManagedOpen(self, self.managed.client(saved.client))
+        found.resume(saved)
+        self._opens.add(found)
+        return found
 
     def closed(self, found: ManagedOpen) -> None:
         """It has no descriptor left."""
@@ -264,5 +305,13 @@ class ManagedOpen:
         else:
             close()
 
-    def suspend(self) -> None:
-        """A client's objects do not outlive the process."""
+    def suspend(self) -> SavedManagedOpen:
+        """As plain values, while no command runs."""
+        idle = self._file.managed.clock() - self._answered
+        number = self._client.connection.number
+        return SavedManagedOpen(number, bytes(self._response), idle, self._touched)
+
+    def resume(self, saved: SavedManagedOpen) -> None:
+        """As it was suspended."""
+        self._response, self._touched = memoryview(saved.response), saved.touched
+        self._answered = self._file.managed.clock() - saved.answered
