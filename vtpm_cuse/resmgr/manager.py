@@ -102,7 +102,7 @@ class Manager:
         self.limits = limits or Limits()
         self._inner = Inner(inner or tpm.process)
         self.alone = alone
-        self._ready = False
+        self._ready = self._resumed = False
         self._attributes: dict[int, CommandAttributes] = {}
         self._simple: frozenset[bytes] = frozenset()  # codes of commands without handles
         self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
@@ -124,25 +124,32 @@ class Manager:
         """How many commands the manager itself has given the TPM."""
         return self._inner.count
 
-    def reset(self) -> None:
-        """The TPM was reset, or has another state: what clients had is no more."""
-        self._ready = False
+    def reset(self, *, resumed: bool = False) -> None:
+        """The TPM was reset, or has another state: what clients had is no more.
+
+        If it goes on from where another left off (*resumed*), sessions that clients had saved there
+        stay for who has their contexts.
+        """
+        self._ready, self._resumed = False, resumed
         for connection in list(self.connections.values()):
             connection.objects.clear()
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
     def drop(self) -> None:
-        """Ends all that clients have, but not the clients: the TPM's state is about to leave."""
+        """Ends what clients have, but not the clients: the TPM's state is about to leave.
+
+        Nobody could use it there, but sessions by the contexts that clients have of them.
+        """
         for connection in list(self.connections.values()):
             self.end_objects(connection)
-        self.sessions.drop_all()
+        self.sessions.drop_useless()
 
     def prepare(self) -> bool:
         """Asks the TPM what it is like; False while it is not started."""
         if self._ready:
             return True
-        inner = self._inner
+        inner, left = self._inner, list[int]()
         try:
             self._attributes = inner.attributes()
             slots = inner.tpm_property(wire.TPM_PT_HR_TRANSIENT_MIN) or 1
@@ -150,13 +157,18 @@ class Manager:
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
             self._sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
             if self.alone:
-                for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24, TpmHt.POLICY_SESSION << 24):
+                for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24):
                     for handle in inner.handles(first):
                         inner.flush(handle)
+                left = inner.handles(TpmHt.POLICY_SESSION << 24)
+                for handle in () if self._resumed else left:
+                    inner.flush(handle)
         except TpmError:
             return False
         self.objects = Objects(inner, slots)
         self.sessions = Sessions(inner, loaded, gap)
+        for handle in left if self._resumed else ():
+            self.sessions.adopt(handle)
         self._sort_commands()
         self._ready = True
         return True
@@ -177,6 +189,7 @@ class Manager:
         return SavedManager(
             self.alone,
             self._ready,
+            self._resumed,
             tuple(self._attributes.items()),
             self._sessions_max,
             self.objects.slots,
@@ -190,7 +203,7 @@ class Manager:
 
     def resume(self, saved: SavedManager) -> None:
         """Goes on where *saved* was suspended; called once, before anything else."""
-        self.alone, self._ready = saved.alone, saved.ready
+        self.alone, self._ready, self._resumed = saved.alone, saved.ready, saved.resumed
         self._attributes, self._sessions_max = dict(saved.attributes), saved.sessions_max
         self._sort_commands()
         self._numbers = itertools.count(saved.next_number)
@@ -430,7 +443,7 @@ class Manager:
         ):
             raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
         self.sessions.make_room(())
-        if found is None:  # of before our time
+        if found is None or found.foreign:  # of before our time
             while self._can_help(_code_of(response := self.tpm.process(command)), (), ()):
                 pass
             if not _failed(response):

@@ -58,6 +58,7 @@ class SavedManager(NamedTuple):
     Attributes:
         alone: Nobody else uses the TPM.
         ready: Whether the TPM has been asked what it is like.
+        resumed: Whether it went on from where another left off.
         attributes: What it says of each of its commands.
         sessions_max: Sessions that it has.
         slots: Objects that it holds.
@@ -71,6 +72,7 @@ class SavedManager(NamedTuple):
 
     alone: bool
     ready: bool
+    resumed: bool
     attributes: tuple[tuple[int, CommandAttributes], ...]
     sessions_max: int
     slots: int

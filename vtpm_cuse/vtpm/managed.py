@@ -48,6 +48,7 @@ class ManagedVtpm:
         self._clients: dict[int, Client] = {}
         self._manager = Manager(vtpm, inner=vtpm.manage)
         self._starts = vtpm.starts
+        self._manager.reset(resumed=vtpm.resumed)
         vtpm.before_snapshot = self._manager.drop
 
     def share(self) -> None:
@@ -107,7 +108,7 @@ class ManagedVtpm:
     def _notice_reset(self) -> None:
         if self._vtpm.starts != self._starts:
             self._starts = self._vtpm.starts
-            self._manager.reset()
+            self._manager.reset(resumed=self._vtpm.resumed)
 
     def process(self, client: Client, command: bytes, locality: int | None = None) -> bytes:
         """The response to a client's command, in a locality of its own if it names one."""
