@@ -85,6 +85,16 @@ def test_silent_clients_make_way(world: Managed) -> None:
             assert len(known.command(get_random(8))) == 20
 
 
+def test_one_too_many_of_a_users_is_turned_away(world: Managed) -> None:
+    with clients(world, CLIENTS) as there:
+        for client in there:
+            assert len(client.command(get_random(8))) == 20
+        with world.client() as late:
+            assert late.ended()
+        for client in there:
+            assert len(client.command(get_random(8))) == 20
+
+
 def test_locality_is_of_one_command(world: Managed) -> None:
     """The prefix that names one; TPM2_PCR_Reset of PCR 20 tells them apart."""
     reset = tpm2(0x13D, s.u32(20) + m.PASSWORD, sessions=True)

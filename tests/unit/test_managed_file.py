@@ -29,8 +29,8 @@ class Managed:
         clients = ManagedVtpm(vtpm, clock=lambda: self.now)
         self.file = ManagedFile(vtpm, clients, self.turn, self._changed)
 
-    def open(self) -> ManagedOpen:
-        return self.file.open(Opener(1000, 4711))
+    def open(self, uid: int = 1000) -> ManagedOpen:
+        return self.file.open(Opener(uid, 4711))
 
     def _changed(self) -> None:
         self.changes += 1
@@ -83,3 +83,18 @@ def test_who_has_gone_is_closed_behind_the_command() -> None:
         managed.open()
     with pytest.raises(DeviceError):
         managed.open()
+
+
+def test_a_user_who_has_too_many_leaves_room_for_others() -> None:
+    managed = Managed()
+    for uid in range(4):
+        for _ in range(64):
+            last = managed.open(uid)
+        with pytest.raises(DeviceError) as refusal:
+            managed.open(uid)
+        assert refusal.value.errno == errno.EMFILE
+    with pytest.raises(DeviceError) as refusal:
+        managed.open(4)
+    assert refusal.value.errno == errno.ENFILE
+    last.release()
+    managed.open(4)

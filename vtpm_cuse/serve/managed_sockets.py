@@ -18,8 +18,8 @@ import trio
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import DATA_READ_SIZE, NETWORK, DataConnection, hang_up
-from vtpm_cuse.vtpm.clients import Peer
-from vtpm_cuse.vtpm.managed import OPENS_MAX, ManagedVtpm
+from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
+from vtpm_cuse.vtpm.managed import ManagedVtpm
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
@@ -143,13 +143,27 @@ class ManagedServer:
     async def _serve(self) -> None:
         while True:
             connection = await self._accept(self._listener)
+            peer = _peer_of(connection)
+            if not self._has_room(peer):
+                connection.close()
+                continue
             data = DataConnection(connection, prefix=True, known=True)
             place = self._take_place(data, trio.current_time())
-            if len(self._places) > OPENS_MAX and (stranger := self._places.stranger()):
-                log.warning("Too many managed clients: one was turned away")
-                stranger.end()
-            client = self._managed.connect(_peer_of(connection))
-            self._begin(_Served(data, place, client))
+            self._begin(_Served(data, place, self._managed.connect(peer)))
+
+    def _has_room(self, peer: Peer) -> bool:
+        """Makes room for one more; False where all those before it have given commands."""
+        of_user = [one.place for one in self._connections if one.client.peer.uid == peer.uid]
+        of_all = [one.place for one in self._connections]
+        for places, most in ((of_user, USER_CLIENTS_MAX), (of_all, CLIENTS_MAX)):
+            if len(places) < most:
+                continue
+            log.warning("Too many managed clients: one was turned away")
+            strangers = [place for place in places if not place.known]
+            if not strangers:
+                return False
+            min(strangers, key=lambda place: place.heard).end()
+        return True
 
     async def _serve_client(self, served: _Served) -> None:
         data, place, client = served

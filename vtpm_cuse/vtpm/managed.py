@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from vtpm_cuse.errors import DeviceError, PtmError
 from vtpm_cuse.resmgr import view
 from vtpm_cuse.resmgr.manager import Manager
-from vtpm_cuse.vtpm.clients import Client, Peer, SavedClient, SavedClients, described
+from vtpm_cuse.vtpm.clients import (
+    CLIENTS_MAX,
+    USER_CLIENTS_MAX,
+    Client,
+    Peer,
+    SavedClient,
+    SavedClients,
+    described,
+)
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, command_size
 
@@ -25,9 +33,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.proto.device import Opener
     from vtpm_cuse.vtpm.turn import Turn
     from vtpm_cuse.vtpm.vtpm import Vtpm
-
-OPENS_MAX: Final = 64
-"""Clients of one TPM: as many as it has sessions."""
 
 _UNREAD_SECONDS: Final = 120.0
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
@@ -168,9 +173,15 @@ class ManagedFile:
         self._written: list[ManagedOpen] = []
 
     def open(self, opener: Opener) -> ManagedOpen:
-        """A new client. Raises DeviceError EMFILE when there are too many."""
-        if len(self._opens) >= OPENS_MAX:
+        """A new client.
+
+        Raises:
+            DeviceError: EMFILE when its user has too many, ENFILE when there are too many in all.
+        """
+        if sum(found.uid == opener.uid for found in self._opens) >= USER_CLIENTS_MAX:
             raise DeviceError(errno.EMFILE)
+        if len(self._opens) >= CLIENTS_MAX:
+            raise DeviceError(errno.ENFILE)
         peer = Peer("device", pid=opener.pid, uid=opener.uid)
         found = ManagedOpen(self, self.managed.connect(peer))
         self._opens.add(found)
@@ -198,11 +209,16 @@ class ManagedFile:
 
 
 class ManagedOpen:
-    """One client (implements `proto.device.Open`)."""
+    """One client (implements `proto.device.Open`).
+
+    Attributes:
+        uid: Its user.
+    """
 
     def __init__(self, file: ManagedFile, client: Client) -> None:
         self._file = file
         self._client = client
+        self.uid = client.peer.uid
         self._command: bytes | None = None
         self._busy = self._released = self._touched = False
         self._response = memoryview(b"")

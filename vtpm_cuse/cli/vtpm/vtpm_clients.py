@@ -121,7 +121,8 @@ def _table(found: ClientsInfo) -> Iterator[str]:
         f"reset {found.object_swaps} objects and {found.session_swaps} sessions were swapped out, "
         f"{found.refreshes} refreshed"
     )
-    yield "; ".join(f"at most {most} {what}" for what, most in found.limits.items())
+    limits = (f"{most} {what.replace('_', ' ')}" for what, most in found.limits.items())
+    yield shown(f"at most {', '.join(limits)}")
 
 
 def _row(one: ClientInfo) -> tuple[str, ...]:
