@@ -9,6 +9,8 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
+from tests.device.managed_view import *  # noqa: F403
+from tests.device.managed_view import vtpm
 from tests.kernel.harness import errno_from, servers
 from tests.support.commands import get_random
 from tests.support.fuse import FuseServer, needs_fuse
@@ -42,3 +44,9 @@ def test_a_client_keeps_nobody_from_ending_the_tpm(world: DeviceWorld) -> None:
             errno.ENOTCONN,
             errno.ECONNABORTED,
         }
+
+
+def test_a_client_is_told_of_no_others(world: DeviceWorld) -> None:
+    done = vtpm("clients", str(world.managed))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the clients' own device" in done.stderr or "nor a TPM" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from contextlib import suppress
@@ -12,6 +13,8 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed import clients, opened
+from tests.device.managed_view import *  # noqa: F403
+from tests.device.managed_view import vtpm
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import code_of, create_primary_rsa, get_random, tpm2
@@ -25,6 +28,8 @@ CLIENTS = 64
 
 class Managed(s.Server):
     """One with a managed socket beside the data channel of a single client."""
+
+    channel = "unix"
 
     def __init__(self, folder: Path, *words: str, state: Path | None = None) -> None:
         folder.mkdir(exist_ok=True)
@@ -47,6 +52,9 @@ class Managed(s.Server):
             result, _, blob = control.get_blob(s.VOLATILE)
         assert result == 0
         return blob
+
+    def place(self) -> tuple[str, ...]:
+        return ("--unix", str(self.control_address))
 
     def tcti(self) -> str:
         return f"cmd:{sys.executable} {RELAY} {self.managed_address}"
@@ -75,6 +83,16 @@ def test_silent_clients_make_way(world: Managed) -> None:
         with clients(world, 3 * CLIENTS), world.client() as late:
             assert len(late.command(get_random(8))) == 20
             assert len(known.command(get_random(8))) == 20
+
+
+def test_one_too_many_of_a_users_is_turned_away(world: Managed) -> None:
+    with clients(world, CLIENTS) as there:
+        for client in there:
+            assert len(client.command(get_random(8))) == 20
+        with world.client() as late:
+            assert late.ended()
+        for client in there:
+            assert len(client.command(get_random(8))) == 20
 
 
 def test_locality_is_of_one_command(world: Managed) -> None:
@@ -125,3 +143,27 @@ def test_a_state_that_was_handed_out_stays_away(tmp_path: Path) -> None:
             assert not s.is_locked(server.state)
         assert code_of(client.command(get_random(8))) == 0  # takes it back
         assert s.is_locked(server.state)
+
+
+def test_clients_of_a_port_are_told_apart_by_their_addresses(tmp_path: Path) -> None:
+    with s.listener() as listening:
+        fd, port = listening.fileno(), listening.getsockname()[1]
+        words = (*s.RUNNING, "--managed", f"type=tcp,fd={fd}")
+        running = s.Server(tmp_path, *words, control="tcp", pass_fds=[fd])
+    with running as server, s.connect(port) as client:
+        assert opened(client, m.load_external(1))
+        host, own = client.socket.getsockname()
+        done = vtpm("clients", "--json", "--tcp", f":{server.control_address}")
+        (found,) = json.loads(done.stdout)["clients"]
+        assert (found["channel"], found["address"]) == ("tcp", f"{host}:{own}")
+        assert (found["pid"], found["uid"]) == (None, None)
+
+
+def test_a_tpm_without_a_manager_says_so(tmp_path: Path) -> None:
+    with s.Server(tmp_path, *s.RUNNING) as server:
+        done = vtpm("clients", "--unix", str(server.control_address))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "vtpm clients: This TPM has no resource manager; start it with --resource-manager, or "
+        "--managed on sockets\n"
+    )

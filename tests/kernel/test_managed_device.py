@@ -11,6 +11,7 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
+from tests.device.managed_view import *  # noqa: F403
 from tests.kernel.harness import SWTPM_CUSE, Zygote, run
 from tests.support.managed_device import DeviceWorld
 

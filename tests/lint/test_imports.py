@@ -52,7 +52,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "acquire.keeper": frozenset({"files"}),
     "client": frozenset({"errors", "programs", "wire"}),
     "lab": frozenset({"client", "errors", "proto", "wire"}),
-    "serve": ERRORS | {"acquire", "proto", "resmgr", "vtpm", "wire"},
+    "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
     "ca": frozenset({"errors", "files"}),
     # the life of one vTPM
     "service.confine": frozenset({"config", "errors", "files", "service.process"})
@@ -82,12 +82,13 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.registry": frozenset({"cli.words"}),
     "cli.swtpm": WORDS,
     "cli.swtpm_doctor": WORDS | {"service.doctor"},
-    "cli.swtpm_ioctl": WORDS | {"cli.ioctl_commands", "client"},
+    "cli.controls": WORDS | {"client"},
+    "cli.swtpm_ioctl": WORDS | {"cli.controls", "cli.ioctl_commands"},
     "cli.ioctl_commands": WORDS | {"client", "files", "service.confine", "wire"},
     "cli.swtpm_bios": WORDS | {"cli.bios_steps", "client", "service.confine", "wire"},
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
-    "cli.vtpm": WORDS | {"client", "lab", "programs", "wire"},
+    "cli.vtpm": WORDS | {"cli.controls", "client", "lab", "programs", "wire"},
     "cli.setup": WORDS
     | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},

@@ -41,6 +41,8 @@ class DeviceClient:
 class DeviceWorld:
     """The devices of a server (`tests.device.managed.World`)."""
 
+    channel = "device"
+
     def __init__(self, server: Server, managed: Path) -> None:
         self.server = server
         self.managed = managed
@@ -64,6 +66,9 @@ class DeviceWorld:
             answer = ptm(fd, PTM_GET_STATEBLOB, u32(1, _VOLATILE, 0))
         assert answer[:4] == bytes(4)
         return answer[16:]
+
+    def place(self) -> tuple[str, ...]:
+        return (str(self.server.device),)
 
     def tcti(self) -> str:
         return f"device:{self.managed}"

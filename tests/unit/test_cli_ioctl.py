@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import swtpm_ioctl
+from vtpm_cuse.cli import controls, swtpm_ioctl
 from vtpm_cuse.cli.words.targets import split_tcp
 from vtpm_cuse.client.base import EMPTY, Control
 from vtpm_cuse.errors import WireError
@@ -69,7 +69,7 @@ class Tool:
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
     """The program with a fake vTPM at every target."""
     made = Tool(monkeypatch, capsys)
-    monkeypatch.setattr(swtpm_ioctl, "_connect", lambda _targets: made.tpm)
+    monkeypatch.setattr(controls, "connect", lambda _line, _size: made.tpm)
     return made
 
 

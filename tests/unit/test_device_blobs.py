@@ -34,7 +34,7 @@ def test_state_is_for_root_and_its_owner_whoever_may_use_the_tpm(uid: int, error
 
 EVERYBODYS = {
     *{ptm.GET_CAPABILITY, ptm.GET_TPMESTABLISHED, ptm.CANCEL_TPM_CMD},
-    *{ptm.GET_CONFIG, ptm.GET_INFO},
+    *{ptm.GET_CONFIG, ptm.GET_INFO, ptm.GET_CLIENTS, ptm.FLUSH_CLIENT},
 }
 
 

@@ -15,7 +15,7 @@ from tests.support.engine import echo
 from tests.support.kernel import POLL, READ, RELEASE, WRITE, FakeKernel, Machine, Reply
 from tests.support.ptm import u32
 from vtpm_cuse.errors import DeviceError
-from vtpm_cuse.proto.device import DeviceSession
+from vtpm_cuse.proto.device import DeviceSession, Opener
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import TpmDeviceFile
 from vtpm_cuse.vtpm.turn import Turn
@@ -62,8 +62,10 @@ class Notes:
     def __init__(self) -> None:
         self.held = False
         self.released: list[bytes] = []
+        self.openers: list[Opener] = []
 
-    def open(self) -> Note:
+    def open(self, opener: Opener) -> Note:
+        self.openers.append(opener)
         return Note(self)
 
     def resume(self, saved: bytes) -> Note:

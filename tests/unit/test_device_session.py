@@ -14,6 +14,7 @@ from vtpm_cuse.proto.device import (
     MAX_TRANSFER,
     READ_BUFFER_SIZE,
     DeviceSession,
+    Opener,
     error_reply,
     unique_of,
 )
@@ -132,7 +133,8 @@ class Gate:
             raise self.error
         return b"x" if self.is_open else None
 
-    def open(self) -> Gate:
+    def open(self, opener: Opener) -> Gate:
+        _ = opener
         return self
 
     def suspend(self) -> int:

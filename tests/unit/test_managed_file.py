@@ -10,6 +10,7 @@ import pytest
 from tests.support.commands import create_primary_rsa, get_random
 from tests.support.kernel import Machine
 from vtpm_cuse.errors import DeviceError
+from vtpm_cuse.proto.device import Opener
 from vtpm_cuse.vtpm.managed import ManagedFile, ManagedOpen, ManagedVtpm
 from vtpm_cuse.vtpm.turn import Turn
 
@@ -25,9 +26,11 @@ class Managed:
         self.changes = 0
         vtpm = self.machine.vtpm
         self.turn = Turn(self.machine.jobs.submit)
-        self.file = ManagedFile(
-            vtpm, ManagedVtpm(vtpm), self.turn, self._changed, clock=lambda: self.now
-        )
+        clients = ManagedVtpm(vtpm, clock=lambda: self.now)
+        self.file = ManagedFile(vtpm, clients, self.turn, self._changed)
+
+    def open(self, uid: int = 1000) -> ManagedOpen:
+        return self.file.open(Opener(uid, 4711))
 
     def _changed(self) -> None:
         self.changes += 1
@@ -39,7 +42,7 @@ class Managed:
 
 def test_an_answer_that_nobody_fetches_is_dropped_after_two_minutes() -> None:
     managed = Managed()
-    found = managed.file.open()
+    found = managed.open()
     managed.asked(found, RANDOM)
     managed.now += 119
     assert found.poll() & select.POLLIN
@@ -55,7 +58,7 @@ def test_an_answer_that_nobody_fetches_is_dropped_after_two_minutes() -> None:
 
 def test_a_command_waits_for_the_one_that_runs() -> None:
     managed = Managed()
-    slow, quick = managed.file.open(), managed.file.open()
+    slow, quick = managed.open(), managed.open()
     managed.asked(slow, create_primary_rsa())
     managed.asked(quick, RANDOM)
     assert slow.read(100, nonblocking=False) is None
@@ -71,12 +74,27 @@ def test_a_command_waits_for_the_one_that_runs() -> None:
 
 def test_who_has_gone_is_closed_behind_the_command() -> None:
     managed = Managed()
-    found = managed.file.open()
+    found = managed.open()
     managed.asked(found, create_primary_rsa())
     found.release()
     managed.machine.jobs.run()
     assert not managed.turn.taken
     for _ in range(64):
-        managed.file.open()
+        managed.open()
     with pytest.raises(DeviceError):
-        managed.file.open()
+        managed.open()
+
+
+def test_a_user_who_has_too_many_leaves_room_for_others() -> None:
+    managed = Managed()
+    for uid in range(4):
+        for _ in range(64):
+            last = managed.open(uid)
+        with pytest.raises(DeviceError) as refusal:
+            managed.open(uid)
+        assert refusal.value.errno == errno.EMFILE
+    with pytest.raises(DeviceError) as refusal:
+        managed.open(4)
+    assert refusal.value.errno == errno.ENFILE
+    last.release()
+    managed.open(4)

@@ -35,6 +35,9 @@ IOCTLS = {
     "PTM_SET_BUFFERSIZE": 0xC0105010,
     "PTM_GET_INFO": 0xCC105011,
     "PTM_LOCK_STORAGE": 0xC0045012,
+    # Ours.
+    "PTM_GET_CLIENTS": 0xCC0C5040,
+    "PTM_FLUSH_CLIENT": 0xC0085041,
 }
 
 # Structure, big-endian bytes, little-endian bytes.
@@ -65,6 +68,8 @@ VECTORS: list[tuple[WireStruct, str, str]] = [
         "000000000000100000000af800001000",
         "0000000000100000f80a000000100000",
     ),
+    (ptm.PtmClientsRequest(0xC00), "00000c00", "000c0000"),
+    (ptm.PtmFlushClientRequest(7, 0x80000001), "0000000780000001", "0700000001000080"),
     (
         ptm.PtmInfoRequest(0x100000002, 0xC00),
         "000000010000000200000c0000000000",
@@ -89,7 +94,7 @@ def test_ioctl_numbers(command: PtmCommand) -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    assert len(PtmCommand) == len(PTM_SPECS) == len(PTM_IOCTLS) == len(IOCTLS) == 19
+    assert len(PtmCommand) == len(PTM_SPECS) == len(PTM_IOCTLS) == len(IOCTLS) == 21
 
 
 def test_every_structure_has_a_vector() -> None:

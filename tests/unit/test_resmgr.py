@@ -480,6 +480,40 @@ def test_a_context_that_a_client_holds_outlives_the_gap() -> None:
         assert code(holder, load(context)) == LAYER | 0x1CB
 
 
+def test_what_leaves_with_the_state_is_what_loads_without_the_manager() -> None:
+    with started_engine() as engine:
+        below = Gapped(engine.process, 0xFF)
+        manager = Manager(below)
+        holder, busy = manager.connect(), manager.connect()
+        old = opened(holder, start_session())
+        outdated = context_in(holder.process(save(old)))
+        sessions = [opened(busy, start_session()) for _ in range(5)]
+        for number in range(2_000):
+            assert code(busy, policy_digest(sessions[number % 5])) == 0
+        new = opened(holder, start_session())
+        context = context_in(holder.process(save(new)))
+        manager.drop()
+        assert listed(below.process(list_handles(0x02000000))) == []
+        assert listed(below.process(list_handles(0x03000000))) == [0x02000000 | new & 0xFF]
+        assert tpm.code_of(below.process(load(outdated))) == 0x1CB
+        assert handle_of(below.process(load(context))) == new
+
+
+def test_a_session_that_nobody_can_refresh_costs_the_others_nothing() -> None:
+    """It was saved before this manager's time, and nobody loads it."""
+    with started_engine() as engine:
+        below = Gapped(engine.process, 0xFF)
+        stale = handle_of(below.process(start_session()))
+        assert tpm.code_of(below.process(save(stale))) == 0
+        manager = Manager(below)
+        manager.reset(resumed=True)
+        busy = manager.connect()
+        sessions = [opened(busy, start_session()) for _ in range(5)]
+        for number in range(1_000):
+            assert code(busy, policy_digest(sessions[number % 5])) == 0
+        assert listed(busy.process(list_handles(0x03000000))) == []
+
+
 # -- malformed ----------------------------------------------------------------------------
 
 

@@ -46,6 +46,10 @@ _PURPOSES: Final = {
     PtmCommand.PTM_SET_BUFFERSIZE: "the size of the TPM's command buffer",
     PtmCommand.PTM_GET_INFO: "facts about the TPM as JSON text",
     PtmCommand.PTM_LOCK_STORAGE: "lock the state, which another host held during a migration",
+    PtmCommand.PTM_GET_CLIENTS: "the clients of the resource manager as JSON text; not in the C "
+    "suite",
+    PtmCommand.PTM_FLUSH_CLIENT: "end an object or session of a client, or with a handle of 0 all "
+    "that it has; client 0 has the sessions that others have left; not in the C suite",
 }
 _FLAGS: Final[tuple[type[IntFlag | IntEnum], ...]] = (
     *(PtmCapability, PtmInitFlag, PtmStateFlag, PtmConfigFlag, PtmBlobType, PtmResult),

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.cli import controls
 from vtpm_cuse.cli.ioctl_commands import COMMANDS, Asked, Command
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
@@ -19,9 +20,7 @@ from vtpm_cuse.errors import FrontendError, UsageError, WireError
 
 if TYPE_CHECKING:
     from vtpm_cuse.cli.words.getopt import Given
-    from vtpm_cuse.client.base import Control
 
-_DEFAULT_PORT: Final = 6546
 _BUFFER_MAX: Final = 1 << 20
 
 PROGRAM: Final = Program(
@@ -29,21 +28,12 @@ PROGRAM: Final = Program(
     "control a running TPM emulator",
     (
         *(command.option for command in COMMANDS),
-        Option("tpm-device", "use this character device", metavar="DEVICE", group="Device"),
-        Option(
-            "tcp",
-            "connect to a control channel, by default 127.0.0.1:6546",
-            metavar="[HOST]:[PORT]",
-            group="Device",
-        ),
-        Option(
-            "unix", "connect to a control channel on a Unix socket", metavar="PATH", group="Device"
-        ),
+        *controls.OPTIONS,
         Option("version", "display the version and exit", ends=True),
         Option("help", "display this help and exit", ends=True),
     ),
     usage=("COMMAND DEVICE",),
-    operands=(Term("DEVICE", "the character device, or one of the options for it"),),
+    operands=(controls.OPERAND,),
     description=(
         "Sends one control request to a TPM that swtpm_cuse(8) serves as a character device, or "
         "whose control channel swtpm_socket(8) listens on, and shows the answer.",
@@ -80,10 +70,10 @@ def _run(words: list[str]) -> int:
         return 0
     if commands.given is None:
         raise UsageError("No valid command.")
-    if not line.operands and line.last_of("tpm-device", "tcp", "unix") is None:
+    if not line.operands and not controls.is_named(line):
         raise UsageError("Error: Missing device name.")
     command, spelled, asked = commands.given
-    with _connect(line) as tpm:
+    with controls.connect(line, _buffer_size()) as tpm:
         if spelled != command.word:
             print(help_text(PROGRAM), end="")
             return 1
@@ -105,7 +95,7 @@ class _Commands:
     def look_at(self, given: Given) -> None:
         """Takes a command with its values; looks at a place to connect to. Raises UsageError."""
         if given.name == "tcp":
-            split_tcp(given.value or "", _DEFAULT_PORT)
+            split_tcp(given.value or "", controls.DEFAULT_PORT)
         command = next((c for c in COMMANDS if c.option.name == given.name), None)
         if command is None:
             return
@@ -116,29 +106,6 @@ class _Commands:
         value = given.value or ""
         asked = Asked(value, command.read(value), given.second or "")
         self.given = command, given.spelled, asked
-
-
-def _connect(line: CommandLine) -> Control:
-    device, tcp, unix = (line.value(name) for name in ("tpm-device", "tcp", "unix"))
-    if device is None and tcp is not None:
-        from vtpm_cuse.client.channel import tcp_channel
-
-        return tcp_channel(*split_tcp(tcp, _DEFAULT_PORT))
-    if device is None and unix is not None:
-        from vtpm_cuse.client.channel import unix_channel
-
-        return unix_channel(unix)
-    return _open_device(line.operands[0] if device is None else device)
-
-
-def _open_device(path: str) -> Control:
-    from vtpm_cuse.client.ioctl import DeviceControl
-
-    try:
-        return DeviceControl(path, _buffer_size())
-    except OSError as exc:
-        # The C suite's sentence, then the reason that it keeps to itself.
-        raise FrontendError(f"Unable to open device '{path}'. {exc.strerror}") from exc
 
 
 def _buffer_size() -> int:

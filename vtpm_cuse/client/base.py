@@ -15,7 +15,7 @@ from vtpm_cuse.wire.blob import BLOB_SIZE_MAX
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from vtpm_cuse.wire.layout import WireStruct
@@ -26,7 +26,8 @@ R = TypeVar("R", bound="WireStruct")
 EMPTY: Final = ptm.PtmEmpty()
 _INFO_MAX: Final = 1 << 16
 """Bytes; several times what any libtpms has to say."""
-_PIECES_MAX: Final = 64
+_CLIENTS_MAX: Final = 1 << 20
+"""Bytes; several times what all clients of a resource manager can have."""
 
 
 class Control(ABC):
@@ -126,16 +127,34 @@ class Control(ABC):
 
     def info(self, flags: int) -> str:
         """JSON text about what *flags* select, put together from its pieces."""
+        return self._text(
+            PtmCommand.PTM_GET_INFO, lambda offset: ptm.PtmInfoRequest(flags, offset), _INFO_MAX
+        )
+
+    def clients(self) -> str:
+        """JSON text about the clients of the resource manager; see `client.clients`."""
+        return self._text(PtmCommand.PTM_GET_CLIENTS, ptm.PtmClientsRequest, _CLIENTS_MAX)
+
+    def flush_client(self, number: int, handle: int) -> None:
+        """Ends an object or session of a client's, or all that it has with a *handle* of 0.
+
+        A *number* of 0 stands for those who are gone and have left saved sessions.
+        """
+        body = ptm.PtmFlushClientRequest(number, handle)
+        self.request(PtmCommand.PTM_FLUSH_CLIENT, body)
+
+    def _text(self, command: PtmCommand, asked: Callable[[int], WireStruct], most: int) -> str:
+        """A text put together from its pieces; *asked* makes the request for one by its offset."""
         text = bytearray()
-        for _ in range(_PIECES_MAX):
-            body = ptm.PtmInfoRequest(flags, len(text))
-            piece = self._request_for(ptm.PtmInfoResponse, PtmCommand.PTM_GET_INFO, body)
-            check_size("Text", piece.totlength, _INFO_MAX)
+        pieces_max = 3 * most // ptm.PTM_INFO_SIZE
+        for _ in range(pieces_max):
+            piece = self._request_for(ptm.PtmInfoResponse, command, asked(len(text)))
+            check_size("Text", piece.totlength, most)
             text += piece.text[: piece.length]
             # totlength counts the NUL, which may not be asked for alone; an empty piece has no end.
             if len(text) >= piece.totlength - 1 or not piece.length:
                 return text.rstrip(b"\0").decode(errors="replace")
-        raise AnswerError(PtmResult.TPM_FAIL, f"Text in more than {_PIECES_MAX} pieces")
+        raise AnswerError(PtmResult.TPM_FAIL, f"Text in more than {pieces_max} pieces")
 
     def lock_storage(self, retries: int) -> None:
         """Takes the lock on the state, trying again *retries* times, each after 10 ms."""

@@ -68,6 +68,13 @@ _WITHOUT_REPLY: Final = frozenset(
 _IOCTL_DONE: Final = FuseIoctlOut(result=0, flags=0, in_iovs=0, out_iovs=0).pack(HOST)
 
 
+class Opener(NamedTuple):
+    """Who opens a device: the user, and the process, 0 where that is not to be seen from here."""
+
+    uid: int
+    pid: int
+
+
 class Open(Protocol[Saved_co]):
     """What one client has open. All raise DeviceError with the errno to give back.
 
@@ -99,7 +106,7 @@ class Open(Protocol[Saved_co]):
 class DeviceFile(Protocol[Saved]):
     """What the session asks of the device."""
 
-    def open(self) -> Open[Saved]:
+    def open(self, opener: Opener) -> Open[Saved]:
         """As open(2). Raises DeviceError with the errno to give back."""
 
     def resume(self, saved: Saved) -> Open[Saved]:
@@ -261,7 +268,8 @@ class DeviceSession(Generic[Saved]):
 
     def _open(self, message: memoryview, unique: int) -> bytes:
         number = self._file_number(message)
-        found = self._files[number].open()
+        _, _, _, _, uid, _, pid, *_ = _IN.unpack_from(message)
+        found = self._files[number].open(Opener(uid, pid))
         handle = self._take_handle()
         self._opens[handle], self._opened[handle] = found, number
         return reply_to(unique, FuseOpenOut(handle, _DEVICE_FLAGS).pack(HOST))

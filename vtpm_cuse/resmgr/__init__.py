@@ -2,5 +2,6 @@
 
 Pure: commands and responses in, commands and responses out, on any `engine.base.Tpm`. `manager`
 takes a connection's command through, `objects` and `sessions` keep what it has and swap it in and
-out, `inner` makes the commands that takes.
+out, for what one command has `used`; `inner` makes the commands that takes. `view` is for who owns
+the TPM, `saved` what a manager is between two commands.
 """

@@ -15,7 +15,9 @@ from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.saved import SavedConnection, SavedManager
 from vtpm_cuse.resmgr.sessions import Place, Session, Sessions, digest_of
+from vtpm_cuse.resmgr.used import Used
 from vtpm_cuse.wire import tpm2_handles as wire
 from vtpm_cuse.wire.tpm import (
     TPM_HEADER_SIZE,
@@ -85,6 +87,7 @@ class Manager:
         limits: What a client may have.
 
     Attributes:
+        connections: Those that are not closed, by their numbers.
         alone: Nobody else uses the TPM: what was left in it is flushed at the start.
     """
 
@@ -100,21 +103,21 @@ class Manager:
         self.limits = limits or Limits()
         self._inner = Inner(inner or tpm.process)
         self.alone = alone
-        self._ready = False
+        self._ready = self._resumed = False
         self._attributes: dict[int, CommandAttributes] = {}
         self._simple: frozenset[bytes] = frozenset()  # codes of commands without handles
         self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
         self._sessions_max = 0
         self._numbers = itertools.count(1)
-        self._connections: dict[int, Connection] = {}
+        self.connections: dict[int, Connection] = {}
         self._clock = itertools.count(1)
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
     def connect(self) -> Connection:
-        """A new client."""
+        """A new client. This one may be called beside a running command."""
         found = Connection(self, next(self._numbers))
-        self._connections[found.number] = found
+        self.connections[found.number] = found
         return found
 
     @property
@@ -122,25 +125,32 @@ class Manager:
         """How many commands the manager itself has given the TPM."""
         return self._inner.count
 
-    def reset(self) -> None:
-        """The TPM was reset, or has another state: what clients had is no more."""
-        self._ready = False
-        for connection in self._connections.values():
+    def reset(self, *, resumed: bool = False) -> None:
+        """The TPM was reset, or has another state: what clients had is no more.
+
+        If it goes on from where another left off (*resumed*), sessions that clients had saved there
+        stay for who has their contexts.
+        """
+        self._ready, self._resumed = False, resumed
+        for connection in list(self.connections.values()):
             connection.objects.clear()
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
     def drop(self) -> None:
-        """Ends all that clients have, but not the clients: the TPM's state is about to leave."""
-        for connection in self._connections.values():
-            self._end_objects(connection)
-        self.sessions.drop_all()
+        """Ends what clients have, but not the clients: the TPM's state is about to leave.
+
+        Nobody could use it there, but sessions by the contexts that clients have of them.
+        """
+        for connection in list(self.connections.values()):
+            self.end_objects(connection)
+        self.sessions.drop_useless()
 
     def prepare(self) -> bool:
         """Asks the TPM what it is like; False while it is not started."""
         if self._ready:
             return True
-        inner = self._inner
+        inner, left = self._inner, list[int]()
         try:
             self._attributes = inner.attributes()
             slots = inner.tpm_property(wire.TPM_PT_HR_TRANSIENT_MIN) or 1
@@ -148,13 +158,23 @@ class Manager:
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
             self._sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
             if self.alone:
-                for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24, TpmHt.POLICY_SESSION << 24):
+                for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24):
                     for handle in inner.handles(first):
                         inner.flush(handle)
+                left = inner.handles(TpmHt.POLICY_SESSION << 24)
+                for handle in () if self._resumed else left:
+                    inner.flush(handle)
         except TpmError:
             return False
         self.objects = Objects(inner, slots)
         self.sessions = Sessions(inner, loaded, gap)
+        for handle in left if self._resumed else ():
+            self.sessions.adopt(handle)
+        self._sort_commands()
+        self._ready = True
+        return True
+
+    def _sort_commands(self) -> None:
         self._simple, self._short = (
             frozenset(
                 code.to_bytes(4, "big")
@@ -164,17 +184,51 @@ class Manager:
             )
             for handles in (0, 1)
         )
-        self._ready = True
-        return True
+
+    def suspend(self) -> SavedManager:
+        """The manager as plain values; it is not used any more."""
+        return SavedManager(
+            self.alone,
+            self._ready,
+            self._resumed,
+            tuple(self._attributes.items()),
+            self._sessions_max,
+            self.objects.slots,
+            next(self._numbers),
+            next(self._clock),
+            self._inner.count,
+            self.objects.evictions,
+            tuple(connection.suspend() for connection in self.connections.values()),
+            self.sessions.suspend(),
+        )
+
+    def resume(self, saved: SavedManager) -> None:
+        """Goes on where *saved* was suspended; called once, before anything else."""
+        self.alone, self._ready, self._resumed = saved.alone, saved.ready, saved.resumed
+        self._attributes, self._sessions_max = dict(saved.attributes), saved.sessions_max
+        self._sort_commands()
+        self._numbers = itertools.count(saved.next_number)
+        self._clock = itertools.count(saved.clock)
+        self._inner.count = saved.inner_commands
+        self.objects = Objects(self._inner, saved.slots)
+        self.objects.evictions = saved.object_evictions
+        self.sessions = Sessions(self._inner, saved.sessions.slots, saved.sessions.gap)
+        self.sessions.resume(saved.sessions)
+        for one in saved.connections:
+            found = self.connections[one.number] = Connection(self, one.number)
+            found.resume(one)
+            for known in found.objects.values():
+                self.objects.resume(known)
 
     def close(self, connection: Connection) -> None:
         """A client has gone: what it leaves is ended, but for sessions that it saved."""
-        if self._connections.pop(connection.number, None) is None:
+        if self.connections.pop(connection.number, None) is None:
             return
-        self._end_objects(connection)
+        self.end_objects(connection)
         self.sessions.abandon(connection.number, self.limits.abandoned)
 
-    def _end_objects(self, connection: Connection) -> None:
+    def end_objects(self, connection: Connection) -> None:
+        """All that a client has."""
         for found in connection.objects.values():
             with contextlib.suppress(TpmError):  # it had ended already
                 self.objects.flush(found)
@@ -184,6 +238,7 @@ class Manager:
 
     def process(self, connection: Connection, command: bytes) -> bytes:
         """The response to a connection's command; never raises VtpmError."""
+        connection.commands += 1
         code_bytes = command_code(command)
         if command[:2] == _NO_SESSIONS:
             if code_bytes in self._simple:
@@ -250,7 +305,7 @@ class Manager:
         handles = wire.handles_of(command, attributes.handles)
         if handles is None:
             raise Refusal(LAYER | TpmRc.TPM_RC_INSUFFICIENT)
-        used = _Used(self, connection, handles, wire.sessions_of(command, len(handles)))
+        used = Used(self, connection, handles, wire.sessions_of(command, len(handles)))
         self._check_quota(connection, code, attributes)
         response = self._send(command, used, code, attributes)
         if _failed(response):
@@ -279,7 +334,7 @@ class Manager:
         elif len(connection.objects) >= self.limits.objects:
             raise Refusal(LAYER | TpmRc.TPM_RC_OBJECT_MEMORY)
 
-    def _send(self, command: bytes, used: _Used, code: int, attributes: CommandAttributes) -> bytes:
+    def _send(self, command: bytes, used: Used, code: int, attributes: CommandAttributes) -> bytes:
         starts_session = code == TpmCc.TPM_CC_StartAuthSession
         scratch = (attributes.returns_handle and not starts_session) or code == TpmCc.TPM_CC_Create
         used.load_sessions()
@@ -306,7 +361,7 @@ class Manager:
                 return self.sessions.drop_abandoned()
         return False
 
-    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: _Used) -> None:
+    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: Used) -> None:
         """A session ends by its response, not by the request: a failed command ends none."""
         if not used.authorizations:
             return
@@ -389,7 +444,7 @@ class Manager:
         ):
             raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
         self.sessions.make_room(())
-        if found is None:  # of before our time
+        if found is None or found.foreign:  # of before our time
             while self._can_help(_code_of(response := self.tpm.process(command)), (), ()):
                 pass
             if not _failed(response):
@@ -461,6 +516,7 @@ class Connection:
     Attributes:
         number: Tells it apart from others, past ones too.
         objects: Its transient objects, by the handles it knows.
+        commands: How many it has given.
     """
 
     tpm2 = True
@@ -469,6 +525,7 @@ class Connection:
         self._manager = manager
         self.number = number
         self.objects: dict[int, Object] = {}
+        self.commands = 0
         self._next = _FIRST_OBJECT
 
     def process(self, command: bytes) -> bytes:
@@ -490,6 +547,16 @@ class Connection:
         """Ends what it leaves; again is harmless."""
         self._manager.close(self)
 
+    def suspend(self) -> SavedConnection:
+        """The connection as plain values."""
+        objects = tuple(found.suspend() for found in self.objects.values())
+        return SavedConnection(self.number, self._next, self.commands, objects)
+
+    def resume(self, saved: SavedConnection) -> None:
+        """As it was suspended."""
+        self._next, self.commands = saved.next_handle, saved.commands
+        self.objects = {one.handle: Object(self.number, *one) for one in saved.objects}
+
     def next_handle(self) -> int:
         """Ascending, as lists must be; none is used again before all were."""
         while True:
@@ -497,79 +564,6 @@ class Connection:
             self._next = _FIRST_OBJECT if handle == _LAST_OBJECT else handle + 1
             if handle not in self.objects:
                 return handle
-
-
-class _Used:
-    """What one command uses. Raises Refusal for anything that is not its connection's."""
-
-    def __init__(
-        self,
-        manager: Manager,
-        connection: Connection,
-        handles: tuple[int, ...],
-        authorizations: tuple[wire.UsedSession, ...],
-    ) -> None:
-        self._manager = manager
-        self._connection = connection
-        self._handles = handles
-        self.objects: list[Object] = []
-        self.sessions: list[Session] = []
-        self.authorizations: list[Session | None] = []
-        self._places: dict[Session, int] = {}
-        for place, handle in enumerate(handles):
-            if kind_of(handle) == TpmHt.TRANSIENT:
-                self._use_object(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
-            elif kind_of(handle) in SESSIONS:
-                self._use_session(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
-        for place, used in enumerate(authorizations):
-            found = None
-            if kind_of(used.handle) in SESSIONS:
-                found = self._use_session(used.handle, TpmRc.TPM_RC_REFERENCE_S0 + place)
-            self.authorizations.append(found)
-
-    def _use_object(self, handle: int, code: int) -> None:
-        found = self._connection.objects.get(handle)
-        if found is None:
-            raise Refusal(LAYER | code)
-        found.used = self._manager.now()
-        if found not in self.objects:
-            self.objects.append(found)
-
-    def _use_session(self, handle: int, code: int) -> Session:
-        found = self._manager.sessions.refuse_unowned(handle, self._connection.number, code)
-        found.used = self._manager.now()
-        if found not in self.sessions:
-            self.sessions.append(found)
-            self._places[found] = code
-        return found
-
-    def slots_needed(self) -> int:
-        """Objects that are to be loaded, and persistent ones, which take a slot for as long."""
-        missing = sum(found.physical is None for found in self.objects)
-        return missing + sum(kind_of(handle) == TpmHt.PERSISTENT for handle in self._handles)
-
-    def load_sessions(self) -> None:
-        """All of them. Raises Refusal."""
-        try:
-            self._manager.sessions.load_all(self.sessions)
-        except Dead as exc:
-            raise Refusal(LAYER | self._places[exc.args[0]]) from exc
-
-    def load_objects(self) -> tuple[int, ...]:
-        """The handle area in the TPM's numbers. Raises Refusal."""
-        physical: list[int] = []
-        for place, handle in enumerate(self._handles):
-            if kind_of(handle) != TpmHt.TRANSIENT:
-                physical.append(handle)
-                continue
-            found = self._connection.objects[handle]
-            try:
-                physical.append(self._manager.objects.load(found, self.objects))
-            except Dead:
-                if found.context is None:
-                    del self._connection.objects[handle]
-                raise Refusal(LAYER | TpmRc.TPM_RC_REFERENCE_H0 + place) from None
-        return tuple(physical)
 
 
 _SEQUENCES: Final = frozenset({0x15B, 0x186})  # TPM2_HMAC_Start, TPM2_HashSequenceStart

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError
 from vtpm_cuse.resmgr.refusal import Dead, Refusal
+from vtpm_cuse.resmgr.saved import SavedObject
 from vtpm_cuse.wire.tpm import TpmRc
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class Object:
     context: bytes | None = None
     used: int = 0
 
+    def suspend(self) -> SavedObject:
+        """All but the owner, as plain values in the order of its arguments."""
+        return SavedObject(self.handle, self.changes, self.physical, self.context, self.used)
+
 
 class Objects:
     """Those of one TPM, which surely holds *slots* at a time."""
@@ -59,6 +64,11 @@ class Objects:
         """Takes an object that has just been loaded as a client wished."""
         assert found.physical is not None  # noqa: S101
         self._take_slot(found, found.physical)
+
+    def resume(self, found: Object) -> None:
+        """Takes an object that was there when the manager was suspended."""
+        if found.physical is not None:
+            self._loaded[found.physical] = found
 
     def _take_slot(self, found: Object, physical: int) -> None:
         # Whoever had this number has lost it without a word, by somebody's Clear, say.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.saved import SavedSession, SavedSessions
 from vtpm_cuse.wire.tpm import TpmRc
 from vtpm_cuse.wire.tpm2_handles import Context, index_of
 
@@ -61,6 +62,31 @@ class Session:
         """What tells it apart."""
         return index_of(self.handle)
 
+    @property
+    def foreign(self) -> bool:
+        """Another manager's clients have left it saved, of which they alone have the context."""
+        return self.place is not Place.LOADED and not self.context
+
+    @property
+    def loads_elsewhere(self) -> bool:
+        """Whether the context that a client was given is the newest, and so needs no manager."""
+        return self.foreign or (
+            self.place is Place.SAVED and self.digest == digest_of(self.context)
+        )
+
+    def suspend(self) -> SavedSession:
+        """As plain values."""
+        place = self.place.value
+        return SavedSession(
+            *(self.handle, self.owner, place, self.context, self.sequence, self.digest, self.used)
+        )
+
+    @classmethod
+    def resumed(cls, saved: SavedSession) -> Session:
+        """As it was suspended."""
+        handle, owner, place, context, sequence, digest, used = saved
+        return cls(handle, owner, Place(place), context, sequence, digest, used)
+
 
 def digest_of(context: bytes) -> bytes:
     """Stands for a context that a client holds."""
@@ -78,6 +104,20 @@ class Sessions:
         self._saved: dict[int, Session] = {}  # the oldest first
         self.evictions = self.refreshes = 0
 
+    def suspend(self) -> SavedSessions:
+        """All of them as plain values."""
+        loaded = (one for one in self._by_index.values() if one.place is Place.LOADED)
+        sessions = tuple(one.suspend() for one in (*loaded, *self._saved.values()))
+        return SavedSessions(self.slots, self.gap, sessions, self.evictions, self.refreshes)
+
+    def resume(self, saved: SavedSessions) -> None:
+        """As they were suspended; called once, before anything else."""
+        self.evictions, self.refreshes = saved.evictions, saved.refreshes
+        for found in map(Session.resumed, saved.sessions):
+            self._by_index[found.index] = found
+            if found.place is not Place.LOADED:
+                self._saved[found.index] = found
+
     def find(self, handle: int) -> Session | None:
         """The session of a handle, whatever kind that claims."""
         return self._by_index.get(index_of(handle))
@@ -92,6 +132,11 @@ class Sessions:
         """Takes one that has just been started or loaded; who had its number has lost it."""
         self._saved.pop(found.index, None)
         self._by_index[found.index] = found
+
+    def adopt(self, handle: int) -> None:
+        """Takes one that is saved, of which nobody here has the context, as abandoned."""
+        found = Session(handle, None, Place.SAVED)
+        self._by_index[found.index] = self._saved[found.index] = found
 
     def remove(self, found: Session) -> None:
         """It has ended."""
@@ -181,26 +226,39 @@ class Sessions:
 
     def _refresh_in_time(self) -> None:
         """Right after a save, when a slot is free; one a save is enough, for ages spread out."""
-        oldest, newest = next(iter(self._saved.values())), next(reversed(self._saved.values()))
+        oldest = next(found for found in self._saved.values() if not found.foreign)
+        newest = next(reversed(self._saved.values()))
         if newest.sequence - oldest.sequence > self.gap // 2:
-            self.refresh_oldest()
+            self._refresh(oldest)
 
     def refresh_oldest(self) -> bool:
-        """Makes the oldest saved session the newest; False where there is none to be had."""
+        """Makes the oldest saved session the newest; False where there is none to be had.
+
+        One that nobody here can load is ended, or nothing could be saved any more.
+        """
         while self._saved:
             oldest = next(iter(self._saved.values()))
-            try:
-                self._inner.load(oldest.context)
-                context = self._inner.save(oldest.handle)
-            except TpmError as exc:
-                if exc.code in _DEAD:
-                    self.remove(oldest)
-                    continue
-                return False
-            self._note(oldest, context, oldest.place)
-            self.refreshes += 1
-            return True
+            if oldest.foreign:
+                self._drop(oldest)
+                return True
+            refreshed = self._refresh(oldest)
+            if refreshed is not None:
+                return refreshed
         return False
+
+    def _refresh(self, found: Session) -> bool | None:
+        """Loads and saves one; False where that cannot be, None where it had ended."""
+        try:
+            self._inner.load(found.context)
+            context = self._inner.save(found.handle)
+        except TpmError as exc:
+            if exc.code in _DEAD:
+                self.remove(found)
+                return None
+            return False
+        self._note(found, context, found.place)
+        self.refreshes += 1
+        return True
 
     def abandon(self, owner: int, most: int) -> None:
         """A connection is closed: what it saved may be loaded by others, up to *most* of such."""
@@ -212,10 +270,11 @@ class Sessions:
         for found in self.of(None)[: -most or None]:
             self._drop(found)
 
-    def drop_all(self) -> None:
-        """Ends every session."""
+    def drop_useless(self) -> None:
+        """Ends every session but those that their clients can load from another TPM's manager."""
         for found in list(self._by_index.values()):
-            self._drop(found)
+            if not found.loads_elsewhere:
+                self._drop(found)
 
     def drop_abandoned(self) -> bool:
         """Ends the oldest abandoned session; False if there is none."""

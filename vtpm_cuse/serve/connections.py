@@ -36,7 +36,7 @@ _LINGER_SECONDS: Final = 50e-6
 _DATA_REST_SECONDS: Final = 1.0
 """How long the rest of a command may take; then the TPM answers to what is there."""
 
-_NETWORK: Final = frozenset({socket.AF_INET, socket.AF_INET6})
+NETWORK: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 _ROOM_FOR_ONE: Final = socket.CMSG_LEN(array.array("i").itemsize)
 _DEVICES: Final = {"device": CharDevice, "proxy": ProxyDevice}
 _NEVER: Final = float("inf")
@@ -115,7 +115,7 @@ class Connection(Generic[Stream]):
     def strict(self) -> bool:
         """Whether the client may be a web browser, as nothing on a Unix socket is."""
         connection = self.connection
-        return isinstance(connection, socket.socket) and connection.family in _NETWORK
+        return isinstance(connection, socket.socket) and connection.family in NETWORK
 
 
 class DataConnection(Connection[socket.socket | CharDevice]):

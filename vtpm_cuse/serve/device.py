@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.proto.device import DeviceSession, SavedSession
     from vtpm_cuse.serve.worker import Worker
+    from vtpm_cuse.vtpm.clients import SavedClients
     from vtpm_cuse.vtpm.ptm import PtmService
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -68,10 +69,12 @@ class SavedDevice(NamedTuple):
     Attributes:
         sessions: Their opens, and the requests that wait.
         response: What is unread of the last response of the device for one client.
+        managed: The clients of the other, if there is one.
     """
 
     sessions: tuple[SavedSession[Any], ...]
     response: bytes
+    managed: SavedClients | None = None
 
 
 class DeviceServer:
@@ -102,18 +105,22 @@ class DeviceServer:
         self._file = TpmDeviceFile(vtpm, ptm, turn, self._wake, owners)
         self._managed: ManagedFile | None = None
         if managed:
-            self._managed = ManagedFile(vtpm, ManagedVtpm(vtpm), turn, self._wake)
+            ptm.managed = ManagedVtpm(vtpm)
+            self._managed = ManagedFile(vtpm, ptm.managed, turn, self._wake)
         self._served = tuple(sessions(self._file, self._managed))
         self._scope = trio.CancelScope()
 
     def suspend(self) -> SavedDevice:
         """The device as plain values; no command runs, and this server is not used any more."""
         sessions = tuple(session.suspend() for _, session in self._served)
-        return SavedDevice(sessions, bytes(self._file.response))
+        managed = None if self._managed is None else self._managed.managed.suspend()
+        return SavedDevice(sessions, bytes(self._file.response), managed)
 
     def resume(self, saved: SavedDevice) -> None:
         """Goes on where *saved* was suspended; called once, before `serve`."""
         self._file.response = memoryview(saved.response)
+        if self._managed is not None and saved.managed is not None:
+            self._managed.managed.resume(saved.managed)
         for (_, session), known in zip(self._served, saved.sessions, strict=True):
             session.resume(known)
 

@@ -9,30 +9,70 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from typing import TYPE_CHECKING, Final
+import socket
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
-from vtpm_cuse.serve.connections import DATA_READ_SIZE, DataConnection, hang_up
-from vtpm_cuse.vtpm.managed import OPENS_MAX, ManagedVtpm
+from vtpm_cuse.serve.connections import DATA_READ_SIZE, NETWORK, DataConnection, hang_up
+from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
+from vtpm_cuse.vtpm.managed import ManagedVtpm
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable
 
+    from vtpm_cuse.proto.places import SavedPlace
     from vtpm_cuse.proto.stream import Request
-    from vtpm_cuse.resmgr.manager import Connection
+    from vtpm_cuse.serve.connections import SavedData
     from vtpm_cuse.serve.worker import Worker
-    from vtpm_cuse.vtpm.vtpm import Vtpm
+    from vtpm_cuse.vtpm.clients import Client, SavedClients
+    from vtpm_cuse.vtpm.ptm import PtmService
 
 log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
 _TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
+_UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h: process, user, group
+_NOBODY: Final = 0xFFFF_FFFF
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
+
+
+class SavedManaged(NamedTuple):
+    """A client's connection between two commands, as plain values.
+
+    Attributes:
+        data: The connection.
+        place: Of it among the others.
+        client: The client's number.
+    """
+
+    data: SavedData
+    place: SavedPlace
+    client: int
+
+
+class SavedManagedSockets(NamedTuple):
+    """All clients as plain values; descriptors by their numbers.
+
+    Attributes:
+        listener: Where they come.
+        clients: Who they are, and what they have.
+        connections: In the order in which they came.
+    """
+
+    listener: int
+    clients: SavedClients
+    connections: tuple[SavedManaged, ...]
+
+
+class _Served(NamedTuple):
+    data: DataConnection
+    place: Place
+    client: Client
 
 
 class ManagedServer:
@@ -40,83 +80,144 @@ class ManagedServer:
 
     Args:
         nursery: Where their tasks run.
-        vtpm: The TPM.
+        ptm: Tells of them.
         worker: Runs the long commands.
         turn: Held while one runs.
         accept: Gives the next connection of a listener.
+        listener: Where they come.
     """
 
     def __init__(
         self,
         nursery: trio.Nursery,
-        vtpm: Vtpm,
+        ptm: PtmService,
         worker: Worker,
         turn: trio.Lock,
         accept: Callable[[socket.socket], Awaitable[socket.socket]],
+        listener: socket.socket,
     ) -> None:
         self._nursery = nursery
-        self._vtpm = vtpm
+        self._vtpm = ptm.vtpm
         self._worker = worker
         self._turn = turn
         self._accept = accept
-        self._managed = ManagedVtpm(vtpm)
+        self._listener = listener
+        self._connections: list[_Served] = []
+        self._leaving: list[Client] = []
+        self._managed = ptm.managed = ManagedVtpm(ptm.vtpm)
         self._places = Places()
         self._served = 0
         self.share = self._managed.share
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Serves all who come."""
-        while True:
-            connection = await self._accept(listener)
-            client = DataConnection(connection, prefix=True, known=True)
-            place = Place(functools.partial(hang_up, connection), trio.current_time())
-            self._places.take(place)
-            if len(self._places) > OPENS_MAX and (stranger := self._places.stranger()):
-                log.warning("Too many managed clients: one was turned away")
-                stranger.end()
-            self._nursery.start_soon(self._serve_client, client, place)
+    def start(self, saved: SavedManagedSockets | None) -> None:
+        """Starts the tasks that serve all who come, and those who were *saved*."""
+        if saved is not None:
+            self._managed.resume(saved.clients)
+            now = trio.current_time()
+            for one in saved.connections:
+                data = DataConnection.resumed(one.data, prefix=True)
+                place = self._take_place(data, now)
+                place.resume(one.place, now)
+                self._begin(_Served(data, place, self._managed.client(one.client)))
+        self._nursery.start_soon(self._serve)
 
-    async def _serve_client(self, client: DataConnection, place: Place) -> None:
-        async with self._turn:
-            managed = self._managed.connect()
+    def suspend(self, now: float) -> SavedManagedSockets:
+        """As plain values, for who has the turn; the descriptors are the caller's from now on."""
+        for client in self._leaving:
+            self._managed.close(client)
+        connections = tuple(
+            SavedManaged(one.data.suspend(), one.place.suspend(now), one.client.connection.number)
+            for one in self._connections
+        )
+        return SavedManagedSockets(self._listener.detach(), self._managed.suspend(), connections)
+
+    def _take_place(self, data: DataConnection, now: float) -> Place:
+        place = Place(functools.partial(hang_up, data.connection), now)
+        self._places.take(place)
+        return place
+
+    def _begin(self, served: _Served) -> None:
+        self._connections.append(served)
+        self._nursery.start_soon(self._serve_client, served)
+
+    async def _serve(self) -> None:
+        while True:
+            connection = await self._accept(self._listener)
+            peer = _peer_of(connection)
+            if not self._has_room(peer):
+                connection.close()
+                continue
+            data = DataConnection(connection, prefix=True, known=True)
+            place = self._take_place(data, trio.current_time())
+            self._begin(_Served(data, place, self._managed.connect(peer)))
+
+    def _has_room(self, peer: Peer) -> bool:
+        """Makes room for one more; False where all those before it have given commands."""
+        of_user = [one.place for one in self._connections if one.client.peer.uid == peer.uid]
+        of_all = [one.place for one in self._connections]
+        for places, most in ((of_user, USER_CLIENTS_MAX), (of_all, CLIENTS_MAX)):
+            if len(places) < most:
+                continue
+            log.warning("Too many managed clients: one was turned away")
+            strangers = [place for place in places if not place.known]
+            if not strangers:
+                return False
+            min(strangers, key=lambda place: place.heard).end()
+        return True
+
+    async def _serve_client(self, served: _Served) -> None:
+        data, place, client = served
         try:
-            with contextlib.closing(client.connection):
-                await self._converse(client, place, managed)
+            with contextlib.closing(data.connection):
+                await self._converse(data, place, client)
         except OSError as exc:
+            await trio.lowlevel.checkpoint_if_cancelled()  # suspended: nothing has happened
             log.info("Managed client: %s", exc.strerror)
         except Exception:  # a bug of ours costs its client the connection, nobody else anything
             log.exception("A managed client could not be served")
         finally:
             self._places.leave(place)
+        self._connections.remove(served)
+        self._leaving.append(client)
         async with self._turn:
-            managed.close()
+            self._managed.close(client)
+        self._leaving.remove(client)
         log.debug("Managed client disconnected")
 
-    async def _converse(self, client: DataConnection, place: Place, managed: Connection) -> None:
-        stream, connection, served = client.stream, client.connection, False
+    async def _converse(self, data: DataConnection, place: Place, client: Client) -> None:
+        stream, connection = data.stream, data.connection
+        served = await self._answer_all(data, client, flush=False)  # what was there at a suspension
         while True:
             try:
-                data: bytes | None = connection.recv(DATA_READ_SIZE)
+                came: bytes | None = connection.recv(DATA_READ_SIZE)
             except BlockingIOError:
                 # Who looks for more of one client lets all others wait.
-                data = await client.receive(linger=served and len(self._places) == 1)
+                came = await data.receive(linger=served and len(self._places) == 1)
                 place.heard = trio.current_time()
-            if data and stream.empty and self._is_quick(data):
+            if came and stream.empty and self._is_quick(came):
                 # The general way below, shortened for the usual command.
-                await self._send_now(client, self._managed.process(managed, data))
+                await self._send_now(data, self._managed.process(client, came))
                 served = place.known = True
                 continue
-            if data:
-                stream.feed(data)
-            while (request := client.take_request(flush=not data)) is not None:
-                response = await self._process(managed, request)
-                client.request = None
-                await client.send(framed(response, request))
+            if came:
+                stream.feed(came)
+            if await self._answer_all(data, client, flush=not came):
                 served = place.known = True
             if stream.broken:
                 log.warning(_FOREIGN)
-            if stream.broken or data == b"":
+            if stream.broken or came == b"":
                 return
+
+    async def _answer_all(self, data: DataConnection, client: Client, *, flush: bool) -> bool:
+        """Answers the commands that are there; returns whether there was one."""
+        served = bool(data.unsent)
+        await data.send_rest()
+        while (request := data.take_request(flush=flush)) is not None:
+            response = await self._process(client, request)
+            data.request = None
+            await data.send(framed(response, request))
+            served = True
+        return served
 
     def _is_quick(self, data: bytes) -> bool:
         """Whether it is one whole command that can be given to the TPM at once."""
@@ -128,13 +229,13 @@ class ManagedServer:
             and not self._vtpm.is_long(data)
         )
 
-    async def _send_now(self, client: DataConnection, response: bytes) -> None:
+    async def _send_now(self, data: DataConnection, response: bytes) -> None:
         try:
-            sent = client.connection.send(response)
+            sent = data.connection.send(response)
         except BlockingIOError:
             sent = 0
         if sent < len(response):
-            await client.send(response[sent:])
+            await data.send(response[sent:])
         await self._count()
 
     async def _count(self) -> None:
@@ -143,19 +244,32 @@ class ManagedServer:
         if self._served % _CHECKPOINT_EVERY == 0:
             await trio.lowlevel.checkpoint()
 
-    async def _process(self, managed: Connection, request: Request) -> bytes:
+    async def _process(self, client: Client, request: Request) -> bytes:
         await self._count()
         if self._turn.locked():
             async with self._turn:
                 pass
         if not self._vtpm.is_long(request.command):
-            return self._run(managed, request)
+            return self._run(client, request)
         async with self._turn:
-            response = await self._worker.run(lambda: self._run(managed, request), self._vtpm.abort)
+            response = await self._worker.run(lambda: self._run(client, request), self._vtpm.abort)
         if self._vtpm.state_lost:
             self._nursery.cancel_scope.cancel()
             await trio.lowlevel.checkpoint()
         return response
 
-    def _run(self, managed: Connection, request: Request) -> bytes:
-        return self._managed.process(managed, request.command, request.locality)
+    def _run(self, client: Client, request: Request) -> bytes:
+        return self._managed.process(client, request.command, request.locality)
+
+
+def _peer_of(connection: socket.socket) -> Peer:
+    """Who is at the other end."""
+    if connection.family in NETWORK:
+        try:
+            host, port, *_ = connection.getpeername()
+        except OSError:  # it has gone again
+            return Peer("tcp")
+        return Peer("tcp", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(credentials)
+    return Peer("unix", pid=pid, uid=uid if uid != _NOBODY else None)

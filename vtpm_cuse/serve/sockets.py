@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.proto.places import Place
     from vtpm_cuse.proto.stream import Request
     from vtpm_cuse.serve.connections import SavedControl, SavedData
-    from vtpm_cuse.serve.managed_sockets import ManagedServer
+    from vtpm_cuse.serve.managed_sockets import ManagedServer, SavedManagedSockets
     from vtpm_cuse.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class SavedSockets(NamedTuple):
         accepted: The one from the listener.
         passed: Those that came over the control channel.
         controls: In the order in which they came.
+        managed: The clients of a resource manager, and where they come.
     """
 
     data_listener: int | None
@@ -78,6 +79,7 @@ class SavedSockets(NamedTuple):
     accepted: SavedData | None
     passed: tuple[SavedData, ...]
     controls: tuple[SavedControl, ...]
+    managed: SavedManagedSockets | None = None
 
 
 class SocketServer:
@@ -130,6 +132,7 @@ class SocketServer:
             None if self._accepted is None else self._accepted.suspend(),
             tuple(connection.suspend() for connection in self._passed),
             tuple(connection.suspend(now) for connection in self._controls),
+            None if self._managed is None else self._managed.suspend(now),
         )
         self._end()
         return saved
@@ -153,9 +156,11 @@ class SocketServer:
         for one in saved.controls:
             last = self._admit(ControlConnection.resumed(one, now))
             self._turn_away(self._places.one_to_go(last.place))  # which was about to be
-        self._start_tasks()
+        if saved.managed is not None:
+            endpoints.managed_listener = adopted(saved.managed.listener)
+        self._start_tasks(saved.managed)
 
-    def _start_tasks(self) -> None:
+    def _start_tasks(self, managed: SavedManagedSockets | None = None) -> None:
         endpoints, start = self._endpoints, self._nursery.start_soon
         if self._only is not None:
             start(self._serve_only_data, self._only)
@@ -171,9 +176,14 @@ class SocketServer:
             from vtpm_cuse.serve.managed_sockets import ManagedServer
 
             self._managed = ManagedServer(
-                self._nursery, self._vtpm, self._worker, self._turn, self._accept
+                self._nursery,
+                self._ptm,
+                self._worker,
+                self._turn,
+                self._accept,
+                endpoints.managed_listener,
             )
-            start(self._managed.serve, endpoints.managed_listener)
+            self._managed.start(managed)
 
     def _end(self) -> None:
         self._nursery.cancel_scope.cancel()

@@ -1,7 +1,7 @@
 """What the control channel answers: PTM requests big-endian, with its own rules of length.
 
 The meaning of the requests is `vtpm.ptm`'s; here is only what differs from
-the ioctls: bodies of any length, and state blobs in one message.
+the ioctls: bodies of any length, and state blobs and long texts in one message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vtpm_cuse import faults
 from vtpm_cuse.errors import PtmError, VtpmError
 from vtpm_cuse.proto.control import exact_body, least_body_size
-from vtpm_cuse.vtpm.ptm import CAPABILITIES, PtmService
+from vtpm_cuse.vtpm.ptm import CAPABILITIES, PtmService, text_part
 from vtpm_cuse.wire.blob import INCOMING_BLOB_MAX
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import (
@@ -20,6 +20,7 @@ from vtpm_cuse.wire.ptm import (
     PtmBlobType,
     PtmCapability,
     PtmCapabilityControl,
+    PtmClientsRequest,
     PtmCommand,
     PtmGetStateRequest,
     PtmGetStateResponse,
@@ -69,6 +70,9 @@ def _answer(vtpm: Vtpm, ptm: PtmService, request: ControlRequest) -> WireStruct:
             return _get_blob(vtpm, message)
         case PtmSetStateRequest():
             return _set_blob(vtpm, message)
+        case PtmClientsRequest():
+            text = ptm.need_managed().describe()
+            return text_part(text, message.offset, size=len(text) + 1)
         case PtmHashDataRequest() if len(message.data) != message.length:
             raise PtmError(PtmResult.TPM_BAD_PARAMETER)
     return ptm.handle(command, message)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse import faults
 from vtpm_cuse.errors import DeviceError, PtmError, StateMissing, VtpmError
-from vtpm_cuse.vtpm.ptm import ANSWERED_WHILE_BUSY, CAPABILITIES, PtmService
+from vtpm_cuse.vtpm.ptm import ANSWERED_WHILE_BUSY, CAPABILITIES, PtmService, text_part
 from vtpm_cuse.wire.blob import INCOMING_BLOB_MAX
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.ptm import (
@@ -28,6 +28,7 @@ from vtpm_cuse.wire.ptm import (
     PTM_STATE_BLOB_SIZE,
     PtmBlobType,
     PtmCapabilityIoctl,
+    PtmClientsRequest,
     PtmCommand,
     PtmGetStateRequest,
     PtmGetStateResponse,
@@ -42,6 +43,7 @@ from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.proto.device import Opener
     from vtpm_cuse.vtpm.turn import Turn
     from vtpm_cuse.vtpm.vtpm import Vtpm
     from vtpm_cuse.wire.layout import WireStruct
@@ -55,6 +57,8 @@ _FOR_ALL: Final = frozenset(
         PtmCommand.PTM_CANCEL_TPM_CMD,
         PtmCommand.PTM_GET_CONFIG,
         PtmCommand.PTM_GET_INFO,
+        PtmCommand.PTM_GET_CLIENTS,
+        PtmCommand.PTM_FLUSH_CLIENT,
     }
 )
 """Of the others, each is the platform's: power, locality and measurements, or the state."""
@@ -75,10 +79,11 @@ class SavedBlob(NamedTuple):
 
 
 class SavedOpen(NamedTuple):
-    """What one client has under way: at most one blob in each direction."""
+    """What one client has under way: at most one blob in each direction, and a text about others."""
 
     outgoing: SavedBlob | None
     incoming: SavedBlob | None
+    clients: bytes = b""
 
 
 class TpmDeviceFile:
@@ -131,8 +136,9 @@ class TpmDeviceFile:
         """Whether what asks the TPM has to wait for a command, of whatever file's."""
         return self._turn.taken or self.busy
 
-    def open(self) -> TpmOpen:
+    def open(self, opener: Opener | None = None) -> TpmOpen:
         """Raises DeviceError EBUSY while somebody else has it open."""
+        _ = opener
         if self._open is not None:
             raise DeviceError(errno.EBUSY)
         self._open = TpmOpen(self)
@@ -198,6 +204,7 @@ class TpmOpen:
         self._file = file
         self._outgoing: _OutgoingBlob | None = None
         self._incoming: _IncomingBlob | None = None
+        self._clients = b""
 
     def suspend(self) -> SavedOpen:
         """What is under way, as plain values."""
@@ -205,6 +212,7 @@ class TpmOpen:
         return SavedOpen(
             None if outgoing is None else outgoing.saved(),
             None if incoming is None else incoming.saved(),
+            self._clients,
         )
 
     def resume(self, saved: SavedOpen) -> None:
@@ -213,6 +221,7 @@ class TpmOpen:
             self._outgoing = _OutgoingBlob(saved.outgoing)
         if saved.incoming is not None:
             self._incoming = _IncomingBlob(saved.incoming)
+        self._clients = saved.clients
 
     # -- write, read, poll ----------------------------------------------------------------
 
@@ -303,6 +312,8 @@ class TpmOpen:
                 return self._get_blob(request)
             case PtmSetStateRequest():
                 return self._set_blob(request)
+            case PtmClientsRequest():
+                return self._get_clients(request)
         if command is PtmCommand.PTM_GET_CAPABILITY:
             return PtmCapabilityIoctl(CAPABILITIES)
         if command is PtmCommand.PTM_CANCEL_TPM_CMD:
@@ -312,6 +323,15 @@ class TpmOpen:
         if command is PtmCommand.PTM_STOP:
             self._file.response = memoryview(b"")
         return self._file.ptm.handle(command, request)
+
+    def _get_clients(self, request: PtmClientsRequest) -> WireStruct:
+        """Offset 0 takes a new text, whose parts come one by one."""
+        try:
+            if request.offset == 0:
+                self._clients = self._file.ptm.need_managed().describe()
+            return text_part(self._clients, request.offset)
+        except VtpmError as exc:
+            return PtmResultResponse(faults.tpm_result(exc))
 
     def _get_blob(self, request: PtmGetStateRequest) -> WireStruct:
         """PEER: hands out its first snapshot for ever; here offset 0 takes a new one."""

@@ -7,12 +7,24 @@ an answer that nobody fetches is dropped after two minutes, and there are no PTM
 from __future__ import annotations
 
 import errno
+import json
 import select
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vtpm_cuse.errors import DeviceError
+from vtpm_cuse.errors import DeviceError, PtmError
+from vtpm_cuse.resmgr import view
 from vtpm_cuse.resmgr.manager import Manager
+from vtpm_cuse.vtpm.clients import (
+    CLIENTS_MAX,
+    USER_CLIENTS_MAX,
+    Client,
+    Peer,
+    SavedClient,
+    SavedClients,
+    described,
+)
+from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import (
     TPM_BUFFER_MAX,
     TPM_HEADER_SIZE,
@@ -24,12 +36,9 @@ from vtpm_cuse.wire.tpm import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.resmgr.manager import Connection
+    from vtpm_cuse.proto.device import Opener
     from vtpm_cuse.vtpm.turn import Turn
     from vtpm_cuse.vtpm.vtpm import Vtpm
-
-OPENS_MAX: Final = 64
-"""Clients of one TPM: as many as it has sessions."""
 
 _UNREAD_SECONDS: Final = 120.0
 _ATTEMPTS: Final = 4  # the kernel's devices send a command again, too; libtpms wants one more
@@ -38,38 +47,112 @@ _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
 
 class ManagedVtpm:
-    """The clients of a vTPM that has a resource manager. For whoever has the TPM's turn."""
+    """The clients of a vTPM that has a resource manager. For whoever has the TPM's turn.
 
-    def __init__(self, vtpm: Vtpm) -> None:
+    Args:
+        vtpm: The TPM.
+        clock: In seconds.
+    """
+
+    def __init__(self, vtpm: Vtpm, clock: Callable[[], float] = time.monotonic) -> None:
         self._vtpm = vtpm
+        self.clock = clock
+        self._clients: dict[int, Client] = {}
         self._manager = Manager(vtpm, inner=vtpm.manage)
         self._starts = vtpm.starts
+        self._manager.reset(resumed=vtpm.resumed)
         vtpm.before_snapshot = self._manager.drop
 
     def share(self) -> None:
         """Somebody uses the TPM beside the manager, which then ends nothing that it did not begin."""
         self._manager.alone = False
 
-    def connect(self) -> Connection:
-        """A new client."""
-        return self._manager.connect()
+    def connect(self, peer: Peer) -> Client:
+        """A new client. This alone needs no turn."""
+        now = self.clock()
+        found = Client(self._manager.connect(), peer, now, now)
+        self._clients[found.connection.number] = found
+        return found
 
-    def process(self, client: Connection, command: bytes, locality: int | None = None) -> bytes:
+    def close(self, client: Client) -> None:
+        """It has gone."""
+        self._clients.pop(client.connection.number, None)
+        client.connection.close()
+
+    def suspend(self) -> SavedClients:
+        """The clients as plain values, before the TPM is suspended; they are not used any more."""
+        self._notice_reset()
+        now = self.clock()
+        clients = tuple(
+            SavedClient(number, one.peer, now - one.since, now - one.heard)
+            for number, one in self._clients.items()
+        )
+        return SavedClients(self._manager.suspend(), clients)
+
+    def resume(self, saved: SavedClients) -> None:
+        """Goes on where *saved* was suspended, with a TPM that does; before anything else."""
+        self._manager.resume(saved.manager)
+        now = self.clock()
+        for one in saved.clients:
+            connection = self._manager.connections[one.number]
+            client = Client(connection, one.peer, now - one.connected, now - one.idle)
+            self._clients[one.number] = client
+
+    def client(self, number: int) -> Client:
+        """The one that had this number when all were suspended."""
+        return self._clients[number]
+
+    def describe(self) -> bytes:
+        """JSON text about the clients and what they have; see `clients.described`."""
+        self._notice_reset()
+        return json.dumps(described(self._manager, self._clients.values(), self.clock())).encode()
+
+    def flush(self, number: int, handle: int) -> None:
+        """Ends an object or session of a client, or with a handle of 0 all that it has.
+
+        A number of 0 stands for those who have left saved sessions and are gone. Raises PtmError
+        where there is no such thing.
+        """
+        self._notice_reset()
+        if not view.end(self._manager, number or None, handle or None):
+            raise PtmError(PtmResult.TPM_BAD_PARAMETER)
+
+    def _notice_reset(self) -> None:
+        if self._vtpm.starts != self._starts:
+            self._starts = self._vtpm.starts
+            self._manager.reset(resumed=self._vtpm.resumed)
+
+    def process(self, client: Client, command: bytes, locality: int | None = None) -> bytes:
         """The response to a client's command, in a locality of its own if it names one."""
-        vtpm = self._vtpm
-        if vtpm.starts != self._starts:
-            self._starts = vtpm.starts
-            self._manager.reset()
+        vtpm, connection = self._vtpm, client.connection
+        client.heard = self.clock()
+        self._notice_reset()
         if locality is None:
-            return client.process(command)
+            return connection.process(command)
         before = vtpm.locality
         refusal = vtpm.enter_locality(locality)
         if refusal is not None:
             return refusal
         try:
-            return client.process(command)
+            return connection.process(command)
         finally:
             vtpm.set_locality(before)
+
+
+class SavedManagedOpen(NamedTuple):
+    """An open of a managed device between two commands, as plain values.
+
+    Attributes:
+        client: Its number.
+        response: What is unread of the last response.
+        answered: Seconds since that came.
+        touched: Whether some of it has been read.
+    """
+
+    client: int
+    response: bytes
+    answered: float
+    touched: bool
 
 
 class ManagedFile:
@@ -80,7 +163,6 @@ class ManagedFile:
         managed: Its clients.
         turn: Of the TPM.
         on_change: Called when a waiting call may go on, or poll events changed.
-        clock: In seconds.
     """
 
     def __init__(
@@ -89,28 +171,35 @@ class ManagedFile:
         managed: ManagedVtpm,
         turn: Turn,
         on_change: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.vtpm = vtpm
         self.managed = managed
         self.turn = turn
         self.on_change = on_change
-        self.clock = clock
         self._opens: set[ManagedOpen] = set()
         self._written: list[ManagedOpen] = []
 
-    def open(self) -> ManagedOpen:
-        """A new client. Raises DeviceError EMFILE when there are too many."""
-        if len(self._opens) >= OPENS_MAX:
+    def open(self, opener: Opener) -> ManagedOpen:
+        """A new client.
+
+        Raises:
+            DeviceError: EMFILE when its user has too many, ENFILE when there are too many in all.
+        """
+        if sum(found.uid == opener.uid for found in self._opens) >= USER_CLIENTS_MAX:
             raise DeviceError(errno.EMFILE)
-        found = ManagedOpen(self)
+        if len(self._opens) >= CLIENTS_MAX:
+            raise DeviceError(errno.ENFILE)
+        peer = Peer("device", pid=opener.pid, uid=opener.uid)
+        found = ManagedOpen(self, self.managed.connect(peer))
         self._opens.add(found)
         return found
 
-    def resume(self, saved: None) -> ManagedOpen:
-        """Its objects are gone, as after a reset of the TPM."""
-        _ = saved
-        return self.open()
+    def resume(self, saved: SavedManagedOpen) -> ManagedOpen:
+        """An open as it was suspended, of a client that was resumed before."""
+        found = ManagedOpen(self, self.managed.client(saved.client))
+        found.resume(saved)
+        self._opens.add(found)
+        return found
 
     def closed(self, found: ManagedOpen) -> None:
         """It has no descriptor left."""
@@ -127,11 +216,16 @@ class ManagedFile:
 
 
 class ManagedOpen:
-    """One client (implements `proto.device.Open`)."""
+    """One client (implements `proto.device.Open`).
 
-    def __init__(self, file: ManagedFile) -> None:
+    Attributes:
+        uid: Its user.
+    """
+
+    def __init__(self, file: ManagedFile, client: Client) -> None:
         self._file = file
-        self._client: Connection | None = None
+        self._client = client
+        self.uid = client.peer.uid
         self._command: bytes | None = None
         self._busy = self._released = self._touched = False
         self._response = memoryview(b"")
@@ -151,7 +245,7 @@ class ManagedOpen:
             raise DeviceError(errno.E2BIG)
         if len(data) < TPM_HEADER_SIZE or command_size(data) > len(data):
             raise DeviceError(errno.EINVAL)
-        if self._client is not None and self._client.flushes_none(data):
+        if self._client.connection.flushes_none(data):
             raise DeviceError(errno.EINVAL)
         self._command = data[: command_size(data)] if command_size(data) else data
         self._response = memoryview(b"")
@@ -162,7 +256,7 @@ class ManagedOpen:
         """Whether there is a response of which nothing has been read yet."""
         if self._touched or not self._response:
             return False
-        if self._file.clock() - self._answered < _UNREAD_SECONDS:
+        if self._file.managed.clock() - self._answered < _UNREAD_SECONDS:
             return True
         self._response = memoryview(b"")
         return False
@@ -181,8 +275,6 @@ class ManagedOpen:
         file.turn.run(lambda: self._process(command), self._finish)
 
     def _process(self, command: bytes) -> bytes:
-        if self._client is None:
-            self._client = self._file.managed.connect()
         for _ in range(_ATTEMPTS):
             response = self._file.managed.process(self._client, command)
             if response_code(response) != TpmRc.TPM_RC_RETRY:
@@ -197,7 +289,7 @@ class ManagedOpen:
 
     def _respond(self, response: bytes) -> None:
         self._response = memoryview(response)
-        self._answered = self._file.clock()
+        self._answered = self._file.managed.clock()
         self._touched = False
 
     def read(self, size: int, *, nonblocking: bool) -> bytes | None:
@@ -235,12 +327,8 @@ class ManagedOpen:
             self._leave()
 
     def _leave(self) -> None:
-        client, self._client = self._client, None
-        if client is None:
-            return
-
         def close() -> bytes:
-            client.close()
+            self._file.managed.close(self._client)
             return b""
 
         if self._file.turn.taken:
@@ -248,5 +336,13 @@ class ManagedOpen:
         else:
             close()
 
-    def suspend(self) -> None:
-        """A client's objects do not outlive the process."""
+    def suspend(self) -> SavedManagedOpen:
+        """As plain values, while no command runs."""
+        idle = self._file.managed.clock() - self._answered
+        number = self._client.connection.number
+        return SavedManagedOpen(number, bytes(self._response), idle, self._touched)
+
+    def resume(self, saved: SavedManagedOpen) -> None:
+        """As it was suspended."""
+        self._response, self._touched = memoryview(saved.response), saved.touched
+        self._answered = self._file.managed.clock() - saved.answered

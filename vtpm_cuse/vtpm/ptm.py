@@ -19,6 +19,7 @@ from vtpm_cuse.wire.ptm import (
     PtmCommand,
     PtmConfigResponse,
     PtmEstablishedResponse,
+    PtmFlushClientRequest,
     PtmHashDataRequest,
     PtmInfoRequest,
     PtmInfoResponse,
@@ -33,6 +34,7 @@ from vtpm_cuse.wire.ptm import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.vtpm.managed import ManagedVtpm
     from vtpm_cuse.vtpm.vtpm import Vtpm
     from vtpm_cuse.wire.layout import WireStruct
 
@@ -95,11 +97,16 @@ class PtmService:
         vtpm: The TPM.
         give_up: Called by PTM_SHUTDOWN before it is answered, for who has the answer may start
             a successor at once.
+
+    Attributes:
+        managed: The resource manager's clients, once there is one.
+        shutdown_requested: PTM_SHUTDOWN was answered.
     """
 
     def __init__(self, vtpm: Vtpm, give_up: Callable[[], None] = lambda: None) -> None:
         self.vtpm = vtpm
         self._give_up = give_up
+        self.managed: ManagedVtpm | None = None
         self.shutdown_requested = False
         self._handlers: dict[PtmCommand, Callable[..., WireStruct | int | None]] = {
             PtmCommand.PTM_INIT: self._init,
@@ -117,6 +124,7 @@ class PtmService:
             PtmCommand.PTM_SET_BUFFERSIZE: self._buffer_size,
             PtmCommand.PTM_GET_INFO: self._info,
             PtmCommand.PTM_LOCK_STORAGE: self._lock_storage,
+            PtmCommand.PTM_FLUSH_CLIENT: self._flush_client,
         }
 
     def handle(self, command: PtmCommand, request: WireStruct) -> WireStruct:
@@ -174,12 +182,26 @@ class PtmService:
         return PtmBufferSizeResponse(PtmResult.TPM_SUCCESS, *sizes)
 
     def _info(self, request: PtmInfoRequest) -> WireStruct:
-        text = self.vtpm.info(request.flags).encode() + b"\0"
-        if request.offset >= len(text) - 1:
-            raise PtmError(PtmResult.TPM_BAD_PARAMETER)
-        part = text[request.offset : request.offset + PTM_INFO_SIZE]
-        return PtmInfoResponse(PtmResult.TPM_SUCCESS, len(text), len(part), part)
+        return text_part(self.vtpm.info(request.flags).encode(), request.offset)
+
+    def need_managed(self) -> ManagedVtpm:
+        """The clients. Raises PtmError, as for an unknown request, where there is no manager."""
+        if self.managed is None:
+            raise PtmError(PtmResult.TPM_BAD_ORDINAL)
+        return self.managed
+
+    def _flush_client(self, request: PtmFlushClientRequest) -> None:
+        self.need_managed().flush(request.client, request.handle)
 
     def _lock_storage(self, request: PtmLockStorageRequest) -> None:
         """Blocks for 10 ms a retry."""
         self.vtpm.lock_storage(request.retries)
+
+
+def text_part(text: bytes, offset: int, size: int = PTM_INFO_SIZE) -> PtmInfoResponse:
+    """What of a text and the NUL behind it is answered at once. Raises PtmError behind its end."""
+    text += b"\0"
+    if offset >= len(text) - 1:
+        raise PtmError(PtmResult.TPM_BAD_PARAMETER)
+    part = text[offset : offset + size]
+    return PtmInfoResponse(PtmResult.TPM_SUCCESS, len(text), len(part), part)

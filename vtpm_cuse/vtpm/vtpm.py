@@ -43,7 +43,7 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Container, Iterator, Mapping
 
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.base import RunLater
@@ -128,6 +128,7 @@ class Vtpm:
 
     Attributes:
         starts: How often it was started: what was in it before the last time is no more.
+        resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
     """
 
@@ -150,6 +151,7 @@ class Vtpm:
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
         self.starts = 0
+        self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
 
     # -- life cycle -----------------------------------------------------------------------
@@ -188,6 +190,7 @@ class Vtpm:
         if self._profile is not None and self.tpm2:
             self._engine.set_profile(self._profile)
         given, self._given = self._given, {}
+        self.resumed = _resumes(given, store.blobs.sizes())
         start_engine(
             self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
         )
@@ -561,3 +564,10 @@ class Vtpm:
         self.stop()
         if self._store is not None:
             self._store.blobs.close()
+
+
+def _resumes(given: Mapping[StateType, bytes | None], stored: Container[str]) -> bool:
+    """Whether a start finds a volatile state: one that was given, be it none, hides the stored."""
+    if StateType.VOLATILE in given:
+        return given[StateType.VOLATILE] is not None
+    return StateType.VOLATILE.blob_name in stored

@@ -4,7 +4,7 @@ Each structure is declared once. As an ioctl argument it is host-endian, request
 and response share one union, and the command's number carries the union's size.
 On the control channel it is big-endian and only the filled part travels; the
 control command is the ioctl number plus one. Source: the C suite's public
-header tpm_ioctl.h.
+header tpm_ioctl.h; the two requests about the resource manager's clients are ours.
 """
 
 from enum import IntEnum, IntFlag
@@ -39,6 +39,8 @@ class PtmCommand(IntEnum):
     PTM_SET_BUFFERSIZE = 16
     PTM_GET_INFO = 17
     PTM_LOCK_STORAGE = 18
+    PTM_GET_CLIENTS = 64  # from here on ours, far from what the C suite may come to have
+    PTM_FLUSH_CLIENT = 65
 
 
 class PtmCapability(IntFlag):
@@ -251,6 +253,21 @@ class PtmLockStorageRequest(WireStruct):
     retries: U32
 
 
+@wire()
+class PtmClientsRequest(WireStruct):
+    """PTM_GET_CLIENTS request; PtmInfoResponse answers it, with JSON text about clients."""
+
+    offset: U32
+
+
+@wire()
+class PtmFlushClientRequest(WireStruct):
+    """PTM_FLUSH_CLIENT request: a client's number, 0 for none's, and a handle, 0 for all of it."""
+
+    client: U32
+    handle: U32
+
+
 _IOC_WRITE, _IOC_READ = 1, 2
 
 
@@ -296,6 +313,8 @@ PTM_SPECS: Final[dict[PtmCommand, PtmSpec]] = {
     PtmCommand.PTM_SET_BUFFERSIZE: PtmSpec(PtmBufferSizeRequest, PtmBufferSizeResponse),
     PtmCommand.PTM_GET_INFO: PtmSpec(PtmInfoRequest, PtmInfoResponse),
     PtmCommand.PTM_LOCK_STORAGE: PtmSpec(PtmLockStorageRequest, PtmResultResponse),
+    PtmCommand.PTM_GET_CLIENTS: PtmSpec(PtmClientsRequest, PtmInfoResponse),
+    PtmCommand.PTM_FLUSH_CLIENT: PtmSpec(PtmFlushClientRequest, PtmResultResponse),
 }
 
 PTM_IOCTLS: Final = {spec.ioctl(command): command for command, spec in PTM_SPECS.items()}

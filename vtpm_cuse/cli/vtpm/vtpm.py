@@ -20,11 +20,21 @@ PROGRAM: Final = Program(
     usage=("COMMAND [options]", "-v|--version", "-h|--help"),
     subcommands=(  # each is a line here and one in cli/registry.py
         Subcommand(
+            "clients",
+            "who uses a TPM through its resource manager",
+            "vtpm_cuse.cli.vtpm.vtpm_clients",
+        ),
+        Subcommand(
             "doctor",
             "what this machine offers, and what to type next",
             "vtpm_cuse.cli.swtpm_doctor",
         ),
         Subcommand("env", "how to reach a TPM that runs", "vtpm_cuse.cli.vtpm.vtpm_env"),
+        Subcommand(
+            "flush",
+            "end what a client of a resource manager has in the TPM",
+            "vtpm_cuse.cli.vtpm.vtpm_flush",
+        ),
         Subcommand("rc", "what a response code means", "vtpm_cuse.cli.vtpm.vtpm_rc"),
         Subcommand("run", "run a command with a TPM of its own", "vtpm_cuse.cli.vtpm.vtpm_run"),
         Subcommand(
@@ -40,6 +50,7 @@ PROGRAM: Final = Program(
         Example("", "vtpm run tpm2_getrandom --hex 8"),
         Example("", "vtpm doctor"),
         Example("", "vtpm rc 0x98e"),
+        Example("", "vtpm clients /dev/vtpm0"),
         Example("", "vtpm trace tpm.pcapng"),
     ),
     see_also=("swtpm(8)",),

@@ -1,0 +1,171 @@
+"""``vtpm clients``: who uses a TPM through its resource manager, and what each has in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.cli import controls
+from vtpm_cuse.cli.words.commandline import CommandLine
+from vtpm_cuse.cli.words.help import help_text
+from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.errors import AnswerError, FrontendError, UsageError, WireError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import TypeVar
+
+    from vtpm_cuse.client.clients import ClientInfo, ClientsInfo, Held
+
+    Answer = TypeVar("Answer")
+
+PROGRAM: Final = Program(
+    "vtpm clients",
+    "who uses a TPM through its resource manager",
+    (
+        *controls.OPTIONS,
+        Option("handles", "list every object and session, too"),
+        Option("json", "print an object with all of it"),
+        Option("help", "print this help and end", letter="h"),
+    ),
+    usage=("[options] DEVICE",),
+    operands=(controls.OPERAND,),
+    description=(
+        "Prints a line for each client of a TPM's resource manager (--resource-manager, --managed, "
+        "the second file of a mount): its number, how it came, process and user where they are "
+        "known, seconds since it came and since its last command, and how many commands it has "
+        "given, and objects and sessions it has. Of these, those in brackets are not in the TPM at "
+        "the moment but swapped out, or saved by the client.",
+        "DEVICE is the TPM's own, not that of the clients: who may use that, or the control "
+        "channel, owns the TPM, and sees all; a client sees itself alone. While somebody has a "
+        "device open, it cannot be asked.",
+        "A process is the one that has connected; it may have handed its connection on. From "
+        "another PID namespace it is not seen. In JSON, an abandoned session is one that a client "
+        "saved and left for others to load, swaps and refreshes are counted from the last reset, "
+        "and limits are those of one client.",
+    ),
+    examples=(
+        Example("", "vtpm clients /dev/vtpm0"),
+        Example("", "vtpm clients --handles --unix /run/vtpm0/ctrl.sock"),
+        Example(
+            "Who has most objects",
+            "vtpm clients --json /dev/vtpm0 |\n"
+            "    jq '.clients | max_by(.objects | length) | {client, pid, uid}'",
+        ),
+    ),
+    exits=(
+        Term("0", "The clients were printed, be there none."),
+        Term("1", "The TPM cannot be reached, or has no resource manager."),
+    ),
+    see_also=("vtpm(8)", "vtpm_flush(8)", "swtpm_ioctl(8)"),
+)
+
+_HEAD: Final = (
+    *("CLIENT", "CHANNEL", "PID", "USER", "CONNECTED", "IDLE", "COMMANDS"),
+    *("OBJECTS", "SESSIONS"),
+)
+_BAD_ORDINAL: Final = 0xA  # wire.ptm.PtmResult, whose import nobody waits for
+
+
+def main(words: Sequence[str], program: str) -> int:
+    """Runs ``vtpm clients`` with the words behind it."""
+    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+
+
+def _run(words: Sequence[str], program: str) -> int:
+    line = CommandLine(PROGRAM, words, program)
+    if line.has("help"):
+        print(help_text(PROGRAM, program), end="")
+        return 0
+    if len(line.operands) + controls.is_named(line) != 1:
+        raise UsageError("Name one TPM: its device, or its control channel by --unix or --tcp")
+    from vtpm_cuse.client.clients import read_clients
+
+    with controls.connect(line) as tpm:
+        text = ask(tpm.clients)
+    found = read_clients(text)
+    if line.has("json"):
+        print(shown(text))
+        return 0
+    print(*_table(found), sep="\n")
+    if line.has("handles"):
+        print("", *_handles(found), sep="\n")
+    return 0
+
+
+def ask(request: Callable[[], Answer]) -> Answer:
+    """What *request* gives. Raises FrontendError, with what to do where there is no manager."""
+    try:
+        return request()
+    except OSError as exc:
+        reason = f"It does not tell of clients: {exc.strerror}"
+        raise FrontendError(reason, _ONE_OF_THEM if exc.errno in _UNKNOWN else "") from exc
+    except WireError as exc:
+        raise FrontendError(f"It does not tell of clients: {exc}") from exc
+    except AnswerError as exc:
+        if exc.result != _BAD_ORDINAL:
+            raise
+        raise FrontendError("This TPM has no resource manager", _START_ONE) from exc
+
+
+def _table(found: ClientsInfo) -> Iterator[str]:
+    rows = [_HEAD, *(_row(one) for one in found.clients)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+    yield ""
+    yield (
+        f"{len(found.clients)} clients, {len(found.abandoned)} abandoned sessions; since the "
+        f"reset {found.object_swaps} objects and {found.session_swaps} sessions were swapped out, "
+        f"{found.refreshes} refreshed"
+    )
+    limits = (f"{most} {what.replace('_', ' ')}" for what, most in found.limits.items())
+    yield shown(f"at most {', '.join(limits)}")
+
+
+def _row(one: ClientInfo) -> tuple[str, ...]:
+    return (
+        str(one.number),
+        shown(one.channel + (f" {one.address}" if one.address else "")),
+        "-" if one.pid is None else str(one.pid),
+        "-" if one.uid is None else _user(one.uid),
+        *(_seconds(one.connected), _seconds(one.idle), str(one.commands)),
+        *(_count(one.objects), _count(one.sessions)),
+    )
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return str(uid)
+
+
+def _seconds(count: int) -> str:
+    minutes, seconds = divmod(max(count, 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _count(held: Iterable[Held]) -> str:
+    places = Counter(one.place == "loaded" for one in held)
+    return f"{places.total()} ({places[False]})" if places[False] else str(places.total())
+
+
+def _handles(found: ClientsInfo) -> Iterator[str]:
+    for one in found.clients:
+        for held in (*one.objects, *one.sessions):
+            yield shown(f"{one.number} 0x{held.handle:08x} {held.kind} {held.place}")
+    for held in found.abandoned:
+        yield shown(f"- 0x{held.handle:08x} {held.kind} {held.place}")
+
+
+_UNKNOWN: Final = frozenset({22, 25})  # EINVAL, ENOTTY: what a device says to an unknown ioctl
+_ONE_OF_THEM: Final = (
+    "is it the clients' own device, or another emulator's? Name the TPM's, as vtpm0"
+)
+_START_ONE: Final = "start it with --resource-manager, or --managed on sockets"

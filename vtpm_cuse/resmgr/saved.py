@@ -1,0 +1,84 @@
+"""A manager between two commands, as plain values; as secret as the TPM's volatile state.
+
+It belongs to that state, in which what is loaded has the same handles.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vtpm_cuse.wire.tpm2_handles import CommandAttributes
+
+
+class SavedObject(NamedTuple):
+    """An object; see `objects.Object`."""
+
+    handle: int
+    changes: bool
+    physical: int | None
+    context: bytes | None
+    used: int
+
+
+class SavedSession(NamedTuple):
+    """A session; see `sessions.Session`. *place* is a `Place`'s value."""
+
+    handle: int
+    owner: int | None
+    place: str
+    context: bytes
+    sequence: int
+    digest: bytes
+    used: int
+
+
+class SavedSessions(NamedTuple):
+    """All sessions: those that are not loaded in the order of their contexts, the oldest first."""
+
+    slots: int
+    gap: int
+    sessions: tuple[SavedSession, ...]
+    evictions: int
+    refreshes: int
+
+
+class SavedConnection(NamedTuple):
+    """A connection; see `manager.Connection`."""
+
+    number: int
+    next_handle: int
+    commands: int
+    objects: tuple[SavedObject, ...]
+
+
+class SavedManager(NamedTuple):
+    """A manager.
+
+    Attributes:
+        alone: Nobody else uses the TPM.
+        ready: Whether the TPM has been asked what it is like.
+        resumed: Whether it went on from where another left off.
+        attributes: What it says of each of its commands.
+        sessions_max: Sessions that it has.
+        slots: Objects that it holds.
+        next_number: Of the next connection.
+        clock: The next value of the count of commands.
+        inner_commands: Given so far.
+        object_evictions: So far.
+        connections: In the order in which they came.
+        sessions: Of all of them.
+    """
+
+    alone: bool
+    ready: bool
+    resumed: bool
+    attributes: tuple[tuple[int, CommandAttributes], ...]
+    sessions_max: int
+    slots: int
+    next_number: int
+    clock: int
+    inner_commands: int
+    object_evictions: int
+    connections: tuple[SavedConnection, ...]
+    sessions: SavedSessions
