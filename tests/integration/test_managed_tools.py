@@ -13,14 +13,12 @@ import pytest
 
 from tests.kernel.harness import PATIENCE, needs, servers
 from tests.support.fuse import FuseServer, needs_fuse
+from tests.support.managed import NO_ROOM
 from tests.support.setups import OURS, make_workshop
 from tests.support.tpm2_sessions import PRELUDE, SCENARIOS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-NO_ROOM: Final = re.compile(r"0x(?:[0-9a-f]*0)?90[235]\b", re.IGNORECASE)
-"""The codes of a TPM whose slots for objects or sessions are all taken, whoever says them."""
 
 NOT_OF_THE_PACKAGE: Final = frozenset({"tpm2_ptool"})
 """Of tpm2-pkcs11."""
