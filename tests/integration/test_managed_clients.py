@@ -17,7 +17,7 @@ from tests.support.managed import NO_ROOM
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 SECRET: Final = "a secret"  # noqa: S105
 UNLOCK: Final = Path(__file__).parents[1] / "support/unlock.py"
@@ -142,9 +142,8 @@ def test_ssh_keys_of_tpm2_pkcs11_in_two_processes(world: World) -> None:
         exit 0
     """
     agents = [started(world, "ssh-agent", "sh", "-c", steps, "-", name) for name in ("one", "two")]
-    for agent in agents:
-        said, _ = agent.communicate(timeout=PATIENCE)
-        assert agent.returncode == 0, said
+    for status, said in ended(agents):
+        assert status == 0, said
         assert said.count('Good "file" signature for me') == TIMES, said
 
 
@@ -159,6 +158,12 @@ def started(world: World, *argv: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """How each of them ended, and all that it said."""
+    said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
 def openssl_key(world: World, name: str, *kind: str) -> None:
@@ -212,9 +217,8 @@ def test_a_tls_server_and_clients_of_tpm2_openssl_at_once(world: World) -> None:
             started(world, "openssl", "s_client", *PROVIDERS, *to, *mine, *theirs, strict)
             for _ in range(TIMES)
         ]
-        for client in clients:
-            said, _ = client.communicate(timeout=PATIENCE)
-            assert client.returncode == 0, (said, log.read_text())
+        for status, said in ended(clients):
+            assert status == 0, (said, log.read_text())
             assert "Verify return code: 0 (ok)" in said
         assert process.wait(PATIENCE) == 0, log.read_text()
         assert log.read_text().count("subject=CN = client") == TIMES, log.read_text()
