@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import ClassVar, Final
+from typing import Final
 
 _ANY_TOKEN: Final = -1
 _ANY_PCRS: Final = 0xFFFFFFFF
@@ -17,11 +17,11 @@ _ANY_PCRS: Final = 0xFFFFFFFF
 class _Parameters(ctypes.Structure):
     """systemd_tpm2_plugin_params of systemd 252."""
 
-    _fields_: ClassVar = [
+    _fields_ = (  # type: ignore[mutable-override]  # as ctypes wants it
         ("search_pcr_mask", ctypes.c_uint32),
         ("device", ctypes.c_char_p),
         ("signature_path", ctypes.c_char_p),
-    ]
+    )
 
 
 def main() -> None:
