@@ -12,6 +12,7 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed import clients, opened
+from tests.device.managed_crowd import *  # noqa: F403
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import code_of, create_primary_rsa, get_random, tpm2
