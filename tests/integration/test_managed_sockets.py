@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -13,6 +14,7 @@ import pytest
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed import clients, opened
 from tests.device.managed_crowd import *  # noqa: F403
+from tests.kernel.harness import needs, run
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import code_of, create_primary_rsa, get_random, tpm2
@@ -126,3 +128,14 @@ def test_a_state_that_was_handed_out_stays_away(tmp_path: Path) -> None:
             assert not s.is_locked(server.state)
         assert code_of(client.command(get_random(8))) == 0  # takes it back
         assert s.is_locked(server.state)
+
+
+def test_tpm2_tools_stay_connected(tmp_path: Path) -> None:
+    """With netcat; their TCTI for the C suite is another client with each command."""
+    needs(shutil.which("nc") is not None, "nc is missing")
+    with Managed(tmp_path, *s.RUNNING) as server:
+        address = server.managed_address
+        address.with_name("managed.ctrl").symlink_to(str(server.control_address))
+        tool = ("tpm2_createprimary", "-Q", "-C", "o", "-G", "ecc", "-c", tmp_path / "primary")
+        run(*tool, "-T", f"cmd:nc -U {address}")
+        assert "0xB0918" in run(*tool, "-T", f"swtpm:path={address}", status=1).stderr
