@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -90,11 +91,20 @@ def test_more_objects_than_a_tpm_holds_for_each_of_many_clients(world: World[Cli
             assert objects_of(client) == list(range(0x80000000, 0x80000008))
 
 
+def is_refused(client: Client, command: bytes) -> bool:
+    """By the manager; a device says of some what /dev/tpmrm0 says."""
+    try:
+        response = client.command(command)
+    except OSError as exc:
+        return exc.errno == errno.EINVAL
+    return code_of(response) & 0xFFFF0000 == 0x000B0000
+
+
 def test_no_client_reaches_anothers(world: World[Client]) -> None:
     with clients(world, 2) as (owner, thief):
         key, session = opened(owner, m.load_external(1)), opened(owner, m.start_session())
         for foreign in (m.read_public(key), m.flush(key), m.save(key)):
-            assert code_of(thief.command(foreign)) & 0xFFFF0000 == 0x000B0000
+            assert is_refused(thief, foreign)
         for foreign in (m.policy_digest(session), m.flush(session), m.save(session)):
             assert code_of(thief.command(foreign)) & 0xFFFF0000 == 0x000B0000
         assert objects_of(thief) == []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.device.managed import *  # noqa: F403
+from tests.device.managed_crowd import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
 from tests.device.managed_view import *  # noqa: F403
 from tests.device.managed_view import vtpm

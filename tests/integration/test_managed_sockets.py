@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -13,8 +14,10 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed import clients, opened
+from tests.device.managed_crowd import *  # noqa: F403
 from tests.device.managed_view import *  # noqa: F403
 from tests.device.managed_view import vtpm
+from tests.kernel.harness import needs, run
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import code_of, create_primary_rsa, get_random, tpm2
@@ -167,3 +170,14 @@ def test_a_tpm_without_a_manager_says_so(tmp_path: Path) -> None:
         "vtpm clients: This TPM has no resource manager; start it with --resource-manager, or "
         "--managed on sockets\n"
     )
+
+
+def test_tpm2_tools_stay_connected(tmp_path: Path) -> None:
+    """With netcat; their TCTI for the C suite is another client with each command."""
+    needs(shutil.which("nc") is not None, "nc is missing")
+    with Managed(tmp_path, *s.RUNNING) as server:
+        address = server.managed_address
+        address.with_name("managed.ctrl").symlink_to(str(server.control_address))
+        tool = ("tpm2_createprimary", "-Q", "-C", "o", "-G", "ecc", "-c", tmp_path / "primary")
+        run(*tool, "-T", f"cmd:nc -U {address}")
+        assert "0xB0918" in run(*tool, "-T", f"swtpm:path={address}", status=1).stderr

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.kernel.harness import needs
+from tests.kernel.harness import needs, servers
+from tests.support.fuse import FuseServer, needs_fuse
 from tests.support.private import runtime_folder
 from tests.support.sockets import TREE
 from tests.support.wheel import built_wheel
 from vtpm_cuse.client.child import program_words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     Words = Sequence[str | Path]
@@ -118,10 +119,17 @@ def passed(folder: Path, words: Words, more: Sequence[str], env: Mapping[str, st
     return int(counts[1])
 
 
-def suite_passed(suite: Path, words: Words, folder: Path, *, raw: bool = False) -> int:
+def suite_passed(
+    suite: Path,
+    words: Words,
+    folder: Path,
+    *,
+    deselected: Iterable[str] = RAW_ALONE,
+    env: Mapping[str, str] = {},
+) -> int:
     shutil.copy(TREE / "tests/support/pytss_simulator.py", folder)
-    unwanted = [f"--deselect=test/{name}" for name in RAW_ALONE if not raw]
-    env = {"PYTHONPATH": str(folder), "HOME": str(folder)}
+    unwanted = [f"--deselect=test/{name}" for name in deselected]
+    env = {"PYTHONPATH": str(folder), "HOME": str(folder), **env}
     return passed(
         suite, words, ["-c", "pyproject.toml", "-p", "pytss_simulator", *unwanted, "test"], env
     )
@@ -131,7 +139,19 @@ def suite_passed(suite: Path, words: Words, folder: Path, *, raw: bool = False) 
 def test_its_suite_passes_below_vtpm_run(which: str, suite: Path, tmp_path: Path) -> None:
     run = (*program_words("vtpm_cuse.cli.vtpm.vtpm"), "run", which)
     words: Words = (*run, FOLDER / "venv/bin/python")
-    assert suite_passed(suite, words, tmp_path, raw=which == "--raw") >= PASSED
+    deselected = RAW_ALONE if which == "--managed" else ()
+    assert suite_passed(suite, words, tmp_path, deselected=deselected) >= PASSED
+
+
+def test_its_suite_passes_on_the_managed_file(suite: Path, tmp_path: Path) -> None:
+    """Each of its contexts is an open of the file, several in one process."""
+    needs_fuse()
+    for make in servers(tmp_path, FuseServer):
+        device = make("vtpm0").start().device
+        tcti = f"device:{device.with_name('vtpmrm0')}"
+        env = {"PYTSS_DEVICE": str(device), "TPM2TOOLS_TCTI": tcti}
+        words: Words = [FOLDER / "venv/bin/python"]
+        assert suite_passed(suite, words, tmp_path, env=env) >= PASSED
 
 
 def test_its_suite_passes_with_the_fixture(suite: Path, clean: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,11 @@ SHA256: Final = 0x000B
 NO_NAME: Final = struct.pack(">I", 0x40000009)
 PASSWORD: Final = struct.pack(">IIHBH", 9, 0x40000009, 0, 0, 0)
 """An authorization area with the empty password alone."""
+
+NO_ROOM: Final = re.compile(
+    r"0x(?:[0-9a-f]*0)?90[235]\b|TPM_RC_(?:OBJECT|SESSION)_(?:MEMORY|HANDLES)", re.IGNORECASE
+)
+"""What programs say when a TPM's slots for objects or sessions are all taken."""
 
 
 @contextmanager
