@@ -16,7 +16,8 @@ import trio
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import DATA_READ_SIZE, DataConnection, hang_up
-from vtpm_cuse.vtpm.managed import OPENS_MAX, ManagedVtpm
+from vtpm_cuse.serve.managing import manage
+from vtpm_cuse.vtpm.managed import OPENS_MAX
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class ManagedServer:
         self._worker = worker
         self._turn = turn
         self._accept = accept
-        self._managed = ManagedVtpm(vtpm)
+        self._managed = manage(vtpm, worker)
         self._places = Places()
         self._served = 0
         self.share = self._managed.share
@@ -89,7 +90,10 @@ class ManagedServer:
         finally:
             self._places.leave(place)
         async with self._turn:
-            managed.close()
+            if self._vtpm.borrowed:
+                await self._worker.run(lambda: _closed(managed), self._vtpm.abort)
+            else:
+                managed.close()
         log.debug("Managed client disconnected")
 
     async def _converse(self, client: DataConnection, place: Place, managed: Connection) -> None:
@@ -159,3 +163,8 @@ class ManagedServer:
 
     def _run(self, managed: Connection, request: Request) -> bytes:
         return self._managed.process(managed, request.command, request.locality)
+
+
+def _closed(managed: Connection) -> bytes:
+    managed.close()
+    return b""

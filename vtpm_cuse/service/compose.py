@@ -6,12 +6,14 @@ import logging
 from typing import TYPE_CHECKING, cast
 
 from vtpm_cuse.engine.callbacks import uninterrupted
+from vtpm_cuse.engine.chip import Chip
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.storage.stores import open_store
+from vtpm_cuse.vtpm.borrowed import Borrowed
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu
@@ -35,15 +37,19 @@ _STARTUP_KINDS = {
 }
 
 
-def make_vtpm(config: VtpmConfig) -> Vtpm:
+def make_vtpm(config: VtpmConfig, chip_fd: int | None = None) -> Vtpm:
     """A stopped vTPM; of its state nothing is read, written or locked yet.
 
-    Without a state location it can be made, but not started.
+    Without a state location it can be made, but not started. Of a chip, *chip_fd* is its device.
 
     Raises:
         EngineUnavailable: libtpms is missing or cannot be what is asked for.
         UsageError: The configuration cannot hold.
     """
+    if config.chip is not None and chip_fd is not None:
+        borrowed = Borrowed(config.chip.flush_all, config.chip.below_manager)
+        chip = _recorded(Chip(chip_fd, config.chip.path), config)
+        return Vtpm(chip, None, VtpmOptions(borrowed=borrowed))
     return _make_vtpm(config, _make_store(config))
 
 
@@ -84,7 +90,10 @@ def bare_engine(*, tpm2: bool) -> Engine:
 
 
 def _make_engine(config: VtpmConfig, nvram: SealedStore) -> Engine:
-    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=nvram)
+    return _recorded(LibtpmsEngine(tpm2=config.tpm2, nvram=nvram), config)
+
+
+def _recorded(engine: Engine, config: VtpmConfig) -> Engine:
     if config.pcap is None:
         return engine
     from vtpm_cuse.engine.recorded import RecordedTpm

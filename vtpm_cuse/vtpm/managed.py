@@ -7,12 +7,14 @@ an answer that nobody fetches is dropped after two minutes, and there are no PTM
 from __future__ import annotations
 
 import errno
+import functools
 import select
 import time
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.resmgr.manager import Manager
+from vtpm_cuse.vtpm import borrowed
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
@@ -31,11 +33,22 @@ _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
 
 class ManagedVtpm:
-    """The clients of a vTPM that has a resource manager. For whoever has the TPM's turn."""
+    """The clients of a vTPM that has a resource manager. For whoever has the TPM's turn.
+
+    Attributes:
+        begin: To be called first where `rests` says something.
+        rests: Of a borrowed TPM, what is to be done in pauses (`borrowed.rests_of`).
+    """
 
     def __init__(self, vtpm: Vtpm) -> None:
         self._vtpm = vtpm
         self._manager = Manager(vtpm, inner=vtpm.manage)
+        self.begin: Callable[[], None] = lambda: None
+        self.rests: borrowed.Rests = ()
+        if (known := vtpm.options.borrowed) is not None:
+            self._manager = shared = borrowed.manager_of(vtpm, known)
+            self.begin = functools.partial(borrowed.begin, shared)
+            self.rests = borrowed.rests_of(shared, known)
         self._starts = vtpm.starts
         vtpm.before_snapshot = self._manager.drop
 
@@ -229,7 +242,7 @@ class ManagedOpen:
             client.close()
             return b""
 
-        if self._file.turn.taken:
+        if self._file.turn.taken or self._file.vtpm.borrowed:
             self._file.turn.run(close, lambda _: None)
         else:
             close()
