@@ -6,20 +6,18 @@ import logging
 from typing import TYPE_CHECKING, cast
 
 from vtpm_cuse.engine.callbacks import uninterrupted
-from vtpm_cuse.engine.chip import Chip
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.storage.stores import open_store
-from vtpm_cuse.vtpm.borrowed import Borrowed
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
-    from vtpm_cuse.config import KeySource, VtpmConfig
+    from vtpm_cuse.config import ChipConfig, KeySource, VtpmConfig
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.keys import Key
 
@@ -47,10 +45,16 @@ def make_vtpm(config: VtpmConfig, chip_fd: int | None = None) -> Vtpm:
         UsageError: The configuration cannot hold.
     """
     if config.chip is not None and chip_fd is not None:
-        borrowed = Borrowed(config.chip.flush_all, config.chip.below_manager)
-        chip = _recorded(Chip(chip_fd, config.chip.path), config)
-        return Vtpm(chip, None, VtpmOptions(borrowed=borrowed))
+        return _make_borrowed(config, config.chip, chip_fd)
     return _make_vtpm(config, _make_store(config))
+
+
+def _make_borrowed(config: VtpmConfig, chip: ChipConfig, fd: int) -> Vtpm:
+    from vtpm_cuse.engine.chip import Chip
+    from vtpm_cuse.vtpm.borrowed import Borrowed
+
+    borrowed = Borrowed(chip.flush_all, chip.below_manager)
+    return Vtpm(_recorded(Chip(fd, chip.path), config), None, VtpmOptions(borrowed=borrowed))
 
 
 def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> tuple[Vtpm, SealedStore]:
