@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
 _MISSING: Final = range(TpmRc.TPM_RC_REFERENCE_H0, 0x91F)
+_UNDO_NO_SHUTDOWN: Final = frozenset(
+    {TpmCc.TPM_CC_ReadPublic, TpmCc.TPM_CC_StartAuthSession, TpmCc.TPM_CC_ContextLoad}
+)
+"""Of the commands with handles: behind them TPM2_Startup(STATE) is still possible."""
 _LOOKS_MAX: Final = 3
 """For what is missing, at one command: a TPM may say so for ever."""
 _WITHOUT_HANDLES: Final = frozenset(
@@ -91,7 +95,7 @@ class SharedManager(Manager):
     def rest(self, *, sessions: bool) -> None:
         """Takes out of the TPM what clients have loaded: all objects, and *sessions* if so wanted.
 
-        Not behind a TPM2_Shutdown, which it would undo, until somebody goes on. Never raises.
+        Not behind a TPM2_Shutdown, which it would undo, until a client does. Never raises.
         """
         if self._shut or not self._ready:
             return
@@ -123,7 +127,7 @@ class SharedManager(Manager):
     def _run(
         self, connection: Connection, command: bytes, code: int, attributes: CommandAttributes
     ) -> bytes:
-        self._shut = False
+        self._shut = self._shut and code in _UNDO_NO_SHUTDOWN
         self._looks = _LOOKS_MAX
         return super()._run(connection, command, code, attributes)
 
