@@ -48,7 +48,7 @@ def largest(size: int) -> bytes:
 
 @contextmanager
 def chip(*answers: bytes, start: bool = True) -> Iterator[tuple[Chip, list[bytes]]]:
-    """One that gives these answers, then is gone; and what it has been given."""
+    """One that gives these answers, of which an empty one is its end; and what it was given."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     commands: list[bytes] = []
 
@@ -128,7 +128,7 @@ def test_a_command_that_the_device_refuses(
 
 def test_one_that_goes_away() -> None:
     with (
-        chip(largest(4096)) as (made, _),
+        chip(largest(4096), b"") as (made, _),
         pytest.raises(DeviceGone, match="The TPM at /dev/tpm7 has gone away"),
     ):
         made.process(RANDOM)

@@ -215,20 +215,32 @@ def test_a_client_that_goes_on_after_a_shutdown_does_not_keep_the_room() -> None
 # -- what others have -----------------------------------------------------------------------
 
 
-def test_what_others_left_stays_and_is_counted() -> None:
+def test_what_others_left_is_counted_and_makes_room_and_comes_back() -> None:
+    """Else one who was killed, with all slots taken, would leave none to the next."""
     with shared() as (manager, below):
-        below.engine.process(m.load_external(9))
+        theirs = [m.handle_of(below.engine.process(m.load_external(9 + n))) for n in range(3)]
+        uniques = [m.unique_of(below.engine.process(m.read_public(one))) for one in theirs]
         session = m.handle_of(below.engine.process(m.start_session()))
-        m.handle_of(below.engine.process(m.start_session()))
         assert code_of(below.engine.process(m.save(session))) == 0
+        loaded = [m.handle_of(below.engine.process(m.start_session(n))) for n in (0, 1, 1)]
+        digest = below.engine.process(m.policy_digest(loaded[1]))
         assert manager.prepare()
-        assert manager.found == (1, 2)
+        assert manager.found == (3, 4)
         client = manager.connect()
         keys = [m.opened(client, m.load_external(number)) for number in range(5)]
+        mine = [m.opened(client, m.start_session()) for number in range(5)]
         assert all(code(client, m.read_public(key)) == 0 for key in keys)
+        assert all(code(client, m.policy_digest(one)) == 0 for one in mine)
+        assert m.listed(client.process(m.list_handles(0x80000000))) == keys
+        assert code(client, m.flush(loaded[0])) == 0x000B01CB
+        assert code(client, m.policy_digest(loaded[1])) == 0x000B0910
         client.close()
-        assert below.handles(0x80000000) == [0x80000000]
-        assert below.loaded() == 2
+        manager.drop()
+        assert [m.unique_of(below.engine.process(m.read_public(n))) for n in theirs] == uniques
+        assert below.handles(0x80000000) == theirs
+        assert sorted(below.handles(0x02000000)) == sorted(loaded)
+        assert below.engine.process(m.policy_digest(loaded[1])) == digest
+        assert below.handles(0x03000000) == [session & 0xFFFFFF | 0x02000000]
 
 
 def test_it_is_ended_at_the_start_if_so_wanted_and_never_again() -> None:

@@ -2,7 +2,8 @@
 
 They may end what a client has, and need room themselves. So an object is saved as soon as it is
 there, what a pause leaves loaded is taken out, and what the TPM says is missing is looked for, which
-also tells that the machine has slept. What others have is theirs.
+also tells that the machine has slept. What others have is theirs: what they left loaded makes room
+as a client's does, and is loaded again in the end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError
 from vtpm_cuse.resmgr.manager import Limits, Manager
-from vtpm_cuse.resmgr.refusal import LAYER, Refusal
+from vtpm_cuse.resmgr.objects import Object
+from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.sessions import Place, Session
 from vtpm_cuse.wire import tpm2_handles as wire
 from vtpm_cuse.wire.tpm import TpmCc, TpmRc, command_code, response_code
 from vtpm_cuse.wire.tpm2_handles import TpmHt
@@ -22,10 +25,10 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.engine.base import Tpm
     from vtpm_cuse.resmgr.manager import Connection
-    from vtpm_cuse.resmgr.objects import Object
-    from vtpm_cuse.resmgr.sessions import Session
     from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
+_OTHERS: Final = 0
+"""No connection has this number."""
 _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
 _MISSING: Final = range(TpmRc.TPM_RC_REFERENCE_H0, 0x91F)
 _UNDO_NO_SHUTDOWN: Final = frozenset(
@@ -51,7 +54,7 @@ class SharedManager(Manager):
         slots: Objects, and sessions, that surely fit at a time, whatever the TPM says; 0 leaves it.
 
     Attributes:
-        found: Objects and sessions of others that were there at the start.
+        found: How many objects and sessions of others were there at the start.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SharedManager(Manager):
         self._slots = slots
         self._shut = False
         self._looks = 0
+        self._others: list[Object] = []
         self.found = (0, 0)
 
     def prepare(self) -> bool:
@@ -80,17 +84,42 @@ class SharedManager(Manager):
             self.objects.slots = min(self.objects.slots, self._slots)
             self.sessions.slots = min(self.sessions.slots, self._slots)
         with contextlib.suppress(TpmError):
-            objects, loaded, saved = (
-                len(self._inner.handles(kind << 24))
-                for kind in (TpmHt.TRANSIENT, TpmHt.HMAC_SESSION, TpmHt.POLICY_SESSION)
-            )
-            self.found = (objects, loaded + saved)
+            self._take_in()
         return True
+
+    def _take_in(self) -> None:
+        """What is loaded is nobody's who could miss it now: who had the TPM has left it."""
+        objects, loaded, saved = (
+            self._inner.handles(kind << 24)
+            for kind in (TpmHt.TRANSIENT, TpmHt.HMAC_SESSION, TpmHt.POLICY_SESSION)
+        )
+        self.found = (len(objects), len(loaded) + len(saved))
+        # Any may be a sequence, of which an old copy is worse than none.
+        self._others = [Object(_OTHERS, handle, True, handle) for handle in objects]
+        for found in self._others:
+            self.objects.add(found)
+        for handle in loaded:
+            self.sessions.add(Session(handle, _OTHERS))
+
+    def drop(self) -> None:
+        """As there, and what others have left is as it was."""
+        theirs = self.sessions.of(_OTHERS)
+        for session in theirs:
+            self.sessions.remove(session)
+        super().drop()
+        with contextlib.suppress(Refusal, Dead):
+            for found in self._others:
+                self.objects.load(found, ())
+        with contextlib.suppress(Refusal, Dead):
+            for session in theirs:
+                if session.place is not Place.LOADED:
+                    self.sessions.load(session, ())
 
     def reset(self) -> None:
         """As there."""
         super().reset()
         self._shut = False
+        self._others = []
 
     def rest(self, *, sessions: bool) -> None:
         """Takes out of the TPM what clients have loaded: all objects, and *sessions* if so wanted.
