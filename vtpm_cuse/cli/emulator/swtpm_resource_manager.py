@@ -53,7 +53,8 @@ PROGRAM: Final = Program(
             metavar="DIR",
         ),
         *_rows(InterfaceName.FUSE, "allow-other"),
-        *_rows(InterfaceName.SOCKET, "managed", "ctrl", "daemon", "log", "pid", "pcap", "seccomp"),
+        *_rows(InterfaceName.SOCKET, "managed"),
+        *_rows(InterfaceName.SOCKET, "ctrl", "daemon", "log", "pid", "pcap", "seccomp"),
         *_rows(InterfaceName.SOCKET, "runas", "help"),
         *_rows(InterfaceName.FUSE, "version"),
     ),
@@ -70,7 +71,8 @@ PROGRAM: Final = Program(
         "sessions there at a time, which the kernel swaps at every command of anybody. So after "
         "each command it takes everything out. That costs time; prefer /dev/tpm0.",
         "What others have left in the TPM stays there, unless --flush-all is given. At its end "
-        "the program ends what its clients have. One that was killed leaves up to three objects, "
+        "the program ends what its clients have, behind a command that runs, for no device of the "
+        "kernel's can be told to end one early. One that was killed leaves up to three objects, "
         "and its clients' sessions, of which the TPM has room for 64; --flush-all ends them.",
         "A client of a socket is its connection. tpm2-tss stays connected by its module cmd, as "
         "in the example; its module swtpm connects anew for each command, and so loses all that "
