@@ -186,10 +186,27 @@ class PcapConfig(NamedTuple):
     checksums: bool = False
 
 
+class ChipConfig(NamedTuple):
+    """A TPM that is not ours, which a resource manager is put in front of.
+
+    Attributes:
+        path: Its device.
+        below_manager: That is a resource manager's, as the kernel's /dev/tpmrmN.
+        exclusive: Nobody else is to use the TPM, where the kernel can see to that.
+        flush_all: What others have left in it is ended at the start.
+    """
+
+    path: str
+    below_manager: bool = False
+    exclusive: bool = False
+    flush_all: bool = False
+
+
 class VtpmConfig(NamedTuple):
     """The TPM itself, whatever interface it is served on.
 
     Attributes:
+        chip: It is this one, and nothing else here but `pcap` counts.
         key: Where the key comes from that encrypts stored state.
         migration_key: Where the key comes from that encrypts state on its way to another TPM.
         incoming: A migration brings the state, whose lock is still held elsewhere.
@@ -207,6 +224,7 @@ class VtpmConfig(NamedTuple):
     incoming: bool = False
     release_outgoing: bool = False
     pcap: PcapConfig | None = None
+    chip: ChipConfig | None = None
 
 
 class CuseConfig(NamedTuple):
@@ -216,7 +234,8 @@ class CuseConfig(NamedTuple):
         name: The device is ``/dev/NAME``.
         major: Device number; 0 lets the kernel choose.
         minor: Device number.
-        managed: If there is to be a device with a resource manager, that is ``/dev/MANAGED``.
+        managed: If there is to be a device with a resource manager, that is ``/dev/MANAGED``. In
+            front of a chip it is the only one, and has the *name*.
         node_in_sight: It can be seen when it is there: this process has no other root.
     """
 
@@ -235,7 +254,8 @@ class FuseConfig(NamedTuple):
     Attributes:
         name: The file is ``MOUNT/NAME``.
         mount: Absolute path of the directory to mount on.
-        managed: Where the TPM is a 2.0, the one with a resource manager is ``MOUNT/MANAGED``.
+        managed: Where the TPM is a 2.0, the one with a resource manager is ``MOUNT/MANAGED``. In
+            front of a chip it is the only one, and has the *name*.
         allow_other: Other users may use them too.
     """
 

@@ -74,7 +74,7 @@ def options(data: bytes) -> None:
         if line.knows(name):
             read(line)
     if line.has("name"):
-        (settings._file_name if line.knows("mount") else settings._device_name)(line)
+        (settings.file_name if line.knows("mount") else settings.device_name)(line)
 
 
 def sub_options(data: bytes) -> None:

@@ -91,6 +91,7 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
     assert rules.read_bytes() == (ROOT / "udev/60-vtpm-cuse.rules").read_bytes()
     assert {path.name for path in (local / "lib/systemd/system").iterdir()} == {
         "swtpm-cuse@.service",
+        "swtpm-resource-manager@.service",
         "swtpm-vtpm-proxy@.service",
     }
     assert (local / "share/man/man8/swtpm-cuse.8").resolve().name == "swtpm_cuse.8"
@@ -343,7 +344,10 @@ def test_a_deployment_that_broke_off_can_be_taken_out(system: Path, venv: Path) 
     assert tree(system) == before
 
 
-@pytest.mark.parametrize(("unit", "exposure"), [("swtpm-cuse@", 5), ("swtpm-vtpm-proxy@", 10)])
+@pytest.mark.parametrize(
+    ("unit", "exposure"),
+    [("swtpm-cuse@", 5), ("swtpm-vtpm-proxy@", 10), ("swtpm-resource-manager@", 5)],
+)
 def test_units_are_hardened(unit: str, exposure: int, tmp_path: Path) -> None:
     """The score of systemd-analyze in tenths: 0 is a sealed box, 100 no protection."""
     instance = tmp_path / f"{unit}x.service"

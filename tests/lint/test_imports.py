@@ -62,7 +62,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
     | {"storage.sealed", "vtpm", "wire"},
-    "service.life": LIFE | {"files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
+    "service.life": LIFE
+    | {"acquire", "files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
     "service.cuse": SERVED | {"proto"},
     "service.fuse": SERVED | {"client", "proto", "vtpm.attributes"},
     "service.socket": SERVED,

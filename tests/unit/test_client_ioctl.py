@@ -33,6 +33,8 @@ DECRYPTED = PtmStateFlag.PTM_STATE_FLAG_DECRYPTED
 class BlobTpm:
     """As much of a Vtpm as state blobs need."""
 
+    borrowed = False
+
     def __init__(self) -> None:
         self.running = True
         self.blob = b""

@@ -146,3 +146,55 @@ def test_nobody_insists_without_a_job() -> None:
         assert calls == []
 
     with_worker(scenario)
+
+
+def test_a_pause_has_its_steps_and_each_job_begins_them_anew() -> None:
+    async def scenario(worker: Worker) -> None:
+        done: list[str] = []
+        rested = threading.Semaphore(0)
+
+        def rest(name: str) -> Callable[[], None]:
+            def step() -> None:
+                done.append(name)
+                rested.release()
+                if name == "second":
+                    raise RuntimeError("a fault of ours")
+
+            return step
+
+        worker.rest_by(((0.0, rest("first")), (0.0, rest("second"))))
+        for number in range(2):
+            assert await worker.run(lambda: b"job", lambda: None) == b"job"
+            for _ in range(2):
+                assert rested.acquire(timeout=PATIENCE_SECONDS)
+            assert done == ["first", "second"] * (number + 1)
+
+    with_worker(scenario)
+
+
+def test_nothing_rests_while_jobs_wait() -> None:
+    async def scenario(worker: Worker) -> None:
+        order: list[str] = []
+        begun, go, over = threading.Event(), threading.Event(), threading.Event()
+
+        def rest() -> None:
+            order.append("rest")
+            over.set()
+
+        worker.rest_by(((0.0, rest),))
+
+        def first() -> None:
+            begun.set()
+            assert go.wait(PATIENCE_SECONDS)
+            order.append("first")
+
+        worker.run_later(first)
+        assert begun.wait(PATIENCE_SECONDS)
+        worker.run_later(lambda: order.append("second"))
+        over.clear()
+        order.clear()
+        go.set()
+        assert over.wait(PATIENCE_SECONDS)
+        assert order[:3] == ["first", "second", "rest"]
+
+    with_worker(scenario)

@@ -19,6 +19,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.emulator.swtpm_cuse",
     "vtpm_cuse.cli.swtpm_doctor",
     "vtpm_cuse.cli.emulator.swtpm_fuse",
+    "vtpm_cuse.cli.emulator.swtpm_resource_manager",
     "vtpm_cuse.cli.swtpm_ioctl",
     "vtpm_cuse.cli.ca.swtpm_cert",
     "vtpm_cuse.cli.ca.swtpm_localca",

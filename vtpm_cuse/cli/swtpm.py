@@ -41,6 +41,11 @@ PROGRAM: Final = Program(
             "a TPM as a file in a FUSE mount, without root",
             "vtpm_cuse.cli.emulator.swtpm_fuse",
         ),
+        Subcommand(
+            "resource-manager",
+            "many clients for a TPM of the machine",
+            "vtpm_cuse.cli.emulator.swtpm_resource_manager",
+        ),
     ),
     description=(
         "Runs a virtual TPM 1.2 or TPM 2.0 on libtpms, in user space. The first word chooses "

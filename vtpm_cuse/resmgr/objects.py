@@ -111,10 +111,10 @@ class Objects:
                 victim.context = self._inner.save(victim.physical)
             self._inner.flush(victim.physical)
         except TpmError as exc:
-            if exc.code in _GONE:
-                self.remove(victim)
-                return True
-            raise Refusal(exc.code) from exc
+            if exc.code not in _GONE:
+                raise Refusal(
+                    exc.code
+                ) from exc  # else a saved copy, if there is one, is still good
         del self._loaded[victim.physical]
         victim.physical = None
         self.evictions += 1

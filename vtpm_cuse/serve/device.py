@@ -17,8 +17,9 @@ import trio
 
 from vtpm_cuse.errors import DeviceGone
 from vtpm_cuse.proto.device import error_reply, unique_of
+from vtpm_cuse.serve.managing import manage
 from vtpm_cuse.vtpm.file import TpmDeviceFile
-from vtpm_cuse.vtpm.managed import ManagedFile, ManagedVtpm
+from vtpm_cuse.vtpm.managed import ManagedFile
 from vtpm_cuse.vtpm.turn import Turn
 
 if TYPE_CHECKING:
@@ -105,8 +106,7 @@ class DeviceServer:
         self._file = TpmDeviceFile(vtpm, ptm, turn, self._wake, owners)
         self._managed: ManagedFile | None = None
         if managed:
-            ptm.managed = ManagedVtpm(vtpm)
-            self._managed = ManagedFile(vtpm, ptm.managed, turn, self._wake)
+            self._managed = ManagedFile(vtpm, manage(ptm, worker), turn, self._wake)
         self._served = tuple(sessions(self._file, self._managed))
         self._scope = trio.CancelScope()
 

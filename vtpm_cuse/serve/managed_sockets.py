@@ -18,8 +18,8 @@ import trio
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import DATA_READ_SIZE, NETWORK, DataConnection, hang_up
+from vtpm_cuse.serve.managing import manage
 from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
-from vtpm_cuse.vtpm.managed import ManagedVtpm
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class ManagedServer:
         self._listener = listener
         self._connections: list[_Served] = []
         self._leaving: list[Client] = []
-        self._managed = ptm.managed = ManagedVtpm(ptm.vtpm)
+        self._managed = manage(ptm, worker)
         self._places = Places()
         self._served = 0
         self.share = self._managed.share
@@ -180,7 +180,10 @@ class ManagedServer:
         self._connections.remove(served)
         self._leaving.append(client)
         async with self._turn:
-            self._managed.close(client)
+            if self._vtpm.borrowed:
+                await self._worker.run(lambda: self._close(client), self._vtpm.abort)
+            else:
+                self._managed.close(client)
         self._leaving.remove(client)
         log.debug("Managed client disconnected")
 
@@ -260,6 +263,10 @@ class ManagedServer:
 
     def _run(self, client: Client, request: Request) -> bytes:
         return self._managed.process(client, request.command, request.locality)
+
+    def _close(self, client: Client) -> bytes:
+        self._managed.close(client)
+        return b""
 
 
 def _peer_of(connection: socket.socket) -> Peer:

@@ -436,7 +436,8 @@ class SocketServer:
         endpoints = self._endpoints
         # The end of the last one may be there without its task knowing it yet.
         in_use = not all(at_end(data.connection) for data in self._passed)
-        if in_use or endpoints.data_listener or endpoints.data_stream:
+        taken = in_use or endpoints.data_listener or endpoints.data_stream
+        if taken or self._vtpm.borrowed:  # all its clients are the manager's
             return PtmResult.TPM_IOERROR
         if not fds:
             log.error("no valid data socket in message")

@@ -28,6 +28,7 @@ class Worker:
         self._token = trio.lowlevel.current_trio_token()
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # Not a daemon: the interpreter must not end below a running libtpms.
+        self._rests: tuple[tuple[float, Callable[[], None]], ...] = ()
         self._thread = threading.Thread(target=self._work, name="tpm-worker")
         self._thread.start()
         self._ended = trio.Event()
@@ -53,6 +54,13 @@ class Worker:
     def run_later(self, job: Callable[[], object]) -> None:
         """Runs *job*, which is short and never raises, in the thread; nobody waits for it."""
         self._jobs.put(job)
+
+    def rest_by(self, rests: tuple[tuple[float, Callable[[], None]], ...]) -> None:
+        """From now on, what is done when no job has come for so many seconds, one after the other.
+
+        A job that comes meanwhile waits for the one that runs; behind it all begins anew.
+        """
+        self._rests = rests
 
     async def run(self, job: Callable[[], bytes], abort: Callable[[], object]) -> bytes:
         """Runs *job* and returns its result.
@@ -93,5 +101,18 @@ class Worker:
         self._thread.join()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        job = self._jobs.get()
+        while job is not None:
             job()
+            job = self._next()
+
+    def _next(self) -> Callable[[], object] | None:
+        for seconds, rest in self._rests:
+            try:
+                return self._jobs.get(timeout=seconds)
+            except queue.Empty:
+                try:
+                    rest()
+                except Exception:  # the thread lives on, as above
+                    log.exception("What a pause is for failed")
+        return self._jobs.get()

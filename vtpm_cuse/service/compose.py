@@ -17,7 +17,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
-    from vtpm_cuse.config import KeySource, VtpmConfig
+    from vtpm_cuse.config import ChipConfig, KeySource, VtpmConfig
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.keys import Key
 
@@ -35,16 +35,26 @@ _STARTUP_KINDS = {
 }
 
 
-def make_vtpm(config: VtpmConfig) -> Vtpm:
+def make_vtpm(config: VtpmConfig, chip_fd: int | None = None) -> Vtpm:
     """A stopped vTPM; of its state nothing is read, written or locked yet.
 
-    Without a state location it can be made, but not started.
+    Without a state location it can be made, but not started. Of a chip, *chip_fd* is its device.
 
     Raises:
         EngineUnavailable: libtpms is missing or cannot be what is asked for.
         UsageError: The configuration cannot hold.
     """
+    if config.chip is not None and chip_fd is not None:
+        return _make_borrowed(config, config.chip, chip_fd)
     return _make_vtpm(config, _make_store(config))
+
+
+def _make_borrowed(config: VtpmConfig, chip: ChipConfig, fd: int) -> Vtpm:
+    from vtpm_cuse.engine.chip import Chip
+    from vtpm_cuse.vtpm.borrowed import Borrowed
+
+    borrowed = Borrowed(chip.flush_all, chip.below_manager)
+    return Vtpm(_recorded(Chip(fd, chip.path), config), None, VtpmOptions(borrowed=borrowed))
 
 
 def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> tuple[Vtpm, SealedStore]:
@@ -84,7 +94,10 @@ def bare_engine(*, tpm2: bool) -> Engine:
 
 
 def _make_engine(config: VtpmConfig, nvram: SealedStore) -> Engine:
-    engine = LibtpmsEngine(tpm2=config.tpm2, nvram=nvram)
+    return _recorded(LibtpmsEngine(tpm2=config.tpm2, nvram=nvram), config)
+
+
+def _recorded(engine: Engine, config: VtpmConfig) -> Engine:
     if config.pcap is None:
         return engine
     from vtpm_cuse.engine.recorded import RecordedTpm

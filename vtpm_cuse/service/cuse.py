@@ -77,7 +77,7 @@ class _CuseDevice(life.Interface):
     async def appear(self, _vtpm: Vtpm) -> None:
         config = self._config
         log.info("CUSE TPM successfully initialized.")
-        if config.vtpm.state is not None and config.vtpm.state.own_place:
+        if config.vtpm.chip or (config.vtpm.state is not None and config.vtpm.state.own_place):
             life.introduce(f"/dev/{config.name}", config.vtpm)
 
     async def serve(self, vtpm: Vtpm, worker: Worker, ready: Callable[[], None]) -> None:
@@ -89,7 +89,7 @@ class _CuseDevice(life.Interface):
             PtmService(vtpm, self.give_up),
             worker,
             self._sessions,
-            managed=self._config.managed is not None,
+            managed=vtpm.borrowed or self._config.managed is not None,
         )
         ready()
         try:
@@ -103,6 +103,8 @@ class _CuseDevice(life.Interface):
         from vtpm_cuse.serve.device import Served
 
         files: list[DeviceFile[Any]] = [file, *([managed] if managed else [])]
+        if managed and len(self._channels) < len(files):  # in front of a chip
+            files = [managed]
         return [
             Served(channel, DeviceSession(file))
             for channel, file in zip(self._channels.values(), files, strict=True)

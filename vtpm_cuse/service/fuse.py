@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from vtpm_cuse.errors import DeviceGone
+from vtpm_cuse.errors import DeviceGone, FrontendError
 from vtpm_cuse.service import life
 from vtpm_cuse.service.process import logs
 
@@ -78,7 +78,7 @@ class _FuseFile(life.Interface):
             PtmService(vtpm, self.give_up),
             worker,
             lambda file, managed: [self._session(vtpm, file, managed)],
-            managed=self._config.managed is not None and vtpm.tpm2,
+            managed=vtpm.borrowed or (self._config.managed is not None and vtpm.tpm2),
         )
         ready()
         try:
@@ -105,7 +105,9 @@ class _FuseFile(life.Interface):
         }
         mode = 0o666 if config.allow_other else 0o600
         devices: dict[str, DeviceFile[Any]] = {config.name: file}
-        if managed is not None and config.managed is not None:
+        if managed is not None and vtpm.borrowed:
+            devices = {config.name: managed}
+        elif managed is not None and config.managed is not None:
             devices[config.managed] = managed
         texts = TpmAttributes(vtpm, file, self._recent, status)
         owner = FileOwnership(os.getuid(), os.getgid(), mode, now)
@@ -118,4 +120,12 @@ class _FuseFile(life.Interface):
         """Raises FrontendError unless the TPM answers."""
         from vtpm_cuse.client.ioctl import confirm_device
 
-        confirm_device(f"{self._config.mount}/{self._config.name}", "see the log")
+        path = f"{self._config.mount}/{self._config.name}"
+        if self._config.vtpm.chip is None:
+            confirm_device(path, "see the log")
+            return
+        try:  # a resource manager's takes no requests
+            os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as exc:
+            reason = f"{path} does not answer: {exc.strerror}"
+            raise FrontendError(reason, "see the log") from exc

@@ -22,7 +22,7 @@ from vtpm_cuse.config import Exits
 from vtpm_cuse.errors import FrontendError, TpmUnavailable, UsageError, VtpmError
 from vtpm_cuse.files import check_private, make_folder
 from vtpm_cuse.service.process import notify
-from vtpm_cuse.service.process.behalf import making_folder
+from vtpm_cuse.service.process.behalf import making_folder, opening
 from vtpm_cuse.service.process.daemon import run_in_background
 from vtpm_cuse.service.process.held import HeldSignals
 from vtpm_cuse.service.process.pidfile import PidFile
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _LIMIT_HINT: Final = "raise the limit: 'ulimit -u', or TasksMax= of a unit"
 _HELPERS: Final = 2
 """Threads and processes that are to come: the worker, the remover."""
+_GONE_SECONDS: Final = 1.0
+"""For whoever waits for an answer when a borrowed TPM has gone away."""
 _MEMORY: Final = 32 << 20
 """Bytes, about what serving takes besides what it has at the start."""
 
@@ -140,6 +142,9 @@ def make_state_directory(
 
 def introduce(device: str, config: VtpmConfig) -> None:
     """Says what has come to be: the device, the version of the TPM, where its state is."""
+    if config.chip is not None:
+        log.info("%s is a resource manager of the TPM at %s.", device, config.chip.path)
+        return
     where = config.state.location.path if config.state else "nowhere"
     version = "2.0" if config.tpm2 else "1.2"
     log.info("%s is a TPM %s, whose state is in %s.", device, version, where)
@@ -199,6 +204,7 @@ def _starting_threads() -> Iterator[None]:
 
 class _Life:
     _manager: notify.ServiceManager
+    _chip: int | None = None
 
     def __init__(
         self, interface: Interface, process: ProcessConfig, config: VtpmConfig, held: HeldSignals
@@ -238,10 +244,12 @@ class _Life:
 
                 from vtpm_cuse.service.compose import make_vtpm
 
-                vtpm = make_vtpm(self._config)
+                vtpm = make_vtpm(self._config, self._chip)
                 stack.callback(vtpm.close)
                 self._interface.load()
                 trio.run(self._serve, vtpm, ready)
+                if vtpm.gone is not None:
+                    raise vtpm.gone
                 if vtpm.state_lost:  # PEER: ends with status 0
                     raise TpmUnavailable(PtmResult.TPM_FAIL, "The state is another process'")
         except TpmUnavailable:
@@ -258,6 +266,11 @@ class _Life:
     def _acquire(self) -> None:
         self._manager = notify.connect()
         self._interface.awaited = self._process.background or self._manager.waits
+        if self._config.chip is not None:
+            from vtpm_cuse.acquire.chip import open_chip
+
+            with opening(self._process.runas, self._config.chip.path):
+                self._chip = open_chip(self._config.chip)
         self._interface.open()
         if not self._process.background:  # else `part` makes it, when all is ready
             self._pid_file.open(self._process.runas)
@@ -315,7 +328,14 @@ class _Life:
             ready()
 
         try:
-            await self._interface.serve(vtpm, worker, announce)
+            with trio.CancelScope() as scope:
+
+                def end_soon() -> None:
+                    scope.deadline = trio.current_time() + _GONE_SECONDS
+
+                token = trio.lowlevel.current_trio_token()
+                vtpm.on_gone = functools.partial(token.run_sync_soon, end_soon)
+                await self._interface.serve(vtpm, worker, announce)
         finally:
             self._manager.stopping()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vtpm_cuse import faults
 from vtpm_cuse.errors import PtmError, VtpmError
 from vtpm_cuse.proto.control import exact_body, least_body_size
-from vtpm_cuse.vtpm.ptm import CAPABILITIES, PtmService, text_part
+from vtpm_cuse.vtpm.ptm import CAPABILITIES, CAPABILITIES_BORROWED, PtmService, text_part
 from vtpm_cuse.wire.blob import INCOMING_BLOB_MAX
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import (
@@ -58,6 +58,8 @@ def _answer(vtpm: Vtpm, ptm: PtmService, request: ControlRequest) -> WireStruct:
     ptm.check_state(command)
     _check_length(command, request.body)
     if command is PtmCommand.PTM_GET_CAPABILITY:
+        if vtpm.borrowed:
+            return PtmCapabilityControl(PtmResult.TPM_SUCCESS, CAPABILITIES_BORROWED)
         extra = PtmCapability.PTM_CAP_SET_DATAFD
         if vtpm.tpm2:
             extra |= PtmCapability.PTM_CAP_SEND_COMMAND_HEADER

@@ -7,6 +7,7 @@ an answer that nobody fetches is dropped after two minutes, and there are no PTM
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import select
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from vtpm_cuse.errors import DeviceError, PtmError
 from vtpm_cuse.resmgr import view
 from vtpm_cuse.resmgr.manager import Manager
+from vtpm_cuse.vtpm import borrowed
 from vtpm_cuse.vtpm.clients import (
     CLIENTS_MAX,
     USER_CLIENTS_MAX,
@@ -52,6 +54,10 @@ class ManagedVtpm:
     Args:
         vtpm: The TPM.
         clock: In seconds.
+
+    Attributes:
+        begin: To be called first where `rests` says something.
+        rests: Of a borrowed TPM, what is to be done in pauses (`borrowed.rests_of`).
     """
 
     def __init__(self, vtpm: Vtpm, clock: Callable[[], float] = time.monotonic) -> None:
@@ -59,6 +65,12 @@ class ManagedVtpm:
         self.clock = clock
         self._clients: dict[int, Client] = {}
         self._manager = Manager(vtpm, inner=vtpm.manage)
+        self.begin: Callable[[], None] = lambda: None
+        self.rests: borrowed.Rests = ()
+        if (known := vtpm.options.borrowed) is not None:
+            self._manager = shared = borrowed.manager_of(vtpm, known)
+            self.begin = functools.partial(borrowed.begin, shared)
+            self.rests = borrowed.rests_of(shared, known)
         self._starts = vtpm.starts
         self._manager.reset(resumed=vtpm.resumed)
         vtpm.before_snapshot = self._manager.drop
@@ -331,7 +343,7 @@ class ManagedOpen:
             self._file.managed.close(self._client)
             return b""
 
-        if self._file.turn.taken:
+        if self._file.turn.taken or self._file.vtpm.borrowed:
             self._file.turn.run(close, lambda _: None)
         else:
             close()

@@ -70,6 +70,23 @@ _NEED_STATE: Final = frozenset(
 )
 """Requests that take the state, which after PTM_SHUTDOWN may be another process'."""
 
+_FOR_BORROWED: Final = frozenset(
+    {
+        PtmCommand.PTM_GET_CAPABILITY,
+        PtmCommand.PTM_SHUTDOWN,
+        PtmCommand.PTM_SET_LOCALITY,
+        PtmCommand.PTM_CANCEL_TPM_CMD,
+        PtmCommand.PTM_GET_CONFIG,
+    }
+)
+"""Requests that a TPM which is not ours can fulfil; all others are about power, state, platform."""
+
+CAPABILITIES_BORROWED: Final = (
+    PtmCapability.PTM_CAP_SHUTDOWN
+    | PtmCapability.PTM_CAP_SET_LOCALITY
+    | PtmCapability.PTM_CAP_CANCEL_TPM_CMD
+    | PtmCapability.PTM_CAP_GET_CONFIG
+)
 CAPABILITIES: Final = (
     PtmCapability.PTM_CAP_INIT
     | PtmCapability.PTM_CAP_SHUTDOWN
@@ -145,6 +162,7 @@ class PtmService:
         if (
             (command in _NEED_STATE and self.shutdown_requested)
             or (command in _NEED_RUNNING and not running)
+            or (command not in _FOR_BORROWED and self.vtpm.borrowed)
             or (command is PtmCommand.PTM_SET_STATEBLOB and running)
         ):
             raise PtmError(PtmResult.TPM_BAD_ORDINAL)

@@ -16,6 +16,7 @@ from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.errors import (
     DeviceError,
+    DeviceGone,
     EngineError,
     PtmError,
     StorageError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.base import RunLater
     from vtpm_cuse.storage.sealed import SealedStore
+    from vtpm_cuse.vtpm.borrowed import Borrowed
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ _FAILURE_MODE: Final = {
     False: TpmRc.TPM_FAILEDSELFTEST.to_bytes(4, "big"),
     True: TpmRc.TPM_RC_FAILURE.to_bytes(4, "big"),
 }
+_OF_A_CHIP: Final = "and refuses all commands: a reset of its machine may mend that"
 _KNOWN_MAX: Final = 64
 """Headers kept: no client may fill the memory with ever new ones."""
 _STATE_TYPES: Final = {
@@ -74,6 +77,7 @@ class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
+        borrowed: It is not ours: no power, no locality, no state, and it may go away.
         incoming: A migration brings the state: the first start does not lock it, for its
             owner still does.
         release_outgoing: The lock is released behind the last blob, on a device too.
@@ -85,6 +89,7 @@ class VtpmOptions(NamedTuple):
     incoming: bool = False
     release_outgoing: bool = False
     profile: str | None = None
+    borrowed: Borrowed | None = None
 
 
 class SavedVtpm(NamedTuple):
@@ -130,6 +135,8 @@ class Vtpm:
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
+        gone: Why a borrowed TPM is no more, once that is so.
+        on_gone: Called then, in the thread that has found it out.
     """
 
     def __init__(
@@ -153,8 +160,15 @@ class Vtpm:
         self.starts = 0
         self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
+        self.gone: DeviceGone | None = None
+        self.on_gone: Callable[[], None] = lambda: None
 
     # -- life cycle -----------------------------------------------------------------------
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether it is not ours, and used on the worker alone."""
+        return self.options.borrowed is not None
 
     @property
     def running(self) -> bool:
@@ -181,6 +195,9 @@ class Vtpm:
 
     def _start(self, delete_volatile: bool) -> None:
         self.starts += 1
+        if self.borrowed:
+            self._engine.start()
+            return
         store = self.need_store()
         store.blobs.refresh()
         # A state that is there can be looked at while its owner still has it; none begins so.
@@ -212,6 +229,8 @@ class Vtpm:
         """Orderly TPM2_Shutdown where due, then power off. Harmless when stopped."""
         self._known.clear()
         if self.running:
+            if self.borrowed:
+                self.before_snapshot()  # else what clients have would stay there for ever
             self._auto_shutdown()
             self._engine.stop()
 
@@ -281,6 +300,7 @@ class Vtpm:
         wanted = (
             self.tpm2
             and self.options.auto_shutdown
+            and not self.borrowed
             and command_code(self._last_header) != _SHUTDOWN
         )
         if not wanted or self._custody.away:  # without the lock nothing may be written
@@ -300,6 +320,8 @@ class Vtpm:
 
     def is_long(self, command: bytes) -> bool:
         """Whether the command may take long enough to belong on a worker."""
+        if self.borrowed:  # a chip takes milliseconds for the least of them
+            return self.running
         return self.running and (command_code(command) in self._long or self._custody.away)
 
     def process(self, command: bytes) -> bytes:
@@ -328,6 +350,8 @@ class Vtpm:
         return self._execute(command)
 
     def _execute(self, command: bytes) -> bytes:
+        if self.gone is not None:
+            return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         try:
             answer = self._engine.process(command)
             if answer[6:TPM_HEADER_SIZE] == self._failure_mode:
@@ -337,6 +361,9 @@ class Vtpm:
             self._say_failure(f"for it could not store its state: {exc}")
         except EngineError as exc:
             log.error("The TPM could not finish a command: %s", exc)
+        except DeviceGone as exc:  # who serves ends by it
+            self.gone = exc
+            self.on_gone()
         except Exception:  # a bug of ours must not take the device away
             log.exception("The TPM could not finish a command")
         return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
@@ -345,6 +372,9 @@ class Vtpm:
         """Once a start. Nobody but a client may end it: a reset empties the PCRs that it trusts."""
         if not self._failure_said:
             self._failure_said = True
+            if self.borrowed:
+                log.error("The TPM is in failure mode, %s", _OF_A_CHIP)
+                return
             log.error(
                 "The TPM is in failure mode and refuses all commands, %s; mend that if need be, "
                 "then reset it: restart its VM or this program, or 'swtpm_ioctl -i'",
@@ -367,6 +397,8 @@ class Vtpm:
         """
         if not self.running:
             raise DeviceError(errno.EIO)
+        if self.borrowed:  # on the worker it would be one command more of many
+            raise DeviceError(errno.EOPNOTSUPP)
         thread = not self.tpm2 and command_code(self._last_header) in _SHA1_THREAD
         # Any command may update a clock in the state, which may be another process' by now.
         if thread or self._hashing or self._custody.away:
@@ -418,7 +450,8 @@ class Vtpm:
 
     def set_locality(self, locality: int) -> None:
         """Locality of all later commands, 0 to 4. Raises PtmError."""
-        if locality > 4 or (locality == 4 and self.options.reject_locality_4):
+        highest = 0 if self.borrowed else 3 if self.options.reject_locality_4 else 4
+        if locality > highest:
             raise PtmError(PtmResult.TPM_BAD_LOCALITY)
         self._engine.locality = locality
 

@@ -53,12 +53,32 @@ def run_emulator(
     )
 
 
-def _run(line: CommandLine, name: str, serve: Serve, inform: Inform) -> int:
+def run_server(table: Program, words: Sequence[str], name: str, serve: Serve) -> int:
+    """As `run_emulator`, of a program that has no TPM of its own to tell of."""
+    logs.configure(LogConfig())
+
+    def run() -> int:
+        line = CommandLine(table, words, name)
+        if _has_told(line, name):
+            return 0
+        logs.configure(settings.log_config(line))
+        return serve(line)
+
+    return run_program(run, log.error, clears_up=False)
+
+
+def _has_told(line: CommandLine, name: str) -> bool:
     if line.has("help"):
         print(help_text(line.program, name), end="")
-        return 0
-    if line.has("version"):
+    elif line.has("version"):
         print(version_text(f"{line.program.name.split()[-1].upper()} interface "))
+    else:
+        return False
+    return True
+
+
+def _run(line: CommandLine, name: str, serve: Serve, inform: Inform) -> int:
+    if _has_told(line, name):
         return 0
     flags = line.number("print-info", 0xFFFF_FFFF)
     settings.enter_root(line)

@@ -51,7 +51,7 @@ def cuse_config(line: CommandLine) -> CuseConfig:
         node_in_sight=not line.has("chroot"),
         major=line.number("maj", 0xFFFF),
         minor=line.number("min", 0xFFFF),
-        name=_device_name(line),
+        name=device_name(line),
         process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm_config(line),
     )
@@ -85,7 +85,7 @@ def managed_name(name: str) -> str:
 
 def fuse_config(line: CommandLine) -> FuseConfig:
     """All of ``swtpm fuse``, whose defaults make a TPM that is ready to use. Raises UsageError."""
-    name = _file_name(line)
+    name = file_name(line)
     mount = line.value("mount")
     if mount is None:
         mount = f"{_runtime_folder()}/vtpm"
@@ -264,7 +264,7 @@ def vtpm_config(line: CommandLine) -> VtpmConfig:
         migration_key=_key_source(line, "migration-key"),
         incoming=migration is not None and migration.flag("incoming"),
         release_outgoing=migration is not None and migration.flag("release-lock-outgoing"),
-        pcap=_pcap_config(line),
+        pcap=pcap_config(line),
     )
 
 
@@ -328,7 +328,8 @@ def log_config(line: CommandLine) -> LogConfig:
     )
 
 
-def _pcap_config(line: CommandLine) -> PcapConfig | None:
+def pcap_config(line: CommandLine) -> PcapConfig | None:
+    """``--pcap``. Raises UsageError."""
     given = line.subs("pcap")
     if given is None:
         return None
@@ -386,9 +387,9 @@ def state_config(line: CommandLine) -> StateConfig | None:
 def _own_place(line: CommandLine) -> StateConfig | None:
     """Where the state is if nobody says; nowhere for a TPM without a name."""
     if line.knows("maj"):
-        name = _device_name(line) if line.has("name") else None
+        name = device_name(line) if line.has("name") else None
     elif line.knows("mount"):
-        name = _file_name(line)
+        name = file_name(line)
     else:
         name = _proxy_name(line) if line.has("vtpm-proxy") else None
     if name is None:
@@ -404,7 +405,8 @@ def _own_place(line: CommandLine) -> StateConfig | None:
     )
 
 
-def _device_name(line: CommandLine) -> str:
+def device_name(line: CommandLine) -> str:
+    """``--name`` of a device. Raises UsageError."""
     name = line.value("name")
     if name is None:
         raise UsageError("Error: device name missing", CuseExit.NO_NAME)
@@ -420,7 +422,7 @@ def _checked_device_name(name: str) -> str:
     return name
 
 
-def _file_name(line: CommandLine) -> str:
+def file_name(line: CommandLine) -> str:
     """The name of the TPM in a FUSE mount; other names there are taken."""
     from vtpm_cuse.vtpm.attributes import is_attribute
 
