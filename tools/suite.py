@@ -176,8 +176,10 @@ def _kernel_tests(words: Sequence[str]) -> tuple[str, Path, Sequence[str]]:
     return "kernel tests", _RESULTS / "kernel.xml", [*lab, *words]
 
 
-def _deploy() -> None:
-    """What the tests of the units start in the lab."""
+def _prepare_lab() -> None:
+    """What its tests start there: the programs as they are deployed, and the kernel's own tests."""
+    fetch = [sys.executable, "-m", "tools.selftests"]
+    step("fetching the kernel's own tests of its TPM devices", fetch)
     shutil.rmtree(_DEPLOYED, ignore_errors=True)
     step("building the programs", [sys.executable, "-m", "tools.programs", "build"])
     _DEPLOYED.mkdir()
@@ -204,7 +206,7 @@ def main() -> int:
     suite = Suite(selected=bool(sys.argv[1:]))
     if not sys.argv[1:]:
         _check_all(suite)
-        _deploy()
+        _prepare_lab()
         # The lab waits for its emulated processors most of the time: two halves of one machine.
         with suite.tests_beside(*_kernel_tests(["tests/kernel"])):
             _native_tests(suite, [])
@@ -213,7 +215,7 @@ def main() -> int:
     if native or not kernel:
         _native_tests(suite, [*options, *native])
     if kernel or not native:
-        _deploy()
+        _prepare_lab()
         suite.tests(*_kernel_tests([*options, *(kernel or ["tests/kernel"])]))
     return suite.end()
 

@@ -409,7 +409,7 @@ SCENARIOS: Final = {
     "send": r"""
         printf '\x80\1\0\0\0\x0c\0\0\1\x7b\0\x08' | tpm2_send >answer
         [[ $(stat -c %s answer) == 20 ]]
-        printf '\x80\1\0\0\0\x0e\0\0\1\x65\x80\0\0\0' | tpm2_send >answer
+        printf '\x80\1\0\0\0\x0e\0\0\1\x65\2\0\0\1' | tpm2_send >answer
         [[ $(hex -j 6 answer) == 000b01cb ]]
     """,
     "sessions": """

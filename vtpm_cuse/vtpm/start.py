@@ -19,10 +19,12 @@ from vtpm_cuse.storage.base import PERMANENT, left_over
 from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
+
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.sealed import SealedStore
 
-__all__ = ["PERMANENT", "need_vacancy", "start_engine"]
+__all__ = ["PERMANENT", "need_vacancy", "resumes", "start_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,13 @@ def need_vacancy(store: SealedStore) -> None:
     """Before a TPM that another process gives: it may replace one, but not join what is left."""
     if left := store.blobs.remains():
         raise left_over(store.blobs, left)
+
+
+def resumes(given: Mapping[StateType, bytes | None], stored: Container[str]) -> bool:
+    """Whether a start finds a volatile state: one that was given, be it none, hides the stored."""
+    if StateType.VOLATILE in given:
+        return given[StateType.VOLATILE] is not None
+    return StateType.VOLATILE.blob_name in stored
 
 
 def _start_from_backup(engine: Engine, store: SealedStore, exc: VtpmError) -> bool:

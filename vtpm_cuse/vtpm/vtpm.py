@@ -24,7 +24,7 @@ from vtpm_cuse.errors import (
     VtpmError,
 )
 from vtpm_cuse.vtpm.custody import Custody, Whose
-from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, start_engine
+from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, resumes, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -44,7 +44,7 @@ from vtpm_cuse.wire.tpm import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.base import RunLater
@@ -207,7 +207,7 @@ class Vtpm:
         if self._profile is not None and self.tpm2:
             self._engine.set_profile(self._profile)
         given, self._given = self._given, {}
-        self.resumed = _resumes(given, store.blobs.sizes())
+        self.resumed = resumes(given, store.blobs.sizes())
         start_engine(
             self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
         )
@@ -597,10 +597,3 @@ class Vtpm:
         self.stop()
         if self._store is not None:
             self._store.blobs.close()
-
-
-def _resumes(given: Mapping[StateType, bytes | None], stored: Container[str]) -> bool:
-    """Whether a start finds a volatile state: one that was given, be it none, hides the stored."""
-    if StateType.VOLATILE in given:
-        return given[StateType.VOLATILE] is not None
-    return StateType.VOLATILE.blob_name in stored
