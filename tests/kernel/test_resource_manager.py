@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from tests.device.managed import clients, objects_of, opened
 from tests.kernel.harness import PATIENCE, errno_from, needs, run, wait_until
-from tests.kernel.proxy import SWTPM, Proxy, uevents
+from tests.kernel.proxy import SWTPM, Proxy
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import code_of, create_primary_rsa, get_random
@@ -210,10 +211,9 @@ def test_a_device_of_its_own(proxy: Proxy, tmp_path: Path) -> None:
 def test_a_tpm_that_goes_away(tmp_path: Path) -> None:
     """The kernel answers EPIPE or ENODEV when whoever serves the TPM has ended."""
     with Proxy(tmp_path / "proxy") as proxy, Managed(proxy.device, tmp_path / "manager") as world:
-        with world.client() as client, uevents() as events:
+        with world.client() as client:
             assert len(client.command(get_random(8))) == 20
-            proxy.process.kill()
-            events.wait("remove", f"tpm{proxy.number}")
+            proxy.end(signal.SIGKILL)
             assert code_of(client.command(get_random(8))) & 0xFFFF == 0x101
             assert world.process.wait(PATIENCE) == 1
         assert "has gone away" in world.said
