@@ -126,8 +126,10 @@ def _running(*words: str | Path, **settings: Any) -> Iterator[subprocess.Popen[A
 
 
 @contextlib.contextmanager
-def abrmd(folder: Path, data: Path) -> Iterator[Abrmd]:
-    """Above the data socket of a TPM, on a session bus of its own."""
+def abrmd_daemon(
+    folder: Path, data: Path, *words: str
+) -> Iterator[tuple[subprocess.Popen[Any], dict[str, str]]]:
+    """Above the data socket of a TPM, on a session bus of its own; and the environment of clients."""
     folder.mkdir()
     bus, config = folder / "bus", folder / "bus.conf"
     config.write_text(_BUS.format(path=bus))
@@ -136,11 +138,17 @@ def abrmd(folder: Path, data: Path) -> Iterator[Abrmd]:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "log").open("wb"))
         quiet = {"env": env, "stdout": log, "stderr": log}
-        words = ("dbus-daemon", f"--config-file={config}", "--nofork")
-        daemon = stack.enter_context(_running(*words, **quiet))
+        serving = ("dbus-daemon", f"--config-file={config}", "--nofork")
+        daemon = stack.enter_context(_running(*serving, **quiet))
         wait_until(bus.exists, "the bus is there", process=daemon, log=folder / "log")
-        managing = (ABRMD, "--session", "--allow-root", tcti)
-        manager = stack.enter_context(_running(*managing, **quiet))
+        managing = (ABRMD, "--session", "--allow-root", tcti, *words)
+        yield stack.enter_context(_running(*managing, **quiet)), env
+
+
+@contextlib.contextmanager
+def abrmd(folder: Path, data: Path) -> Iterator[Abrmd]:
+    """As `abrmd_daemon`, with clients."""
+    with abrmd_daemon(folder, data) as (manager, env), (folder / "clients").open("wb") as log:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
-        child = stack.enter_context(_running(*_CLIENT, env=env, **pipes))
-        yield Abrmd(child, manager)
+        with _running(*_CLIENT, env=env, **pipes) as child:
+            yield Abrmd(child, manager)

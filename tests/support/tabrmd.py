@@ -43,7 +43,8 @@ class RefusedError(Exception):
 class Connection:
     """One client. Raises RefusedError."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self) -> None:
+        library = ctypes.CDLL("libtss2-tcti-tabrmd.so.0")
         init = library.Tss2_Tcti_Tabrmd_Init
         init.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.c_char_p)
         init.restype = ctypes.c_uint32
@@ -53,7 +54,7 @@ class Connection:
         _check(init(self._memory, size, _CONF))
         self._context = _Context.from_buffer(self._memory)
 
-    def ask(self, command: bytes) -> bytes:
+    def exchange(self, command: bytes) -> bytes:
         """A command, and its response."""
         _check(self._context.transmit(ctypes.addressof(self._memory), len(command), command))
         size = ctypes.c_size_t(_BUFFER)
@@ -78,18 +79,17 @@ def _say(line: str) -> None:
 
 
 def main() -> None:
-    library = ctypes.CDLL("libtss2-tcti-tabrmd.so.0")
     there: dict[str, Connection] = {}
     for line in sys.stdin:
         verb, name, *rest = line.split()
         answer = b""
         try:
             if verb == "open":
-                there[name] = Connection(library)
+                there[name] = Connection()
             elif verb == "close":
                 there.pop(name).close()
             else:
-                answer = there[name].ask(bytes.fromhex(rest[0]))
+                answer = there[name].exchange(bytes.fromhex(rest[0]))
         except RefusedError as exc:
             _say(f"tcti {exc}")
         else:
