@@ -189,7 +189,9 @@ class ManagedServer:
 
     async def _converse(self, data: DataConnection, place: Place, client: Client) -> None:
         stream, connection = data.stream, data.connection
-        served = await self._answer_all(data, client, flush=False)  # what was there at a suspension
+        served = await self._answer_all(
+            data, place, client, flush=False
+        )  # what was there at a suspension
         while True:
             try:
                 came: bytes | None = connection.recv(DATA_READ_SIZE)
@@ -199,27 +201,30 @@ class ManagedServer:
                 place.heard = trio.current_time()
             if came and stream.empty and self._is_quick(came):
                 # The general way below, shortened for the usual command.
-                await self._send_now(data, self._managed.process(client, came))
-                served = place.known = True
+                response = self._managed.process(client, came)
+                served = place.known = True  # before it has the answer
+                await self._send_now(data, response)
                 continue
             if came:
                 stream.feed(came)
-            if await self._answer_all(data, client, flush=not came):
-                served = place.known = True
+            if await self._answer_all(data, place, client, flush=not came):
+                served = True
             if stream.broken:
                 log.warning(_FOREIGN)
             if stream.broken or came == b"":
                 return
 
-    async def _answer_all(self, data: DataConnection, client: Client, *, flush: bool) -> bool:
+    async def _answer_all(
+        self, data: DataConnection, place: Place, client: Client, *, flush: bool
+    ) -> bool:
         """Answers the commands that are there; returns whether there was one."""
         served = bool(data.unsent)
         await data.send_rest()
         while (request := data.take_request(flush=flush)) is not None:
             response = await self._process(client, request)
             data.request = None
+            served = place.known = True
             await data.send(framed(response, request))
-            served = True
         return served
 
     def _is_quick(self, data: bytes) -> bool:

@@ -19,7 +19,7 @@ from vtpm_cuse.storage.base import PERMANENT, left_over
 from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Mapping
 
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.sealed import SealedStore
@@ -62,11 +62,14 @@ def need_vacancy(store: SealedStore) -> None:
         raise left_over(store.blobs, left)
 
 
-def resumes(given: Mapping[StateType, bytes | None], stored: Container[str]) -> bool:
+def resumes(given: Mapping[StateType, bytes | None], store: SealedStore) -> bool:
     """Whether a start finds a volatile state: one that was given, be it none, hides the stored."""
     if StateType.VOLATILE in given:
         return given[StateType.VOLATILE] is not None
-    return StateType.VOLATILE.blob_name in stored
+    try:
+        return StateType.VOLATILE.blob_name in store.blobs.sizes()
+    except StorageError:  # the start itself says what is wrong, and what to do
+        return False
 
 
 def _start_from_backup(engine: Engine, store: SealedStore, exc: VtpmError) -> bool:

@@ -207,7 +207,7 @@ class Vtpm:
         if self._profile is not None and self.tpm2:
             self._engine.set_profile(self._profile)
         given, self._given = self._given, {}
-        self.resumed = resumes(given, store.blobs.sizes())
+        self.resumed = resumes(given, store)
         start_engine(
             self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
         )
