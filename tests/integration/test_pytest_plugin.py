@@ -88,7 +88,7 @@ def test_changes_the_environment(tpm):
     os.environ["XDG_RUNTIME_DIR"] = "/nowhere"
     os.environ["TMPDIR"] = "/nowhere"
 
-def test_closes_what_is_not_its_own(tpm):
+def test_closes_what_is_not_its_own(tpm, manufactured_tpm, tpm12):
     os.closerange(3, 256)
 
 def test_the_last_one(tpm, manufactured_tpm, tpm12):

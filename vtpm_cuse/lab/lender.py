@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vtpm_cuse.errors import LabError
@@ -43,9 +43,10 @@ class Lender:
                 tpm.rewind(pristine)
                 if not tpm.clients:
                     return tpm
-            del self._kept[kind]
+            # If its descriptors were closed so were the others', and what is opened next takes their
+            # numbers, which their ends would close.
             with suppress(LabError):
-                tpm.close()
+                self.close()
         profile = self._profile if kind.version == "2.0" else None
         tpm = Tpm(**kind._asdict(), profile=profile, faults=True, trace=self._trace).start()
         try:
@@ -58,7 +59,8 @@ class Lender:
         return tpm
 
     def close(self) -> None:
-        """Ends all."""
-        while self._kept:
-            _, (tpm, _) = self._kept.popitem()
-            tpm.close()
+        """Ends all. Raises LabError: one did not end in order; it has ended all the same."""
+        with ExitStack() as all_of_them:
+            while self._kept:
+                _, (tpm, _) = self._kept.popitem()
+                all_of_them.callback(tpm.close)

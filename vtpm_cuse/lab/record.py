@@ -10,7 +10,6 @@ import fcntl
 import os
 import select
 import threading
-import time
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -27,6 +26,8 @@ _GATHER_SECONDS: Final = 0.02
 else. A TPM cannot fill the pipe meanwhile."""
 
 _READ_SIZE: Final = 1 << 16
+_END_SECONDS: Final = 5
+"""For the thread's end: a copy of this process, of an unlucky moment, may have an end of the pipe."""
 
 
 def traced_lines(exchanges: list[Exchange]) -> list[str]:
@@ -54,6 +55,9 @@ class Recorder(Owned):
         self._capture = CaptureReader()
         self._lock = threading.Lock()
         self._read_end, self.fd = os.pipe()
+        self._identity = _identity(self._read_end)
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
         os.set_blocking(self._read_end, False)
         with suppress(OSError):  # who may have no more has less room
             fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
@@ -63,7 +67,8 @@ class Recorder(Owned):
         """The emulator has it, and the only end to write to."""
         os.close(self.fd)
         self.fd = -1
-        threading.Thread(target=self._read, name="vtpm-lab-recorder", daemon=True).start()
+        self._thread = threading.Thread(target=self._read, name="vtpm-lab-recorder", daemon=True)
+        self._thread.start()
 
     def exchanges(self) -> list[Exchange]:
         """The last ones, among them all that have been answered by now."""
@@ -82,7 +87,7 @@ class Recorder(Owned):
         poll.register(self._read_end, select.POLLIN)
         while True:
             poll.poll()
-            time.sleep(_GATHER_SECONDS)
+            self._over.wait(_GATHER_SECONDS)
             with self._lock:
                 if not self._drain():
                     return
@@ -91,7 +96,7 @@ class Recorder(Owned):
         """Takes what is there; False at the end, when the emulator has gone."""
         while self._read_end >= 0:
             try:
-                data = os.read(self._read_end, _READ_SIZE)
+                data = os.read(self._read_end, _READ_SIZE) if self._is_there() else b""
             except BlockingIOError:
                 return True
             except OSError:  # somebody else has closed it
@@ -102,16 +107,30 @@ class Recorder(Owned):
         return False
 
     def release(self) -> None:
-        """See `Owned`. In its own process the thread closes it, at the emulator's end."""
-        begun = self.fd < 0
-        if not begun:
+        """See `Owned`. In its own process the emulator has ended, and with it the thread."""
+        if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        if not (begun and self.ours):  # there is no thread
+        if self._thread is not None and self.ours:
+            self._over.set()
+            # What is opened next may have the number that the thread would close.
+            self._thread.join(_END_SECONDS)
+        else:
             self._close()
 
     def _close(self) -> None:
-        if self._read_end >= 0:
-            with suppress(OSError):
-                os.close(self._read_end)
-            self._read_end = -1
+        if self._is_there():
+            os.close(self._read_end)
+        self._read_end = -1
+
+    def _is_there(self) -> bool:
+        """Whether the number is still the pipe's; somebody else may have closed it, and more."""
+        try:
+            return self._read_end >= 0 and _identity(self._read_end) == self._identity
+        except OSError:
+            return False
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
