@@ -38,6 +38,7 @@ def test_what_took_the_number_is_neither_read_nor_closed(
     else:
         assert made.exchanges() == []
         os.close(emulators_end)
+    os.set_blocking(taken, False)
     assert os.read(taken, 100) == b"not a capture"
     for fd in (taken, read_end, write_end):
         os.close(fd)
