@@ -145,32 +145,35 @@ def _many(
     report: Report, managed: Callable[[], Way], others: Callable[[], Way] | None, pid: int
 ) -> None:
     for count in CLIENTS:
-        theirs = None if others is None else _round_robin(others, count)[0]
+        theirs = None if others is None else round_robin(others, count)[0]
         before = _resident(pid)
-        ours, after = _round_robin(managed, count, lambda: _resident(pid))
+        ours, after = round_robin(managed, count, lambda: _resident(pid))
         what = f"ReadPublic, {count} clients with {KEYS} keys each, p50"
         report.add(what, "µs", ours, theirs, limit=None if theirs is None else 0.1)
         if count == CLIENTS[-1]:
             report.add("memory of a client and its keys", "MiB", (after - before) / count / 1024)
 
 
-def _round_robin(
-    connect: Callable[[], Way], count: int, measure: Callable[[], int] = int
+def round_robin(
+    connect: Callable[[], Way],
+    count: int,
+    measure: Callable[[], int] = int,
+    commands: int = ROUNDS * COUNT // 4,
 ) -> tuple[float, int]:
-    """The median in microseconds, and what *measure* says while all are there."""
+    """The median of a ReadPublic in microseconds, and what *measure* says while all are there."""
     with ExitStack() as stack:
         clients = []
         for _ in range(count):
             clients.append(Client(connect()))
             stack.callback(clients[-1].close)
-        commands = [
+        turn_of_all = [
             (client, _command(0x173, struct.pack(">I", client.keys[turn])))
             for turn in range(KEYS)
             for client in clients
         ]
         found = []
-        for _ in range(max(1, ROUNDS * COUNT // len(commands) // 4)):
-            for client, command in commands:
+        for _ in range(max(1, commands // len(turn_of_all))):
+            for client, command in turn_of_all:
                 begun = time.perf_counter()
                 client.ask(command)
                 found.append((time.perf_counter() - begun) * 1e6)
