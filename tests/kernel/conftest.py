@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.kernel.harness import STARTED, Server, Zygote, errno_from, needs, servers
+from tests.kernel import harness
+from tests.kernel.harness import STARTED, Server, errno_from, needs, servers
+from tests.kernel.zygote import Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -46,10 +48,18 @@ def module_serve(cuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """Starts servers without the price of a new interpreter."""
+    """Starts programs of ours without the price of a new interpreter."""
     starter = Zygote()
     yield starter
     starter.close()
+
+
+@pytest.fixture(scope="module")
+def warm(zygote: Zygote) -> Iterator[None]:
+    """For modules about a device: the programs of ours that they run begin in the zygote."""
+    harness.warm.append(zygote)
+    yield
+    harness.warm.pop()
 
 
 _LOG_TAIL = 4000

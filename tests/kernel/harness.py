@@ -10,7 +10,6 @@ import ctypes
 import errno
 import fcntl
 import functools
-import json
 import os
 import random
 import select
@@ -26,10 +25,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
 
+from tests.kernel import zygote
 from tests.support import waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
+
+    from tests.kernel.zygote import Forked, Zygote
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PROGRAMS: Final = Path(sys.executable).parent
@@ -37,8 +39,7 @@ SWTPM_CUSE: Final = str(PROGRAMS / "swtpm-cuse")
 OUR_IOCTL: Final = str(PROGRAMS / "swtpm_ioctl")
 PEER_IOCTL: Final = "/usr/bin/swtpm_ioctl"
 
-PATIENCE: Final = 120.0
-"""Seconds for anything that must happen; the lab is a dozen times slower than a plain machine."""
+PATIENCE: Final = zygote.PATIENCE
 
 PTM_GET_CAPABILITY: Final = 0x80085000
 PTM_INIT: Final = 0xC0045001
@@ -80,6 +81,10 @@ def seeded(seed: int) -> random.Random:
 # -- programs -----------------------------------------------------------------------------
 
 
+warm: Final[list[Zygote]] = []
+"""What starts our programs meanwhile, see the fixture of this name."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A program that has ended."""
@@ -100,24 +105,35 @@ def run(
 ) -> Done:
     """Runs a program and asserts its exit status (None: any)."""
     words = tuple(str(word) for word in argv)
-    done = subprocess.run(
-        words,
-        check=False,
-        input=stdin,
-        capture_output=True,
-        timeout=PATIENCE,
-        env={**os.environ, **env} if env else None,
-        cwd=cwd,
-        user=user,
-    )
-    result = Done(
-        words,
-        done.returncode,
-        done.stdout.decode(errors="replace"),
-        done.stderr.decode(errors="replace"),
-    )
+    if warm and user is None and _is_ours(words[0]):
+        ended, out, err = warm[-1].run(words, stdin, env, cwd)
+    else:
+        done = subprocess.run(
+            words,
+            check=False,
+            input=stdin,
+            capture_output=True,
+            timeout=PATIENCE,
+            env={**os.environ, **env} if env else None,
+            cwd=cwd,
+            user=user,
+        )
+        ended, out, err = done.returncode, done.stdout, done.stderr
+    result = Done(words, ended, out.decode(errors="replace"), err.decode(errors="replace"))
     assert status is None or result.status == status, result
     return result
+
+
+def popen(*words: str) -> subprocess.Popen[bytes] | Forked:
+    """Starts a program with nothing to read, and with pipes behind what it says."""
+    if warm and _is_ours(words[0]):
+        return warm[-1].popen(words)
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return subprocess.Popen(words, stdin=null, stdout=pipe, stderr=pipe)
+
+
+def _is_ours(program: str) -> bool:
+    return os.path.dirname(program) == str(PROGRAMS)
 
 
 def processes(word: str) -> list[int]:
@@ -299,69 +315,6 @@ class Background:
 # -- the server ---------------------------------------------------------------------------
 
 
-class Zygote:
-    """Starts many servers quickly: a process with everything imported that forks for each.
-
-    For loops that are about the device; whole programs are started everywhere else.
-    """
-
-    _SOURCE = """
-import json, os, sys
-import trio, vtpm_cuse.service.cuse, vtpm_cuse.service.compose, vtpm_cuse.acquire.cuse
-import vtpm_cuse.client.ioctl, vtpm_cuse.service.process.pidfile, vtpm_cuse.serve.worker
-import vtpm_cuse.service.chardev, vtpm_cuse.serve.sockets, vtpm_cuse.cli.emulator.swtpm_chardev
-import pyroute2.netlink.uevent, vtpm_cuse.acquire.watcher, vtpm_cuse.containers.nodes
-from vtpm_cuse.cli import swtpm
-from vtpm_cuse.cli.emulator import swtpm_cuse
-print("ready", flush=True)
-for line in sys.stdin:
-    argv = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        null = os.open("/dev/null", os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        sys.argv = argv
-        try:
-            status = (swtpm if argv[0].endswith("/swtpm") else swtpm_cuse).main()
-        except SystemExit as exc:
-            status = exc.code
-        os._exit(status or 0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", self._SOURCE],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._answer() == "ready"
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
-
-    def start(self, argv: Sequence[str]) -> int:
-        """Runs swtpm-cuse or swtpm; returns its exit status."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(list(argv)).encode() + b"\n")
-        self._process.stdin.flush()
-        return int(self._answer())
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        wait_readable(self._process.stdout.fileno())
-        return self._process.stdout.readline().decode().strip()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(PATIENCE)
-        self._process.stdout.close()
-
-
 @dataclass
 class Server:
     """``swtpm-cuse -n NAME`` in the background, on a state folder and a log of its own.
@@ -419,14 +372,10 @@ class Server:
     def pid(self) -> int:
         return int(self.pid_file.read_text())
 
-    def start(self, zygote: Zygote | None = None) -> Server:
+    def start(self) -> Server:
         """Starts it; on return the device answers."""
-        if zygote is None:
-            done = self.run(*self.program, *self.arguments, status=None)
-            assert done.status == 0, (done, _text_of(self.log))
-        else:
-            status = zygote.start([SWTPM_CUSE, *self.arguments])
-            assert status == 0, (status, _text_of(self.log))
+        done = self.run(*self.program, *self.arguments, status=None)
+        assert done.status == 0, (done, _text_of(self.log))
         self._pidfd = os.pidfd_open(self.pid)
         return self
 

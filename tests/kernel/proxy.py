@@ -6,17 +6,19 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from tests.kernel.harness import PATIENCE, PROGRAMS, wait_exit
+from tests.kernel.harness import PATIENCE, PROGRAMS, popen, wait_exit
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
+
+    from tests.kernel.zygote import Forked
 
 SWTPM: Final = str(PROGRAMS / "swtpm")
 LINE: Final = re.compile(r"New TPM device: /dev/tpm([0-9]+) \(major/minor = ([0-9]+)/([0-9]+)\)\n")
@@ -75,7 +77,7 @@ class Proxy:
     start: tuple[str, ...] = ()
     number: int = -1
     line: str = ""
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: subprocess.Popen[bytes] | Forked = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -110,9 +112,7 @@ class Proxy:
 
     def begin(self) -> None:
         """Starts it; on return it has said which device it is."""
-        self.process = subprocess.Popen(
-            self.arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        self.process = popen(*self.arguments)
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline().decode()
         found = LINE.fullmatch(self.line)
@@ -152,7 +152,7 @@ class Proxy:
         assert not self.shared.exists()
         assert not self.sysfs.exists()
         assert "Traceback" not in self.said, self.said
-        return self.process.returncode
+        return self.process.wait()
 
     @property
     def said(self) -> str:

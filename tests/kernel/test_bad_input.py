@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
     from tests.kernel.harness import Server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 CONTENTS = b"what must survive"
 CALLS = (
     *(PTM_GET_CAPABILITY, PTM_INIT, PTM_GET_TPMESTABLISHED, PTM_SET_LOCALITY, PTM_HASH_START),

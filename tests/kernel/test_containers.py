@@ -18,6 +18,8 @@ from tests.kernel.proxy import SWTPM, Proxy, next_number
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 HELPER: Final = str(ROOT / "kernel-helpers/tpm-device")
 SESSION: Final = str(ROOT / "tests/support/tpm2_session.sh")
 TCTI: Final = "TPM2TOOLS_TCTI=device:/dev/tpmrm0"

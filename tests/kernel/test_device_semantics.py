@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
     from tests.kernel.harness import Server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 @pytest.fixture(scope="module")
 def server(module_serve: Serve) -> Server:

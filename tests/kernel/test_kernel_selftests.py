@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.kernel.harness import ROOT, Zygote, needs, run
+from tests.kernel.harness import ROOT, needs, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.kernel.conftest import Serve
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 _UNPACKED: Final = ROOT / ".cache/selftests"
 _OTHERWISE_RAW: Final = {
@@ -46,11 +48,11 @@ def _results(folder: Path, *classes: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("named_tpm0", ["raw", "managed"])
-def test_all(serve: Serve, zygote: Zygote, tmp_path: Path, named_tpm0: str) -> None:
+def test_all(serve: Serve, tmp_path: Path, named_tpm0: str) -> None:
     needs(_UNPACKED.exists(), "run python3 -m tools.selftests, which ./setup test does")
     folder = shutil.copytree(_UNPACKED, tmp_path / "selftests")
     written = (folder / "tpm2_tests.py").read_text()
-    server = serve("vtpm7", more=("--resource-manager",)).start(zygote)
+    server = serve("vtpm7", more=("--resource-manager",)).start()
     managed = Path("/dev/vtpmrm7")
     first = {"raw": server.device, "managed": managed}[named_tpm0]
     with ExitStack() as stack:

@@ -12,16 +12,18 @@ import pytest
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
 from tests.device.managed_view import *  # noqa: F403
-from tests.kernel.harness import SWTPM_CUSE, Zygote, run
+from tests.kernel.harness import SWTPM_CUSE, run
 from tests.support.managed_device import DeviceWorld
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 @pytest.fixture
-def world(serve: Serve, zygote: Zygote) -> DeviceWorld:
-    server = serve("vtpm7", more=("--resource-manager",)).start(zygote)
+def world(serve: Serve) -> DeviceWorld:
+    server = serve("vtpm7", more=("--resource-manager",)).start()
     return DeviceWorld(server, Path("/dev/vtpmrm7"))
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.kernel.conftest import Serve
-    from tests.kernel.harness import Zygote
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 PERMANENT, VOLATILE, SAVESTATE = 1, 2, 3
 PART: Final = 3072
@@ -72,15 +73,13 @@ def take_last(fd: int) -> int:
 
 
 @pytest.mark.parametrize("take", [by_ioctl, by_read])
-def test_a_tpm_moves_from_device_to_device(
-    take: Callable[[int, int], bytes], serve: Serve, zygote: Zygote
-) -> None:
-    source = serve("vtpmfrom", more=OUTGOING).start(zygote)
+def test_a_tpm_moves_from_device_to_device(take: Callable[[int, int], bytes], serve: Serve) -> None:
+    source = serve("vtpmfrom", more=OUTGOING).start()
     with opened(source.device) as fd:
         assert code_of(exchange(fd, pcr_extend(16, b"\x11" * 32))) == 0
         value = pcr_value(exchange(fd, pcr_read(16)))
     target = serve("vtpmto", flags="", state=source.state, more=("--migration", "incoming"))
-    target.start(zygote)
+    target.start()
     with opened(source.device) as fd, opened(target.device) as to:
         blobs = {kind: take(fd, kind) for kind in (PERMANENT, VOLATILE)}
         assert give(to, PERMANENT, blobs[PERMANENT]) == RETRIED_LATER, "the source has the lock"
@@ -96,10 +95,10 @@ def test_a_tpm_moves_from_device_to_device(
 
 @pytest.mark.parametrize("more", [OUTGOING, ()], ids=["released", "kept"])
 def test_lock_goes_with_the_last_blob_only_if_that_is_wanted(
-    more: tuple[str, ...], serve: Serve, zygote: Zygote
+    more: tuple[str, ...], serve: Serve
 ) -> None:
     """And a command takes it back, where the migration came to nothing."""
-    server: Server = serve("vtpmfrom", more=more).start(zygote)
+    server: Server = serve("vtpmfrom", more=more).start()
     with opened(server.device) as fd:
         by_ioctl(fd, PERMANENT)
         assert s.is_locked(server.state)
@@ -109,10 +108,10 @@ def test_lock_goes_with_the_last_blob_only_if_that_is_wanted(
         assert s.is_locked(server.state)
 
 
-def test_who_has_lost_the_state_ends_and_says_so(serve: Serve, zygote: Zygote) -> None:
-    source = serve("vtpmfrom", more=OUTGOING).start(zygote)
+def test_who_has_lost_the_state_ends_and_says_so(serve: Serve) -> None:
+    source = serve("vtpmfrom", more=OUTGOING).start()
     target = serve("vtpmto", flags="", state=source.state, more=("--migration", "incoming"))
-    target.start(zygote)
+    target.start()
     with opened(source.device) as fd, opened(target.device) as to:
         blobs = {kind: by_ioctl(fd, kind) for kind in (PERMANENT, VOLATILE)}
         take_last(fd)

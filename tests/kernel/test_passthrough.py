@@ -8,6 +8,8 @@ import socket
 import subprocess
 from typing import TYPE_CHECKING, Final
 
+import pytest
+
 from tests.kernel.harness import needs
 from tests.kernel.proxy import Proxy
 from tests.qemu.guest import Shell, find_kernel
@@ -15,6 +17,8 @@ from tests.support import commands as tpm
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 QEMU: Final = "qemu-system-x86_64"
 BOOT_SECONDS: Final = 240

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from tests.device.managed import Client
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _driver() -> None:

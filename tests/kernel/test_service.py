@@ -30,7 +30,6 @@ from tests.kernel.harness import (
     ROOT,
     SWTPM_CUSE,
     Server,
-    Zygote,
     errno_from,
     exchange,
     needs,
@@ -63,6 +62,8 @@ from tests.support.files import open_files, tmpfs
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 GOOD_STATE = ROOT / "tests/vectors/state/v0.7.1-tpm2-dir-plain/tpm2-00.permall"
 GOOD_STATE_12 = ROOT / "tests/vectors/state/v0.7.1-tpm12-dir-plain/tpm-00.permall"
@@ -367,10 +368,10 @@ def test_damaged_tpm12_state(serve: Serve) -> None:
 # -- the end ------------------------------------------------------------------------------
 
 
-def resumes(server: Server, zygote: Zygote) -> bool:
+def resumes(server: Server) -> bool:
     """Whether TPM2_Startup(STATE) works, that is, a TPM2_Shutdown came before the end."""
     server.flags = "not-need-init"
-    server.start(zygote)
+    server.start()
     with opened(server.device) as fd:
         code = code_of(exchange(fd, TPM2_STARTUP_STATE))
     assert code in {0, 0x1C4}
@@ -378,7 +379,7 @@ def resumes(server: Server, zygote: Zygote) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_ends_the_foreground(serve: Serve, zygote: Zygote, number: signal.Signals) -> None:
+def test_signal_ends_the_foreground(serve: Serve, number: signal.Signals) -> None:
     """Exit 0, nothing left, and an orderly shutdown of the TPM: its PCRs can be resumed."""
     server = serve("vtpmfg", more=("--foreground",))
     process = subprocess.Popen([SWTPM_CUSE, *server.arguments])
@@ -394,14 +395,14 @@ def test_signal_ends_the_foreground(serve: Serve, zygote: Zygote, number: signal
     server.gone()
     assert server.said.endswith(SHUTTING_DOWN + "\n")
     server.more = ()
-    assert resumes(server, zygote)
+    assert resumes(server)
     with opened(server.device) as fd:
         assert pcr_value(exchange(fd, pcr_read(7))) == before
 
 
-def test_who_may_use_the_device_is_not_its_platform(serve: Serve, zygote: Zygote) -> None:
+def test_who_may_use_the_device_is_not_its_platform(serve: Serve) -> None:
     """udev gives it to a user of its own, whose programs need commands alone."""
-    server = serve("vtpmbg").start(zygote)
+    server = serve("vtpmbg").start()
     os.chown(server.device, 65534, -1)
     code = (
         "import fcntl, os, sys\n"
@@ -426,8 +427,8 @@ def test_who_may_use_the_device_is_not_its_platform(serve: Serve, zygote: Zygote
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "PTM_SHUTDOWN"])
-def test_end_of_the_background(serve: Serve, zygote: Zygote, end: str) -> None:
-    server = serve("vtpmbg").start(zygote)
+def test_end_of_the_background(serve: Serve, end: str) -> None:
+    server = serve("vtpmbg").start()
     assert answers(server)
     if end == "SIGTERM":
         server.signal(signal.SIGTERM)
@@ -436,29 +437,29 @@ def test_end_of_the_background(serve: Serve, zygote: Zygote, end: str) -> None:
             assert ptm_result(fd, PTM_SHUTDOWN) == 0
             assert not server.pid_file.exists(), "gone before the answer, the state given up"
     server.gone()
-    assert resumes(server, zygote)
+    assert resumes(server)
 
 
-def test_no_shutdown_when_disabled(serve: Serve, zygote: Zygote) -> None:
-    server = serve("vtpmbg", flags="startup-clear,disable-auto-shutdown").start(zygote)
+def test_no_shutdown_when_disabled(serve: Serve) -> None:
+    server = serve("vtpmbg", flags="startup-clear,disable-auto-shutdown").start()
     assert answers(server)
     server.signal(signal.SIGTERM)
     server.gone()
-    assert not resumes(server, zygote)
+    assert not resumes(server)
 
 
-def test_own_shutdown_is_respected(serve: Serve, zygote: Zygote) -> None:
-    server = serve("vtpmbg").start(zygote)
+def test_own_shutdown_is_respected(serve: Serve) -> None:
+    server = serve("vtpmbg").start()
     with opened(server.device) as fd:
         assert code_of(exchange(fd, TPM2_SHUTDOWN_CLEAR)) == 0
     server.signal(signal.SIGTERM)
     server.gone()
-    assert not resumes(server, zygote)
+    assert not resumes(server)
 
 
-def test_end_with_a_client_in_the_middle(serve: Serve, zygote: Zygote) -> None:
+def test_end_with_a_client_in_the_middle(serve: Serve) -> None:
     """A running command is ended, its reader is told, the TPM is shut down all the same."""
-    server = serve("vtpmbg").start(zygote)
+    server = serve("vtpmbg").start()
     with opened(server.device) as fd:
         os.write(fd, create_primary_rsa(bits=3072))
         server.signal(signal.SIGTERM)
@@ -466,7 +467,7 @@ def test_end_with_a_client_in_the_middle(serve: Serve, zygote: Zygote) -> None:
         assert errno_from(lambda: os.read(fd, 4096)) in {errno.ENOTCONN, errno.ECONNABORTED}
         assert errno_from(lambda: os.write(fd, get_random(8))) == errno.ENOTCONN
         assert errno_from(lambda: ptm_result(fd, PTM_CANCEL_TPM_CMD)) == errno.ENOTCONN
-    assert resumes(server, zygote)
+    assert resumes(server)
 
 
 def test_background_holds_nothing_of_its_caller(serve: Serve, tmp_path: Path) -> None:
@@ -499,10 +500,10 @@ def count(fd: int) -> int:
     return int.from_bytes(nv_data(exchange(fd, nv_read(COUNTER, 8))), "big")
 
 
-def test_kill_at_random_moments(serve: Serve, zygote: Zygote) -> None:
+def test_kill_at_random_moments(serve: Serve) -> None:
     """What the TPM has acknowledged is there after a kill; nothing but the very last may be more."""
     random = seeded(2)
-    server = serve("vtpmkill").start(zygote)
+    server = serve("vtpmkill").start()
     with opened(server.device) as fd:
         assert code_of(exchange(fd, DEFINE_COUNTER)) == 0
         assert code_of(exchange(fd, INCREMENT)) == 0
@@ -524,7 +525,7 @@ def test_kill_at_random_moments(serve: Serve, zygote: Zygote) -> None:
                 assert exc.errno in {errno.ENOTCONN, errno.ECONNABORTED}  # noqa: PT017
         killer.join()
         server.gone(pid_file=True)
-        server.start(zygote)
+        server.start()
         with opened(server.device) as fd:
             found = count(fd)
         assert acknowledged <= found <= acknowledged + 1
@@ -538,14 +539,14 @@ def test_kill_at_random_moments(serve: Serve, zygote: Zygote) -> None:
     }
 
 
-def test_restart_while_an_old_client_has_it_open(serve: Serve, zygote: Zygote) -> None:
-    server = serve("vtpmkill").start(zygote)
+def test_restart_while_an_old_client_has_it_open(serve: Serve) -> None:
+    server = serve("vtpmkill").start()
     with ExitStack() as stack:
         old = stack.enter_context(opened(server.device))
         os.write(old, get_random(8))
         server.kill()
         assert errno_from(lambda: os.read(old, 100)) == errno.ENOTCONN
-        server.start(zygote)
+        server.start()
         new = stack.enter_context(opened(server.device))
         assert code_of(exchange(new, get_random(8))) == 0
         assert errno_from(lambda: os.write(old, get_random(8))) == errno.ENOTCONN
@@ -553,19 +554,19 @@ def test_restart_while_an_old_client_has_it_open(serve: Serve, zygote: Zygote) -
     assert answers(server)
 
 
-def test_many_devices_come_and_go(serve: Serve, zygote: Zygote) -> None:
+def test_many_devices_come_and_go(serve: Serve) -> None:
     before = sorted(DEVICES.iterdir())
     server = serve("vtpmloop")
     for number in range(20):
-        server.start(zygote)
+        server.start()
         assert answers(server)
         server.signal((signal.SIGTERM, signal.SIGKILL)[number % 2])
         server.gone(pid_file=number % 2 == 1)
         assert sorted(DEVICES.iterdir()) == before
 
 
-def test_several_devices_at_once(serve: Serve, zygote: Zygote) -> None:
-    servers = [serve(f"vtpmset{number}").start(zygote) for number in range(4)]
+def test_several_devices_at_once(serve: Serve) -> None:
+    servers = [serve(f"vtpmset{number}").start() for number in range(4)]
     for number, server in enumerate(servers):
         with opened(server.device) as fd:
             assert code_of(exchange(fd, pcr_extend(7, bytes([number]) * 32))) == 0

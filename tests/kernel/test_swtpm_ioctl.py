@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
     from tests.kernel.harness import Server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TRANSFERS = {"ioctl": {}, "read and write": {"SWTPM_IOCTL_BUFFERSIZE": "1000"}}
 
 

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
     from tests.kernel.harness import Server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 ONES = b"\x11" * 20
 PHYSICAL_ENABLE = tpm12(0x6F)
 PHYSICAL_SET_ACTIVATED = tpm12(0x72, b"\0")

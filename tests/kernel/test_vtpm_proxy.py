@@ -45,7 +45,9 @@ from vtpm_cuse.errors import FrontendError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.kernel.harness import Zygote
+    from tests.kernel.zygote import Zygote
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +251,7 @@ def test_state_survives_and_can_be_locked_at_once(tmp_path: Path) -> None:
             assert tpm.code_of(exchange(fd, tpm.nv_define(tpm.NV_INDEX, 8))) == 0
             assert tpm.code_of(exchange(fd, tpm.nv_write(tpm.NV_INDEX, b"whatever"))) == 0
         with uevents() as events:
-            first.process.terminate()
+            first.process.send_signal(signal.SIGTERM)
             events.wait("remove", *first.names)
             with Proxy(tmp_path / "a") as second:
                 assert second.number == first.number
@@ -485,7 +487,7 @@ def test_devices_come_and_go(zygote: Zygote, tmp_path: Path) -> None:
     free, files, descriptors = 0, 0, 0
     with uevents() as events:
         for number in range(rounds):
-            assert zygote.start(words) == 0, proxy.said
+            assert zygote.run(words)[0] == 0, proxy.said
             events.wait("add", *proxy.names)
             with opened(proxy.shared) as fd:
                 assert tpm.code_of(exchange(fd, RANDOM)) == 0

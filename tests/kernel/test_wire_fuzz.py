@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import Serve
     from tests.kernel.harness import Server
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SEED: Final = 20261129
 CLIENTS: Final = 3
 OPERATIONS: Final = 120
