@@ -145,11 +145,11 @@ def _check_all(suite: Suite) -> None:
     suite.check("shellcheck", "shellcheck", *_scripts("/sh", " sh", "bash"))
 
 
-def _native_tests(suite: Suite, words: Sequence[str]) -> None:
+def _native_tests(words: Sequence[str]) -> tuple[str, Path, Sequence[str]]:
     # Python's own signal for Ctrl-C makes pytest say where a test hangs.
     command = ["timeout", "-s", "INT", "-k", "60", _SECONDS, _PYTHON, "-m", "pytest"]
     others = ("--ignore=tests/kernel", "--ignore=tests/differential")
-    suite.tests("native tests", _RESULTS / "native.xml", [*command, *others, *words])
+    return "native tests", _RESULTS / "native.xml", [*command, *others, *words]
 
 
 def _prepare_unstable() -> None:
@@ -177,7 +177,14 @@ def _kernel_tests(words: Sequence[str]) -> tuple[str, Path, Sequence[str]]:
 
 
 def _prepare_lab() -> None:
-    """What its tests start there: the programs as they are deployed, and the kernel's own tests."""
+    """What its tests start there: the programs as they are deployed, and the kernel's own tests.
+
+    And what compiling the modules takes here, it would take a dozen times there.
+    """
+    compiling = [_PYTHON, "-m", "compileall", "-q", "vtpm_cuse"]
+    step("compiling the package", compiling)
+    collecting = [_PYTHON, "-m", "pytest", "--quiet", "--collect-only", "tests/kernel"]
+    step("compiling the tests of the kernel lab", collecting)
     fetch = [sys.executable, "-m", "tools.selftests"]
     step("fetching the kernel's own tests of its TPM devices", fetch)
     shutil.rmtree(_DEPLOYED, ignore_errors=True)
@@ -207,13 +214,13 @@ def main() -> int:
     if not sys.argv[1:]:
         _check_all(suite)
         _prepare_lab()
-        # The lab waits for its emulated processors most of the time: two halves of one machine.
-        with suite.tests_beside(*_kernel_tests(["tests/kernel"])):
-            _native_tests(suite, [])
+        # Two halves of one machine, each for one processor.
+        with suite.tests_beside(*_native_tests([])):
+            suite.tests(*_kernel_tests(["tests/kernel"]))
             _unstable_tests(suite)
         return suite.end()
     if native or not kernel:
-        _native_tests(suite, [*options, *native])
+        suite.tests(*_native_tests([*options, *native]))
     if kernel or not native:
         _prepare_lab()
         suite.tests(*_kernel_tests([*options, *(kernel or ["tests/kernel"])]))
