@@ -7,7 +7,7 @@ Which TPM response code, PTM result, errno or exit status a class becomes is
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 NO_PROC: Final = "/proc is not mounted", "mount -t proc proc /proc"
 """Why much cannot be found out about this process, and the command that mends it."""
@@ -198,3 +198,26 @@ class LabError(VtpmError):
     def __str__(self) -> str:
         last = self.said.rpartition("\n")[2]
         return f"{self.reason}: {last}" if last else self.reason
+
+
+FleetFault = Literal[
+    "NoSuchTpm",
+    "TpmExists",
+    "Busy",
+    "NotOwner",
+    "StateDamaged",
+    "KeyRejected",
+    "OverLimit",
+    "BadName",
+]
+
+
+class FleetError(VtpmError):
+    """The manager cannot do that to the TPM ``tpm``: ``fault`` is the error's name on varlink."""
+
+    def __init__(self, fault: FleetFault, tpm: str, reason: str) -> None:
+        super().__init__(fault, tpm, reason)
+        self.fault, self.tpm, self.reason = fault, tpm, reason
+
+    def __str__(self) -> str:
+        return f"{self.tpm}: {self.reason}"

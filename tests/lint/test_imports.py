@@ -78,6 +78,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "programs"}
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
+    "fleet": frozenset(),
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
