@@ -78,7 +78,11 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "programs"}
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
-    "fleet": frozenset(),
+    "fleet": ERRORS
+    | {"acquire", "config", "files", "programs", "proto", "resmgr", "serve", "service.compose"}
+    | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
+    | {"vtpm", "wire"},
+    "fleet.base": frozenset(),
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
@@ -116,7 +120,7 @@ NO_IO: Final = {
     *{"socket", "select", "selectors", "fcntl", "subprocess", "threading", "queue", "time"},
     *{"asyncio", "trio", "cffi", "pathlib", "io", "shutil", "tempfile", "signal", "logging"},
 }
-KNOW_TRIO: Final = {"serve", "service", "acquire"}
+KNOW_TRIO: Final = {"serve", "service", "acquire", "fleet"}
 
 
 def name_of(path: Path) -> str:
