@@ -61,7 +61,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
-    | {"storage.sealed", "vtpm", "wire"},
+    | {"storage.base", "storage.sealed", "vtpm", "wire"},
     "service.life": LIFE
     | {"acquire", "files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
     "service.cuse": SERVED | {"proto"},
@@ -79,7 +79,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": ERRORS
-    | {"acquire", "config", "files", "programs", "proto", "resmgr", "serve", "service.compose"}
+    | {"acquire", "config", "files", "fleet.base", "programs", "proto", "resmgr", "serve"}
+    | {"service.compose"}
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
     "fleet.base": frozenset(),

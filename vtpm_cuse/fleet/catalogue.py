@@ -1,6 +1,6 @@
 """The TPMs of a manager on the disk: a folder for each, called as it is.
 
-In it are ``tpm.json``, what it is; ``state``, in the C suite's format; ``snapshots``. A folder gets
+In it are tpm.json, what it is; state, in the C suite's format; snapshots. A folder gets
 its name when all of it is on the disk, so each that has one is a whole TPM.
 """
 
