@@ -32,6 +32,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.vtpm_rc",
     "vtpm_cuse.cli.vtpm.vtpm_run",
     "vtpm_cuse.cli.vtpm.vtpm_trace",
+    "vtpm_cuse.cli.vtpmd",
 )
 
 
