@@ -131,6 +131,8 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for machine in self._machines.values():
                 nursery.start_soon(stop, machine)
+        for watcher in self._watchers:
+            watcher.close()
 
     # -- what is asked for --------------------------------------------------------------------
 
@@ -265,16 +267,7 @@ class Manager:
         """What happens from now on."""
         send, receive = trio.open_memory_channel[Event](_EVENTS_MAX)
         self._watchers.add(send)
-        return self._events(send, receive)
-
-    async def _events(
-        self, send: trio.MemorySendChannel[Event], receive: trio.MemoryReceiveChannel[Event]
-    ) -> AsyncIterator[Event]:
-        try:
-            async for event in receive:
-                yield event
-        finally:
-            self._watchers.discard(send)
+        return receive
 
     # -- helpers ----------------------------------------------------------------------------------
 
