@@ -173,9 +173,9 @@ class PcapConfig(NamedTuple):
 
     Attributes:
         path: File, appended to.
-        fd: Open descriptor.
+        fd: Open descriptor; of a file, appended to.
         truncate: Empties the file first.
-        mode: Permission bits of a new file.
+        mode: Permission bits of the file, an older one's, too.
         checksums: Whether packets have them.
     """
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_to_write
+from vtpm_cuse.files import open_to_write, set_mode
 from vtpm_cuse.wire.pcapng import Conversation, file_header
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vtpm_cuse.config import PcapConfig
     from vtpm_cuse.engine.base import Engine
 
@@ -26,7 +29,7 @@ class RecordedTpm:
     What else the engine can do, it does itself: this stands before it where it goes on and off.
 
     Raises:
-        UsageError: The file cannot be opened.
+        UsageError: The file cannot be opened, emptied or given its mode.
     """
 
     def __init__(self, tpm: Engine, pcap: PcapConfig) -> None:
@@ -81,10 +84,33 @@ def _now() -> int:
 
 
 def _open(config: PcapConfig) -> int:
+    """Where the capture goes on: at the end of what is there. Raises UsageError."""
+    with contextlib.ExitStack() as undo:
+        with _saying("open pcap file for writing", config):
+            if config.path is None:
+                fd = os.dup(-1 if config.fd is None else config.fd)
+            else:
+                fd = open_to_write(config.path, config.mode, umask=False)
+            undo.callback(os.close, fd)
+        # PEER: takes no pipe, and gives a mode to /dev/null and terminals, too.
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            with _saying(
+                "chmod the pcap file", config
+            ):  # before there is anything in it to be read
+                set_mode(fd, config.mode)
+            with _saying("seek to desired position in pcap file", config):
+                os.lseek(fd, 0, os.SEEK_SET if config.truncate else os.SEEK_END)
+            if config.truncate:
+                with _saying("ftruncate the pcap file", config):
+                    os.ftruncate(fd, 0)
+        undo.pop_all()
+        return fd
+
+
+@contextlib.contextmanager
+def _saying(what: str, config: PcapConfig) -> Iterator[None]:
     try:
-        if config.path is None:
-            return os.dup(-1 if config.fd is None else config.fd)
-        return open_to_write(config.path, config.mode, truncate=config.truncate)
+        yield
     except OSError as exc:
-        where = config.fd if config.path is None else config.path
-        raise UsageError(f"Could not open {where} for the packet capture: {exc.strerror}") from exc
+        where = f"descriptor {config.fd}" if config.path is None else config.path
+        raise UsageError(f"Could not {what}: {exc.strerror} ({where})") from exc
