@@ -67,6 +67,10 @@ class Engine(Tpm, Protocol):
     locality: int
 
     @property
+    def buffer_max(self) -> int:
+        """Bytes of the longest command that it can be given, and of the longest response."""
+
+    @property
     def version(self) -> tuple[int, int, int]:
         """The library's version: major, minor, micro."""
 
