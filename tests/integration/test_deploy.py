@@ -94,6 +94,7 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
         "swtpm-resource-manager@.service",
         "swtpm-vtpm-proxy@.service",
     }
+    assert (local / "include/swtpm/tpm_ioctl.h").is_file()
     assert (local / "share/man/man8/swtpm-cuse.8").resolve().name == "swtpm_cuse.8"
     assert (local / "share/bash-completion/completions/swtpm").resolve().is_file()
     program = (local / "bin/swtpm").resolve()
@@ -104,6 +105,32 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
     python = local / "lib/vtpm-cuse/venv/bin/python3"
     run = subprocess.run([python, program], check=True, capture_output=True, text=True)
     assert run.stdout == "swtpm runs\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give folders away")
+@pytest.mark.parametrize("there", [False, True], ids=["new", "root's"])
+def test_users_and_their_folders(tmp_path: Path, *, there: bool) -> None:
+    for program in ("systemd-sysusers", "systemd-tmpfiles"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is missing")
+    folder = tmp_path / "var/lib/swtpm-localca"
+    (tmp_path / "etc").mkdir()
+    if there:
+        folder.mkdir(parents=True)
+        folder.chmod(0o700)
+    for words in (
+        ["systemd-sysusers", f"--root={tmp_path}", ROOT / "deploy/sysusers.conf"],
+        ["systemd-tmpfiles", "--create", f"--root={tmp_path}", ROOT / "deploy/tmpfiles.conf"],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    accounts = (tmp_path / "etc/passwd").read_text().splitlines()
+    numbers = {fields[0]: int(fields[2]) for fields in (row.split(":") for row in accounts)}
+    owner = 0 if there else numbers["tss"]
+    found = folder.stat()
+    assert (found.st_uid, found.st_gid) == (owner, 0)
+    assert found.st_mode & 0o777 == (0o700 if there else 0o750)
+    assert (tmp_path / "run/vtpm-cuse").stat().st_uid == numbers["vtpm-cuse"]
 
 
 def test_compiled_files_name_their_final_place(system: Path, venv: Path) -> None:

@@ -29,6 +29,7 @@ class InfoFlag(IntFlag):
     COMMANDS = 0x10
     ACTIVE_PROFILE = 0x20
     AVAILABLE_PROFILES = 0x40
+    RUNTIME_ATTRIBUTES = 0x80
 
 
 class Nvram(Protocol):
