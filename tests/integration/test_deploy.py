@@ -107,6 +107,24 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
     assert run.stdout == "swtpm runs\n"
 
 
+def test_selinux_policy(system: Path, venv: Path) -> None:
+    """It compiles; each path has a type of its own or the system's, and the programs have theirs."""
+    policy = ROOT / "deploy/selinux/vtpm_cuse.te"
+    types = set(re.findall(r"^type (\w+),", policy.read_text(), re.MULTILINE))
+    rows = [row.split() for row in policy.with_suffix(".fc").read_text().splitlines()]
+    labels = {row[0]: row[-1].split(":")[2] for row in rows}
+    assert types - {"vtpm_cuse_t"} <= {*labels.values()} <= types | {"bin_t", "tpm_device_t"}
+    place(system, venv)
+    program = f"/{(system / 'usr/local/bin/swtpm').resolve().relative_to(system)}"
+    last = [label for path, label in labels.items() if re.fullmatch(path, program)][-1]
+    assert last == "vtpm_cuse_exec_t"
+    if (compiler := shutil.which("checkmodule")) is None:
+        pytest.skip("checkmodule is missing")
+    output = system / "vtpm_cuse.mod"
+    subprocess.run([compiler, "-M", "-m", "-o", output, policy], check=True)
+    assert output.stat().st_size
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give folders away")
 @pytest.mark.parametrize("there", [False, True], ids=["new", "root's"])
 def test_users_and_their_folders(tmp_path: Path, *, there: bool) -> None:
