@@ -137,8 +137,8 @@ def test_users_and_their_folders(tmp_path: Path, *, there: bool) -> None:
         folder.mkdir(parents=True)
         folder.chmod(0o700)
     for words in (
-        ["systemd-sysusers", f"--root={tmp_path}", ROOT / "deploy/sysusers.conf"],
-        ["systemd-tmpfiles", "--create", f"--root={tmp_path}", ROOT / "deploy/tmpfiles.conf"],
+        ["systemd-sysusers", f"--root={tmp_path}", f"{ROOT}/deploy/sysusers.conf"],
+        ["systemd-tmpfiles", "--create", f"--root={tmp_path}", f"{ROOT}/deploy/tmpfiles.conf"],
     ):
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -43,7 +43,19 @@ def test_a_file_is_appended_to_and_given_the_mode_each_time(tmp_path: Path) -> N
     record(PcapConfig(str(path), mode=0o633))
     assert size_and_mode(path) == (WITH_STARTUP + STARTED, 0o633)
     record(PcapConfig(str(path), truncate=True))
-    assert size_and_mode(path) == (STARTED, 0o640)
+    assert size_and_mode(path) == (STARTED, 0o600)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0o640), (0o644, 0o640), (0o600, 0o600)])
+def test_a_mode_that_is_not_given_opens_nothing(
+    tmp_path: Path, before: int | None, after: int
+) -> None:
+    path = tmp_path / "tpm.pcap"
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    record(PcapConfig(str(path)))
+    assert size_and_mode(path) == (STARTED, after)
 
 
 def test_so_is_that_of_a_descriptor(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.config import PcapConfig
     from vtpm_cuse.engine.base import Engine
 
+_MODE: Final = 0o640
 _PORTS: Final = range(50000, 55000)
 _MICROSECOND: Final = 1000
 
@@ -90,14 +91,14 @@ def _open(config: PcapConfig) -> int:
             if config.path is None:
                 fd = os.dup(-1 if config.fd is None else config.fd)
             else:
-                fd = open_to_write(config.path, config.mode, umask=False)
+                mode = _MODE if config.mode is None else config.mode
+                fd = open_to_write(config.path, mode, umask=False)
             undo.callback(os.close, fd)
         # PEER: takes no pipe, and gives a mode to /dev/null and terminals, too.
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            with _saying(
-                "chmod the pcap file", config
-            ):  # before there is anything in it to be read
-                set_mode(fd, config.mode)
+        if stat.S_ISREG(found := os.fstat(fd).st_mode):
+            with _saying("chmod the pcap file", config):
+                # PEER: lets the group read what was for its owner alone, if nothing is said.
+                set_mode(fd, found & _MODE if config.mode is None else config.mode)
             with _saying("seek to desired position in pcap file", config):
                 os.lseek(fd, 0, os.SEEK_SET if config.truncate else os.SEEK_END)
             if config.truncate:
