@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tests.support.engine import FakeEngine
 from tests.support.vectors import STATE
 from vtpm_cuse.engine.profiles import check_profile
-from vtpm_cuse.errors import EngineError, TpmUnavailable, UsageError
+from vtpm_cuse.errors import EngineError, PtmError, TpmUnavailable, UsageError
 from vtpm_cuse.storage.directory import DirectoryStore
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.vtpm import Vtpm
 from vtpm_cuse.wire.profile import StoredProfile, stored_profile_untrusted
+from vtpm_cuse.wire.ptm import PtmBlobType
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +79,16 @@ def test_what_is_missing_is_said(
     assert f"has StateFormatLevel {level}, which libtpms {number} does not read" in said
     assert said.endswith(cure)
     assert attempts == 1
+
+
+def test_it_is_said_of_a_state_that_comes_from_another_host(tmp_path: Path) -> None:
+    store = SealedStore(DirectoryStore(str(tmp_path), tpm2=True))
+    engine = Refusing(nvram=store, version=(0, 10, 2))
+    engine.faults["set_state"] = EngineError("TPMLIB_SetState", 0x2E)
+    flags, blob = store.to_migration(at_level(8)[PAYLOAD:], decrypted=False)
+    with pytest.raises(PtmError, match=r"StateFormatLevel 8, .* 0\.10\.2 does not read") as caught:
+        Vtpm(engine, store).import_blob(PtmBlobType.PTM_BLOB_TYPE_PERMANENT, flags, blob)
+    assert caught.value.result == 0x2E
 
 
 @pytest.mark.parametrize(("state", "version"), [(PROFILED, (0, 10, 0)), (PLAIN, (0, 9, 2))])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.sealed import SealedStore
 
-__all__ = ["PERMANENT", "need_vacancy", "resumes", "start_engine"]
+__all__ = ["PERMANENT", "give_state", "need_vacancy", "resumes", "start_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +120,30 @@ def _start_result(engine: Engine, store: SealedStore, exc: VtpmError) -> int:
     return faults.tpm_result(exc)
 
 
+def give_state(engine: Engine, kind: StateType, payload: bytes | None) -> None:
+    """Gives a stopped engine the state for its next start. Raises EngineError, PtmError."""
+    try:
+        engine.set_state(kind, payload)
+    except EngineError as exc:
+        lack = _lack_for(engine, payload or b"") if kind is StateType.PERMANENT else ""
+        if lack:
+            raise PtmError(faults.tpm_result(exc), f"{exc}: {lack}") from exc
+        raise
+
+
 def _lack_of(engine: Engine, store: SealedStore) -> str:
-    """What this library lacks to read the permanent state that it refuses, and the cure, if so."""
-    if not engine.tpm2 or store.last_loaded != PERMANENT:
+    """`_lack_for` the permanent state that is stored, if that is what was refused."""
+    if store.last_loaded != PERMANENT:
         return ""
     try:
-        profile = stored_profile_untrusted(store.load(PERMANENT))
+        return _lack_for(engine, store.load(PERMANENT))
     except StorageError:
         return ""
+
+
+def _lack_for(engine: Engine, permanent: bytes) -> str:
+    """What this library lacks to read a permanent state that it refuses, and the cure, if so."""
+    profile = stored_profile_untrusted(permanent) if engine.tpm2 else None
     if profile is None or profile.is_for(engine.version):
         return ""
     return (

@@ -24,7 +24,7 @@ from vtpm_cuse.errors import (
     VtpmError,
 )
 from vtpm_cuse.vtpm.custody import Custody, Whose
-from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, resumes, start_engine
+from vtpm_cuse.vtpm.start import PERMANENT, give_state, need_vacancy, resumes, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -583,7 +583,7 @@ class Vtpm:
             log.warning("An empty permanent state was given; the stored one stays in use")
             return
         given, self._given = self._given, {}  # as in the engine, should it refuse
-        self._engine.set_state(state, payload or None)
+        give_state(self._engine, state, payload or None)
         self._given = {**given, state: payload or None}
 
     @staticmethod
