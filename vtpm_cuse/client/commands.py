@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vtpm_cuse.client.connect import connect_tcp, connect_unix
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.wire.layout import BIG
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmHeader
+from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TPM_RESPONSE_MAX, TpmHeader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,7 +103,7 @@ def send_command(address: TpmAddress, command: bytes, seconds: float) -> bytes:
         while len(response) < (size := _size(response)):
             _wait(fd, select.POLLIN, until, late)
             try:
-                part = os.read(fd, size - len(response) if response else TPM_BUFFER_MAX)
+                part = os.read(fd, size - len(response) if response else TPM_RESPONSE_MAX)
             except BlockingIOError:
                 continue
             except OSError as exc:
@@ -121,7 +121,7 @@ def _size(response: bytes) -> int:
     if len(response) < TPM_HEADER_SIZE:
         return TPM_HEADER_SIZE
     size = TpmHeader.unpack_untrusted(response, BIG).size
-    if not TPM_HEADER_SIZE <= size <= TPM_BUFFER_MAX:
+    if not TPM_HEADER_SIZE <= size <= TPM_RESPONSE_MAX:
         raise FrontendError("Malformed response.")
     return size
 

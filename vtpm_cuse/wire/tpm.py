@@ -12,6 +12,9 @@ from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer, WireStruct, wire
 
 TPM_HEADER_SIZE: Final = 10
 TPM_BUFFER_MAX: Final = 4096
+"""Bytes of a command or response; a TPM 2.0 of libtpms may have more, see `engine.base.Engine`."""
+TPM_RESPONSE_MAX: Final = 1 << 14
+"""Bytes that a client takes of a TPM that it knows nothing of: more than any has."""
 TPM_SEND_COMMAND: Final = 8
 """What `SendCommandHeader` begins with."""
 
