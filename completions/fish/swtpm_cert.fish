@@ -1,6 +1,6 @@
 # Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_cert -f
-complete -c swtpm_cert -l type -x -a 'ek platform aik' -d 'what the certificate is for; default: ek'
+complete -c swtpm_cert -l type -x -a 'ek platform aik iak idevid' -d 'what the certificate is for; default: ek'
 complete -c swtpm_cert -l subject -x -d 'distinguished name, as C=US,O=Org,CN=vm1; TPM 2.0 only'
 complete -c swtpm_cert -l serial -x -d 'serial number, decimal; default: 1'
 complete -c swtpm_cert -l days -x -d 'days of validity, -1 for ever; default: 365'
@@ -28,6 +28,7 @@ complete -c swtpm_cert -l tpm-version -x -d 'the TPM\'s firmware version, as id:
 complete -c swtpm_cert -l tpm-spec-family -x -d 'family of the specification that the TPM implements, as 2.0'
 complete -c swtpm_cert -l tpm-spec-level -x -d 'its level, a number, as 0'
 complete -c swtpm_cert -l tpm-spec-revision -x -d 'its revision, a number'
+complete -c swtpm_cert -l tpm-serial-num -x -d 'the TPM\'s serial number, any text; for an iak or idevid'
 complete -c swtpm_cert -l tpm2 -f -d 'it is a TPM 2.0 and not a TPM 1.2'
 complete -c swtpm_cert -l allow-signing -f -d 'the EK of a TPM 2.0 may be used for signing'
 complete -c swtpm_cert -l decryption -f -d 'the EK of a TPM 2.0 may be used for decryption; it may without --allow-signing, too'

@@ -65,7 +65,19 @@ SETUP: Final = ConfigFile(
         ),
         Term("create_certs_tool_options", "Its options file, passed with --optsfile."),
         Term("active_pcr_banks", "PCR banks to activate, with commas between; default: sha256."),
-        Term("rsa_keysize", "Bits of RSA keys: 2048 (the default), 3072 or max."),
+        Term("rsa_keysize", "Bits of RSA keys: 2048 (the default), 3072, 4096 or max."),
+        Term(
+            "ek1keyalgo",
+            "Algorithm of the first endorsement key of a TPM 2.0: rsa2048, rsa3072, rsa4096, "
+            "secp256r1, secp384r1 or secp521r1; by default RSA of rsa_keysize.",
+        ),
+        Term("ek2keyalgo", "Likewise, of the second; by default secp384r1."),
+        Term(
+            "iakkeyalgo",
+            "Likewise, of an initial attestation key, which needs --create-ek-cert where endorsement "
+            "keys are made; by default there is none.",
+        ),
+        Term("idevidkeyalgo", "Likewise, of an initial device identity key."),
         Term("profile", "Profile of a new TPM 2.0, as JSON text."),
         Term("profile_file", "File with such a profile; it wins over profile."),
         Term("local_profiles_dir", "Directory of the machine's own profiles, NAME.json each."),
@@ -137,7 +149,7 @@ LOCALCA_OPTIONS: Final = ConfigFile(
         Term(
             "--tpm-manufacturer NAME, --tpm-model NAME, --tpm-version VERSION",
             "The TPM, where what calls swtpm_localca does not say it; so with --tpm-spec-family, "
-            "--tpm-spec-level and --tpm-spec-revision.",
+            "--tpm-spec-level, --tpm-spec-revision and --tpm-serial-num.",
         ),
     ),
     (

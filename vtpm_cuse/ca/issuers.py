@@ -61,6 +61,25 @@ def pem_certificate(certificate: bytes) -> bytes:
     return x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
 
 
+def origin_of_untrusted(certificate: bytes) -> tuple[bytes, bytes]:
+    """Whose a certificate in DER is: the identifier of its issuer's key, and its serial number.
+
+    Raises:
+        CertificateError: It is none, or does not say.
+    """
+    try:
+        with refusals():
+            loaded = x509.load_der_x509_certificate(certificate)
+            found = loaded.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+            number = loaded.serial_number
+            serial = number.to_bytes((number.bit_length() + 7) // 8 or 1, "big")
+    except ValueError as exc:
+        raise CertificateError("The endorsement key's certificate", str(exc)) from exc
+    if found.key_identifier is None:
+        raise CertificateError("The endorsement key's certificate", "it names no key of its issuer")
+    return found.key_identifier, serial
+
+
 def _contents(
     certificate: x509.Certificate, path: str
 ) -> tuple[bytes, bytes, rsa.RSAPublicKey | ec.EllipticCurvePublicKey]:

@@ -38,6 +38,12 @@ TPM_OPTIONS: Final = (
     ),
     Option("tpm-spec-level", "its level, a number, as 0", metavar="LEVEL", group="The TPM"),
     Option("tpm-spec-revision", "its revision, a number", metavar="REVISION", group="The TPM"),
+    Option(
+        "tpm-serial-num",
+        "the TPM's serial number, any text; for an iak or idevid",
+        metavar="SERIAL",
+        group="The TPM",
+    ),
     Option("tpm2", "it is a TPM 2.0 and not a TPM 1.2", group="The TPM"),
     Option("allow-signing", "the EK of a TPM 2.0 may be used for signing", group="The TPM"),
     Option(
@@ -95,6 +101,16 @@ def required_specification(
         for text, part in zip(numbers, ("level", "revision"), strict=True)
     )
     return TpmSpecification(readable(family, "--tpm-spec-family"), level, revision)
+
+
+def required_serial(line: CommandLine, otherwise: Mapping[str, str] = _NOTHING) -> str:
+    """The TPM's serial number, of an IAK's or IDevID's certificate. Raises UsageError."""
+    text = line.value("tpm-serial-num") or otherwise.get("tpm-serial-num")
+    if not text:
+        raise UsageError("--tpm-serial-num must be provided")
+    if not line.has("tpm2"):
+        raise UsageError("An iak or idevid is a TPM 2.0's", hint="see --tpm2")
+    return readable(text, "--tpm-serial-num")
 
 
 def hex_number(text: str, option: str) -> int:

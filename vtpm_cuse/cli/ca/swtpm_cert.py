@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.ca.certificates import CertificateKind, CertificateRequest, Issuer
     from vtpm_cuse.ca.keys import PublicKey
 
-_KINDS: Final = ("ek", "platform", "aik")
+_KINDS: Final = ("ek", "platform", "aik", "iak", "idevid")
 _SERIAL_DIGITS: Final = 49
 _DAYS: Final = 365
 _DAYS_MAX: Final = (1 << 31) - 1
@@ -96,8 +96,8 @@ PROGRAM: Final = Program(
     operands=(),
     description=(
         "Makes an X.509 certificate with the fields that the Trusted Computing Group asks for: "
-        "for an endorsement key (ek), a platform with a TPM (platform) or an attestation key "
-        "(aik).",
+        "for an endorsement key (ek), a platform with a TPM (platform), an attestation key (aik), "
+        "or the initial attestation key (iak) or device identity key (idevid) of a TPM 2.0.",
         "Nothing is written unless the certificate is whole.",
     ),
     examples=(
@@ -134,8 +134,8 @@ def _run(words: list[str]) -> int:
         print(version_text("certificate tool ", "TPM"))
     elif line.has("print-capabilities"):
         print(
-            '{ "type": "swtpm_cert", "features": [ "cmdarg-signkey-pwd", '
-            f'"cmdarg-parentkey-pwd" ], "version": "{PEER_VERSION}" }}'
+            '{ "type": "swtpm_cert", "features": [ "cmdarg-signkey-pwd", "cmdarg-parentkey-pwd", '
+            f'"cmdarg-tpm-serial-num", "supports-iak-idevid" ], "version": "{PEER_VERSION}" }}'
         )
     else:
         _certify(line)
@@ -167,7 +167,7 @@ def _request(line: CommandLine) -> CertificateRequest:
 
     kind = _kind(line)
     key = _public_key(line)
-    tpm = common.required_tpm(line)
+    tpm = None if kind.is_identity else common.required_tpm(line)
     platform = common.maker(line, "platform")
     if kind is CertificateKind.PLATFORM and platform is None:
         raise UsageError(
@@ -189,6 +189,7 @@ def _request(line: CommandLine) -> CertificateRequest:
             line.has("tpm2"),
             line.has("allow-signing"),
             line.has("decryption"),
+            common.required_serial(line) if kind.is_identity else "",
         )
     except ValueError as exc:
         raise UsageError(
