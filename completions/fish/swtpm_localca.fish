@@ -1,7 +1,7 @@
 # Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_localca -f
 complete -c swtpm_localca -l type -x -a 'ek platform iak idevid' -d 'what the certificate is for; it is written to ek.cert, platform.cert and so on'
-complete -c swtpm_localca -l ek -x -d 'the TPM\'s key: modulus of an RSA key in hex, or x=HEX,y=HEX,id=CURVE'
+complete -c swtpm_localca -l ek -x -d 'the TPM\'s key: modulus of an RSA key in hex, x=HEX,y=HEX,id=CURVE, or pubkey=HEX,algo=ALGORITHM for ML-KEM and ML-DSA'
 complete -c swtpm_localca -l key -x -d 'the same as --ek'
 complete -c swtpm_localca -l dir -x -a '(__fish_complete_directories)' -d 'write the certificate into this folder; default: here'
 complete -c swtpm_localca -l vmid -x -d 'name of the VM, the certificate\'s subject'

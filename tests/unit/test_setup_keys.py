@@ -54,6 +54,15 @@ def test_a_key_that_the_profile_does_not_have(
     assert message in str(caught.value)
 
 
+def test_a_certificate_that_no_index_can_hold() -> None:
+    """The C suite's manual says what signs such ones; this one that the size is at fault."""
+    setup = Tpm2Setup(AnsweringTpm("8001 0000000a 000002d5"), SetupPlan(tpm2=True), None, Lines())
+    with pytest.raises(
+        UsageError, match="NV_DefineSpace failed: 0x2d5; the X has 5000 bytes; a CA"
+    ):
+        setup._store(0x1C00002, bytes(5000), "X")
+
+
 @pytest.mark.parametrize(
     ("value", "maker"), [("49424d00", "IBM"), ("58595a31", "XYZ1"), ("0a00ff20", "????")]
 )

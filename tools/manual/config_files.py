@@ -109,7 +109,9 @@ LOCALCA: Final = ConfigFile(
         Term("statedir", "Directory of the lock and the serial number. Needed; made if missing."),
         Term(
             "signingkey",
-            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed.",
+            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed. One that "
+            "was made elsewhere may be RSA, ECDSA, or for a TPM 2.0 EdDSA or ML-DSA; of ML-DSA, a "
+            "certificate has more bytes than an NV index of today's libtpms holds.",
         ),
         Term("signingkey_password", "Password of that key."),
         Term("issuercert", "Certificate of the signing key, in PEM form. Needed."),

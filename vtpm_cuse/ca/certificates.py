@@ -176,10 +176,16 @@ class CertificateRequest:
 
 
 class Signer(Protocol):
-    """A private key, wherever it is."""
+    """A private key, wherever it is; hashes by their names, as "sha256"."""
+
+    def digest(self, usual: str) -> str:
+        """The hash that it signs with where *usual* is: "sha256" is its own to better.
+
+        Empty for a key that signs without one. Raises CertificateError where *usual* has to be.
+        """
 
     def algorithm(self, digest: str) -> bytes:
-        """AlgorithmIdentifier of a signature over "sha1" or "sha256"."""
+        """AlgorithmIdentifier of a signature over such a hash."""
 
     def sign(self, data: bytes, digest: str) -> bytes:
         """Signature over *data*. Raises CertificateError."""
@@ -231,9 +237,9 @@ def tpm_certificate(
     if kind.purpose is not None:
         usage = _extension(_EXTENDED_KEY_USAGE, der.sequence(der.oid(kind.purpose)))
         extensions.insert(len(extensions) if kind is CertificateKind.PLATFORM else 0, usage)
-    digest = "sha256" if request.is_tpm2 else "sha1"
+    usual = "sha256" if request.is_tpm2 else "sha1"
     subject = request.subject_name()
-    return _signed(issuer, serial, validity, subject, request.key.spki, extensions, digest)
+    return _signed(issuer, serial, validity, subject, request.key.spki, extensions, usual)
 
 
 def ca_certificate(
@@ -278,8 +284,9 @@ def _signed(
     subject: bytes,
     spki: bytes,
     extensions: list[bytes],
-    digest: str,
+    usual: str,
 ) -> bytes:
+    digest = issuer.signer.digest(usual)
     algorithm = issuer.signer.algorithm(digest)
     body = der.sequence(
         der.context(0, der.integer(2)),

@@ -195,7 +195,13 @@ class Tpm2Setup:
         """Defines an index of the platform, writes it, and locks it if that is wanted."""
         public = tpm2.NvPublic(index, TpmAlg.TPM_ALG_SHA256, _NV_ATTRIBUTES, b"", len(data))
         parameters = tpm2.NvDefineParameters(b"", public.pack())
-        self._execute(TpmCc.TPM_CC_NV_DefineSpace, (tpm2.TPM_RH_PLATFORM,), parameters)
+        try:
+            self._execute(TpmCc.TPM_CC_NV_DefineSpace, (tpm2.TPM_RH_PLATFORM,), parameters)
+        except TpmError as exc:
+            if exc.code == TpmRc.TPM_RC_SIZE_P2:
+                hint = f"the {name} has {len(data)} bytes; a CA with a shorter signature may do"
+                raise UsageError(str(exc), hint=hint) from exc
+            raise
         handles = tpm2.TPM_RH_PLATFORM, index
         for offset in range(0, len(data), _NV_CHUNK):
             chunk = tpm2.NvWriteParameters(data[offset : offset + _NV_CHUNK], offset)

@@ -60,6 +60,22 @@ PROGRAM: Final = Program(
             group="The TPM's key",
         ),
         Option(
+            "public",
+            "a key for ML-KEM or ML-DSA as it is, hex; with --keyalgo",
+            metavar="HEX",
+            group="The TPM's key",
+        ),
+        Option(
+            "keyalgo",
+            "what it is for",
+            metavar="ALGORITHM",
+            choices=(
+                *("ml-kem-512", "ml-kem-768", "ml-kem-1024"),
+                *("ml-dsa-44", "ml-dsa-65", "ml-dsa-87"),
+            ),
+            group="The TPM's key",
+        ),
+        Option(
             "signkey",
             "PEM file of the CA's key, or pkcs11: URI of one in a token",
             metavar="FILE",
@@ -135,7 +151,8 @@ def _run(words: list[str]) -> int:
     elif line.has("print-capabilities"):
         print(
             '{ "type": "swtpm_cert", "features": [ "cmdarg-signkey-pwd", "cmdarg-parentkey-pwd", '
-            f'"cmdarg-tpm-serial-num", "supports-iak-idevid" ], "version": "{PEER_VERSION}" }}'
+            '"cmdarg-tpm-serial-num", "supports-iak-idevid", "cmdarg-public", '
+            f'"cmdarg-keyalgo" ], "version": "{PEER_VERSION}" }}'
         )
     else:
         _certify(line)
@@ -212,13 +229,29 @@ def _public_key(line: CommandLine) -> PublicKey:
         raise UsageError("RSA modulus and ECC parameters cannot both be given.")
     if (x is None) != (y is None):
         raise UsageError("ECC x and y parameters must both be given.")
+    kind, raw = line.value("keyalgo"), line.value("public")
+    given = "rsa" if modulus is not None else "ecc" if x is not None else ""
+    if given and (kind is not None or raw is not None):
+        raise UsageError(
+            f"Already found options for '{given}' key; cannot switch to '{kind or 'ml-kem'}'."
+        )
     if line.has("pubkey"):
         return _key_of_file(line.value("pubkey") or "")
     if modulus is not None:
         return common.rsa_key(modulus, "--modulus", _exponent(line))
     if x is not None and y is not None:
         return common.point_key(line.value("ecc-curveid") or "secp256r1", x, y, "--ecc")
+    if kind is not None or raw is not None:
+        return _raw_key(kind, raw)
     raise UsageError("Missing public EK file and modulus or ECC parameters.")
+
+
+def _raw_key(kind: str | None, raw: str | None) -> PublicKey:
+    if kind is None:
+        raise UsageError("--public requires --keyalgo to specify the key algorithm.")
+    if raw is None:
+        raise UsageError(f"Missing --public option for key type {kind}.")
+    return common.raw_key(kind, raw, "--public")
 
 
 def _key_of_file(path: str) -> PublicKey:
@@ -260,9 +293,12 @@ def _days(line: CommandLine) -> int:
     text = line.value("days")
     if text is None:
         return _DAYS
-    found = number(text, -_DAYS_MAX, _DAYS_MAX, base=10)
+    found = number(text, -1, _DAYS_MAX, base=10)
     if found is None:
-        raise UsageError(f"'{text[:40]}' of --days is no number of days")
+        raise UsageError(
+            f"Days value of '{text[:40]}' is outside valid range.",
+            hint=f"--days takes a number from 0 to {_DAYS_MAX}, and -1",
+        )
     return found
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.ca.localca import LocalCa
 
 _KINDS: Final = ("ek", "platform", "iak", "idevid")
+_RAW: Final = re.compile(r"pubkey=([^,]*),algo=([^,]*)")
 _POINT: Final = re.compile(r"x=([^,]*),y=([^,]*)(?:,id=([^,]*))?")
 
 PROGRAM: Final = Program(
@@ -38,7 +39,8 @@ PROGRAM: Final = Program(
         ),
         Option(
             "ek",
-            "the TPM's key: modulus of an RSA key in hex, or x=HEX,y=HEX,id=CURVE",
+            "the TPM's key: modulus of an RSA key in hex, x=HEX,y=HEX,id=CURVE, or "
+            "pubkey=HEX,algo=ALGORITHM for ML-KEM and ML-DSA",
             metavar="KEY",
         ),
         Option("key", "the same as --ek", metavar="KEY"),
@@ -152,6 +154,8 @@ def _request(line: CommandLine, ca: LocalCa) -> CertificateRequest:
 def _public_key(text: str) -> PublicKey:
     if "=" not in text:
         return common.rsa_key(text, "--ek")
+    if (raw := _RAW.fullmatch(text)) is not None:
+        return common.raw_key(raw[2], raw[1], "--ek")
     found = _POINT.fullmatch(text)
     if found is None:
         raise UsageError(f"'{text[:40]}' of --ek is neither a modulus nor x=HEX,y=HEX,id=CURVE")
