@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CERTS: Final = Path(__file__).parents[1] / "vectors" / "certs"
 
+_CURVES: Final[dict[str, ec.EllipticCurve]] = {"p256": ec.SECP256R1(), "p384": ec.SECP384R1()}
 _WITH_SHA1: Final = {"2a864886f70d010105", "2a8648ce3d0401"}
 
 
@@ -119,9 +120,7 @@ def make_ca(folder: Path, kind: str = "rsa", password: bytes | None = None) -> T
     if kind == "rsa":
         key = rsa.generate_private_key(65537, 2048)
     else:
-        key = ec.generate_private_key(
-            ec.SECP256R1()
-        )  # larger ones sign with other hashes than 0.10
+        key = ec.generate_private_key(_CURVES[kind])
     ca = TestCa(folder / "ca.key", folder / "ca.pem")
     encryption = (
         serialization.BestAvailableEncryption(password)

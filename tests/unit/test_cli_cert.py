@@ -35,7 +35,7 @@ def _shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> TestCa:
-    return make_ca(tmp_path_factory.mktemp("ca"), "ecc")
+    return make_ca(tmp_path_factory.mktemp("ca"), "p256")
 
 
 def certified(ca: TestCa, path: Path, *words: str) -> bytes:
