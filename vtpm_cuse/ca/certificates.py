@@ -179,9 +179,10 @@ class Signer(Protocol):
     """A private key, wherever it is; hashes by their names, as "sha256"."""
 
     def digest(self, usual: str) -> str:
-        """The hash that it signs with where *usual* is: "sha256" is its own to better.
+        """The hash that it signs with where *usual* is: "sha1" for a TPM 1.2, else "sha256".
 
-        Empty for a key that signs without one. Raises CertificateError where *usual* has to be.
+        For the latter it may have a longer one, that of its size, or none (""). Raises
+        CertificateError for a key without a hash where there must be SHA-1.
         """
 
     def algorithm(self, digest: str) -> bytes:
