@@ -65,7 +65,19 @@ SETUP: Final = ConfigFile(
         ),
         Term("create_certs_tool_options", "Its options file, passed with --optsfile."),
         Term("active_pcr_banks", "PCR banks to activate, with commas between; default: sha256."),
-        Term("rsa_keysize", "Bits of RSA keys: 2048 (the default), 3072 or max."),
+        Term("rsa_keysize", "Bits of RSA keys: 2048 (the default), 3072, 4096 or max."),
+        Term(
+            "ek1keyalgo",
+            "Algorithm of the first endorsement key of a TPM 2.0: rsa2048, rsa3072, rsa4096, "
+            "secp256r1, secp384r1 or secp521r1; by default RSA of rsa_keysize.",
+        ),
+        Term("ek2keyalgo", "Likewise, of the second; by default secp384r1."),
+        Term(
+            "iakkeyalgo",
+            "Likewise, of an initial attestation key, which needs --create-ek-cert where endorsement "
+            "keys are made; by default there is none.",
+        ),
+        Term("idevidkeyalgo", "Likewise, of an initial device identity key."),
         Term("profile", "Profile of a new TPM 2.0, as JSON text."),
         Term("profile_file", "File with such a profile; it wins over profile."),
         Term("local_profiles_dir", "Directory of the machine's own profiles, NAME.json each."),
@@ -97,7 +109,9 @@ LOCALCA: Final = ConfigFile(
         Term("statedir", "Directory of the lock and the serial number. Needed; made if missing."),
         Term(
             "signingkey",
-            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed.",
+            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed. One that "
+            "was made elsewhere may be RSA, ECDSA, or for a TPM 2.0 EdDSA or ML-DSA; of ML-DSA, a "
+            "certificate has more bytes than an NV index of today's libtpms holds.",
         ),
         Term("signingkey_password", "Password of that key."),
         Term("issuercert", "Certificate of the signing key, in PEM form. Needed."),
@@ -137,7 +151,7 @@ LOCALCA_OPTIONS: Final = ConfigFile(
         Term(
             "--tpm-manufacturer NAME, --tpm-model NAME, --tpm-version VERSION",
             "The TPM, where what calls swtpm_localca does not say it; so with --tpm-spec-family, "
-            "--tpm-spec-level and --tpm-spec-revision.",
+            "--tpm-spec-level, --tpm-spec-revision and --tpm-serial-num.",
         ),
     ),
     (

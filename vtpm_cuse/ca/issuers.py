@@ -6,11 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from vtpm_cuse.ca.certificates import Issuer
-from vtpm_cuse.ca.keys import PrivateKey, refusals
+from vtpm_cuse.ca.keys import PrivateKey, is_hashless, refusals, verify
 from vtpm_cuse.errors import CertificateError
 from vtpm_cuse.files import read_small
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vtpm_cuse.ca.certificates import Signer
+    from vtpm_cuse.ca.keys import HashlessPublicKey
+
+    _IssuerKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | HashlessPublicKey
 
 
 def open_issuer(
@@ -61,9 +64,26 @@ def pem_certificate(certificate: bytes) -> bytes:
     return x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
 
 
-def _contents(
-    certificate: x509.Certificate, path: str
-) -> tuple[bytes, bytes, rsa.RSAPublicKey | ec.EllipticCurvePublicKey]:
+def origin_of_untrusted(certificate: bytes) -> tuple[bytes, bytes]:
+    """Whose a certificate in DER is: the identifier of its issuer's key, and its serial number.
+
+    Raises:
+        CertificateError: It is none, or does not say.
+    """
+    try:
+        with refusals():
+            loaded = x509.load_der_x509_certificate(certificate)
+            found = loaded.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+            number = loaded.serial_number
+            serial = number.to_bytes((number.bit_length() + 7) // 8 or 1, "big")
+    except ValueError as exc:
+        raise CertificateError("The endorsement key's certificate", str(exc)) from exc
+    if found.key_identifier is None:
+        raise CertificateError("The endorsement key's certificate", "it names no key of its issuer")
+    return found.key_identifier, serial
+
+
+def _contents(certificate: x509.Certificate, path: str) -> tuple[bytes, bytes, _IssuerKey]:
     """Name, key identifier and key; the library looks into them only now."""
     try:
         key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
@@ -72,9 +92,9 @@ def _contents(
             f"The issuer certificate {path}", "it has no subject key identifier"
         ) from exc
     public = certificate.public_key()
-    if not isinstance(public, rsa.RSAPublicKey | ec.EllipticCurvePublicKey):
-        raise CertificateError(path, "its key is neither RSA nor on an elliptic curve")
-    return certificate.subject.public_bytes(), key_id.digest, public
+    if isinstance(public, rsa.RSAPublicKey | ec.EllipticCurvePublicKey) or is_hashless(public):
+        return certificate.subject.public_bytes(), key_id.digest, public
+    raise CertificateError(path, "its key is no RSA, elliptic curve, EdDSA or ML-DSA key")
 
 
 def _signer(
@@ -99,17 +119,11 @@ def _signer(
         raise CertificateError(f"Could not import signing key {key}", str(exc)) from exc
 
 
-def _prove(
-    public: rsa.RSAPublicKey | ec.EllipticCurvePublicKey, signer: Signer, path: str, key: str
-) -> None:
-    data = os.urandom(32)
-    signature = signer.sign(data, "sha256")
+def _prove(public: _IssuerKey, signer: Signer, path: str, key: str) -> None:
+    data, digest = os.urandom(32), signer.digest("sha256")
+    signature = signer.sign(data, digest)
     try:
-        with refusals():
-            if isinstance(public, rsa.RSAPublicKey):
-                public.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
-            else:
-                public.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+        verify(public, signature, data, digest)
     except ValueError:  # for InvalidSignature, and keys that fit nothing
         raise CertificateError(
             f"{key} and {path}", "the key is not that of the certificate"

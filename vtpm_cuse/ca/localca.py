@@ -145,9 +145,10 @@ class LocalCa:
         self,
         kind: CertificateKind,
         key: PublicKey,
-        tpm: Maker,
+        tpm: Maker | None,
         specification: TpmSpecification | None = None,
         vmid: str = "",
+        tpm_serial: str = "",
         *,
         is_tpm2: bool = True,
         allow_signing: bool = False,
@@ -156,11 +157,12 @@ class LocalCa:
         """What a certificate of this CA's will say, for `issue`: the rest is its options' to say.
 
         Args:
-            kind: EK or platform.
-            key: The EK.
-            tpm: The TPM's maker.
+            kind: EK, platform, IAK or IDevID.
+            key: That key; of a platform, the EK.
+            tpm: The TPM's maker; needed for all but an IAK and IDevID.
             specification: What the TPM implements; needed for an EK.
             vmid: Name of the VM; "unknown" stands for none.
+            tpm_serial: The TPM's serial number; needed for an IAK and IDevID.
             is_tpm2: TPM 2.0 and not 1.2.
             allow_signing: The EK may sign (TPM 2.0).
             decryption: The EK may decrypt (TPM 2.0).
@@ -181,10 +183,11 @@ class LocalCa:
                 tpm,
                 specification if kind is CertificateKind.EK else None,
                 profile.platform,
-                profile.subject if profile.subject is not None else _subject(vmid),
+                profile.subject if profile.subject is not None else _subject(kind, vmid),
                 is_tpm2,
                 allow_signing or profile.allow_signing,
                 decryption or profile.decryption,
+                tpm_serial,
             )
         except ValueError as exc:
             raise UsageError(f"No {kind.value} certificate can be made: {exc}") from exc
@@ -418,10 +421,10 @@ def _random_serial() -> int:
     return 10**19 + secrets.randbelow(8 * 10**18)
 
 
-def _subject(vmid: str) -> str:
+def _subject(kind: CertificateKind, vmid: str) -> str:
     # What separates the parts of a name becomes "_", as in the C suite; "\\+" is a plus sign.
     plain = re.sub(r"(?<!\\)\+", "_", vmid.replace(",", "_")).replace("\\+", "+")
-    return "CN=" + escaped(plain or "unknown")
+    return ("serialNumber=" if kind.is_identity else "CN=") + escaped(plain or "unknown")
 
 
 def _now() -> datetime:

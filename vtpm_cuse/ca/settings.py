@@ -38,7 +38,7 @@ VALUES: Final = frozenset(
 OF_THE_TPM: Final = frozenset(
     {
         *{"tpm-manufacturer", "tpm-model", "tpm-version"},
-        *{"tpm-spec-family", "tpm-spec-level", "tpm-spec-revision"},
+        *{"tpm-spec-family", "tpm-spec-level", "tpm-spec-revision", "tpm-serial-num"},
     }
 )
 """Of the TPM, where what calls the CA does not say it."""
