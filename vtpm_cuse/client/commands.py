@@ -8,7 +8,8 @@ import select
 import stat
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.client.connect import connect_tcp, connect_unix
 from vtpm_cuse.errors import FrontendError
@@ -16,7 +17,10 @@ from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmHeader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+_PORT_MAX: Final = (1 << 16) - 1
+_PORT_DIGITS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +86,73 @@ class TpmUnix:
 TpmAddress = TpmDevice | TpmTcp | TpmUnix
 
 
+def address_of(text: str) -> TpmAddress:
+    """The TPM at *text*: the path of a device or of a Unix socket, or HOST:PORT.
+
+    Raises:
+        FrontendError: It is none of these.
+    """
+    if "/" in text:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.stat(text).st_mode):
+                return TpmUnix(text)
+        return TpmDevice(text)
+    host, _, port = text.rpartition(":")
+    if port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS and int(port) <= _PORT_MAX:
+        return TpmTcp(host.strip("[]") or "127.0.0.1", int(port))
+    raise FrontendError(f"'{text}' is neither the path of a device or socket nor HOST:PORT")
+
+
+@contextlib.contextmanager
+def connected(address: TpmAddress, seconds: float) -> Iterator[Callable[[bytes], bytes]]:
+    """Asks a TPM over one connection: where a resource manager serves it, with what is loaded there.
+
+    What it gives takes a command and has *seconds* for the response, a header at least.
+
+    Raises:
+        FrontendError: There and then: the TPM cannot be reached, does not answer in time, or
+            answers nonsense.
+    """
+    with address.opened() as fd:
+        yield partial(_exchange, fd, seconds)
+
+
 def send_command(address: TpmAddress, command: bytes, seconds: float) -> bytes:
     """Sends one command on a connection of its own; gives the response, a header at least.
 
     Raises:
-        FrontendError: The TPM cannot be reached, does not answer in time, or answers nonsense.
+        FrontendError: See `connected`.
     """
+    with connected(address, seconds) as ask:
+        return ask(command)
+
+
+def _exchange(fd: int, seconds: float, command: bytes) -> bytes:
     until = time.monotonic() + seconds
     late = f"TPM did not respond after {seconds:.0f} seconds."
-    with address.opened() as fd:
-        while command:
-            _wait(fd, select.POLLOUT, until, late)
-            try:
-                command = command[os.write(fd, command) :]
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise FrontendError("Write to file descriptor failed.", _reason(exc)) from exc
-        response = b""
-        while len(response) < (size := _size(response)):
-            _wait(fd, select.POLLIN, until, late)
-            try:
-                part = os.read(fd, size - len(response) if response else TPM_BUFFER_MAX)
-            except BlockingIOError:
-                continue
-            except OSError as exc:
-                raise FrontendError("Read from file descriptor failed.", _reason(exc)) from exc
-            if not part:
-                raise FrontendError("Returned packet is too short.")
-            response += part
-        if len(response) != size:
-            raise FrontendError("Malformed response.")
-        return response
+    while command:
+        _wait(fd, select.POLLOUT, until, late)
+        try:
+            command = command[os.write(fd, command) :]
+        except BlockingIOError:
+            continue
+        except OSError as exc:
+            raise FrontendError("Write to file descriptor failed.", _reason(exc)) from exc
+    response = b""
+    while len(response) < (size := _size(response)):
+        _wait(fd, select.POLLIN, until, late)
+        try:
+            part = os.read(fd, size - len(response) if response else TPM_BUFFER_MAX)
+        except BlockingIOError:
+            continue
+        except OSError as exc:
+            raise FrontendError("Read from file descriptor failed.", _reason(exc)) from exc
+        if not part:
+            raise FrontendError("Returned packet is too short.")
+        response += part
+    if len(response) != size:
+        raise FrontendError("Malformed response.")
+    return response
 
 
 def _size(response: bytes) -> int:
