@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +27,7 @@ from vtpm_cuse.ca.settings import CaProfile, CaSettings
 from vtpm_cuse.ca.tpmkeys import KeyTpm, new_key
 from vtpm_cuse.cli.ca import swtpm_create_tpmca
 from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.client.commands import TpmUnix, connected, send_command
+from vtpm_cuse.client.commands import TpmConnection, TpmUnix, connected, send_command
 from vtpm_cuse.errors import CertificateError, UsageError
 from vtpm_cuse.faults import exit_status
 from vtpm_cuse.lab import Tpm
@@ -398,9 +399,35 @@ def test_the_owner_of_all_files(tpm: Tpm, tmp_path: Path) -> None:
     assert owners == {(uid, 12345)}
 
 
+@pytest.mark.parametrize("code", [0x131, 0x157, 0x15D], ids=["CreatePrimary", "Load", "Sign"])
+def test_nothing_is_left_of_who_was_interrupted(
+    code: int, tpm: Tpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, when the TPM has the command and nobody its response yet."""
+    key = own_key(str(key_file(tmp_path, tpm)), None, KeyTpm(tpm.raw_path))
+    ask, wait = TpmConnection.ask, TpmConnection._wait
+    asked: list[int] = []
+
+    def noticing(connection: TpmConnection, command: bytes) -> bytes:
+        asked.append(int.from_bytes(command[6:10], "big"))
+        return ask(connection, command)
+
+    def interrupting(connection: TpmConnection, event: int) -> None:
+        wait(connection, event)
+        if event == select.POLLIN and asked[-1] == code:
+            asked.append(0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TpmConnection, "ask", noticing)
+    monkeypatch.setattr(TpmConnection, "_wait", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        key.sign(b"data", "sha256")
+    assert 0 in asked
+
+
 def test_one_client_of_a_managed_tpm(tpm: Tpm, tmp_path: Path) -> None:
     """What is loaded is there for one connection: all commands go over it."""
     key = own_key(str(key_file(tmp_path, tpm)), None, KeyTpm(tpm.path))
     assert key.sign(b"data", "sha256")
-    with connected(TpmUnix(tpm.path), 60) as asking:
-        assert asking(TRANSIENT)[-4:] == bytes(4)
+    with connected(TpmUnix(tpm.path), 60) as connection:
+        assert connection.ask(TRANSIENT)[-4:] == bytes(4)

@@ -30,8 +30,9 @@ from vtpm_cuse.wire.tpm import TpmCc, TpmRc, TpmTag
 from vtpm_cuse.wire.tpm2 import EccPublic, RsaPublic, Scheme, Symmetric, TpmAlg, TpmEccCurve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from vtpm_cuse.client.commands import TpmConnection
     from vtpm_cuse.wire.marshal import TpmStruct
     from vtpm_cuse.wire.tpm2 import Public, Response
 
@@ -337,8 +338,8 @@ def _checked(name: str, public: Public) -> PublicKey:
 class _Commands:
     """The commands for such keys, over one connection."""
 
-    def __init__(self, ask: Callable[[bytes], bytes]) -> None:
-        self._ask = ask
+    def __init__(self, connection: TpmConnection) -> None:
+        self._connection = connection
 
     def execute(
         self,
@@ -358,7 +359,9 @@ class _Commands:
         name = f"TPM2_{code.name.removeprefix('TPM_CC_')}"
         for left in reversed(range(_TRIES)):
             try:
-                return tpm2.read_response_untrusted(name, self._ask(command), handles=returned)
+                return tpm2.read_response_untrusted(
+                    name, self._connection.ask(command), handles=returned
+                )
             except TpmError as exc:
                 if exc.code != TpmRc.TPM_RC_RETRY or not left:
                     raise
@@ -369,13 +372,22 @@ class _Commands:
         self, code: TpmCc, above: int, parameters: TpmStruct, password: bytes
     ) -> Iterator[int]:
         """What a command loads; flushed in the end."""
-        (handle,) = self.execute(code, (above,), parameters, password, returned=1).handles
+        try:
+            (handle,) = self.execute(code, (above,), parameters, password, returned=1).handles
+        except VtpmError:
+            raise
+        except BaseException:  # an interruption, during which it is loaded all the same
+            with contextlib.suppress(VtpmError):
+                late = self._connection.finish()
+                self._flush(tpm2.read_response_untrusted("", late, handles=1).handles[0])
+            raise
         try:
             yield handle
         except FrontendError:  # nothing more can be sent
             raise
         except BaseException:
             with contextlib.suppress(VtpmError):
+                self._connection.finish()
                 self._flush(handle)
             raise
         self._flush(handle)
@@ -399,8 +411,8 @@ class _Commands:
 def _asking(name: str, tpm: KeyTpm) -> Iterator[_Commands]:
     """A connection to the TPM; all that goes wrong is a CertificateError about *name*."""
     try:
-        with connected(address_of(tpm.where), _SECONDS) as ask:
-            yield _Commands(ask)
+        with connected(address_of(tpm.where), _SECONDS) as connection:
+            yield _Commands(connection)
     except FrontendError as exc:
         raise _error(name, f"its TPM at {tpm.where}: {exc}") from exc
     except WireError as exc:

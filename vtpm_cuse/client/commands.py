@@ -8,7 +8,6 @@ import select
 import stat
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.client.connect import connect_tcp, connect_unix
@@ -17,7 +16,7 @@ from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmHeader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _PORT_MAX: Final = (1 << 16) - 1
 _PORT_DIGITS: Final = 5
@@ -103,18 +102,64 @@ def address_of(text: str) -> TpmAddress:
     raise FrontendError(f"'{text}' is neither the path of a device or socket nor HOST:PORT")
 
 
-@contextlib.contextmanager
-def connected(address: TpmAddress, seconds: float) -> Iterator[Callable[[bytes], bytes]]:
-    """Asks a TPM over one connection: where a resource manager serves it, with what is loaded there.
+class TpmConnection:
+    """One connection to a TPM, for one command after the other; see `connected`."""
 
-    What it gives takes a command and has *seconds* for the response, a header at least.
+    def __init__(self, fd: int, seconds: float) -> None:
+        self._fd, self._seconds, self._until = fd, seconds, 0.0
+        self._command = self._response = b""
+
+    def ask(self, command: bytes) -> bytes:
+        """The response, a header at least. Raises FrontendError."""
+        self._until = time.monotonic() + self._seconds
+        self._command, self._response = command, b""
+        return self.finish()
+
+    def finish(self) -> bytes:
+        """The response to the last command, for who was interrupted meanwhile. Raises FrontendError."""
+        while self._command:
+            self._wait(select.POLLOUT)
+            try:
+                self._command = self._command[os.write(self._fd, self._command) :]
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise FrontendError("Write to file descriptor failed.", _reason(exc)) from exc
+        while (left := _size(self._response) - len(self._response)) > 0:
+            self._wait(select.POLLIN)
+            try:
+                part = os.read(self._fd, left if self._response else TPM_BUFFER_MAX)
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise FrontendError("Read from file descriptor failed.", _reason(exc)) from exc
+            if not part:
+                raise FrontendError("Returned packet is too short.")
+            self._response += part
+        if left:
+            raise FrontendError("Malformed response.")
+        return self._response
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._fd, event)
+        left = self._until - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise FrontendError(f"TPM did not respond after {self._seconds:.0f} seconds.")
+
+
+@contextlib.contextmanager
+def connected(address: TpmAddress, seconds: float) -> Iterator[TpmConnection]:
+    """A connection, for commands that have *seconds* each.
+
+    Where a resource manager serves it, what they load is there as long as the connection.
 
     Raises:
         FrontendError: There and then: the TPM cannot be reached, does not answer in time, or
             answers nonsense.
     """
     with address.opened() as fd:
-        yield partial(_exchange, fd, seconds)
+        yield TpmConnection(fd, seconds)
 
 
 def send_command(address: TpmAddress, command: bytes, seconds: float) -> bytes:
@@ -123,36 +168,8 @@ def send_command(address: TpmAddress, command: bytes, seconds: float) -> bytes:
     Raises:
         FrontendError: See `connected`.
     """
-    with connected(address, seconds) as ask:
-        return ask(command)
-
-
-def _exchange(fd: int, seconds: float, command: bytes) -> bytes:
-    until = time.monotonic() + seconds
-    late = f"TPM did not respond after {seconds:.0f} seconds."
-    while command:
-        _wait(fd, select.POLLOUT, until, late)
-        try:
-            command = command[os.write(fd, command) :]
-        except BlockingIOError:
-            continue
-        except OSError as exc:
-            raise FrontendError("Write to file descriptor failed.", _reason(exc)) from exc
-    response = b""
-    while len(response) < (size := _size(response)):
-        _wait(fd, select.POLLIN, until, late)
-        try:
-            part = os.read(fd, size - len(response) if response else TPM_BUFFER_MAX)
-        except BlockingIOError:
-            continue
-        except OSError as exc:
-            raise FrontendError("Read from file descriptor failed.", _reason(exc)) from exc
-        if not part:
-            raise FrontendError("Returned packet is too short.")
-        response += part
-    if len(response) != size:
-        raise FrontendError("Malformed response.")
-    return response
+    with connected(address, seconds) as connection:
+        return connection.ask(command)
 
 
 def _size(response: bytes) -> int:
@@ -163,14 +180,6 @@ def _size(response: bytes) -> int:
     if not TPM_HEADER_SIZE <= size <= TPM_BUFFER_MAX:
         raise FrontendError("Malformed response.")
     return size
-
-
-def _wait(fd: int, event: int, until: float, late: str) -> None:
-    poll = select.poll()
-    poll.register(fd, event)
-    left = until - time.monotonic()
-    if left <= 0 or not poll.poll(left * 1000):
-        raise FrontendError(late)
 
 
 def _reason(exc: OSError) -> str:
