@@ -101,19 +101,34 @@ LOCALCA: Final = ConfigFile(
     (
         "Says where swtpm_localca(8) keeps its certificate authority. Keys and certificates that "
         "are not there are made at the first use.",
-        "A line is a name, an equals sign and a value; a number sign starts a comment. The file "
-        "may hold passwords: let nobody else read it.",
+        "A line is a name, an equals sign and a value; a number sign starts a comment. ${NAME} stands "
+        "for an environment variable. The file may hold passwords: let nobody else read it.",
         _ROOT,
     ),
     (
         Term("statedir", "Directory of the lock and the serial number. Needed; made if missing."),
         Term(
             "signingkey",
-            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed. One that "
+            "Key that signs certificates: a file, also of a key that a TPM loads (TSS2 PRIVATE KEY); "
+            "pkcs11:... for one in a token; handle:NUMBER for a persistent one in a TPM. Needed. One that "
             "was made elsewhere may be RSA, ECDSA, or for a TPM 2.0 EdDSA or ML-DSA; of ML-DSA, a "
             "certificate has more bytes than an NV index of today's libtpms holds.",
         ),
         Term("signingkey_password", "Password of that key."),
+        Term(
+            "signingkey_tpm",
+            "Where the TPM of the key is: the path of a device or Unix socket, or HOST:PORT; "
+            "default: /dev/tpmrm0. With it, a key file that is not there is made in that TPM, and "
+            "one that is none of a TPM is refused. What is loaded to sign is flushed again; a resource "
+            "manager, as /dev/tpmrm0 or --managed of swtpm(8), lets several sign at once, and ends "
+            "what a program that was killed has left. Passwords go there as they are: use TCP "
+            "within this machine alone.",
+        ),
+        Term(
+            "parentkey_password",
+            "Password of the key's parent in the TPM, or of the hierarchy of which that is made, "
+            "usually the owner's.",
+        ),
         Term("issuercert", "Certificate of the signing key, in PEM form. Needed."),
         Term(
             "certserial",
@@ -130,9 +145,16 @@ LOCALCA: Final = ConfigFile(
             "issuercert = /var/lib/swtpm-localca/issuercert.pem\n"
             "certserial = /var/lib/swtpm-localca/certserial",
         ),
+        Example(
+            "With the key in a TPM",
+            "statedir = /var/lib/swtpm-localca\n"
+            "signingkey = /var/lib/swtpm-localca/tpm-key.pem\n"
+            "signingkey_tpm = /dev/tpmrm0\n"
+            "issuercert = /var/lib/swtpm-localca/issuercert.pem",
+        ),
     ),
     _places("swtpm-localca.conf"),
-    ("swtpm_localca(8)", "swtpm_cert(8)", "swtpm_setup.conf(5)"),
+    ("swtpm_localca(8)", "swtpm-create-tpmca(8)", "swtpm_cert(8)", "swtpm_setup.conf(5)"),
 )
 
 LOCALCA_OPTIONS: Final = ConfigFile(

@@ -1,16 +1,18 @@
-"""Issuers from what the user names: a certificate file, and a key file or pkcs11: URI."""
+"""Issuers from what the user names: a certificate file, and a key: see `own_key`, or pkcs11: URI."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from vtpm_cuse.ca.certificates import Issuer
+from vtpm_cuse.ca.keyfiles import is_key_file
 from vtpm_cuse.ca.keys import PrivateKey, is_hashless, refusals, verify
+from vtpm_cuse.ca.tpmkeys import KeyTpm, TpmKey, is_handle
 from vtpm_cuse.errors import CertificateError
 from vtpm_cuse.files import read_small
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     _IssuerKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | HashlessPublicKey
 
+_ANY_TPM: Final = KeyTpm()
+
 
 def open_issuer(
     certificate_path: str,
@@ -29,6 +33,7 @@ def open_issuer(
     password: bytes | None = None,
     pin: bytes | None = None,
     environment: Mapping[str, str] | None = None,
+    tpm: KeyTpm = _ANY_TPM,
     *,
     streams: bool = False,
 ) -> Issuer:
@@ -36,10 +41,11 @@ def open_issuer(
 
     Args:
         certificate_path: The first certificate in the file counts.
-        key: Path of a PEM file, or a pkcs11: URI.
-        password: Of the key file.
+        key: Path of a PEM file, handle:NUMBER in a TPM, or a pkcs11: URI.
+        password: Of the key.
         pin: Of the token.
         environment: Variables that the token's library needs.
+        tpm: See `own_key`.
         streams: The files may be pipes.
 
     Raises:
@@ -54,7 +60,7 @@ def open_issuer(
         raise CertificateError(
             f"Could not import issuer certificate {certificate_path}", str(exc)
         ) from exc
-    signer = _signer(key, password, pin, environment or {}, streams=streams)
+    signer = _signer(key, password, pin, environment or {}, tpm, streams=streams)
     _prove(public, signer, certificate_path, key)
     return Issuer(name, key_id, signer)
 
@@ -97,26 +103,52 @@ def _contents(certificate: x509.Certificate, path: str) -> tuple[bytes, bytes, _
     raise CertificateError(path, "its key is no RSA, elliptic curve, EdDSA or ML-DSA key")
 
 
+def own_key(
+    key: str, password: bytes | None = None, tpm: KeyTpm = _ANY_TPM, *, streams: bool = False
+) -> PrivateKey | TpmKey:
+    """A key whose public half is known: that of a file, or a persistent one of a TPM.
+
+    Args:
+        key: Path of a PEM file, of a key as such or of one for a TPM; or handle:NUMBER.
+        password: Of the key.
+        tpm: Where a key of a TPM is; where it is named, no other key will do.
+        streams: The file may be a pipe.
+
+    Raises:
+        CertificateError: There is no such key.
+    """
+    if is_handle(key):
+        return TpmKey.at(key, password, tpm)
+    pem = _read(key, f"Could not read signing key from file {key}", streams=streams)
+    if is_key_file(pem):
+        return TpmKey.from_pem(key, pem, password, tpm)
+    if tpm.named:
+        raise CertificateError(key, f"it is no key of a TPM, as of the one at {tpm.where}")
+    try:
+        return PrivateKey.from_pem(pem, password)
+    except ValueError as exc:
+        raise CertificateError(f"Could not import signing key {key}", str(exc)) from exc
+
+
 def _signer(
     key: str,
     password: bytes | None,
     pin: bytes | None,
     environment: Mapping[str, str],
+    tpm: KeyTpm,
     *,
     streams: bool,
 ) -> Signer:
     if key.startswith("tpmkey:"):
-        reason = "GnuTLS's TPM keys are not supported; use a pkcs11: URI"
+        reason = "GnuTLS's TPM keys are not supported; use a key file of the TPM's"
         raise CertificateError(f"Could not import tpmkey {key}", reason)
     if key.startswith("pkcs11:"):
+        if tpm.named:
+            raise CertificateError(key, f"its token finds its TPM itself, not at {tpm.where}")
         from vtpm_cuse.ca.pkcs11 import TokenKey
 
         return TokenKey(key, pin, environment)
-    pem = _read(key, f"Could not read signing key from file {key}", streams=streams)
-    try:
-        return PrivateKey.from_pem(pem, password)
-    except ValueError as exc:
-        raise CertificateError(f"Could not import signing key {key}", str(exc)) from exc
+    return own_key(key, password, tpm, streams=streams)
 
 
 def _prove(public: _IssuerKey, signer: Signer, path: str, key: str) -> None:

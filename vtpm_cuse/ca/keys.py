@@ -175,6 +175,13 @@ class PublicKey:
             raise ValueError(f"a key for {kind} has {size} bytes, and not {len(key)}")
         return cls(der.sequence(der.sequence(der.oid(identifier)), der.bit_string(key)))
 
+    def to_pem(self) -> bytes:
+        """Of any kind that `cryptography` knows. Raises ValueError."""
+        with refusals():
+            return serialization.load_der_public_key(self.spki).public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+
     @property
     def key_id(self) -> bytes:
         """As GnuTLS makes it: SHA-1 over all of `spki`, 20 bytes."""
@@ -289,6 +296,11 @@ def signature_algorithm(digest: str, *, rsa_key: bool) -> bytes:
     if rsa_key:
         return der.sequence(der.oid(_WITH_RSA[digest]), der.NULL)
     return der.sequence(der.oid(_WITH_ECDSA[digest]))
+
+
+def ecdsa_signature(r: int, s: int) -> bytes:
+    """ECDSA-Sig-Value of RFC 3279, from what tokens and TPMs give."""
+    return der.sequence(der.integer(r), der.integer(s))
 
 
 def _algorithm_of(spki: bytes) -> bytes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote_to_bytes
 
 from vtpm_cuse.ca import der
-from vtpm_cuse.ca.keys import own_digest, signature_algorithm
+from vtpm_cuse.ca.keys import ecdsa_signature, own_digest, signature_algorithm
 from vtpm_cuse.errors import CertificateError, VtpmError
 from vtpm_cuse.files import read_small
 
@@ -109,8 +109,7 @@ class TokenKey:
             return bytes(key.sign(info, mechanism=pkcs11.Mechanism.RSA_PKCS))
         raw = bytes(key.sign(hashed, mechanism=pkcs11.Mechanism.ECDSA))
         half = len(raw) // 2
-        numbers = (int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
-        return der.sequence(*map(der.integer, numbers))
+        return ecdsa_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
 
     def _learn_type(self, key: Any) -> None:  # noqa: ANN401 - untyped library
         import pkcs11

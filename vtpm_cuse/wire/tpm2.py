@@ -224,7 +224,7 @@ PcrSelections = Annotated[tuple[PcrSelection, ...], ListOf(PcrSelection)]
 
 @marshalled
 class CreatePrimaryParameters(TpmStruct):
-    """Parameters of TPM2_CreatePrimary."""
+    """Parameters of TPM2_CreatePrimary and of TPM2_Create."""
 
     inSensitive: Sized16
     inPublic: Sized16
@@ -250,6 +250,34 @@ class CreatePrimaryResult(TpmStruct):
     creationHash: Sized16
     creationTicket: Ticket
     name: Sized16
+
+
+@marshalled
+class CreateResult(TpmStruct):
+    """Response parameters of TPM2_Create."""
+
+    outPrivate: Sized16
+    outPublic: Sized16
+    creationData: Sized16
+    creationHash: Sized16
+    creationTicket: Ticket
+
+
+@marshalled
+class LoadParameters(TpmStruct):
+    """Parameters of TPM2_Load."""
+
+    inPrivate: Sized16
+    inPublic: Sized16
+
+
+@marshalled
+class ReadPublicResult(TpmStruct):
+    """Response parameters of TPM2_ReadPublic."""
+
+    outPublic: Sized16
+    name: Sized16
+    qualifiedName: Sized16
 
 
 @marshalled
@@ -369,6 +397,25 @@ class SignParameters(TpmStruct):
     scheme: U16
     hash: U16
     validation: Ticket
+
+
+@marshalled
+class RsaSignature(TpmStruct):
+    """TPMT_SIGNATURE of TPM_ALG_RSASSA."""
+
+    sigAlg: U16
+    hash: U16
+    sig: Sized16
+
+
+@marshalled
+class EccSignature(TpmStruct):
+    """TPMT_SIGNATURE of TPM_ALG_ECDSA."""
+
+    sigAlg: U16
+    hash: U16
+    signatureR: Sized16
+    signatureS: Sized16
 
 
 @marshalled

@@ -77,9 +77,18 @@ PROGRAM: Final = Program(
         ),
         Option(
             "signkey",
-            "PEM file of the CA's key, or pkcs11: URI of one in a token",
+            "PEM file of the CA's key, also of one that a TPM loads; or pkcs11: URI of one in a "
+            "token, or handle:NUMBER of a persistent one in a TPM",
             metavar="FILE",
             group="The CA",
+        ),
+        Option(
+            "signkey-tpm",
+            "where the TPM of such a key is: path of a device or Unix socket, or HOST:PORT; "
+            "default: /dev/tpmrm0",
+            metavar="PATH",
+            group="The CA",
+            more="With it, no key that is none of a TPM is taken.",
         ),
         Option(
             "signkey-password",
@@ -96,11 +105,17 @@ PROGRAM: Final = Program(
         ),
         Option(
             "parentkey-password",
-            "accepted and not used: the password of the parent of a key in a TPM",
+            "password of the parent of a key in a TPM, or of the hierarchy of which that is made; "
+            "others can see it",
             metavar="PASSWORD",
             group="The CA",
         ),
-        Option("parentkey-pwd", "likewise", metavar="WHERE", group="The CA"),
+        Option(
+            "parentkey-pwd",
+            "where that password is, as with --signkey-pwd",
+            metavar="WHERE",
+            group="The CA",
+        ),
         Option("issuercert", "PEM file of the CA's certificate", metavar="FILE", group="The CA"),
         *common.TPM_OPTIONS,
         Option(
@@ -128,6 +143,10 @@ PROGRAM: Final = Program(
         Example(
             "The same with the CA's key in a PKCS #11 token: as --signkey",
             "'pkcs11:token=ca;object=signkey;type=private'",
+        ),
+        Example(
+            "The same with the CA's key in a TPM: as --signkey and --signkey-tpm",
+            "tpm-key.pem --signkey-tpm /dev/tpmrm0",
         ),
     ),
     environment=(Term("SWTPM_PKCS11_PIN", "The PIN of the PKCS #11 token."),),
@@ -309,16 +328,23 @@ def _issuer(line: CommandLine) -> Issuer:
     if key is None:
         raise UsageError("Missing signature key.", hint="see --signkey")
     from vtpm_cuse.ca.issuers import open_issuer
+    from vtpm_cuse.ca.tpmkeys import KeyTpm
+
+    password = _password(line, "signkey")
+    pin = os.fsencode(os.environ.get("SWTPM_PKCS11_PIN", ""))
+    tpm = KeyTpm(line.value("signkey-tpm") or "", _password(line, "parentkey") or b"")
+    return open_issuer(certificate, key, password, password or pin or None, tpm=tpm, streams=True)
+
+
+def _password(line: CommandLine, whose: str) -> bytes | None:
+    """The last of the two options for the password of a key counts. Raises UsageError."""
     from vtpm_cuse.ca.passwords import read_password
 
-    password = None
-    option = line.last_of("signkey-password", "signkey-pwd")
-    if option == "signkey-pwd":
-        password = read_password(line.value(option) or "", option)
-    elif option is not None:
-        password = os.fsencode(line.value(option) or "")
-    pin = os.fsencode(os.environ.get("SWTPM_PKCS11_PIN", ""))
-    return open_issuer(certificate, key, password, password or pin or None, streams=True)
+    option = line.last_of(f"{whose}-password", f"{whose}-pwd")
+    if option is None:
+        return None
+    value = line.value(option) or ""
+    return read_password(value, option) if option.endswith("-pwd") else os.fsencode(value)
 
 
 def _write(path: str | None, data: bytes) -> None:

@@ -53,6 +53,7 @@ PROGRAM: Final = Program(
         Option("help", "display this help and exit", letter="h"),
         *common.TPM_OPTIONS,
     ),
+    aliases=("swtpm-localca",),
     description=(
         "Creates the certificate of an endorsement key (ek), of a platform with a TPM (platform), "
         "or of the initial attestation key (iak) or device identity key (idevid) of a TPM 2.0, for "
@@ -81,7 +82,9 @@ PROGRAM: Final = Program(
         Term("/etc/swtpm-localca.conf", "Where the CA is: swtpm-localca.conf(5)."),
         Term("/etc/swtpm-localca.options", "What it certifies: swtpm-localca.options(5)."),
     ),
-    see_also=("swtpm_cert(8)", "swtpm_setup(8)", "swtpm-localca.conf(5)"),
+    see_also=(
+        *("swtpm_cert(8)", "swtpm_setup(8)", "swtpm-create-tpmca(8)", "swtpm-localca.conf(5)"),
+    ),
 )
 
 
