@@ -8,6 +8,7 @@ from vtpm_cuse.cli.registry import MODULES
 
 INSTALLED: Final = (
     "swtpm",
+    "swtpm-create-tpmca",
     "swtpm-cuse",
     "swtpm_bios",
     "swtpm_cert",
@@ -17,7 +18,7 @@ INSTALLED: Final = (
     "swtpm_setup",
     "vtpm",
 )
-"""The programs."""
+"""The programs, but for those that only call another one."""
 
 
 def module_of(program: str) -> str:

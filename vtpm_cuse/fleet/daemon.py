@@ -48,6 +48,6 @@ async def _live(settings: Settings, service: ServiceManager, held: HeldSignals) 
         async with managed(settings):
             with scope:
                 log.info("TPMs are in %s, and their sockets in %s.", settings.state, settings.run)
-                service.ready()
+                service.ready(in_background=False)
                 await trio.sleep_forever()
             service.stopping()
