@@ -243,3 +243,24 @@ async def test_copies_names_and_limits(tmp_path: Path) -> None:
         await manager.remove("first", force=True)
         assert [one.name for one in await manager.list()] == ["second"]
         assert sorted(os.listdir(tmp_path / "state")) == [".lock", "second"]
+
+
+@in_trio
+async def test_a_tpm_has_certificates_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "swtpm-localca.conf").write_text(
+        f"statedir = {tmp_path}/ca\nsigningkey = {tmp_path}/ca/key.pem\n"
+        f"issuercert = {tmp_path}/ca/cert.pem\ncertserial = {tmp_path}/ca/serial\n"
+    )
+    (tmp_path / "swtpm_setup.conf").write_text(
+        "create_certs_tool = swtpm_localca\n"
+        f"create_certs_tool_config = {tmp_path}/swtpm-localca.conf\nactive_pcr_banks = sha256\n"
+    )
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    async with fleet(tmp_path) as manager:
+        await manager.create(Spec("one", UID, manufactured=True))
+        client = await Client.of(await manager.start("one"))
+        # TPM2_NV_ReadPublic of the RSA endorsement key's certificate
+        read = await client.ask(tpm.tpm2(0x169, s.u32(0x01C00002)))
+        assert tpm.code_of(read) == 0

@@ -307,6 +307,17 @@ async def test_what_was_saved_is_given_out_once(catalogue: Catalogue, tmp_path: 
         assert Task.unpack(puppet.told.body).saved == b""
 
 
+@in_trio
+async def test_what_is_no_connection_is_not_kept(catalogue: Catalogue, tmp_path: Path) -> None:
+    async with _stage(catalogue, tmp_path) as stage:
+        puppet = await stage.started(stage.one.start)
+        with open("/dev/null", "rb") as file:
+            await puppet.orders.send(Message(Report.ASLEEP, descriptors=(file.fileno(),)))
+        await puppet.worker.ended.wait()
+        assert (stage.one.state, stage.one.described().pid) == ("failed", None)
+        assert puppet.process.wait(60) == -9
+
+
 @pytest.mark.parametrize("seed", range(4))
 @in_trio
 async def test_a_worker_that_lies_is_ended_and_reaches_nobody(

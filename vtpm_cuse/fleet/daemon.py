@@ -11,6 +11,7 @@ import trio
 from vtpm_cuse import faults
 from vtpm_cuse.errors import VtpmError
 from vtpm_cuse.fleet.manager import managed
+from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process.signals import ending_signals
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     """Manages TPMs until it is told to end; returns the exit status."""
+    secrecy.hide_process()  # it has the volatile states of all that sleep
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # five and more for each TPM
     status = 0

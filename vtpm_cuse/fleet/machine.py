@@ -31,7 +31,7 @@ from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import SocketKind, State, Tpm
 from vtpm_cuse.fleet.channel import close_all
 from vtpm_cuse.fleet.messages import Call, Message, Order, Report
-from vtpm_cuse.fleet.tasks import MAKE, OFF, ON, RESUME, WATCH_DATA, Task
+from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 from vtpm_cuse.fleet.vault import QUICK, Vault
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ _STOP_SECONDS: Final = 60.0
 """For what an order takes: a key that is being made is given up at once, a disk may be slow."""
 _AGAIN_SECONDS: Final = 1.0
 _TRIES: Final = 3
+_TEXT_MAX: Final = 1000
+_COMMANDS_MAX: Final = 1 << 32
+"""More than a worker can have executed between two sleeps."""
 
 
 class Surroundings(NamedTuple):
@@ -303,7 +306,6 @@ class Machine:
                     message = await self._hear(worker)
                 except (ChannelError, OSError) as exc:
                     failure = f"its process was ended, for it has said {exc}"
-                worker.kill()  # who has handed all over has nothing more to do
                 nursery.cancel_scope.cancel()
         finally:
             self._worker = None
@@ -330,7 +332,7 @@ class Machine:
                 case Report.STOPPED:
                     return message
                 case Report.FAILED:
-                    self._failure = _text(message)
+                    self._failure = said_by(message)
                     worker.answer(Report.FAILED)
                 case Report.DONE | Report.BUSY:
                     worker.answer(Report(message.kind))
@@ -356,7 +358,7 @@ class Machine:
             self._power_off()
             return
         again = self.state == "failed"
-        self._failure = failure if message is None else _text(message)
+        self._failure = failure if message is None else said_by(message)
         log.error("%s: %s; it waits for a reset", self.name, self._failure)
         self._become("failed")
         if again:
@@ -367,7 +369,7 @@ class Machine:
     def _sleep(self, message: Message) -> None:
         self._saved, self._connections = message.body, message.descriptors
         self._watch_data = bool(message.flags & WATCH_DATA)
-        self._commands += message.number
+        self._commands += min(message.number, _COMMANDS_MAX)
         self._generation += 1
         if self.state != "failed":
             self._become("asleep")
@@ -377,7 +379,11 @@ class Machine:
         listeners = self._listeners()
         watched = (*(listeners if self._watch_data else listeners[1:]), *self._connections)
         self._all.sleepers.forget(watched)
-        self._all.sleepers.watch(watched, self)
+        try:
+            self._all.sleepers.watch(watched, self)
+        except OSError as exc:  # the kernel has no room for it now
+            log.error("%s: nothing can wake it for a while: %s", self.name, exc.strerror)
+            self._all.nursery.start_soon(self._watch_later)
 
     async def _watch_later(self) -> None:
         await trio.sleep(_AGAIN_SECONDS)
@@ -421,27 +427,6 @@ async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None])
         pass
 
 
-async def make(workers: Workers, folder: str, profile: str | None) -> None:
-    """Makes a TPM whose state is in *folder*. Raises VtpmError, OSError."""
-    vault = Vault(folder, may_begin=True)
-    vault.lock()
-    worker = await workers.take()
-    message = None
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep, worker, vault, lambda: None)
-            await worker.orders.send(Message(Order.SERVE, Task(0.0, profile).pack(), flags=MAKE))
-            message = await worker.orders.receive()
-            nursery.cancel_scope.cancel()
-    finally:
-        worker.end()
-        vault.close()
-    if message is None or message.kind is not Report.STOPPED:
-        raise UsageError(_text(message) if message else "the process that makes it has ended")
-    if "permall" not in vault.blobs.sizes():
-        raise UsageError("it has not been stored")
-
-
 def translated(name: str, exc: Exception) -> FleetError:
     """What went wrong, in the words of a fleet."""
     if isinstance(exc, FleetError):
@@ -459,11 +444,9 @@ def translated(name: str, exc: Exception) -> FleetError:
     return FleetError("OverLimit", name, said)
 
 
-def _text(message: Message) -> str:
+def said_by(message: Message) -> str:
+    """The text of a worker's message, as far as anybody wants to read."""
     return message.body[:_TEXT_MAX].decode(errors="replace")
-
-
-_TEXT_MAX: Final = 1000
 
 
 def _is_connection(fd: int) -> bool:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from vtpm_cuse.errors import FleetError, VtpmError
+from vtpm_cuse.errors import FleetError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import Event, Spec, Tpm
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
-from vtpm_cuse.fleet.machine import Machine, Surroundings, make, translated
+from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
+from vtpm_cuse.fleet.making import make, manufacture
 from vtpm_cuse.fleet.sleepers import Sleepers
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.fleet.workers import SPARE, Workers
@@ -148,8 +149,14 @@ class Manager:
                 str(uuid.uuid4()), spec.owner, spec.profile, spec.manufactured, spec.labels
             )
             try:
-                await make(self.workers, self._catalogue.begin(entry), spec.profile)
+                state = self._catalogue.begin(entry)
+                if spec.manufactured:
+                    await manufacture(state, spec.profile)
+                else:
+                    await make(self.workers, state, spec.profile)
                 await self._off(lambda: self._catalogue.finish(name, entry))
+            except UsageError as exc:
+                raise FleetError("StateDamaged", name, str(exc)) from exc
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
             finally:

@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from typing import Final
 
 import trio
 
+from vtpm_cuse.client.child import program_environment, program_words
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet.channel import Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SPARE: Final = 2
 """Blank workers that wait: a TPM wakes in a third of the time of a fork."""
 _TRIES: Final = 3
-_PROGRAM: Final = "from vtpm_cuse.fleet.zygote import main; main()"
+_ZYGOTE: Final = "vtpm_cuse.fleet.zygote"
 """A program of its own: nothing of this process' memory is in a worker."""
 _AGAIN_SECONDS: Final = 1.0
 
@@ -174,14 +174,14 @@ class Workers:
     async def _start_zygote(self) -> Channel:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            alone = "-I" if sys.flags.isolated else "-EP"  # as this process was started
-            words = [sys.executable, alone, "-c", _PROGRAM, str(theirs.fileno()), str(self._level)]
+            words = [*program_words(_ZYGOTE), str(theirs.fileno()), str(self._level)]
             self._zygote = start_program(
                 words,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._messages,
+                env=program_environment(),
                 start_new_session=True,
             )
         self._channel = channel = Channel(ours)
