@@ -311,8 +311,9 @@ async def test_what_was_saved_is_given_out_once(catalogue: Catalogue, tmp_path: 
 async def test_what_is_no_connection_is_not_kept(catalogue: Catalogue, tmp_path: Path) -> None:
     async with _stage(catalogue, tmp_path) as stage:
         puppet = await stage.started(stage.one.start)
-        with open("/dev/null", "rb") as file:
-            await puppet.orders.send(Message(Report.ASLEEP, descriptors=(file.fileno(),)))
+        nothing = os.open("/dev/null", os.O_RDONLY)
+        await puppet.orders.send(Message(Report.ASLEEP, descriptors=(nothing,)))
+        os.close(nothing)
         await puppet.worker.ended.wait()
         assert (stage.one.state, stage.one.described().pid) == ("failed", None)
         assert puppet.process.wait(60) == -9
