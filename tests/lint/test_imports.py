@@ -79,6 +79,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": frozenset(),
+    "fleet.api": ERRORS | {"fleet", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
@@ -116,7 +117,7 @@ NO_IO: Final = {
     *{"socket", "select", "selectors", "fcntl", "subprocess", "threading", "queue", "time"},
     *{"asyncio", "trio", "cffi", "pathlib", "io", "shutil", "tempfile", "signal", "logging"},
 }
-KNOW_TRIO: Final = {"serve", "service", "acquire"}
+KNOW_TRIO: Final = {"serve", "service", "acquire", "fleet"}
 
 
 def name_of(path: Path) -> str:

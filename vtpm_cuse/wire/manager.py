@@ -1,4 +1,4 @@
-"""The interface of the manager of many TPMs, ``org.vtpmcuse.Manager``, declared once."""
+"""The interface of the manager of many TPMs, org.vtpmcuse.Manager, declared once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ class Tpm(NamedTuple):
         id: A UUID that no other TPM has had.
         owner: Number of the user it belongs to.
         state: What it does.
-        profile: libtpms' JSON of it, or its name.
-        manufactured: Whether it has keys and certificates of a maker.
         interface: How clients reach it.
         sockets: Absolute paths of the Unix sockets "data", "control" and "managed".
         generation: Rises whenever it is given to another process.
@@ -41,9 +39,7 @@ class Tpm(NamedTuple):
     generation: int
     counters: dict[str, int]
     labels: dict[str, str]
-    manufactured: bool
     failure: str
-    profile: str | None = None
     last_used: float | None = None
     pid: int | None = None
 
