@@ -15,7 +15,7 @@ from vtpm_cuse.fleet import api
 from vtpm_cuse.fleet.base import Event, Tpm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Fleet, Identity, Spec, State
@@ -24,13 +24,22 @@ OTHER_USER = 4242
 
 
 class FakeFleet:
-    """Remembers TPMs by name; ``trouble`` is raised by the next wake."""
+    """Remembers TPMs by name.
+
+    Attributes:
+        trouble: Raised by a wake.
+        before_list: Called before each list.
+        token: Of the event loop that serves it, for a test in another thread.
+    """
+
+    token: trio.lowlevel.TrioToken
 
     def __init__(self) -> None:
         self.tpms: dict[str, Tpm] = {}
         self.specs: list[Spec] = []
         self.asked: list[tuple[object, ...]] = []
         self.trouble: Exception | None = None
+        self.before_list: Callable[[], None] | None = None
         self.watchers: list[trio.MemorySendChannel[Event]] = []
 
     def add(self, name: str, owner: int = OTHER_USER, **more: str) -> Tpm:
@@ -57,6 +66,10 @@ class FakeFleet:
         for watcher in self.watchers:
             watcher.send_nowait(event)
 
+    def end_watches(self) -> None:
+        for watcher in self.watchers:
+            watcher.close()
+
     async def create(self, spec: Spec) -> Tpm:
         if spec.name in self.tpms:
             raise FleetError("TpmExists", spec.name, "there is one already")
@@ -80,6 +93,8 @@ class FakeFleet:
         self.tell(Event("removed", tpm))
 
     async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
+        if self.before_list is not None:
+            self.before_list()
         return [self.tpms[name] for name in sorted(self.tpms) if names is None or name in names]
 
     async def describe(self, name: str) -> Tpm:
