@@ -8,7 +8,6 @@ import os
 import pty
 import sys
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +15,6 @@ import trio
 
 from tests.support.fleet import OTHER_USER, FakeFleet, served
 from tests.support.waiting import wait_until
-from vtpm_cuse.cli.vtpm import vtpm
 from vtpm_cuse.client.manager import default_path
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.fleet.base import Event
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-Run = Callable[..., tuple[int, str, str]]
+    from tests.support.programs import Run
 
 
 @pytest.fixture
@@ -51,18 +49,6 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFleet
     finally:
         fleet.token.run_sync_soon(end.cancel)
         thread.join()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Calls the program with words; gives status, output and errors."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vtpm", *words])
-        status = vtpm.main()
-        return status, *capfd.readouterr()
-
-    return call
 
 
 def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:

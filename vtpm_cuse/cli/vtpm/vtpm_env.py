@@ -52,7 +52,9 @@ PROGRAM: Final = Program(
         Term("1", "There is none, or none of that name, or NAME has to say which."),
     ),
     environment=(
-        Term("XDG_RUNTIME_DIR, TMPDIR", "Where it looks for those of vtpm run, as well as in /tmp."),
+        Term(
+            "XDG_RUNTIME_DIR, TMPDIR", "Where it looks for those of vtpm run, as well as in /tmp."
+        ),
         *ENVIRONMENT,
     ),
     see_also=("vtpm_run(8)", "vtpm_start(8)"),

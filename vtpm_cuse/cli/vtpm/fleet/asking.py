@@ -72,13 +72,25 @@ def change(
     table: Program,
     words: Sequence[str],
     program: str,
-    request: Callable[[Manager, str], Tpm],
+    request: Callable[..., Tpm],
+    *what: str,
 ) -> int:
-    """Runs a command that changes the one TPM that it names."""
+    """Runs a command that changes a TPM and tells what it is then.
+
+    Args:
+        table: The command's table.
+        words: What follows its name.
+        program: How it was called.
+        request: Is given the manager and the operands.
+        what: The operands, as `operands` has them; by default one TPM alone.
+
+    Returns:
+        The exit status.
+    """
 
     def work(line: CommandLine) -> int:
-        (name,) = operands(line, "one TPM")
-        return tell(line, ask(line, lambda manager: request(manager, name)))
+        names = operands(line, *(what or ("one TPM",)))
+        return tell(line, ask(line, lambda manager: request(manager, *names)))
 
     return run_command(table, words, program, work)
 

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.vtpm.fleet.asking import (
-    ENVIRONMENT,
-    EXITS,
-    NAME,
-    OPTIONS,
-    SNAPSHOT,
-    ask,
-    operands,
-    tell,
-)
-from vtpm_cuse.cli.words.front import run_command
+from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, EXITS, NAME, OPTIONS, SNAPSHOT, change
 from vtpm_cuse.cli.words.table import Example, Program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.client.manager import Manager
     from vtpm_cuse.wire.manager import Tpm
 
@@ -43,14 +32,9 @@ PROGRAM: Final = Program(
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm snapshot`` with the words behind it."""
-    return run_command(PROGRAM, words, program, _run)
+    return change(PROGRAM, words, program, _snapshot, "the TPM", "the snapshot")
 
 
-def _run(line: CommandLine) -> int:
-    name, snapshot = operands(line, "the TPM", "the snapshot")
-
-    def request(manager: Manager) -> Tpm:
-        manager.snapshot(name, snapshot)
-        return manager.describe(name)
-
-    return tell(line, ask(line, request))
+def _snapshot(manager: Manager, name: str, snapshot: str) -> Tpm:
+    manager.snapshot(name, snapshot)
+    return manager.describe(name)
