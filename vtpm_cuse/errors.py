@@ -216,6 +216,10 @@ class LabError(VtpmError):
         return f"{self.reason}: {last}" if last else self.reason
 
 
+class ChannelError(VtpmError):
+    """Who is at the other end of a channel between our own processes says what none of them does."""
+
+
 FleetFault = Literal[
     "NoSuchTpm",
     "TpmExists",

@@ -61,7 +61,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
-    | {"storage.sealed", "vtpm", "wire"},
+    | {"storage.base", "storage.sealed", "vtpm", "wire"},
     "service.life": LIFE
     | {"acquire", "files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
     "service.cuse": SERVED | {"proto"},
@@ -78,8 +78,13 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "programs"}
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
-    "fleet": frozenset(),
-    "fleet.api": ERRORS | {"fleet", "wire"},
+    "fleet": ERRORS
+    | {"acquire", "config", "files", "fleet.base", "programs", "proto", "resmgr", "serve"}
+    | {"service.compose"}
+    | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
+    | {"vtpm", "wire"},
+    "fleet.base": frozenset(),
+    "fleet.api": ERRORS | {"fleet.base", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from tests.support.fleet import OTHER_USER, FakeFleet, served
+from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from tests.support.waiting import wait_until
 from vtpm_cuse.client.manager import default_path
 from vtpm_cuse.errors import FleetError

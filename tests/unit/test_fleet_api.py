@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.support.fleet import OTHER_USER, FakeFleet, served
+from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError, StorageError
 from vtpm_cuse.fleet import api

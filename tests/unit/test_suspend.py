@@ -44,8 +44,9 @@ from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.file import SavedOpen, TpmDeviceFile
 from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.vtpm.turn import Turn
-from vtpm_cuse.vtpm.vtpm import SavedVtpm, Vtpm, VtpmOptions
+from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import PtmCommand
 
 if TYPE_CHECKING:

@@ -121,6 +121,11 @@ class ManagedServer:
                 self._begin(_Served(data, place, self._managed.client(one.client)))
         self._nursery.start_soon(self._serve)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether no client has given, or is being given, anything in part."""
+        return all(one.data.at_rest for one in self._connections)
+
     def suspend(self, now: float) -> SavedManagedSockets:
         """As plain values, for who has the turn; the descriptors are the caller's from now on."""
         for client in self._leaving:

@@ -122,6 +122,21 @@ class SocketServer:
         tasks may still wait for them. After PTM_SHUTDOWN there is nothing to be suspended.
         """
         await self._turn.acquire()
+        return self._suspended()
+
+    async def suspend_at_rest(self) -> SavedSockets | None:
+        """As `suspend`; None, with nothing done, where a client is in the middle of something."""
+        await self._turn.acquire()
+        if self._at_rest():
+            return self._suspended()
+        self._turn.release()
+        return None
+
+    def _at_rest(self) -> bool:
+        found = (self._only, self._accepted, *self._passed, *self._controls, self._managed)
+        return all(one is None or one.at_rest for one in found)
+
+    def _suspended(self) -> SavedSockets:
         endpoints, now = self._endpoints, trio.current_time()
         listeners = endpoints.data_listener, endpoints.control_listener
         data, controls = (None if found is None else found.detach() for found in listeners)

@@ -24,6 +24,7 @@ from vtpm_cuse.errors import (
     VtpmError,
 )
 from vtpm_cuse.vtpm.custody import Custody, Whose
+from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, resumes, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
@@ -92,39 +93,6 @@ class VtpmOptions(NamedTuple):
     borrowed: Borrowed | None = None
 
 
-class SavedVtpm(NamedTuple):
-    """A vTPM between two commands, as plain values; as secret as its state.
-
-    It is resumed once, and the old one never goes on: two TPMs that resume from one volatile state
-    give the same random numbers and make the same keys. It belongs to the permanent state that was
-    stored when it was suspended, and to no other host or boot. What libtpms keeps of a TPM that is
-    off, the tpmEstablished bit, is not in it.
-
-    Attributes:
-        whose: Whose the state is (`custody.Whose`).
-        running: Whether the TPM is on.
-        volatile: If so, all that it would lose without power.
-        locality: Of the next command.
-        buffer_size: Bytes, as a client set them.
-        last_header: Of the last command, which decides on the shutdown in order.
-        hashing: Whether the platform is in the middle of a measurement.
-        failure_said: Whether the log has it that the TPM is in failure mode.
-        profile: What a new TPM is yet to be made by.
-        given: What another process has given for the next start: name and payload, in this order.
-    """
-
-    whose: str
-    running: bool
-    volatile: bytes
-    locality: int
-    buffer_size: int
-    last_header: bytes
-    hashing: bool
-    failure_said: bool
-    profile: str | None
-    given: tuple[tuple[str, bytes | None], ...]
-
-
 class Vtpm:
     """One TPM with its state.
 
@@ -135,6 +103,7 @@ class Vtpm:
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
+        commands: How many it was given since it was made.
         gone: Why a borrowed TPM is no more, once that is so.
         on_gone: Called then, in the thread that has found it out.
     """
@@ -158,6 +127,7 @@ class Vtpm:
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
         self.starts = 0
+        self.commands = 0
         self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
         self.gone: DeviceGone | None = None
@@ -282,6 +252,11 @@ class Vtpm:
             engine.set_state(StateType.VOLATILE, saved.volatile)
             engine.start()
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing has begun that takes several requests: a measurement, a migration."""
+        return not (self._hashing or self._given or self._custody.away)
+
     def startup(self, kind: TpmSu) -> None:
         """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
         self.process(startup_command(kind, tpm2=self.tpm2))
@@ -350,6 +325,7 @@ class Vtpm:
         return self._execute(command)
 
     def _execute(self, command: bytes) -> bytes:
+        self.commands += 1
         if self.gone is not None:
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         try:
