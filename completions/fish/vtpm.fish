@@ -50,7 +50,6 @@ complete -c vtpm -n '__fish_seen_subcommand_from run' -l name -x -d 'what vtpm e
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l shell -f -d 'run the user\'s shell, with a line about how to leave it'
 complete -c vtpm -n '__fish_seen_subcommand_from run' -l trace -r -F -d 'write the TPM commands, a readable line each, to that file; - for standard error'
 complete -c vtpm -n '__fish_seen_subcommand_from trace' -l json -f -d 'print an object for each command, on a line of its own'
-complete -c vtpm -n '__fish_seen_subcommand_from clone' -l identity -x -a 'new same' -d 'new, by default, or same seeds and keys'
 complete -c vtpm -n '__fish_seen_subcommand_from clone create hibernate reset restore show snapshot start stop wake' -l json -f -d 'print an object, the TPM as it is then'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l owner -x -a '(__fish_complete_users)' -d 'the user that it is for, by name or number'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l profile -x -d 'libtpms\' profile, as JSON or by a name'

@@ -84,7 +84,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
     "fleet.base": frozenset(),
-    "fleet.api": ERRORS | {"fleet.base", "wire"},
+    "fleet.api": ERRORS | {"acquire", "fleet.base", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),

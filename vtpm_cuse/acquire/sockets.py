@@ -6,13 +6,16 @@ import contextlib
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING
+import struct
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import give_socket
 
 if TYPE_CHECKING:
+    import trio
+
     from vtpm_cuse.acquire.chardev import CharDevice
     from vtpm_cuse.config import SocketAddress, SocketConfig
 
@@ -20,6 +23,17 @@ _BACKLOG = 128
 _KEEPALIVE_SECONDS = 60
 _PATH_MAX = 107
 _ACCEPTCON = 1 << 16  # __SO_ACCEPTCON, linux/net.h
+
+_UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h: process, user, group
+NO_UID: Final = 0xFFFF_FFFF
+"""Where the kernel names no user."""
+
+
+def credentials(connection: socket.socket | trio.socket.SocketType) -> tuple[int, int]:
+    """Process and user of who has connected to a Unix socket: SO_PEERCRED, unix(7)."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(found)
+    return pid, uid
 
 
 def acquire(config: SocketConfig) -> Endpoints:
