@@ -59,9 +59,9 @@ PROGRAM: Final = Program(
         Subcommand("watch", "what happens to the TPMs of the manager", f"{_MANAGER}.vtpm_watch"),
     ),
     description=(
-        "Runs commands with TPMs of their own, and answers questions about TPMs. The first word "
-        "chooses which; every command has a help screen and a manual page. To serve a TPM is what "
-        "swtpm(8) does.",
+        "Runs commands with TPMs of their own, answers questions about TPMs, and asks the manager "
+        "of many, vtpmd, for the one that is named. The first word chooses which; every command "
+        "has a help screen and a manual page. To serve one TPM is what swtpm(8) does.",
     ),
     examples=(
         Example("", "vtpm run tpm2_getrandom --hex 8"),
@@ -69,6 +69,7 @@ PROGRAM: Final = Program(
         Example("", "vtpm rc 0x98e"),
         Example("", "vtpm clients /dev/vtpm0"),
         Example("", "vtpm trace tpm.pcapng"),
+        Example("", "vtpm create web1 && vtpm start web1"),
     ),
     see_also=("swtpm(8)",),
 )

@@ -38,15 +38,11 @@ PROGRAM: Final = Program(
     ),
     examples=(
         Example("", "vtpm show web1"),
-        Example(
-            "Use it",
-            "tpm2_getrandom --hex 8 \\\n"
-            "    -T swtpm:path=$(vtpm show --json web1 | jq -r .sockets.managed)",
-        ),
+        Example("Use it", 'eval "$(vtpm env --shell web1)"; tpm2_getrandom --hex 8'),
     ),
     exits=EXITS,
     environment=ENVIRONMENT,
-    see_also=("vtpm(8)", "vtpm_ls(8)"),
+    see_also=("vtpm(8)", "vtpm_ls(8)", "vtpm_env(8)"),
 )
 
 
