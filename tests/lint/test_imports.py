@@ -104,6 +104,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}
     | {"service.confine", "service.cuse", "service.fuse", "service.process", "service.socket"}
     | {"storage", "storage.locations", "vtpm.attributes"},
+    "cli.vtpmd": WORDS | {"cli.emulator", "fleet", "service.confine", "service.process"},
     "vtpm.attributes": ERRORS | {"wire", "vtpm"},
 }
 

@@ -46,6 +46,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.fleet.vtpm_top",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_wake",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_watch",
+    "vtpm_cuse.cli.vtpmd",
 )
 
 

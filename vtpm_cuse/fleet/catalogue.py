@@ -95,7 +95,7 @@ class Catalogue:
         for name in sorted(os.listdir(self.path)):
             if name.startswith((_NEW, _OLD)):
                 shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
-            elif _NAME.fullmatch(name) and os.path.isdir(self._of(name)):
+            elif _NAME.fullmatch(name) and os.path.isdir(self.state_of(name)):
                 found[name] = self._entry(name)
         return found
 

@@ -51,6 +51,7 @@ SOCKETS: Final[dict[SocketKind, str]] = {
 }
 """Their names in a TPM's folder: as tpm2-tss has it, the control channel is beside the data's."""
 
+_FOLDER: Final = "tpm"
 _SOCKET_MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o711
 """Others pass through it to what is theirs."""
@@ -127,7 +128,7 @@ class Machine:
 
     @property
     def _folder(self) -> str:
-        return os.path.join(self._all.run, self.name)
+        return os.path.join(self._all.run, _FOLDER, self.name)
 
     def _become(self, state: State) -> None:
         if state != self.state:

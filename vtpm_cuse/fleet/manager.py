@@ -46,6 +46,7 @@ class Settings(NamedTuple):
         level: Of the log.
         owner_max: TPMs that one user may have.
         spare: Blank workers that wait.
+        messages: The descriptor that workers write messages to, if any.
     """
 
     state: str
@@ -54,6 +55,7 @@ class Settings(NamedTuple):
     level: int = 1
     owner_max: int = OWNER_MAX
     spare: int = SPARE
+    messages: int | None = 2
 
 
 @contextlib.asynccontextmanager
@@ -73,7 +75,7 @@ async def managed(settings: Settings) -> AsyncIterator[Manager]:
         sleepers: Sleepers[Machine] = Sleepers()
         undo.callback(sleepers.close)
         async with trio.open_nursery() as nursery:
-            workers = Workers(nursery, settings.level, settings.spare)
+            workers = Workers(nursery, settings.level, settings.messages, settings.spare)
             manager = Manager(settings, catalogue, workers, sleepers, nursery)
             try:
                 await workers.start()

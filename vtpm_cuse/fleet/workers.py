@@ -96,12 +96,16 @@ class Workers:
     Args:
         nursery: Where blank ones are made, ahead of time.
         level: Of the log.
+        messages: The descriptor that they write it to, if any.
         spare: How many blank ones wait.
     """
 
-    def __init__(self, nursery: trio.Nursery, level: int, spare: int = SPARE) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, level: int, messages: int | None, spare: int = SPARE
+    ) -> None:
         self._nursery = nursery
         self._level = level
+        self._messages = subprocess.DEVNULL if messages is None else messages
         self._most = spare
         self._blank: deque[WorkerProcess] = deque()
         self._turn = trio.Lock()
@@ -170,12 +174,14 @@ class Workers:
     async def _start_zygote(self) -> Channel:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            words = [sys.executable, "-I", "-c", _PROGRAM, str(theirs.fileno()), str(self._level)]
+            alone = "-I" if sys.flags.isolated else "-EP"  # as this process was started
+            words = [sys.executable, alone, "-c", _PROGRAM, str(theirs.fileno()), str(self._level)]
             self._zygote = start_program(
                 words,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=self._messages,
                 start_new_session=True,
             )
         self._channel = channel = Channel(ours)
