@@ -57,10 +57,10 @@ def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:
         "web1: stopped\n",
         "",
     )
-    assert run("create", "--owner", str(OTHER_USER), "--manufactured", "web2")[0] == 0
+    assert run("create", "--owner", str(OTHER_USER), "web2")[0] == 0
     assert fleet.specs == [
         ("web1", os.geteuid(), "null", False, (("vm", "7"), ("note", "a=b"))),
-        ("web2", OTHER_USER, None, True, ()),
+        ("web2", OTHER_USER, None, False, ()),
     ]
     for verb, state in {
         "start": "asleep",
@@ -133,8 +133,8 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
         (["snapshot", "web1"], "Name the TPM and the snapshot"),
         (["clone", "web1"], "Name the TPM and what the new one is to be called"),
         (["create", "b", "--label", "x"], "'x' is no label; write it as KEY=VALUE"),
-        (["create", "b", "--owner", "no-such-user"], "There is no user 'no-such-user'"),
-        (["create", "b", "--owner", "9" * 5000], f"There is no user '{'9' * 5000}'"),
+        (["create", "b", "--owner", "no-such-user"], "User 'no-such-user' does not exist."),
+        (["create", "b", "--owner", "9" * 5000], f"User '{'9' * 5000}' does not exist."),
         (["top", "--interval", "0"], "'0' of --interval is no number from 1 to 1000000"),
     ],
 )

@@ -107,7 +107,7 @@ def as_another(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def test_a_tpm_is_made_used_and_removed(fleet: FakeFleet, path: Path) -> None:
     def use(manager: Manager) -> None:
-        made = manager.create("web1", profile="null", manufacture=True, labels={"vm": "7"})
+        made = manager.create("web1", profile="null", labels={"vm": "7"})
         assert made == manager.describe("web1") == manager.describe(made.id)
         assert (made.name, made.owner, made.state) == ("web1", os.geteuid(), "stopped")
         assert made.labels == {"vm": "7"}
@@ -130,7 +130,7 @@ def test_a_tpm_is_made_used_and_removed(fleet: FakeFleet, path: Path) -> None:
 
     with_manager(fleet, path, use)
     (spec,) = fleet.specs
-    assert spec == ("web1", os.geteuid(), "null", True, (("vm", "7"),))
+    assert spec == ("web1", os.geteuid(), "null", False, (("vm", "7"),))
     assert ("clone", "web1", "web2", "same") in fleet.asked
     assert ("remove", "web1", True) in fleet.asked
     assert ("remove", "web3", False) in fleet.asked

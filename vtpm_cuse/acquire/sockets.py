@@ -63,13 +63,13 @@ def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None
     if address.fd is None and address.clientfd is not None:
         endpoints.control_stream = inherit(address.clientfd, listening=False)
     else:
-        endpoints.control_listener = _listener(endpoints, address)
+        endpoints.control_listener = listen(endpoints, address)
 
 
 def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None:
     """Binds, or takes over, where clients of the resource manager come. Raises UsageError."""
     if address is not None:
-        endpoints.managed_listener = _listener(endpoints, address)
+        endpoints.managed_listener = listen(endpoints, address)
 
 
 def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:
@@ -78,10 +78,11 @@ def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:
     if address.kind == "tcp" and address.fd is not None:
         endpoints.data_stream = take_stream(address.fd)
     else:
-        endpoints.data_listener = _listener(endpoints, address)
+        endpoints.data_listener = listen(endpoints, address)
 
 
-def _listener(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
+def listen(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
+    """Binds, or takes over, one whose path *endpoints* removes. Raises UsageError."""
     if address.fd is not None:
         return inherit(address.fd, listening=True)
     try:

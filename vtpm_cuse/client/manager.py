@@ -96,7 +96,6 @@ class Manager:
         *,
         owner: int | None = None,
         profile: str | None = None,
-        manufacture: bool = False,
         labels: Mapping[str, str] | None = None,
     ) -> Tpm:
         """Makes a TPM, which is stopped.
@@ -105,12 +104,9 @@ class Manager:
             name: What it is to be called.
             owner: Number of the user that it is for; for another one than oneself as root alone.
             profile: libtpms' JSON, or a name for it.
-            manufacture: With keys and certificates, as a maker leaves them.
             labels: To be kept beside it.
         """
-        given = manager.Create(
-            name, owner, profile, manufacture or None, None if labels is None else dict(labels)
-        )
+        given = manager.Create(name, owner, profile, None if labels is None else dict(labels))
         return self._tpm("Create", given)
 
     def start(self, name: str) -> Tpm:

@@ -217,7 +217,8 @@ class _Client:
                 async for reply in events:
                     yield reply
         else:
-            answer = await self._do(method.name, given)
+            with trio.CancelScope(shield=True):  # what has been begun is done, in the end, too
+                answer = await self._do(method.name, given)
             if method.name not in _TELLING:
                 about = given[0]  # of all methods that change something, a name
                 log.info("%s of %r, for user %d, process %d", method.name, about, *self._asker)
@@ -272,7 +273,7 @@ class _Client:
         if not 0 <= owner < NO_UID:
             raise _bad_parameter("owner")
         labels = tuple((given.labels or {}).items())
-        return Spec(given.name, owner, given.profile, bool(given.manufacture), labels)
+        return Spec(given.name, owner, given.profile, labels=labels)
 
     async def _list(self, given: manager.Listed) -> Iterator[Reply]:
         if given.name is not None:

@@ -47,6 +47,7 @@ class Settings(NamedTuple):
         owner_max: TPMs that one user may have.
         spare: Blank workers that wait.
         messages: The descriptor that workers write messages to, if any.
+        group: Whose members may ask it, besides its user and root.
     """
 
     state: str
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     owner_max: int = OWNER_MAX
     spare: int = SPARE
     messages: int | None = 2
+    group: int | None = None
 
 
 @contextlib.asynccontextmanager

@@ -57,7 +57,6 @@ class Create(NamedTuple):
     name: str
     owner: int | None = None
     profile: str | None = None
-    manufacture: bool | None = None
     labels: dict[str, str] | None = None
 
 

@@ -129,7 +129,8 @@ def _mode(value: str) -> int:
     return found[0]
 
 
-def _uid(value: str) -> int:
+def user_number(value: str) -> int:
+    """Of a user, by name or number. Raises SubOptionError."""
     import pwd
 
     found = number(value, 0, (1 << 32) - 2, base=10)
@@ -139,7 +140,8 @@ def _uid(value: str) -> int:
         raise SubOptionError(f"User '{value}' does not exist.") from None
 
 
-def _gid(value: str) -> int:
+def group_number(value: str) -> int:
+    """Of a group, by name or number. Raises SubOptionError."""
     import grp
 
     found = number(value, 0, (1 << 32) - 2, base=10)
@@ -155,6 +157,6 @@ _CONVERT: dict[Kind, Callable[[str], Value]] = {
     Kind.INT: _int,
     Kind.UINT: _uint,
     Kind.MODE: _mode,
-    Kind.UID: _uid,
-    Kind.GID: _gid,
+    Kind.UID: user_number,
+    Kind.GID: group_number,
 }

@@ -21,7 +21,7 @@ PROGRAM: Final = Program(
     operands=(NAME, Term("NEW", "what the other one is to be called")),
     description=(
         "Makes a TPM by the same recipe, for the same owner, which is stopped. It has an identity "
-        "of its own: its seeds, keys and certificates are new, and no key of the other one can be "
+        "of its own: its seeds and keys are new, and no key of the other one can be "
         "used with it.",
     ),
     examples=(Example("", "vtpm clone web1 web2"),),

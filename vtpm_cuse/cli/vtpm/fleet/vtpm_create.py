@@ -20,7 +20,6 @@ PROGRAM: Final = Program(
     (
         Option("owner", "the user that it is for, by name or number", metavar="USER"),
         Option("profile", "libtpms' profile, as JSON or by a name", metavar="PROFILE"),
-        Option("manufactured", "with keys and certificates, as a maker leaves a TPM"),
         Option(
             "label",
             "to be kept beside it, for people and scripts",
@@ -38,7 +37,7 @@ PROGRAM: Final = Program(
     ),
     examples=(
         Example("", "vtpm create web1 && vtpm start web1"),
-        Example("", "vtpm create --manufactured --label vm=7 web2"),
+        Example("", "vtpm create --label vm=7 web2"),
     ),
     exits=EXITS,
     environment=ENVIRONMENT,
@@ -53,30 +52,18 @@ def main(words: Sequence[str], program: str) -> int:
 
 def _run(line: CommandLine) -> int:
     (name,) = operands(line, "one TPM, as it is to be called")
-    owner = line.value("owner")
-    uid = None if owner is None else _uid(owner)
+    owner = line.user("owner")
     labels = dict(map(_label, line.values("label")))
     tpm = ask(
         line,
         lambda manager: manager.create(
             name,
-            owner=uid,
+            owner=owner,
             profile=line.value("profile"),
-            manufacture=line.has("manufactured"),
             labels=labels or None,
         ),
     )
     return tell(line, tpm)
-
-
-def _uid(user: str) -> int:
-    """Raises UsageError."""
-    import pwd
-
-    try:
-        return int(user) if user.isascii() and user.isdigit() else pwd.getpwnam(user).pw_uid
-    except (KeyError, ValueError) as exc:
-        raise UsageError(f"There is no user '{user}'") from exc
 
 
 def _label(text: str) -> tuple[str, str]:

@@ -56,7 +56,7 @@ def _run(line: CommandLine) -> int:
 
     def request(manager: Manager) -> Tpm:
         tpm = manager.describe(name)
-        manager.remove(tpm.id, force=line.has("force"))
+        manager.remove(name, force=line.has("force"))
         return tpm
 
     tpm = ask(line, request)
