@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 import trio.testing
+import varlink as varlink_client
 
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from vtpm_cuse.client.manager import Manager
@@ -284,6 +285,24 @@ def test_who_asks_is_whom_the_kernel_names(fleet: FakeFleet, path: Path) -> None
 
 
 # -- varlink ------------------------------------------------------------------------------
+
+
+def test_varlinks_own_library_understands_it(fleet: FakeFleet, path: Path) -> None:
+    """It reads the description, and calls nothing that is not in there."""
+    fleet.add("web1", vm="7")
+
+    def use(_: Manager) -> None:
+        with varlink_client.Client(f"unix:{path}") as client, client.open(MANAGER) as asked:
+            assert asked.Describe("web1")["tpm"]["labels"] == {"vm": "7"}
+            fleet.add("web2")
+            assert [reply["tpm"]["name"] for reply in asked.List(_more=True)] == ["web1", "web2"]
+            assert asked.Start("web1")["tpm"]["state"] == "asleep"
+            with pytest.raises(varlink_client.VarlinkError) as info:
+                asked.Start("web9")
+            assert info.value.error() == f"{MANAGER}.NoSuchTpm"
+            assert info.value.parameters() == {"tpm": "web9", "reason": "there is none"}
+
+    with_manager(fleet, path, use)
 
 
 def test_the_service_tells_of_itself(fleet: FakeFleet, path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Final, Literal, NamedTuple
 from vtpm_cuse.wire.varlink import Failure, Interface, Method, Nothing
 
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
-Kind = Literal["socket"]
 Identity = Literal["new", "same"]
 Happened = Literal["created", "changed", "removed"]
 
@@ -20,7 +19,7 @@ class Tpm(NamedTuple):
         id: A UUID that no other TPM has had.
         owner: Number of the user it belongs to.
         state: What it does.
-        interface: How clients reach it.
+        interface: How clients reach it: "socket". (Libraries read no enum of one word.)
         sockets: Absolute paths of the Unix sockets "data", "control" and "managed".
         generation: Rises whenever it is given to another process.
         counters: "commands" it was given, and "wakes".
@@ -34,7 +33,7 @@ class Tpm(NamedTuple):
     id: str
     owner: int
     state: State
-    interface: Kind
+    interface: str
     sockets: dict[str, str]
     generation: int
     counters: dict[str, int]
