@@ -109,4 +109,4 @@ class Fleet(Protocol):
         """Give it a process now. Busy if it is off."""
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """What happens from the entry of the context on; it ends for who takes it too slowly."""
+        """What happens from this call on; it ends for who takes it too slowly."""

@@ -135,6 +135,8 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for machine in self._machines.values():
                 nursery.start_soon(stop, machine)
+        for watcher in self._watchers:
+            watcher.close()
 
     # -- what is asked for --------------------------------------------------------------------
 
@@ -266,15 +268,11 @@ class Manager:
             await machine.wake()
             return machine.described()
 
-    @contextlib.asynccontextmanager
-    async def watch(self) -> AsyncIterator[AsyncIterator[Event]]:
-        """What happens in the context."""
+    def watch(self) -> trio.MemoryReceiveChannel[Event]:
+        """What happens from now on."""
         send, receive = trio.open_memory_channel[Event](_EVENTS_MAX)
         self._watchers.add(send)
-        try:
-            yield receive
-        finally:
-            self._watchers.discard(send)
+        return receive
 
     # -- helpers ----------------------------------------------------------------------------------
 

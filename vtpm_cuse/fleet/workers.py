@@ -212,9 +212,9 @@ async def _fork(channel: Channel) -> WorkerProcess | None:
         undo.callback(orders.close)
         undo.callback(calls.close)
         try:
-            with their_orders, their_calls:
-                await channel.send(Message(Order.FORK, descriptors=ends))
             with trio.CancelScope(shield=True):  # else its answer would be the next one's
+                with their_orders, their_calls:
+                    await channel.send(Message(Order.FORK, descriptors=ends))
                 answer = await channel.receive()
         except (OSError, ChannelError):
             return None
