@@ -109,7 +109,7 @@ class FakeFleet:
         new_name: str | None = None,
         labels: tuple[tuple[str, str], ...] | None = None,
     ) -> Tpm:
-        tpm = await self.describe(name)
+        tpm = self._become(name, "stopped", "update", new_name)
         del self.tpms[tpm.name]
         tpm = tpm._replace(name=new_name or tpm.name, labels=labels or tpm.labels)
         self.tpms[tpm.name] = tpm
@@ -143,8 +143,9 @@ class FakeFleet:
             self.watchers.remove(send)
 
     def _become(self, key: str, state: State, *asked: object) -> Tpm:
-        """By its id, which alone says for certain which one was meant."""
-        (tpm,) = (tpm for tpm in self.tpms.values() if tpm.id == key)
+        tpm = next((tpm for tpm in self.tpms.values() if key in {tpm.name, tpm.id}), None)
+        if tpm is None:
+            raise FleetError("NoSuchTpm", key, "there is none any more")
         self.asked.append((*asked[:1], tpm.name, *asked[1:]))
         self.tpms[tpm.name] = tpm = tpm._replace(state=state)
         self.tell(Event("changed", tpm))

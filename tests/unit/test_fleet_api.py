@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from vtpm_cuse.fleet.base import Tpm
+
 MANAGER = "org.vtpmcuse.Manager"
 SERVICE = "org.varlink.service"
 
@@ -219,7 +221,11 @@ def test_others_see_and_manage_their_own_alone(
     theirs = fleet.add("theirs", OTHER_USER + 1)
     as_another(OTHER_USER)
     calls: list[Callable[[Manager], object]] = [
-        *(partial(verb, name=key) for verb in NAMED for key in ("theirs", theirs.id)),
+        *(
+            partial(verb, name=key)
+            for verb in (*CHANGING, Manager.describe)
+            for key in ("theirs", theirs.id)
+        ),
         lambda manager: manager.remove("theirs", force=True),
         lambda manager: manager.update("theirs", new_name="mine2"),
         lambda manager: manager.snapshot("theirs", "s"),
@@ -245,14 +251,41 @@ def test_others_see_and_manage_their_own_alone(
     with_manager(fleet, path, use)
 
 
-NAMED = (
-    Manager.start,
-    Manager.stop,
-    Manager.reset,
-    Manager.describe,
-    Manager.hibernate,
-    Manager.wake,
-)
+CHANGING = (Manager.start, Manager.stop, Manager.reset, Manager.hibernate, Manager.wake)
+
+
+class Swapping(FakeFleet):
+    """Whoever looks at a TPM, has its name given to another's before he can do anything."""
+
+    async def describe(self, name: str) -> Tpm:
+        found = await super().describe(name)
+        self.add(found.name, OTHER_USER + 1)
+        return found
+
+
+def test_a_name_that_is_anothers_by_now_is_not_meant(
+    path: Path, as_another: Callable[[int], None]
+) -> None:
+    as_another(OTHER_USER)
+    fleet = Swapping()
+
+    def use(manager: Manager) -> None:
+        calls: list[Callable[[Manager], object]] = [
+            *(partial(verb, name="mine") for verb in CHANGING),
+            lambda manager: manager.remove("mine", force=True),
+            lambda manager: manager.update("mine", new_name="mine2"),
+            lambda manager: manager.restore("mine", "s"),
+            lambda manager: manager.clone("mine", "mine2"),
+        ]
+        for call in calls:
+            fleet.add("mine")
+            with pytest.raises(FleetError, match="any more") as info:
+                call(manager)
+            assert info.value.fault == "NoSuchTpm"
+        assert fleet.asked == []
+        assert list(fleet.tpms) == ["mine"]
+
+    with_manager(fleet, path, use)
 
 
 @pytest.mark.parametrize("nobody", [65534, 0xFFFFFFFF])
