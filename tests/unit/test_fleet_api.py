@@ -428,15 +428,48 @@ def test_a_list_is_a_reply_for_each(fleet: FakeFleet, path: Path) -> None:
 
 
 def test_a_oneway_call_is_done_and_not_answered(fleet: FakeFleet, path: Path) -> None:
-    tpm = fleet.add("web1")
+    fleet.add("web1")
 
     async def use(raw: Raw) -> None:
         for method in ("Start", "Burn"):
             await raw.say(f"{MANAGER}.{method}", parameters={"name": "web1"}, oneway=True)
-        reply = await raw.ask(f"{MANAGER}.Describe", parameters={"name": tpm.id})
-        assert reply["parameters"]["tpm"]["state"] == "asleep"
+        reply = await raw.ask(f"{SERVICE}.GetInfo")
+        assert reply["parameters"]["product"] == "vtpmd"
+        assert fleet.tpms["web1"].state == "asleep"
 
     with_raw(fleet, path, use)
+
+
+class Slow(FakeFleet):
+    """A wake of its takes as long as a test likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go_on = trio.Event(), trio.Event()
+
+    async def wake(self, name: str) -> Tpm:
+        self.begun.set()
+        await self.go_on.wait()
+        return await super().wake(name)
+
+
+def test_what_has_been_begun_is_done_when_the_manager_ends(path: Path) -> None:
+    fleet = Slow()
+    fleet.add("web1")
+
+    async def later() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        fleet.go_on.set()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            async with served(fleet, path), await trio.open_unix_socket(str(path)) as stream:
+                await Raw(stream).say(f"{MANAGER}.Wake", parameters={"name": "web1"})
+                await fleet.begun.wait()
+                nursery.start_soon(later)
+
+    trio.run(main)
+    assert fleet.asked == [("wake", "web1")]
 
 
 # -- bad clients --------------------------------------------------------------------------
