@@ -17,8 +17,9 @@ from tests.support import commands as tpm
 from tests.support.sockets import u32
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.fleet.base import Spec
-from vtpm_cuse.fleet.channel import Channel
+from vtpm_cuse.fleet.channel import Channel, close_all
 from vtpm_cuse.fleet.manager import Manager, Settings, managed
+from vtpm_cuse.fleet.messages import Answer, Message
 from vtpm_cuse.fleet.workers import WorkerProcess
 from vtpm_cuse.storage.stores import open_store
 
@@ -157,6 +158,9 @@ class Puppet:
     """A worker whose words a test says: the other ends of its channels.
 
     The process is one that only waits, so that its end can be seen.
+
+    Attributes:
+        told: What came with its TPM.
     """
 
     def __init__(self) -> None:
@@ -166,6 +170,7 @@ class Puppet:
         held = os.pidfd_open(self.process.pid)
         self.worker = WorkerProcess(self.process.pid, held, Channel(orders), Channel(calls))
         self.orders, self.calls = Channel(self._orders), Channel(self._calls)
+        self.told = Message(Answer.FAILED)
 
     def send_raw(self, data: bytes, *, calls: bool = False) -> None:
         """Any bytes."""
@@ -174,7 +179,9 @@ class Puppet:
 
     def end(self) -> None:
         """Waits until it has been ended."""
+        self.process.kill()
         self.process.wait(PATIENCE_SECONDS)
+        close_all(self.told.descriptors)
         self.orders.close()
         self.calls.close()
 

@@ -462,11 +462,14 @@ def test_what_has_been_begun_is_done_when_the_manager_ends(path: Path) -> None:
         fleet.go_on.set()
 
     async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            async with served(fleet, path), await trio.open_unix_socket(str(path)) as stream:
-                await Raw(stream).say(f"{MANAGER}.Wake", parameters={"name": "web1"})
-                await fleet.begun.wait()
-                nursery.start_soon(later)
+        async with (
+            trio.open_nursery() as nursery,
+            served(fleet, path),
+            await trio.open_unix_socket(str(path)) as stream,
+        ):
+            await Raw(stream).say(f"{MANAGER}.Wake", parameters={"name": "web1"})
+            await fleet.begun.wait()
+            nursery.start_soon(later)
 
     trio.run(main)
     assert fleet.asked == [("wake", "web1")]
