@@ -20,6 +20,7 @@ INSTALLED: Final = (
     "swtpm_localca",
     "swtpm_setup",
     "vtpm",
+    "vtpmd",
 )
 """The programs."""
 
