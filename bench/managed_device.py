@@ -65,6 +65,8 @@ def _managed(folder: Path) -> Iterator[Path]:
 
 def measured() -> Report:
     """Starts both and measures them."""
+    if not os.path.exists("/dev/cuse"):
+        sys.exit("bench: there is no /dev/cuse; run it in the kernel lab")
     report = Report("managed_device", "The managed device beside the kernel's, in the kernel lab")
     report.notes.append("Peer: the kernel's /dev/tpmrmN above a TPM of ours.")
     with tempfile.TemporaryDirectory() as name, _managed(Path(name) / "ours") as ours:
@@ -83,8 +85,6 @@ def measured() -> Report:
 
 
 if __name__ == "__main__":
-    if not os.path.exists("/dev/cuse"):
-        sys.exit("bench: there is no /dev/cuse; run it in the kernel lab")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -173,16 +173,17 @@ class PcapConfig(NamedTuple):
 
     Attributes:
         path: File, appended to.
-        fd: Open descriptor.
+        fd: Open descriptor; of a file, appended to.
         truncate: Empties the file first.
-        mode: Permission bits of a new file.
+        mode: Permission bits of the file, an older one's, too; None is 0640, or less where an older
+            one has less.
         checksums: Whether packets have them.
     """
 
     path: str | None = None
     fd: int | None = None
     truncate: bool = False
-    mode: int = 0o640
+    mode: int | None = None
     checksums: bool = False
 
 

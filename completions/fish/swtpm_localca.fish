@@ -1,7 +1,7 @@
 # Made by "python -m tools.manual": change the tables, not this file.
 complete -c swtpm_localca -f
-complete -c swtpm_localca -l type -x -a 'ek platform' -d 'what the certificate is for; it is written to ek.cert or platform.cert'
-complete -c swtpm_localca -l ek -x -d 'the TPM\'s key: modulus of an RSA key in hex, or x=HEX,y=HEX,id=CURVE'
+complete -c swtpm_localca -l type -x -a 'ek platform iak idevid' -d 'what the certificate is for; it is written to ek.cert, platform.cert and so on'
+complete -c swtpm_localca -l ek -x -d 'the TPM\'s key: modulus of an RSA key in hex, x=HEX,y=HEX,id=CURVE, or pubkey=HEX,algo=ALGORITHM for ML-KEM and ML-DSA'
 complete -c swtpm_localca -l key -x -d 'the same as --ek'
 complete -c swtpm_localca -l dir -x -a '(__fish_complete_directories)' -d 'write the certificate into this folder; default: here'
 complete -c swtpm_localca -l vmid -x -d 'name of the VM, the certificate\'s subject'
@@ -16,6 +16,7 @@ complete -c swtpm_localca -l tpm-version -x -d 'the TPM\'s firmware version, as 
 complete -c swtpm_localca -l tpm-spec-family -x -d 'family of the specification that the TPM implements, as 2.0'
 complete -c swtpm_localca -l tpm-spec-level -x -d 'its level, a number, as 0'
 complete -c swtpm_localca -l tpm-spec-revision -x -d 'its revision, a number'
+complete -c swtpm_localca -l tpm-serial-num -x -d 'the TPM\'s serial number, any text; for an iak or idevid'
 complete -c swtpm_localca -l tpm2 -f -d 'it is a TPM 2.0 and not a TPM 1.2'
 complete -c swtpm_localca -l allow-signing -f -d 'the EK of a TPM 2.0 may be used for signing'
 complete -c swtpm_localca -l decryption -f -d 'the EK of a TPM 2.0 may be used for decryption; it may without --allow-signing, too'

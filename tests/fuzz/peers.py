@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final, cast
 from unittest import mock
 
 from tests.fuzz.pieces import pieces
+from tests.support.certificates import CERTS
+from tests.support.setup_tpms import MadeUpTpm
 from vtpm_cuse.ca.certificates import CertificateKind
 from vtpm_cuse.cli import swtpm_bios
 from vtpm_cuse.cli.bios_steps import Wanted, steps
@@ -17,7 +19,7 @@ from vtpm_cuse.cli.ca.options import point_key, rsa_key
 from vtpm_cuse.client import ioctl as ioctl_client
 from vtpm_cuse.client.channel import SocketControl
 from vtpm_cuse.client.ioctl import DeviceControl
-from vtpm_cuse.manufacture.plan import EccKey, Ownership, RsaKey, SetupPlan
+from vtpm_cuse.manufacture.plan import EccKey, KeyAlgorithm, Ownership, RsaKey, SetupPlan
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
 from vtpm_cuse.manufacture.tpm12 import Tpm12Setup
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmStateFlag
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.client.base import Control
     from vtpm_cuse.client.commands import TpmAddress
-    from vtpm_cuse.manufacture.plan import EndorsementKey, TpmFacts
+    from vtpm_cuse.manufacture.plan import TpmFacts, TpmKey
 
 _REQUESTS: Final[tuple[Callable[[Control], object], ...]] = (
     lambda tpm: tpm.capability(),
@@ -103,17 +105,24 @@ def bios(data: bytes) -> None:
         assert swtpm_bios._send(address, todo, tpm2=is_tpm2) in {0, 128, 129}
 
 
+_CERTIFICATE: Final = (CERTS / "tpm2-ek-rsa2048.der").read_bytes()
+
+
 class _Certifier:
-    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+    def certify(
+        self, kind: CertificateKind, key: TpmKey, facts: TpmFacts, tpm_serial: str = ""
+    ) -> bytes:
         """As far as the options of a certificate tool, which take what the TPM said."""
-        assert kind in {CertificateKind.EK, CertificateKind.PLATFORM}
+        assert kind is not CertificateKind.AIK
         assert facts.specification.family
+        assert tpm_serial.isprintable()
+        assert bool(tpm_serial) is kind.is_identity
         match key:
             case RsaKey():
                 rsa_key(key.text, "--ek")
             case EccKey():
                 point_key(key.curve, key.x.hex(), key.y.hex(), "--ek")
-        return b"certificate" * 100
+        return _CERTIFICATE
 
     def begin(self) -> None:
         pass
@@ -128,7 +137,7 @@ class _Quiet:
     step = line
 
 
-class _Tpm:
+class _Tpm(MadeUpTpm):
     """Answers anything; *facts* by turns good and as given."""
 
     def __init__(self, info: bytes, answers: Iterator[bytes], *, tpm2: bool) -> None:
@@ -142,17 +151,9 @@ class _Tpm:
         assert flags
         return self._info.decode(errors="replace")
 
-    def start(self) -> None:
-        pass
 
-    def cancel(self) -> int:
-        return 0
-
-    def finish(self) -> dict[str, bytes]:
-        return {}
-
-    def close(self) -> None:
-        pass
+_USUAL: Final = (KeyAlgorithm.RSA2048, KeyAlgorithm.P384)
+_RSA_3072: Final = (KeyAlgorithm.RSA3072,)
 
 
 def setup_tpm2(data: bytes) -> None:
@@ -162,11 +163,13 @@ def setup_tpm2(data: bytes) -> None:
         tpm2=True,
         create_ek=bool(which & 1),
         allow_signing=bool(which & 2),
-        spk="ecc" if which & 4 else "rsa" if which & 8 else None,
+        ek_algorithms=_RSA_3072 if which & 16 else _USUAL,
+        spk=KeyAlgorithm.P384 if which & 4 else KeyAlgorithm.RSA2048 if which & 8 else None,
+        iak=KeyAlgorithm.P256 if which & 64 else None,
+        idevid=KeyAlgorithm.RSA2048 if which & 128 else None,
         ek_certificate=True,
         platform_certificate=True,
         lock_nvram=True,
-        rsa_bits=3072 if which & 16 else 2048,
         pcr_banks=("sha256", "sha3-256") if which & 32 else None,
     )
     info, *answers = (*pieces(data[1:]), b"")

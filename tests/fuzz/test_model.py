@@ -18,8 +18,8 @@ from tests.fuzz.harness import SEED, mutated
 from tests.support import commands as tpm
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.errors import StateLocked, TpmUnavailable
-from vtpm_cuse.manufacture.plan import SetupPlan
-from vtpm_cuse.manufacture.tpm2 import spk_template
+from vtpm_cuse.manufacture.plan import KeyAlgorithm
+from vtpm_cuse.manufacture.templates import spk_template
 from vtpm_cuse.proto.control import ControlRequest
 from vtpm_cuse.storage.directory import DirectoryStore
 from vtpm_cuse.storage.sealed import SealedStore
@@ -180,7 +180,7 @@ class Story:
 
     def _name_of(self, hierarchy: int) -> bytes:
         """Of the primary key that the seed gives."""
-        template = spk_template(SetupPlan(tpm2=True, spk="ecc"))
+        template = spk_template(KeyAlgorithm.P384)
         parameters = tpm2.CreatePrimaryParameters(tpm2.SensitiveCreate().pack(), template.pack())
         code = TpmCc.TPM_CC_CreatePrimary
         command = tpm2.command(code, (hierarchy,), parameters, tpm2.PasswordSession())

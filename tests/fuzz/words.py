@@ -12,7 +12,7 @@ from tests.support.engine import FakeEngine
 from vtpm_cuse.ca.names import common_name, directory_name, escaped
 from vtpm_cuse.ca.passwords import read_password
 from vtpm_cuse.cli import registry
-from vtpm_cuse.cli.ca.options import point_key, rsa_key
+from vtpm_cuse.cli.ca.options import point_key, raw_key, rsa_key
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.cli.setup.profiles import profile_config
 from vtpm_cuse.cli.words import suboptions
@@ -137,6 +137,9 @@ def key_words(data: bytes) -> None:
             read_password(text, "pwd", {"SECRET": "s"})
     if data[:1] < b"\x80":
         rsa_key(text, "--modulus")
+    elif data[:1] > b"\xc0":
+        kind, _, key = text.partition(",")
+        raw_key(kind, key, "--public")
     else:
         curve, x, y = (*text.split(","), "", "", "")[:3]
         point_key(curve, x, y, "--ecc")

@@ -92,7 +92,8 @@ CASES: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def cas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestCa]:
-    return {kind: make_ca(tmp_path_factory.mktemp(kind), kind) for kind in ("rsa", "ecc")}
+    """Of sizes with which 0.10 and 0.11 sign alike."""
+    return {kind: make_ca(tmp_path_factory.mktemp(kind), kind) for kind in ("rsa", "p256")}
 
 
 def certify(program: list[str], out: Path, words: list[str]) -> bytes:
@@ -150,7 +151,7 @@ def test_same_certificate(words: list[str], cas: dict[str, TestCa], tmp_path: Pa
 def test_same_certificate_of_an_ecdsa_ca(
     version: list[str], cas: dict[str, TestCa], tmp_path: Path
 ) -> None:
-    own = compare(cas["ecc"], [*RSA, *version], tmp_path)
+    own = compare(cas["p256"], [*RSA, *version], tmp_path)
     assert own.algorithm == own.outer_algorithm
 
 
@@ -283,10 +284,11 @@ def test_a_number_without_end(name: str, cas: dict[str, TestCa], tmp_path: Path)
     assert not (tmp_path / "none").exists()
 
 
-def test_same_capabilities() -> None:
+def test_capabilities_are_the_peers_and_those_of_newer_versions() -> None:
     assert PEER
     peer, own = (
         subprocess.run([*program, "--print-capabilities"], check=True, capture_output=True).stdout
         for program in ([PEER], OURS)
     )
-    assert own.partition(b'"version"')[0] == peer.partition(b'"version"')[0]
+    known, _, _ = peer.partition(b' ], "version"')
+    assert own.startswith(known + b', "cmdarg-tpm-serial-num", "supports-iak-idevid"')

@@ -94,6 +94,7 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
         "swtpm-resource-manager@.service",
         "swtpm-vtpm-proxy@.service",
     }
+    assert (local / "include/swtpm/tpm_ioctl.h").is_file()
     assert (local / "share/man/man8/swtpm-cuse.8").resolve().name == "swtpm_cuse.8"
     assert (local / "share/bash-completion/completions/swtpm").resolve().is_file()
     program = (local / "bin/swtpm").resolve()
@@ -104,6 +105,50 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
     python = local / "lib/vtpm-cuse/venv/bin/python3"
     run = subprocess.run([python, program], check=True, capture_output=True, text=True)
     assert run.stdout == "swtpm runs\n"
+
+
+def test_selinux_policy(system: Path, venv: Path) -> None:
+    """It compiles; each path has a type of its own or the system's, and the programs have theirs."""
+    policy = ROOT / "deploy/selinux/vtpm_cuse.te"
+    types = set(re.findall(r"^type (\w+),", policy.read_text(), re.MULTILINE))
+    rows = [row.split() for row in policy.with_suffix(".fc").read_text().splitlines()]
+    labels = {row[0]: row[-1].split(":")[2] for row in rows}
+    assert types - {"vtpm_cuse_t"} <= {*labels.values()} <= types | {"bin_t", "tpm_device_t"}
+    place(system, venv)
+    program = f"/{(system / 'usr/local/bin/swtpm').resolve().relative_to(system)}"
+    last = [label for path, label in labels.items() if re.fullmatch(path, program)][-1]
+    assert last == "vtpm_cuse_exec_t"
+    if (compiler := shutil.which("checkmodule")) is None:
+        pytest.skip("checkmodule is missing")
+    output = system / "vtpm_cuse.mod"
+    subprocess.run([compiler, "-M", "-m", "-o", output, policy], check=True)
+    assert output.stat().st_size
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give folders away")
+@pytest.mark.parametrize("there", [False, True], ids=["new", "root's"])
+def test_users_and_their_folders(tmp_path: Path, *, there: bool) -> None:
+    for program in ("systemd-sysusers", "systemd-tmpfiles"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is missing")
+    folder = tmp_path / "var/lib/swtpm-localca"
+    (tmp_path / "etc").mkdir()
+    if there:
+        folder.mkdir(parents=True)
+        folder.chmod(0o700)
+    for words in (
+        ["systemd-sysusers", f"--root={tmp_path}", f"{ROOT}/deploy/sysusers.conf"],
+        ["systemd-tmpfiles", "--create", f"--root={tmp_path}", f"{ROOT}/deploy/tmpfiles.conf"],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    accounts = (tmp_path / "etc/passwd").read_text().splitlines()
+    numbers = {fields[0]: int(fields[2]) for fields in (row.split(":") for row in accounts)}
+    owner = 0 if there else numbers["tss"]
+    found = folder.stat()
+    assert (found.st_uid, found.st_gid) == (owner, 0)
+    assert found.st_mode & 0o777 == (0o700 if there else 0o750)
+    assert (tmp_path / "run/vtpm-cuse").stat().st_uid == numbers["vtpm-cuse"]
 
 
 def test_compiled_files_name_their_final_place(system: Path, venv: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 AGAIN: Final = 8
+COMM_MAX: Final = 15  # of a name in /proc/PID/comm
 
 
 def start(*words: str | Path) -> subprocess.Popen[bytes]:
@@ -135,7 +136,7 @@ def is_python(process: subprocess.Popen[bytes], program: str) -> bool:
     with contextlib.suppress(OSError):
         if "python" in os.readlink(f"/proc/{process.pid}/exe"):
             with open(f"/proc/{process.pid}/comm", encoding="ascii") as name:
-                return name.read() == f"{program}\n"
+                return name.read() == f"{program[:COMM_MAX]}\n"
     return False
 
 

@@ -79,8 +79,11 @@ def test_appends_unless_truncated(tmp_path: Path) -> None:
     ("value", "reason"),
     [
         ("truncate", "The file or fd parameter is required for the pcap option."),
-        ("file=/no/such/folder/file", "Could not open /no/such/folder/file for the packet"),
-        ("fd=999", "Could not open 999 for the packet capture: Bad file descriptor"),
+        (
+            "file=/no/such/folder/file",
+            "Could not open pcap file for writing: No such file or directory",
+        ),
+        ("fd=999", "Could not open pcap file for writing: Bad file descriptor"),
     ],
 )
 def test_errors(value: str, reason: str, tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ from tests.support.commands import code_of, get_random, tpm12_pcr_read
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.usefixtures("warm")
-
 PLACE: Final = Path("/var/lib/vtpm-cuse")
 RANDOM: Final = get_random(8)
 

@@ -308,6 +308,24 @@ def test_a_killed_one_comes_back_with_its_state(systemd: Systemd, unit: str) -> 
     assert nv_data(ask(unit, nv_read(NV_INDEX, len(SECRET)))) == SECRET
 
 
+def test_the_daemon_is_the_main_process(systemd: Systemd) -> None:
+    """With --daemon: the process that systemd has started ends, and the service goes on."""
+    name, pid_file = "vtpm-daemon.service", Path("/run/vtpm-cuse/daemon.pid")
+    (UNITS / name).write_text(
+        "[Service]\nType=notify\nNotifyAccess=all\nExecStart=/usr/local/bin/swtpm socket --tpm2 "
+        "--tpmstate backend-uri=mem:// --flags startup-clear --daemon "
+        f"--ctrl type=unixio,path=/run/vtpm-cuse/daemon --pid file={pid_file}\n"
+    )
+    systemd.systemctl("daemon-reload")
+    systemd.systemctl("start", name)
+    # The first process writes the pid file and ends; systemd notices the end in its own time.
+    wait_until(pid_file.exists, "the daemon is there")
+    assert systemd.show(name, "MainPID") == pid_file.read_text()
+    assert systemd.show(name, "ActiveState") == "active"
+    systemd.systemctl("stop", name)
+    assert systemd.show(name, "Result") == "success"
+
+
 def test_a_service_can_be_ordered_after_the_device(systemd: Systemd, unit: str) -> None:
     device = device_of(unit)
     used = UNITS / "uses-tpm.service"

@@ -209,7 +209,8 @@ def test_long_command_leaves_the_control_channel_free(shared: Proxy) -> None:
 
 def test_who_is_told_of_the_device_finds_one_process(tmp_path: Path) -> None:
     """By its command line, as ps shows it."""
-    proxy, others = Proxy(tmp_path), set(processes("--vtpm-proxy"))
+    proxy = Proxy(tmp_path, start=("/usr/bin/env",))  # a whole program
+    others = set(processes("--vtpm-proxy"))
     with uevents() as events:
         proxy.begin()
         found = set(processes("--vtpm-proxy")) - others

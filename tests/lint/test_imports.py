@@ -53,7 +53,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "client": frozenset({"errors", "programs", "wire"}),
     "lab": frozenset({"client", "errors", "proto", "wire"}),
     "serve": ERRORS | {"acquire", "proto", "vtpm", "wire"},
-    "ca": frozenset({"errors", "files"}),
+    "ca": frozenset({"client", "errors", "files", "wire"}),
     # the life of one vTPM
     "service.confine": frozenset({"config", "errors", "files", "service.process"})
     | {"storage.base", "storage.modes"},

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CERTS: Final = Path(__file__).parents[1] / "vectors" / "certs"
 
+_CURVES: Final[dict[str, ec.EllipticCurve]] = {"p256": ec.SECP256R1(), "p384": ec.SECP384R1()}
 _WITH_SHA1: Final = {"2a864886f70d010105", "2a8648ce3d0401"}
 
 
@@ -119,7 +120,7 @@ def make_ca(folder: Path, kind: str = "rsa", password: bytes | None = None) -> T
     if kind == "rsa":
         key = rsa.generate_private_key(65537, 2048)
     else:
-        key = ec.generate_private_key(ec.SECP384R1())
+        key = ec.generate_private_key(_CURVES[kind])
     ca = TestCa(folder / "ca.key", folder / "ca.pem")
     encryption = (
         serialization.BestAvailableEncryption(password)
@@ -142,19 +143,18 @@ def make_ca(folder: Path, kind: str = "rsa", password: bytes | None = None) -> T
 
 
 def verify(certificate: bytes, ca: bytes) -> None:
-    """A signature check by the library, of two certificates in DER."""
+    """A signature check by the library, of two certificates in DER; another raises."""
+    issuer = x509.load_der_x509_certificate(ca)
+    parts = Parts.of(certificate)
+    if next(elements(parts.algorithm))[1].hex() not in _WITH_SHA1:
+        x509.load_der_x509_certificate(certificate).verify_directly_issued_by(issuer)
+        return
     ((_, whole),) = elements(certificate)
     (_, body), _, (_, signature) = elements(whole)
     signed = whole[: whole.index(body) + len(body)]
-    is_sha1 = _identifier(Parts.of(certificate).algorithm) in _WITH_SHA1
-    chosen: hashes.HashAlgorithm = hashes.SHA1() if is_sha1 else hashes.SHA256()  # noqa: S303
-    public = x509.load_der_x509_certificate(ca).public_key()
+    public, chosen = issuer.public_key(), hashes.SHA1()  # noqa: S303
     if isinstance(public, rsa.RSAPublicKey):
         public.verify(signature[1:], signed, padding.PKCS1v15(), chosen)
     else:
         assert isinstance(public, ec.EllipticCurvePublicKey)
         public.verify(signature[1:], signed, ec.ECDSA(chosen))
-
-
-def _identifier(algorithm: bytes) -> str:
-    return next(elements(algorithm))[1].hex()

@@ -39,6 +39,7 @@ class FakeEngine:
     """
 
     tpm2: bool = True
+    buffer_max: int = 4096
     nvram: Nvram | None = None
     locality: int = 0
     script: dict[int, Answer] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self._running = False
-        self._size = 4096
+        self._size = self.buffer_max
         self._may_go_on = threading.Event()
         self._may_go_on.set()
         self._canceled = False
@@ -138,8 +139,8 @@ class FakeEngine:
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         self._called("buffer_size")
         if wanted:
-            self._size = min(max(wanted, 0xAF8), 4096)
-        return self._size, 0xAF8, 4096
+            self._size = min(max(wanted, 0xAF8), self.buffer_max)
+        return self._size, 0xAF8, self.buffer_max
 
     def volatile_state(self) -> bytes:
         self._called("volatile_state")

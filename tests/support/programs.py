@@ -12,6 +12,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 INSTALLED: Final = (
     "swtpm",
+    "swtpm-create-tpmca",
     "swtpm-cuse",
     "swtpm_bios",
     "swtpm_cert",
@@ -22,7 +23,7 @@ INSTALLED: Final = (
     "vtpm",
     "vtpmd",
 )
-"""The programs."""
+"""The programs, but for those that only call another one."""
 
 
 def module_of(program: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from vtpm_cuse.cli import swtpm, swtpm_ioctl
 from vtpm_cuse.cli.emulator import swtpm_cuse
+from vtpm_cuse.cli.setup import swtpm_create_user_config_files
 from vtpm_cuse.cli.words import program
 from vtpm_cuse.cli.words.report import SetupReport
 from vtpm_cuse.config import CuseConfig, LogConfig
@@ -93,6 +94,26 @@ def test_errors_go_to_the_log_once_there_is_one(run: Run, tmp_path: Path) -> Non
     path = tmp_path / "log"
     assert run(swtpm_cuse.main, "--log", f"file={path},prefix=X ") == (254, "", "")
     assert path.read_text() == "X Error: device name missing\n"
+
+
+def test_configuration_files_of_a_user(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of that name; swtpm_setup has an option for it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    main = swtpm_create_user_config_files.main
+    status, out, err = run(main, "--root")
+    assert (status, err) == (0, "")
+    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert files == {"swtpm_setup.conf", "swtpm-localca.conf", "swtpm-localca.options"}
+    assert sorted(out.splitlines()) == sorted(f"Writing {tmp_path / name}." for name in files)
+    status, out, err = run(main, "--root")
+    assert (status, out) == (1, "")
+    assert "already exists. Refusing to overwrite." in err
+    assert run(main, "--root", "--skip-if-exist") == (0, "", "")
+    (tmp_path / "swtpm_setup.conf").write_text("old")
+    assert run(main, "--root", "--overwrite")[0] == 0
+    assert (tmp_path / "swtpm_setup.conf").read_text() != "old"
 
 
 def test_print_states(run: Run, tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.config import Existing
 from vtpm_cuse.manufacture.files import ConfigFile
 from vtpm_cuse.manufacture.makers import TpmMakers
-from vtpm_cuse.manufacture.plan import EccKey, RsaKey, TpmFacts
+from vtpm_cuse.manufacture.plan import EccKey, KeyAlgorithm, RsaKey, SetupPlan, TpmFacts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+URI = "dir:///x"
 BUILTIN = frozenset({"default-v1", "null", "custom"})
 
 
@@ -97,49 +98,138 @@ def test_state(words: list[str], uri: str) -> None:
         setup_settings.state_uri(line_of())
 
 
+def plan_of(
+    words: str, settings: dict[str, str] | None = None, makers: TpmMakers | None = None
+) -> SetupPlan:
+    made = setup_settings.setup_config(
+        line_of(*words.split()), ConfigFile(settings or {}), makers or TpmMakers(None), "u", URI
+    )
+    return made.plan
+
+
 @pytest.mark.parametrize(
-    ("words", "settings", "banks", "bits"),
+    ("words", "settings", "banks"),
     [
-        ("--tpm2", {}, ("sha256",), 2048),
-        (
-            "--tpm2",
-            {"active_pcr_banks": "sha1,sha384", "rsa_keysize": "3072"},
-            ("sha1", "sha384"),
-            3072,
-        ),
-        (
-            "--tpm2 --pcr-banks sha1 --pcr-banks sha512,sha1 --rsa-keysize max",
-            {},
-            ("sha1", "sha512", "sha1"),
-            3072,
-        ),
-        ("--tpm2 --pcr-banks -", {"active_pcr_banks": "sha1"}, None, 2048),
-        ("--tpm2 --rsa-keysize 2048", {"rsa_keysize": "3072"}, ("sha256",), 2048),
-        ("", {"active_pcr_banks": "sha1", "rsa_keysize": "3072"}, None, 2048),
+        ("--tpm2", {}, ("sha256",)),
+        ("--tpm2", {"active_pcr_banks": "sha1,sha384"}, ("sha1", "sha384")),
+        ("--tpm2 --pcr-banks sha1 --pcr-banks sha512,sha1", {}, ("sha1", "sha512", "sha1")),
+        ("--tpm2 --pcr-banks -", {"active_pcr_banks": "sha1"}, None),
+        ("", {"active_pcr_banks": "sha1"}, None),
     ],
 )
-def test_plan(
-    words: str, settings: dict[str, str], banks: tuple[str, ...] | None, bits: int
+def test_banks(words: str, settings: dict[str, str], banks: tuple[str, ...] | None) -> None:
+    made = plan_of(words, settings)
+    assert made.pcr_banks == banks
+    assert not made.create_ek
+
+
+RSA2048, RSA3072, RSA4096, P256, P384, P521 = KeyAlgorithm
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "algorithms"),
+    [
+        ("", {}, (RSA2048, P384)),
+        ("", {"rsa_keysize": "3072"}, (RSA3072, P384)),
+        ("--rsa-keysize max", {}, (RSA3072, P384)),
+        ("--rsa-keysize 2048", {"rsa_keysize": "3072"}, (RSA2048, P384)),
+        ("--ek1keyalgo RSA3072 --rsa-keysize foo", {}, (RSA3072, P384)),
+        ("--ek1keyalgo ecc_nist_p256 --ek2keyalgo SECP521R1", {}, (P256, P521)),
+        ("--ek1keyalgo secp384r1", {}, (P384,)),
+        ("--ek2keyalgo rsa2048", {"ek1keyalgo": "ecc_nist_p521"}, (P521, RSA2048)),
+        ("--ek1keyalgo rsa2048", {"ek1keyalgo": "foo"}, (RSA2048, P384)),
+        ("--create-spk", {"ek2keyalgo": "rsa2048"}, (RSA2048,)),
+    ],
+)
+def test_endorsement_keys(
+    words: str, settings: dict[str, str], algorithms: tuple[KeyAlgorithm, ...]
 ) -> None:
-    line = line_of(*words.split())
-    made = setup_settings.setup_config(line, ConfigFile(settings), TpmMakers(None), "u", "dir:///x")
-    assert (made.plan.pcr_banks, made.plan.rsa_bits) == (banks, bits)
-    assert not made.plan.create_ek
+    assert plan_of(f"--tpm2 {words}", settings).ek_algorithms == algorithms
+    assert plan_of("", settings).ek_algorithms == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "spk"),
+    [
+        ("--create-spk", RSA2048),
+        ("--create-spk --rsa-keysize 3072 --ek1keyalgo secp256r1", RSA3072),
+        ("--create-spk --ecc --rsa-keysize 3072", P384),
+        ("--rsa-keysize 3072", None),
+    ],
+)
+def test_storage_primary_keys(words: str, spk: KeyAlgorithm | None) -> None:
+    assert plan_of(f"--tpm2 {words}").spk is spk
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "identities"),
+    [
+        ("--create-ek-cert", {}, (None, None)),
+        ("--create-ek-cert --iakkeyalgo secp384r1 --no-iak", {}, (P384, None)),
+        ("--create-ek-cert", {"idevidkeyalgo": "rsa2048"}, (None, RSA2048)),
+        ("--create-ek-cert --iakkeyalgo secp256r1", {"iakkeyalgo": "rsa2048"}, (P256, None)),
+        # A configuration for TPMs that are made keeps nobody from other set-ups.
+        ("", {"iakkeyalgo": "rsa2048"}, (None, None)),
+        ("--reconfigure", {"iakkeyalgo": "rsa2048"}, (None, None)),
+    ],
+)
+def test_identity_keys(
+    words: str,
+    settings: dict[str, str],
+    identities: tuple[KeyAlgorithm | None, KeyAlgorithm | None],
+) -> None:
+    made = plan_of(f"--tpm2 {words}", settings)
+    assert (made.iak, made.idevid) == identities
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        ("--ek1keyalgo rsa1024", {}, "Key algorithm rsa1024 is not supported."),
+        ("", {"ek2keyalgo": "Foo"}, "Key algorithm Foo is not supported."),
+        ("--rsa-keysize 1024", {}, "Unsupported RSA key size 1024."),
+        ("--rsa-keysize 4096", {}, "4096 bit RSA keys are not supported by libtpms."),
+        ("--ek2keyalgo rsa4096", {}, "4096 bit RSA keys are not supported by libtpms."),
+        ("--iakkeyalgo rsa2048", {}, "When creating IAK and/or IDevID keys, then an EK"),
+        ("--createek --idevidkeyalgo secp256r1", {}, "When creating IAK and/or IDevID keys"),
+        ("--createek", {"iakkeyalgo": "secp256r1"}, "When creating IAK and/or IDevID keys"),
+    ],
+)
+def test_key_algorithms_that_cannot_be(words: str, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_of(f"--tpm2 {words}", settings)
+    assert str(caught.value).startswith(message)
+
+
+class NewerMakers(TpmMakers):
+    """A library that can do what none here can."""
+
+    def rsa_sizes(self) -> list[int]:
+        return [2048, 3072, 4096]
+
+
+def test_rsa_4096_of_a_library_that_has_it() -> None:
+    makers = NewerMakers(None)
+    for words in ("--rsa-keysize max", "--rsa-keysize 4096", "--ek1keyalgo rsa4096"):
+        assert plan_of(f"--tpm2 {words}", makers=makers).ek_algorithms == (RSA4096, P384)
+    verbs = json.loads(makers.capabilities_text())["features"]
+    at = verbs.index("tpm2-rsa-keysize-3072")
+    assert verbs[at + 1] == "tpm2-rsa-keysize-4096"
+    assert verbs[-4:] == [f"cmdarg-{name}keyalgo" for name in ("ek1", "ek2", "iak", "idevid")]
 
 
 @pytest.mark.parametrize(
     "word", ["--createek", "--create-ek-cert", "--create-platform-cert", "--take-ownership"]
 )
 def test_what_implies_an_endorsement_key(word: str) -> None:
-    line = line_of(word)
-    plan = setup_settings.setup_config(line, ConfigFile({}), TpmMakers(None), "u", "dir:///x").plan
+    plan = plan_of(word)
     assert plan.create_ek
     assert plan.needs_certificates is (word == "--create-ek-cert")
 
 
 def test_passwords_are_not_shown() -> None:
     line = line_of("--take-ownership", "--ownerpass", "geheim")
-    made = setup_settings.setup_config(line, ConfigFile({}), TpmMakers(None), "u", "dir:///x")
+    made = setup_settings.setup_config(line, ConfigFile({}), TpmMakers(None), "u", URI)
     assert made.plan.ownership is not None
     assert made.plan.ownership.owner_auth.hex() not in repr(made)
     assert repr(made.plan.ownership.owner_auth) not in repr(made)

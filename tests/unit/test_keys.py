@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import random
 from typing import TYPE_CHECKING
@@ -336,6 +337,18 @@ def test_passphrases(tmp_path: Path, kdf: str, mode: str, key: str) -> None:
     source = KeySource(pwdfile=str(path), kdf=kdf, mode=mode, remove=True)
     assert read_key(source).secret.hex() == key
     assert not path.exists()
+
+
+@pytest.mark.parametrize(("length", "warned"), [(0, True), (6, True), (7, False)])
+def test_a_short_passphrase_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int, *, warned: bool
+) -> None:
+    path = tmp_path / "passphrase"
+    path.write_bytes(b"secret!"[:length])
+    with caplog.at_level(logging.WARNING):
+        read_key(KeySource(pwdfile=str(path)))
+    expected = [f"Warning: Passphrase is only {length} bytes long"]
+    assert caplog.messages == (expected if warned else [])
 
 
 def test_a_pipe_may_deliver_in_pieces() -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.acquire.endpoints import Endpoints
 
+NO_PORT = "TPM_PORT is not set or contains an invalid integer value."
+
 
 def config_of(words: str) -> SocketConfig:
     return settings.socket_config(CommandLine(PROGRAM, words.split()))
@@ -88,19 +90,19 @@ def test_port_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config_of("--server port=5").data == SocketAddress("tcp", port=5)
     assert config_of("-p 6 --server type=tcp").data == SocketAddress("tcp", port=6)
     monkeypatch.setenv("TPM_PORT", "no number")
-    assert complaint("--server type=tcp") == "No valid port number provided for TCP socket."
+    assert complaint("--server type=tcp") == NO_PORT
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--server type=tcp", "No valid port number provided for TCP socket."),
+        ("--server type=tcp", NO_PORT),
         ("--server type=unixio", "Missing path and file descriptor option for UnixIO socket"),
         ("--ctrl type=unixio", "Missing path and fd options for UnixIO control channel"),
         ("--ctrl type=tcp", "Missing port and fd options for TCP control channel"),
         ("--ctrl type=tcp,clientfd=9", "Missing port and fd options for TCP control channel"),
         ("--ctrl path=/x", "Missing type parameter for control channel"),
-        ("--ctrl type=unixio,path=/x,mode=888", "invalid mode type '888'"),
+        ("--ctrl type=unixio,path=/x,mode=888", "invalid number '888'"),
         ("--ctrl type=unixio,path=/x,uid=no-such", "User 'no-such' does not exist."),
         ("--ctrl type=tcp,port=x", "Error parsing ctrl options: invalid number 'x'"),
         ("--server port=70000", "70000"),

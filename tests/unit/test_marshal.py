@@ -9,8 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtpm_cuse.errors import TpmError, WireError
-from vtpm_cuse.manufacture.plan import SetupPlan
-from vtpm_cuse.manufacture.tpm2 import ecc_ek_template, rsa_ek_template, spk_template
+from vtpm_cuse.manufacture.plan import KeyAlgorithm
+from vtpm_cuse.manufacture.templates import (
+    IAK,
+    IDEVID,
+    ek_template,
+    identity_template,
+    spk_template,
+)
 from vtpm_cuse.wire import tpm2, tpm12
 from vtpm_cuse.wire.tpm import TpmCc
 
@@ -24,10 +30,8 @@ ECC_EK = (
 
 
 def test_a_whole_command_is_the_peers() -> None:
-    plan = SetupPlan(tpm2=True, allow_signing=True, decryption=True)
-    parameters = tpm2.CreatePrimaryParameters(
-        tpm2.SensitiveCreate().pack(), ecc_ek_template(plan).pack()
-    )
+    template = ek_template(KeyAlgorithm.P384, allow_signing=True, decryption=True)
+    parameters = tpm2.CreatePrimaryParameters(tpm2.SensitiveCreate().pack(), template.pack())
     made = tpm2.command(
         TpmCc.TPM_CC_CreatePrimary,
         (tpm2.TPM_RH_ENDORSEMENT,),
@@ -39,28 +43,56 @@ def test_a_whole_command_is_the_peers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "size", "attributes"),
+    ("algorithm", "flags", "size", "attributes"),
     [
-        (SetupPlan(tpm2=True), 314, "000300b2"),
-        (SetupPlan(tpm2=True, decryption=True), 314, "000300b2"),
-        (SetupPlan(tpm2=True, allow_signing=True), 310, "000400b2"),
-        (SetupPlan(tpm2=True, allow_signing=True, decryption=True), 310, "000600b2"),
-        (SetupPlan(tpm2=True, rsa_bits=3072), 74, "000300f2"),
-        (SetupPlan(tpm2=True, rsa_bits=3072, allow_signing=True), 70, "000400f2"),
+        (KeyAlgorithm.RSA2048, "", 314, "000300b2"),
+        (KeyAlgorithm.RSA2048, "decryption", 314, "000300b2"),
+        (KeyAlgorithm.RSA2048, "allow_signing", 310, "000400b2"),
+        (KeyAlgorithm.RSA2048, "allow_signing decryption", 310, "000600b2"),
+        (KeyAlgorithm.RSA3072, "", 74, "000300f2"),
+        (KeyAlgorithm.RSA3072, "allow_signing", 70, "000400f2"),
+        (KeyAlgorithm.RSA4096, "", 74, "000300f2"),
+        (KeyAlgorithm.P256, "", 122, "000300b2"),
+        (KeyAlgorithm.P384, "", 74, "000300f2"),
+        (KeyAlgorithm.P521, "", 90, "000300f2"),
     ],
 )
-def test_templates_of_rsa_endorsement_keys(plan: SetupPlan, size: int, attributes: str) -> None:
-    template = rsa_ek_template(plan).pack()
+def test_templates_of_endorsement_keys(
+    algorithm: KeyAlgorithm, flags: str, size: int, attributes: str
+) -> None:
+    template = ek_template(algorithm, **dict.fromkeys(flags.split(), True)).pack()
     assert (len(template), template[4:8].hex()) == (size, attributes)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sizes"),
+    [
+        (KeyAlgorithm.P256, (59, 62)),
+        (KeyAlgorithm.P384, (75, 78)),
+        (KeyAlgorithm.P521, (91, 94)),
+        (KeyAlgorithm.RSA2048, (59, 60)),
+        (KeyAlgorithm.RSA3072, (75, 76)),
+        (KeyAlgorithm.RSA4096, (75, 76)),
+    ],
+)
+def test_templates_of_identity_keys(algorithm: KeyAlgorithm, sizes: tuple[int, int]) -> None:
+    """Attestation is restricted and has its scheme; an RSA key for identity has none."""
+    made = [identity_template(identity, algorithm).pack() for identity in (IAK, IDEVID)]
+    assert tuple(map(len, made)) == sizes
+    assert [template[4:8].hex() for template in made] == ["000500f2", "000400f2"]
+    assert b"IAK" in made[0]
+    assert b"IDEVID" in made[1]
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        rsa_ek_template(SetupPlan(tpm2=True)),
-        ecc_ek_template(SetupPlan(tpm2=True)),
-        spk_template(SetupPlan(tpm2=True, spk="rsa")),
-        spk_template(SetupPlan(tpm2=True, spk="ecc")),
+        ek_template(KeyAlgorithm.RSA2048),
+        ek_template(KeyAlgorithm.P384),
+        spk_template(KeyAlgorithm.RSA2048),
+        spk_template(KeyAlgorithm.P384),
+        identity_template(IAK, KeyAlgorithm.RSA3072),
+        identity_template(IDEVID, KeyAlgorithm.P521),
     ],
 )
 def test_public_areas_come_back(template: tpm2.Public) -> None:

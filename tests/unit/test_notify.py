@@ -31,19 +31,28 @@ def heard(sock: socket.socket) -> bytes | None:
         return None
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+@in_child
+def test_the_first_word_is_alone(tmp_path: Path, *, in_background: bool) -> None:
+    with manager_at(tmp_path / "notify") as sock:
+        notify.connect().ready(in_background=in_background)
+        assert heard(sock) == b"READY=1"
+        assert heard(sock) == (f"MAINPID={os.getpid()}".encode() if in_background else None)
+
+
 @in_child
 def test_a_child_does_not_say_that_it_is_the_service(tmp_path: Path) -> None:
     with manager_at(tmp_path / "notify") as sock:
         manager = notify.connect()
         child = os.fork()
         if child == 0:
-            manager.ready()
+            manager.ready(in_background=True)
             manager.stopping()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         assert heard(sock) is None
-        manager.ready()
-        assert heard(sock) == f"READY=1\nMAINPID={os.getpid()}".encode()
+        manager.ready(in_background=False)
+        assert heard(sock) == b"READY=1"
 
 
 @in_child
@@ -51,7 +60,7 @@ def test_two_services_of_one_process_have_nothing_in_common(tmp_path: Path) -> N
     with manager_at(tmp_path / "one") as one:
         first = notify.connect()
         second = notify.connect()  # the variable is spent
-        second.ready()
+        second.ready(in_background=False)
         assert heard(one) is None
         first.stopping()
         assert heard(one) == b"STOPPING=1"
@@ -62,8 +71,8 @@ def test_below_another_root_the_manager_is_the_one_from_before(tmp_path: Path) -
     with manager_at(tmp_path / "notify") as sock:
         notify.keep()
         (tmp_path / "notify").unlink()  # nor would it be found below that root
-        notify.connect().ready()
-        assert heard(sock) == f"READY=1\nMAINPID={os.getpid()}".encode()
+        notify.connect().ready(in_background=False)
+        assert heard(sock) == b"READY=1"
         assert "NOTIFY_SOCKET" not in os.environ
 
 
@@ -73,5 +82,5 @@ def test_below_another_root_the_manager_is_the_one_from_before(tmp_path: Path) -
 @in_child
 def test_no_manager(name: str) -> None:
     os.environ["NOTIFY_SOCKET"] = name
-    notify.connect().ready()
+    notify.connect().ready(in_background=False)
     assert "NOTIFY_SOCKET" not in os.environ

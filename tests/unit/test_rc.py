@@ -107,9 +107,9 @@ def test_any_number_is_explained(code: int, tpm12: bool) -> None:
 @pytest.mark.parametrize("member", [*TpmRc.__members__, *PtmResult.__members__])
 def test_the_package_calls_codes_the_same(member: str) -> None:
     code = (TpmRc if member in TpmRc.__members__ else PtmResult)[member]
-    plain = re.sub("_P1$", "", member).replace("TPM_SUCCESS", "TPM_RC_SUCCESS")
-    assert explain(code).name == plain
-    assert not member.endswith("_P1") or explain(code).where == "parameter 1"
+    plain, parameter = re.subn(r"_P([12])$", "", member)
+    assert explain(code).name == plain.replace("TPM_SUCCESS", "TPM_RC_SUCCESS")
+    assert not parameter or explain(code).where == f"parameter {member[-1]}"
     assert explain(LAYER | code).layer == "RESMGR_TPM"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.support.setup_tpms import Lines, MadeUpTpm
 from vtpm_cuse.manufacture.plan import SetupPlan
 from vtpm_cuse.manufacture.tpm2 import Tpm2Setup
 
@@ -16,7 +17,7 @@ def response(body: bytes, *, authorized: bool = False) -> bytes:
     return tag.to_bytes(2, "big") + (10 + len(body)).to_bytes(4, "big") + bytes(4) + body
 
 
-class NewerTpm:
+class NewerTpm(MadeUpTpm):
     def process(self, command: bytes) -> bytes:
         match int.from_bytes(command[6:10], "big"):
             case 0x17A:  # GetCapability: no more data, TPM_CAP_PCRS, two banks
@@ -24,34 +25,6 @@ class NewerTpm:
             case 0x12B:  # PCR_Allocate: YES, and three sizes
                 return response(bytes.fromhex("01") + bytes(12), authorized=True)
         return response(b"")
-
-    tpm2 = True
-
-    def info(self, flags: int) -> str:
-        return "{}"
-
-    def start(self) -> None:
-        pass
-
-    def cancel(self) -> int:
-        return 0
-
-    def finish(self) -> dict[str, bytes]:
-        return {}
-
-    def close(self) -> None:
-        pass
-
-
-class Lines:
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.said.append(text)
-
-    def step(self, text: str) -> None:
-        raise AssertionError(text)
 
 
 def test_a_bank_without_a_name_is_shown_by_its_number() -> None:

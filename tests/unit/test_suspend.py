@@ -633,7 +633,7 @@ def test_every_value_of_a_data_connection_outlives_a_suspension(kind: str) -> No
     with ours:
         begun = b"" if kind == "proxy" else b"\x80\x01"
         saved = SavedData(theirs.detach(), kind, True, begun, Request(b"command", 3), b"unsent")
-        resumed = DataConnection.resumed(saved, prefix=True)
+        resumed = DataConnection.resumed(saved, Vtpm(FakeEngine(), None))
         assert resumed.suspend() == saved
         os.close(saved.fd)
 

@@ -1,4 +1,4 @@
-"""Writes the man pages and completions of a checkout, or checks that they are up to date."""
+"""Writes the man pages, completions and C header of a checkout, or checks that they are up to date."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from tools.manual import header
 from tools.manual.completions import completions
 from tools.manual.pages import links, pages
 
+_TOPS = ("man", "completions", "include")
+
 
 def main() -> int:
-    """Writes to, or compares with, the folders man/ and completions/."""
+    """Writes to, or compares with, the folders man/, completions/ and include/."""
     parser = argparse.ArgumentParser(prog="python -m tools.manual", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a file is old")
     parser.add_argument("folder", type=Path, nargs="?", default=Path.cwd(), help="the checkout (.)")
     options = parser.parse_args()
     wanted = {options.folder / path: text for path, text in files().items()}
-    there = {p for top in ("man", "completions") for p in (options.folder / top).rglob("*.*")}
+    there = {p for top in _TOPS for p in (options.folder / top).rglob("*.*")}
     stale = sorted(
         {path for path in there if not path.is_dir() and path not in wanted}
         | {path for path, content in wanted.items() if _content(path) != content}
@@ -35,6 +38,7 @@ def files() -> dict[str, str]:
         **{f"man/{path}": text for path, text in pages().items()},
         **{f"man/{path}": f"-> {target}" for path, target in links().items()},
         **{f"completions/{path}": text for path, text in completions().items()},
+        header.PATH: header.header(),
     }
 
 

@@ -65,7 +65,19 @@ SETUP: Final = ConfigFile(
         ),
         Term("create_certs_tool_options", "Its options file, passed with --optsfile."),
         Term("active_pcr_banks", "PCR banks to activate, with commas between; default: sha256."),
-        Term("rsa_keysize", "Bits of RSA keys: 2048 (the default), 3072 or max."),
+        Term("rsa_keysize", "Bits of RSA keys: 2048 (the default), 3072, 4096 or max."),
+        Term(
+            "ek1keyalgo",
+            "Algorithm of the first endorsement key of a TPM 2.0: rsa2048, rsa3072, rsa4096, "
+            "secp256r1, secp384r1 or secp521r1; by default RSA of rsa_keysize.",
+        ),
+        Term("ek2keyalgo", "Likewise, of the second; by default secp384r1."),
+        Term(
+            "iakkeyalgo",
+            "Likewise, of an initial attestation key, which needs --create-ek-cert where endorsement "
+            "keys are made; by default there is none.",
+        ),
+        Term("idevidkeyalgo", "Likewise, of an initial device identity key."),
         Term("profile", "Profile of a new TPM 2.0, as JSON text."),
         Term("profile_file", "File with such a profile; it wins over profile."),
         Term("local_profiles_dir", "Directory of the machine's own profiles, NAME.json each."),
@@ -89,17 +101,34 @@ LOCALCA: Final = ConfigFile(
     (
         "Says where swtpm_localca(8) keeps its certificate authority. Keys and certificates that "
         "are not there are made at the first use.",
-        "A line is a name, an equals sign and a value; a number sign starts a comment. The file "
-        "may hold passwords: let nobody else read it.",
+        "A line is a name, an equals sign and a value; a number sign starts a comment. ${NAME} stands "
+        "for an environment variable. The file may hold passwords: let nobody else read it.",
         _ROOT,
     ),
     (
         Term("statedir", "Directory of the lock and the serial number. Needed; made if missing."),
         Term(
             "signingkey",
-            "Key that signs certificates: a file, or pkcs11:... for one in a token. Needed.",
+            "Key that signs certificates: a file, also of a key that a TPM loads (TSS2 PRIVATE KEY); "
+            "pkcs11:... for one in a token; handle:NUMBER for a persistent one in a TPM. Needed. One that "
+            "was made elsewhere may be RSA, ECDSA, or for a TPM 2.0 EdDSA or ML-DSA; of ML-DSA, a "
+            "certificate has more bytes than an NV index of today's libtpms holds.",
         ),
         Term("signingkey_password", "Password of that key."),
+        Term(
+            "signingkey_tpm",
+            "Where the TPM of the key is: the path of a device or Unix socket, or HOST:PORT; "
+            "default: /dev/tpmrm0. With it, a key file that is not there is made in that TPM, and "
+            "one that is none of a TPM is refused. What is loaded to sign is flushed again; a resource "
+            "manager, as /dev/tpmrm0 or --managed of swtpm(8), lets several sign at once, and ends "
+            "what a program that was killed has left. Passwords go there as they are: use TCP "
+            "within this machine alone.",
+        ),
+        Term(
+            "parentkey_password",
+            "Password of the key's parent in the TPM, or of the hierarchy of which that is made, "
+            "usually the owner's.",
+        ),
         Term("issuercert", "Certificate of the signing key, in PEM form. Needed."),
         Term(
             "certserial",
@@ -116,9 +145,16 @@ LOCALCA: Final = ConfigFile(
             "issuercert = /var/lib/swtpm-localca/issuercert.pem\n"
             "certserial = /var/lib/swtpm-localca/certserial",
         ),
+        Example(
+            "With the key in a TPM",
+            "statedir = /var/lib/swtpm-localca\n"
+            "signingkey = /var/lib/swtpm-localca/tpm-key.pem\n"
+            "signingkey_tpm = /dev/tpmrm0\n"
+            "issuercert = /var/lib/swtpm-localca/issuercert.pem",
+        ),
     ),
     _places("swtpm-localca.conf"),
-    ("swtpm_localca(8)", "swtpm_cert(8)", "swtpm_setup.conf(5)"),
+    ("swtpm_localca(8)", "swtpm-create-tpmca(8)", "swtpm_cert(8)", "swtpm_setup.conf(5)"),
 )
 
 LOCALCA_OPTIONS: Final = ConfigFile(
@@ -137,7 +173,7 @@ LOCALCA_OPTIONS: Final = ConfigFile(
         Term(
             "--tpm-manufacturer NAME, --tpm-model NAME, --tpm-version VERSION",
             "The TPM, where what calls swtpm_localca does not say it; so with --tpm-spec-family, "
-            "--tpm-spec-level and --tpm-spec-revision.",
+            "--tpm-spec-level, --tpm-spec-revision and --tpm-serial-num.",
         ),
     ),
     (

@@ -60,7 +60,14 @@ def requests_page(date: str, source: str) -> str:
     """The page."""
     page = Roff("swtpm_ioctls", 3, "control requests of the TPM emulator", date, source)
     page.heading("SYNOPSIS")
-    page.raw(f"{bold('ioctl(')}{italic('fd')}{bold(', PTM_INIT, ')}{italic('argument')}{bold(')')}")
+    page.raw(bold("#include <swtpm/tpm_ioctl.h>"))
+    page.line_break()
+    page.raw(bold("#include <sys/ioctl.h>"))
+    page.line_break()
+    page.raw(
+        f"{bold('int ioctl(int ')}{italic('fd')}{bold(', PTM_INIT, ptm_init *')}"
+        f"{italic('argument')}{bold(');')}"
+    )
     page.heading("DESCRIPTION")
     page.paragraphs(
         (
@@ -91,7 +98,7 @@ def requests_page(date: str, source: str) -> str:
         page.dedent()
     page.heading("VALUES")
     for values in _FLAGS:
-        page.subheading(f"{values.__name__}: {_first_line(values)}")
+        page.subheading(f"{values.__name__}: {first_line(values)}")
         for row, value in enumerate(values):
             if row:
                 page.line_break()
@@ -112,5 +119,6 @@ def _fields(structure: type[WireStruct]) -> str:
     return "; ".join(names) + f" ({structure.SIZE + structure.TAIL} bytes at most)"
 
 
-def _first_line(values: type[IntFlag | IntEnum]) -> str:
+def first_line(values: type) -> str:
+    """Of what is said of a class, without its full stop."""
     return inspect.cleandoc(values.__doc__ or "").splitlines()[0].rstrip(".")

@@ -3,7 +3,8 @@
 Pure: time, serial number and signer are arguments. The profile is the C suite's,
 byte for byte, because verifiers of EK certificates look at string types and critical
 bits. Sources: TCG EK Credential Profile for TPM 2.0; TCG Credential Profiles for
-TPM 1.2; RFC 5280.
+TPM 1.2; RFC 5280; of an IAK or IDevID TCG TPM 2.0 Keys for Device Identity and Attestation, and
+RFC 4108, 5 (hardware module name).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _AUTHORITY_KEY_IDENTIFIER: Final = "2.5.29.35"
 _EXTENDED_KEY_USAGE: Final = "2.5.29.37"
 
 _TCG_AT_TPM_SPECIFICATION: Final = "2.23.133.2.16"
+_ID_ON_HARDWARE_MODULE_NAME: Final = "1.3.6.1.5.5.7.8.4"
+_TCG_HW_TYPE_TPM2: Final = "2.23.133.1.2"
 _TPM_NAMES: Final = ("2.23.133.2.1", "2.23.133.2.2", "2.23.133.2.3")
 _PLATFORM_NAMES: Final = ("2.23.133.5.1.1", "2.23.133.5.1.4", "2.23.133.5.1.5")
 _PLATFORM_NAMES_TPM12: Final = ("2.23.133.2.4", "2.23.133.2.5", "2.23.133.2.6")
@@ -56,11 +59,25 @@ class CertificateKind(Enum):
     EK = "ek"
     PLATFORM = "platform"
     AIK = "aik"
+    IAK = "iak"
+    IDEVID = "idevid"
 
     @property
-    def purpose(self) -> str:
-        """The identifier of the extended key usage, tcg-kp-...Certificate."""
-        return f"2.23.133.8.{list(CertificateKind).index(self) + 1}"
+    def is_identity(self) -> bool:
+        """Whether the TPM is known by its serial number, and not by its maker."""
+        return self in {CertificateKind.IAK, CertificateKind.IDEVID}
+
+    @property
+    def purpose(self) -> str | None:
+        """The identifier of the extended key usage, tcg-kp-...Certificate, if it has one."""
+        return _PURPOSES.get(self)
+
+
+_PURPOSES: Final = {
+    CertificateKind.EK: "2.23.133.8.1",
+    CertificateKind.PLATFORM: "2.23.133.8.2",
+    CertificateKind.AIK: "2.23.133.8.3",
+}
 
 
 def kind_shown(word: str) -> str:
@@ -117,27 +134,33 @@ class CertificateRequest:
     Attributes:
         kind: What it speaks of.
         key: The key in it.
-        tpm: The TPM's maker.
+        tpm: The TPM's maker; needed for all but an IAK and IDevID.
         specification: Needed for an EK.
         platform: Needed for a platform.
         subject: Distinguished name as text, "CN=vm1"; a TPM 1.2 has none.
         is_tpm2: TPM 2.0 and not 1.2.
         allow_signing: The EK may sign (TPM 2.0).
         decryption: The EK may decrypt (TPM 2.0); that is so too when it may not sign.
+        tpm_serial: The TPM's serial number; needed for an IAK and IDevID.
     """
 
     kind: CertificateKind
     key: PublicKey
-    tpm: Maker
+    tpm: Maker | None = None
     specification: TpmSpecification | None = None
     platform: Maker | None = None
     subject: str = ""
     is_tpm2: bool = True
     allow_signing: bool = False
     decryption: bool = False
+    tpm_serial: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for what can be no certificate."""
+        if self.kind.is_identity and not (self.is_tpm2 and self.tpm_serial):
+            raise ValueError(f"an {self.kind.value} is a TPM 2.0's, and says its serial number")
+        if self.tpm is None and not self.kind.is_identity:
+            raise ValueError("this certificate needs the TPM's maker")
         if self.kind is CertificateKind.EK and self.specification is None:
             raise ValueError("the certificate of an EK needs the TPM's specification")
         if self.kind is CertificateKind.PLATFORM and self.platform is None:
@@ -153,10 +176,17 @@ class CertificateRequest:
 
 
 class Signer(Protocol):
-    """A private key, wherever it is."""
+    """A private key, wherever it is; hashes by their names, as "sha256"."""
+
+    def digest(self, usual: str) -> str:
+        """The hash that it signs with where *usual* is: "sha1" for a TPM 1.2, else "sha256".
+
+        For the latter it may have a longer one, that of its size, or none (""). Raises
+        CertificateError for a key without a hash where there must be SHA-1.
+        """
 
     def algorithm(self, digest: str) -> bytes:
-        """AlgorithmIdentifier of a signature over "sha1" or "sha256"."""
+        """AlgorithmIdentifier of a signature over such a hash."""
 
     def sign(self, data: bytes, digest: str) -> bytes:
         """Signature over *data*. Raises CertificateError."""
@@ -197,19 +227,20 @@ def tpm_certificate(
     Raises:
         CertificateError: The signer failed.
     """
-    usage = _extension(_EXTENDED_KEY_USAGE, der.sequence(der.oid(request.kind.purpose)))
+    kind = request.kind
     extensions = [
-        _extension(_SUBJECT_ALT_NAME, _alternative_name(request), critical=True),
+        _extension(_SUBJECT_ALT_NAME, _alternative_name(request), critical=not kind.is_identity),
         _extension(_BASIC_CONSTRAINTS, der.sequence(), critical=True),
         *_specification(request.specification),
         _authority(issuer.key_id),
         _extension(_KEY_USAGE, der.named_bits(*_key_usage(request)), critical=True),
     ]
-    last = len(extensions)
-    extensions.insert(last if request.kind is CertificateKind.PLATFORM else 0, usage)
-    digest = "sha256" if request.is_tpm2 else "sha1"
+    if kind.purpose is not None:
+        usage = _extension(_EXTENDED_KEY_USAGE, der.sequence(der.oid(kind.purpose)))
+        extensions.insert(len(extensions) if kind is CertificateKind.PLATFORM else 0, usage)
+    usual = "sha256" if request.is_tpm2 else "sha1"
     subject = request.subject_name()
-    return _signed(issuer, serial, validity, subject, request.key.spki, extensions, digest)
+    return _signed(issuer, serial, validity, subject, request.key.spki, extensions, usual)
 
 
 def ca_certificate(
@@ -254,8 +285,9 @@ def _signed(
     subject: bytes,
     spki: bytes,
     extensions: list[bytes],
-    digest: str,
+    usual: str,
 ) -> bytes:
+    digest = issuer.signer.digest(usual)
     algorithm = issuer.signer.algorithm(digest)
     body = der.sequence(
         der.context(0, der.integer(2)),
@@ -280,14 +312,25 @@ def _authority(key_id: bytes) -> bytes:
 
 
 def _alternative_name(request: CertificateRequest) -> bytes:
-    if request.kind is not CertificateKind.PLATFORM or request.platform is None:
+    """GeneralNames of one directoryName."""
+    platform = request.platform if request.kind is CertificateKind.PLATFORM else None
+    if request.tpm is None or request.kind.is_identity:
+        name = _hardware_module_name(request.tpm_serial)
+    elif platform is None:
         name = request.tpm.as_tpm
     elif request.is_tpm2:
-        name = request.platform.as_platform
+        name = platform.as_platform
     else:
         # Two Names where there should be one: so the C suite has it, and so TPM 1.2 stacks read it.
-        name = der.sequence(request.tpm.as_tpm, request.platform.as_platform_tpm12)
+        name = der.sequence(request.tpm.as_tpm, platform.as_platform_tpm12)
     return der.sequence(der.context(4, name))
+
+
+def _hardware_module_name(serial: str) -> bytes:
+    # PEER: an attribute of a directoryName, where RFC 4108 has an otherName.
+    value = der.sequence(der.oid(_TCG_HW_TYPE_TPM2), der.octet_string(serial.encode()))
+    attribute = der.sequence(der.oid(_ID_ON_HARDWARE_MODULE_NAME), value)
+    return der.sequence(der.set_of(attribute))
 
 
 def _specification(specification: TpmSpecification | None) -> list[bytes]:
@@ -305,7 +348,7 @@ def _specification(specification: TpmSpecification | None) -> list[bytes]:
 def _key_usage(request: CertificateRequest) -> list[int]:
     if not request.is_tpm2:
         return [_KEY_ENCIPHERMENT]
-    if request.kind is CertificateKind.AIK:
+    if request.kind is CertificateKind.AIK or request.kind.is_identity:
         return [_DIGITAL_SIGNATURE]
     bits = [_DIGITAL_SIGNATURE] if request.allow_signing else []
     if request.decryption or not request.allow_signing:

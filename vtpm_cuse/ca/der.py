@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
 NULL: Final = b"\x05\x00"
@@ -104,3 +105,26 @@ def time(moment: datetime) -> bytes:
     if 1950 <= moment.year < 2050:
         return tlv(0x17, moment.strftime("%y%m%d%H%M%SZ").encode())
     return tlv(0x18, f"{moment.year:04}{moment:%m%d%H%M%SZ}".encode())
+
+
+def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Tag and contents of the elements that *data* is, one after the other.
+
+    Raises ValueError for what is none, and for tags of more than a byte, which nothing here has.
+    """
+    at = 0
+    while at < len(data):
+        head = data[at : at + 2]
+        if len(head) < 2 or head[0] & 0x1F == 0x1F:
+            raise ValueError("it is no DER")
+        at, size = at + 2, head[1]
+        if size & 0x80:
+            width = size & 0x7F
+            size = int.from_bytes(data[at : at + width], "big")
+            at += width
+            if not width or at > len(data):
+                raise ValueError("it is no DER")
+        if size > len(data) - at:
+            raise ValueError("it is cut off")
+        yield head[0], data[at : at + size]
+        at += size

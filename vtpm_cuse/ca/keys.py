@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeGuard, cast
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -24,10 +24,85 @@ CURVES: Final[dict[str, type[ec.EllipticCurve]]] = {
 }
 
 _SAID_MAX: Final = 160  # of an error; OpenSSL's can be lists
+_RSA_WITH_SHA256: Final = 2048  # bits
 _RSA_ENCRYPTION: Final = "1.2.840.113549.1.1.1"
-_HASHES: Final = {"sha1": hashes.SHA1, "sha256": hashes.SHA256}
-_WITH_RSA: Final = {"sha1": "1.2.840.113549.1.1.5", "sha256": "1.2.840.113549.1.1.11"}
-_WITH_ECDSA: Final = {"sha1": "1.2.840.10045.4.1", "sha256": "1.2.840.10045.4.3.2"}
+HASHES: Final[dict[str, type[hashes.HashAlgorithm]]] = {
+    "sha1": hashes.SHA1,
+    "sha256": hashes.SHA256,
+    "sha384": hashes.SHA384,
+    "sha512": hashes.SHA512,
+}
+_WITH_RSA: Final = {
+    "sha1": "1.2.840.113549.1.1.5",
+    "sha256": "1.2.840.113549.1.1.11",
+    "sha384": "1.2.840.113549.1.1.12",
+    "sha512": "1.2.840.113549.1.1.13",
+}
+_WITH_ECDSA: Final = {
+    "sha1": "1.2.840.10045.4.1",
+    "sha256": "1.2.840.10045.4.3.2",
+    "sha384": "1.2.840.10045.4.3.3",
+    "sha512": "1.2.840.10045.4.3.4",
+}
+_RAW: Final = {
+    "ml-kem-512": ("2.16.840.1.101.3.4.4.1", 800),
+    "ml-kem-768": ("2.16.840.1.101.3.4.4.2", 1184),
+    "ml-kem-1024": ("2.16.840.1.101.3.4.4.3", 1568),
+    "ml-dsa-44": ("2.16.840.1.101.3.4.3.17", 1312),
+    "ml-dsa-65": ("2.16.840.1.101.3.4.3.18", 1952),
+    "ml-dsa-87": ("2.16.840.1.101.3.4.3.19", 2592),
+}
+RAW_KINDS: Final = tuple(_RAW)
+"""Kinds of keys that are no more than so many bytes (FIPS 203, FIPS 204)."""
+
+# Of keys that sign as they are, Ed25519, Ed448 (RFC 8410) and ML-DSA (RFC 9881), the identifier is
+# that of their signatures, too; neither has parameters.
+_HASHLESS: Final = frozenset(
+    der.sequence(der.oid(identifier))
+    for identifier in (
+        *("1.3.101.112", "1.3.101.113"),
+        *(identifier for kind, (identifier, _) in _RAW.items() if kind.startswith("ml-dsa")),
+    )
+)
+
+
+class HashlessKey(Protocol):
+    """A private key of `cryptography` that signs as it is; older versions know but some."""
+
+    def sign(self, data: bytes, /) -> bytes:
+        """The signature."""
+
+    def public_key(self) -> HashlessPublicKey:
+        """Its public half."""
+
+    def private_bytes(
+        self,
+        encoding: serialization.Encoding,
+        format: serialization.PrivateFormat,  # noqa: A002 - the library's name for it
+        encryption_algorithm: serialization.KeySerializationEncryption,
+        /,
+    ) -> bytes:
+        """The key in that form."""
+
+
+class HashlessPublicKey(Protocol):
+    """The public half of such a key."""
+
+    def verify(self, signature: bytes, data: bytes, /) -> None:
+        """Raises InvalidSignature."""
+
+    def public_bytes(
+        self,
+        encoding: serialization.Encoding,
+        format: serialization.PublicFormat,  # noqa: A002 - the library's name for it
+        /,
+    ) -> bytes:
+        """The key in that form."""
+
+
+def is_hashless(key: object) -> TypeGuard[HashlessPublicKey]:
+    """Whether it is the public half of a key that signs as it is. Raises for what is no key."""
+    return _algorithm_of(_spki(cast("HashlessPublicKey", key))) in _HASHLESS
 
 
 @contextlib.contextmanager
@@ -92,22 +167,44 @@ class PublicKey:
                 )
             )
 
+    @classmethod
+    def from_raw(cls, kind: str, key: bytes) -> Self:
+        """A key of one of `RAW_KINDS`. Raises ValueError if it has not the size of one."""
+        identifier, size = _RAW[kind]
+        if len(key) != size:
+            raise ValueError(f"a key for {kind} has {size} bytes, and not {len(key)}")
+        return cls(der.sequence(der.sequence(der.oid(identifier)), der.bit_string(key)))
+
+    def to_pem(self) -> bytes:
+        """Of any kind that `cryptography` knows. Raises ValueError."""
+        with refusals():
+            return serialization.load_der_public_key(self.spki).public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+
     @property
     def key_id(self) -> bytes:
         """As GnuTLS makes it: SHA-1 over all of `spki`, 20 bytes."""
         return hashlib.sha1(self.spki, usedforsecurity=False).digest()
 
 
-def _spki(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> bytes:
+def _spki(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey | HashlessPublicKey) -> bytes:
     return key.public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 
-class PrivateKey:
-    """An RSA or ECDSA key in memory: a `Signer` of `ca.certificates`."""
+def own_digest(bits: int, *, rsa_key: bool) -> str:
+    """The hash that goes with the size of a CA's key, else on an elliptic curve."""
+    if rsa_key:
+        return "sha256" if bits <= _RSA_WITH_SHA256 else "sha384"
+    return next((f"sha{size}" for size in (512, 384) if bits >= size), "sha256")
 
-    def __init__(self, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> None:
+
+class PrivateKey:
+    """An RSA, ECDSA, EdDSA or ML-DSA key in memory: a `Signer` of `ca.certificates`."""
+
+    def __init__(self, key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | HashlessKey) -> None:
         self._key = key
 
     @classmethod
@@ -120,13 +217,15 @@ class PrivateKey:
         """Reads a key, encrypted or not; a passphrase that is not needed is ignored.
 
         Raises:
-            ValueError: It is no RSA or elliptic curve key, or the passphrase does not fit.
+            ValueError: It is no key that signs certificates, or the passphrase does not fit.
         """
         with refusals():
             key = _load_pem(pem, passphrase or None)
-        if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
-            raise ValueError("it is neither an RSA nor an elliptic curve key")
-        return cls(key)
+            if isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
+                return cls(key)
+            if is_hashless(cast("HashlessKey", key).public_key()):
+                return cls(cast("HashlessKey", key))
+        raise ValueError("it is no RSA, elliptic curve, EdDSA or ML-DSA key")
 
     def to_pem(self, passphrase: bytes | None) -> bytes:
         """PKCS #8, encrypted if there is a passphrase. Raises ValueError if that is too long."""
@@ -145,28 +244,70 @@ class PrivateKey:
         """Its public half."""
         return PublicKey(_spki(self._key.public_key()))
 
+    def digest(self, usual: str) -> str:
+        """See `Signer`."""
+        public = self._key.public_key()
+        if isinstance(public, rsa.RSAPublicKey | ec.EllipticCurvePublicKey):
+            own = own_digest(public.key_size, rsa_key=isinstance(public, rsa.RSAPublicKey))
+            return own if usual == "sha256" else usual
+        if usual != "sha256":
+            reason = "Cannot use hashless signing scheme for TPM 1.2 certs."
+            raise CertificateError("signing key", reason)
+        return ""
+
     def algorithm(self, digest: str) -> bytes:
         """AlgorithmIdentifier of its signatures."""
+        if not digest:
+            return _algorithm_of(self.public.spki)
         return signature_algorithm(digest, rsa_key=isinstance(self._key, rsa.RSAPrivateKey))
 
     def sign(self, data: bytes, digest: str) -> bytes:
-        """PKCS #1 v1.5, or ECDSA as DER. Raises CertificateError."""
-        chosen = _HASHES[digest]()
+        """PKCS #1 v1.5, ECDSA as DER, or as EdDSA and ML-DSA are. Raises CertificateError."""
         try:
             with refusals():
                 if isinstance(self._key, rsa.RSAPrivateKey):
-                    return self._key.sign(data, padding.PKCS1v15(), chosen)
-                return self._key.sign(data, ec.ECDSA(chosen))
+                    return self._key.sign(data, padding.PKCS1v15(), HASHES[digest]())
+                if isinstance(self._key, ec.EllipticCurvePrivateKey):
+                    return self._key.sign(data, ec.ECDSA(HASHES[digest]()))
+                return self._key.sign(data)
         except ValueError as exc:
             # Systems may forbid SHA-1, which the certificates of a TPM 1.2 are signed with.
             raise CertificateError("signing key", f"cannot sign with {digest}: {exc}") from exc
 
 
+def verify(
+    key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey | HashlessPublicKey,
+    signature: bytes,
+    data: bytes,
+    digest: str,
+) -> None:
+    """Raises ValueError for what is no signature as a `Signer` of that key makes it."""
+    with refusals():
+        if isinstance(key, rsa.RSAPublicKey):
+            key.verify(signature, data, padding.PKCS1v15(), HASHES[digest]())
+        elif isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(signature, data, ec.ECDSA(HASHES[digest]()))
+        else:
+            key.verify(signature, data)
+
+
 def signature_algorithm(digest: str, *, rsa_key: bool) -> bytes:
-    """AlgorithmIdentifier of a signature over "sha1" or "sha256"."""
+    """AlgorithmIdentifier of a signature over a hash of `HASHES`."""
     if rsa_key:
         return der.sequence(der.oid(_WITH_RSA[digest]), der.NULL)
     return der.sequence(der.oid(_WITH_ECDSA[digest]))
+
+
+def ecdsa_signature(r: int, s: int) -> bytes:
+    """ECDSA-Sig-Value of RFC 3279, from what tokens and TPMs give."""
+    return der.sequence(der.integer(r), der.integer(s))
+
+
+def _algorithm_of(spki: bytes) -> bytes:
+    """The AlgorithmIdentifier of a SubjectPublicKeyInfo that `cryptography` has made."""
+    size = spki[1] & 0x7F if spki[1] & 0x80 else 0
+    start = 2 + size
+    return spki[start : start + 2 + spki[start + 1]]
 
 
 def _load_pem(pem: bytes, secret: bytes | None) -> object:

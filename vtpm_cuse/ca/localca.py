@@ -30,10 +30,11 @@ from vtpm_cuse.ca.certificates import (
     stored_form,
     tpm_certificate,
 )
-from vtpm_cuse.ca.issuers import open_issuer, pem_certificate
+from vtpm_cuse.ca.issuers import open_issuer, own_key, pem_certificate
 from vtpm_cuse.ca.keys import PrivateKey
 from vtpm_cuse.ca.names import common_name, escaped
 from vtpm_cuse.ca.settings import CaProfile, CaSettings
+from vtpm_cuse.ca.tpmkeys import KeyTpm, is_handle, new_key
 from vtpm_cuse.errors import CertificateError, UsageError
 from vtpm_cuse.files import (
     behind_own_links,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 CREATING_CA: Final = "Creating root CA and a local CA's signing key and issuer cert."
 
+_NO_TPM: Final = KeyTpm()
 _LOCK_NAME: Final = ".lock.swtpm-localca"
 _ROOT_KEY: Final = "swtpm-localca-rootca-privkey.pem"
 _ROOT_CERTIFICATE: Final = "swtpm-localca-rootca-cert.pem"
@@ -67,7 +69,7 @@ _LOCK_POLL_SECONDS: Final = 0.02
 
 
 class LocalCa:
-    """A CA in a folder, or with its key in a PKCS #11 token.
+    """A CA in a folder, or with its key in a TPM or a PKCS #11 token.
 
     Args:
         settings: Where it is.
@@ -145,9 +147,10 @@ class LocalCa:
         self,
         kind: CertificateKind,
         key: PublicKey,
-        tpm: Maker,
+        tpm: Maker | None,
         specification: TpmSpecification | None = None,
         vmid: str = "",
+        tpm_serial: str = "",
         *,
         is_tpm2: bool = True,
         allow_signing: bool = False,
@@ -156,11 +159,12 @@ class LocalCa:
         """What a certificate of this CA's will say, for `issue`: the rest is its options' to say.
 
         Args:
-            kind: EK or platform.
-            key: The EK.
-            tpm: The TPM's maker.
+            kind: EK, platform, IAK or IDevID.
+            key: That key; of a platform, the EK.
+            tpm: The TPM's maker; needed for all but an IAK and IDevID.
             specification: What the TPM implements; needed for an EK.
             vmid: Name of the VM; "unknown" stands for none.
+            tpm_serial: The TPM's serial number; needed for an IAK and IDevID.
             is_tpm2: TPM 2.0 and not 1.2.
             allow_signing: The EK may sign (TPM 2.0).
             decryption: The EK may decrypt (TPM 2.0).
@@ -181,10 +185,11 @@ class LocalCa:
                 tpm,
                 specification if kind is CertificateKind.EK else None,
                 profile.platform,
-                profile.subject if profile.subject is not None else _subject(vmid),
+                profile.subject if profile.subject is not None else _subject(kind, vmid),
                 is_tpm2,
                 allow_signing or profile.allow_signing,
                 decryption or profile.decryption,
+                tpm_serial,
             )
         except ValueError as exc:
             raise UsageError(f"No {kind.value} certificate can be made: {exc}") from exc
@@ -213,6 +218,7 @@ class LocalCa:
             settings.password,
             settings.pin,
             settings.environment,
+            settings.tpm,
         )
         return self._issuer
 
@@ -228,12 +234,14 @@ class LocalCa:
 
     def _check_can_be_made(self) -> None:
         settings = self._settings
-        if not self._has_key_file:
+        if not self._has_key_file and not is_handle(settings.signing_key):
             raise UsageError(
                 f"The CA certificate {settings.issuer_certificate} of {settings.origin} is missing",
                 hint="one for a key in a token cannot be made here",
             )
-        pairs = ((settings.signing_key, settings.issuer_certificate), self._root_paths)
+        pairs = [self._root_paths]
+        if self._has_key_file:
+            pairs.insert(0, (settings.signing_key, settings.issuer_certificate))
         for key, certificate in pairs:
             if os.path.lexists(certificate) and not os.path.lexists(key):
                 raise UsageError(
@@ -243,7 +251,9 @@ class LocalCa:
 
     @property
     def _root_paths(self) -> tuple[str, str]:
-        folder = os.path.dirname(self._settings.signing_key)
+        settings = self._settings
+        own = settings.signing_key if self._has_key_file else settings.issuer_certificate
+        folder = os.path.dirname(own)
         return os.path.join(folder, _ROOT_KEY), os.path.join(folder, _ROOT_CERTIFICATE)
 
     def _complete(self) -> None:
@@ -254,34 +264,45 @@ class LocalCa:
         self._report(CREATING_CA)
         settings = self._settings
         root_key, root_certificate = self._root_paths
-        missing = [p for p in (root_key, settings.signing_key) if not os.path.lexists(p)]
+        in_memory = {root_key: self._root_password}
+        if self._has_key_file:
+            if not settings.tpm.named:
+                in_memory[settings.signing_key] = settings.password
+            elif not os.path.lexists(settings.signing_key):
+                made = new_key(settings.tpm, settings.new_key, settings.password, settings.parent)
+                self._keep(settings.signing_key, made.to_pem())
+        missing = [path for path in in_memory if not os.path.lexists(path)]
         for path, new in zip(missing, _new_keys(len(missing)), strict=True):
-            password = self._root_password if path == root_key else settings.password
             with _errors_of(path):
-                write_output(path, new.to_pem(password), _KEY_MODE, of_folder=True)
+                self._keep(path, new.to_pem(in_memory[path]))
         root = self._pair(root_key, root_certificate, self._root_password, _ROOT_NAME, None)
         paths = (settings.signing_key, settings.issuer_certificate)
-        self._issuer = self._pair(*paths, settings.password, _CA_NAME, root)
+        self._issuer = self._pair(*paths, settings.password, _CA_NAME, root, settings.tpm)
 
+    @staticmethod
+    def _keep(path: str, pem: bytes) -> None:
+        with _errors_of(path):
+            write_output(path, pem, _KEY_MODE, of_folder=True)
+
+    @staticmethod
     def _pair(
-        self,
         key_path: str,
         certificate_path: str,
         password: bytes | None,
         name: str,
         issuer: Issuer | None,
+        tpm: KeyTpm = _NO_TPM,
     ) -> Issuer:
         """The certificate of a key by *issuer*, or by itself, if there is none yet."""
         if not os.path.lexists(certificate_path):
-            with _errors_of(key_path):
-                key = PrivateKey.from_pem(read_small(key_path), password)
+            key = own_key(key_path, password, tpm)
             subject = common_name(name)
             signing = issuer or Issuer(subject, key.public.key_id, key)
             serial = secrets.randbits(158) | 1 << 158  # 20 bytes, as RFC 5280 allows at most
             made = ca_certificate(subject, key.public, signing, serial, Validity(_now()))
             with _errors_of(certificate_path):
                 write_output(certificate_path, pem_certificate(made), _PUBLIC_MODE, of_folder=True)
-        return open_issuer(certificate_path, key_path, password)
+        return open_issuer(certificate_path, key_path, password, tpm=tpm)
 
     # -- lock and serial number -------------------------------------------------------------
 
@@ -418,10 +439,10 @@ def _random_serial() -> int:
     return 10**19 + secrets.randbelow(8 * 10**18)
 
 
-def _subject(vmid: str) -> str:
+def _subject(kind: CertificateKind, vmid: str) -> str:
     # What separates the parts of a name becomes "_", as in the C suite; "\\+" is a plus sign.
     plain = re.sub(r"(?<!\\)\+", "_", vmid.replace(",", "_")).replace("\\+", "+")
-    return "CN=" + escaped(plain or "unknown")
+    return ("serialNumber=" if kind.is_identity else "CN=") + escaped(plain or "unknown")
 
 
 def _now() -> datetime:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote_to_bytes
 
 from vtpm_cuse.ca import der
-from vtpm_cuse.ca.keys import signature_algorithm
+from vtpm_cuse.ca.keys import ecdsa_signature, own_digest, signature_algorithm
 from vtpm_cuse.errors import CertificateError, VtpmError
 from vtpm_cuse.files import read_small
 
@@ -31,7 +31,15 @@ _TOKEN: Final = {
     "manufacturer": "manufacturer_id",
     "model": "model",
 }
-_DIGESTS: Final = {"sha1": "1.3.14.3.2.26", "sha256": "2.16.840.1.101.3.4.2.1"}
+_DIGESTS: Final = {
+    "sha1": "1.3.14.3.2.26",
+    "sha256": "2.16.840.1.101.3.4.2.1",
+    "sha384": "2.16.840.1.101.3.4.2.2",
+    "sha512": "2.16.840.1.101.3.4.2.3",
+}
+
+
+_CURVE_BITS: Final = {der.oid("1.3.132.0.34"): 384, der.oid("1.3.132.0.35"): 521}
 
 
 def parse_uri(uri: str) -> dict[str, bytes]:
@@ -74,8 +82,12 @@ class TokenKey:
             raise self._error(str(exc)) from exc
         self._pin = self._own_pin() or pin
         os.environ.update(environment)
-        self._is_rsa = True
+        self._is_rsa, self._digest = True, "sha256"
         self._use(self._learn_type)
+
+    def digest(self, usual: str) -> str:
+        """See `Signer`."""
+        return self._digest if usual == "sha256" else usual
 
     def algorithm(self, digest: str) -> bytes:
         """AlgorithmIdentifier of its signatures."""
@@ -97,8 +109,7 @@ class TokenKey:
             return bytes(key.sign(info, mechanism=pkcs11.Mechanism.RSA_PKCS))
         raw = bytes(key.sign(hashed, mechanism=pkcs11.Mechanism.ECDSA))
         half = len(raw) // 2
-        numbers = (int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
-        return der.sequence(*map(der.integer, numbers))
+        return ecdsa_signature(int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big"))
 
     def _learn_type(self, key: Any) -> None:  # noqa: ANN401 - untyped library
         import pkcs11
@@ -106,6 +117,7 @@ class TokenKey:
         if key.key_type not in {pkcs11.KeyType.RSA, pkcs11.KeyType.EC}:
             raise self._error("it is neither an RSA nor an elliptic curve key")
         self._is_rsa = key.key_type is pkcs11.KeyType.RSA
+        self._digest = own_digest(_bits(key, rsa_key=self._is_rsa), rsa_key=self._is_rsa)
 
     def _use(self, work: Any) -> Any:  # noqa: ANN401 - of each caller's type
         try:
@@ -169,6 +181,18 @@ class TokenKey:
 
     def _error(self, reason: str) -> CertificateError:
         return CertificateError(f"Could not import pkcs11 key {self.name}", reason)
+
+
+def _bits(key: Any, *, rsa_key: bool) -> int:  # noqa: ANN401 - untyped library
+    """The size of a key, where that makes a difference and the token says it; else 0."""
+    import pkcs11
+
+    try:
+        if rsa_key:
+            return int.from_bytes(key[pkcs11.Attribute.MODULUS], "big").bit_length()
+        return _CURVE_BITS.get(key[pkcs11.Attribute.EC_PARAMS], 0)
+    except (pkcs11.PKCS11Error, NotImplementedError):
+        return 0
 
 
 def _installing() -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.ca import configfile
 from vtpm_cuse.ca.certificates import Maker
+from vtpm_cuse.ca.tpmkeys import KeyTpm
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.wire.tpm2 import TPM_RH_OWNER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +28,7 @@ _PKCS11_PIN: Final = "SWTPM_PKCS11_PIN"
 _SETTINGS: Final = frozenset(
     {
         *{"statedir", "signingkey", "signingkey_password", "issuercert", "certserial"},
-        *{_PKCS11_PIN, "env:"},
+        *{"signingkey_tpm", "parentkey_password", _PKCS11_PIN, "env:"},
     }
 )
 _PKCS11_PIN_DEFAULT: Final = "swtpm-tpmca"
@@ -38,7 +40,7 @@ VALUES: Final = frozenset(
 OF_THE_TPM: Final = frozenset(
     {
         *{"tpm-manufacturer", "tpm-model", "tpm-version"},
-        *{"tpm-spec-family", "tpm-spec-level", "tpm-spec-revision"},
+        *{"tpm-spec-family", "tpm-spec-level", "tpm-spec-revision", "tpm-serial-num"},
     }
 )
 """Of the TPM, where what calls the CA does not say it."""
@@ -56,12 +58,15 @@ class CaSettings:
 
     Attributes:
         state_dir: Folder, with the lock.
-        signing_key: Path of the key, or its pkcs11: URI.
+        signing_key: Path of the key, or its pkcs11: URI, or its handle in a TPM.
         issuer_certificate: Path.
         serial_file: Path.
         password: Of the signing key.
         pin: Of the token, if the key is in one.
         environment: For the token's library.
+        tpm: Where the key is, if it is one of a TPM; where that is named, it is made there.
+        new_key: What a key is that is made there: see `ca.tpmkeys.ALGORITHMS`.
+        parent: Below what: see `ca.keyfiles.TpmKeyFile`.
         origin: The file that says so, for messages.
     """
 
@@ -72,6 +77,9 @@ class CaSettings:
     password: bytes | None = field(default=None, repr=False)
     pin: bytes | None = field(default=None, repr=False)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tpm: KeyTpm = field(default_factory=KeyTpm)
+    new_key: str = "rsa2048"
+    parent: int = TPM_RH_OWNER
     origin: str = "the built-in configuration"
 
     @classmethod
@@ -119,7 +127,11 @@ class CaSettings:
             password,
             password or os.fsencode(pin),
             {name[4:]: value for name, value in settings.items() if name.startswith("env:")},
-            path,
+            KeyTpm(
+                settings.get("signingkey_tpm", ""),
+                os.fsencode(settings.get("parentkey_password", "")),
+            ),
+            origin=path,
         )
 
     def _may_be_used(self) -> bool:

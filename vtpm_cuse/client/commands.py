@@ -8,15 +8,18 @@ import select
 import stat
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.client.connect import connect_tcp, connect_unix
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.wire.layout import BIG
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, TPM_HEADER_SIZE, TpmHeader
+from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TPM_RESPONSE_MAX, TpmHeader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_PORT_MAX: Final = (1 << 16) - 1
+_PORT_DIGITS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +85,91 @@ class TpmUnix:
 TpmAddress = TpmDevice | TpmTcp | TpmUnix
 
 
-def send_command(address: TpmAddress, command: bytes, seconds: float) -> bytes:
-    """Sends one command on a connection of its own; gives the response, a header at least.
+def address_of(text: str) -> TpmAddress:
+    """The TPM at *text*: the path of a device or of a Unix socket, or HOST:PORT.
 
     Raises:
-        FrontendError: The TPM cannot be reached, does not answer in time, or answers nonsense.
+        FrontendError: It is none of these.
     """
-    until = time.monotonic() + seconds
-    late = f"TPM did not respond after {seconds:.0f} seconds."
-    with address.opened() as fd:
-        while command:
-            _wait(fd, select.POLLOUT, until, late)
+    if "/" in text:
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.stat(text).st_mode):
+                return TpmUnix(text)
+        return TpmDevice(text)
+    host, _, port = text.rpartition(":")
+    if port.isascii() and port.isdigit() and len(port) <= _PORT_DIGITS and int(port) <= _PORT_MAX:
+        return TpmTcp(host.strip("[]") or "127.0.0.1", int(port))
+    raise FrontendError(f"'{text}' is neither the path of a device or socket nor HOST:PORT")
+
+
+class TpmConnection:
+    """One connection to a TPM, for one command after the other; see `connected`."""
+
+    def __init__(self, fd: int, seconds: float) -> None:
+        self._fd, self._seconds, self._until = fd, seconds, 0.0
+        self._command = self._response = b""
+
+    def ask(self, command: bytes) -> bytes:
+        """The response, a header at least. Raises FrontendError."""
+        self._until = time.monotonic() + self._seconds
+        self._command, self._response = command, b""
+        return self.finish()
+
+    def finish(self) -> bytes:
+        """The response to the last command, for who was interrupted meanwhile. Raises FrontendError."""
+        while self._command:
+            self._wait(select.POLLOUT)
             try:
-                command = command[os.write(fd, command) :]
+                self._command = self._command[os.write(self._fd, self._command) :]
             except BlockingIOError:
                 continue
             except OSError as exc:
                 raise FrontendError("Write to file descriptor failed.", _reason(exc)) from exc
-        response = b""
-        while len(response) < (size := _size(response)):
-            _wait(fd, select.POLLIN, until, late)
+        while (left := _size(self._response) - len(self._response)) > 0:
+            self._wait(select.POLLIN)
             try:
-                part = os.read(fd, size - len(response) if response else TPM_BUFFER_MAX)
+                part = os.read(self._fd, left if self._response else TPM_RESPONSE_MAX)
             except BlockingIOError:
                 continue
             except OSError as exc:
                 raise FrontendError("Read from file descriptor failed.", _reason(exc)) from exc
             if not part:
                 raise FrontendError("Returned packet is too short.")
-            response += part
-        if len(response) != size:
+            self._response += part
+        if left:
             raise FrontendError("Malformed response.")
-        return response
+        return self._response
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._fd, event)
+        left = self._until - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise FrontendError(f"TPM did not respond after {self._seconds:.0f} seconds.")
+
+
+@contextlib.contextmanager
+def connected(address: TpmAddress, seconds: float) -> Iterator[TpmConnection]:
+    """A connection, for commands that have *seconds* each.
+
+    Where a resource manager serves it, what they load is there as long as the connection.
+
+    Raises:
+        FrontendError: There and then: the TPM cannot be reached, does not answer in time, or
+            answers nonsense.
+    """
+    with address.opened() as fd:
+        yield TpmConnection(fd, seconds)
+
+
+def send_command(address: TpmAddress, command: bytes, seconds: float) -> bytes:
+    """Sends one command on a connection of its own; gives the response, a header at least.
+
+    Raises:
+        FrontendError: See `connected`.
+    """
+    with connected(address, seconds) as connection:
+        return connection.ask(command)
 
 
 def _size(response: bytes) -> int:
@@ -121,17 +177,9 @@ def _size(response: bytes) -> int:
     if len(response) < TPM_HEADER_SIZE:
         return TPM_HEADER_SIZE
     size = TpmHeader.unpack_untrusted(response, BIG).size
-    if not TPM_HEADER_SIZE <= size <= TPM_BUFFER_MAX:
+    if not TPM_HEADER_SIZE <= size <= TPM_RESPONSE_MAX:
         raise FrontendError("Malformed response.")
     return size
-
-
-def _wait(fd: int, event: int, until: float, late: str) -> None:
-    poll = select.poll()
-    poll.register(fd, event)
-    left = until - time.monotonic()
-    if left <= 0 or not poll.poll(left * 1000):
-        raise FrontendError(late)
 
 
 def _reason(exc: OSError) -> str:

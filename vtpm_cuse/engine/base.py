@@ -29,6 +29,7 @@ class InfoFlag(IntFlag):
     COMMANDS = 0x10
     ACTIVE_PROFILE = 0x20
     AVAILABLE_PROFILES = 0x40
+    RUNTIME_ATTRIBUTES = 0x80
 
 
 class Nvram(Protocol):
@@ -65,6 +66,10 @@ class Engine(Tpm, Protocol):
     """A TPM of this process, with its power, its platform's wires and its state."""
 
     locality: int
+
+    @property
+    def buffer_max(self) -> int:
+        """Bytes of the longest command that it can be given, and of the longest response."""
 
     @property
     def version(self) -> tuple[int, int, int]:

@@ -56,6 +56,7 @@ class Chip:
 
     tpm2 = True
     locality = 0
+    buffer_max = TPM_BUFFER_MAX  # the kernel's
     version = (0, 0, 0)
     has_profiles = False
 
@@ -63,7 +64,7 @@ class Chip:
         self._fd, self._path = fd, path
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
-        self._command_max = TPM_BUFFER_MAX
+        self._command_max = self.buffer_max
         self.running = False
 
     def start(self) -> None:
@@ -87,7 +88,7 @@ class Chip:
             raise FrontendError(f"{self._path} does not answer as a TPM", "is it a TPM device?")
         found = tpm2_handles.CapabilityList.of(answer, 2)
         if found is not None and found.words[:1] == (tpm2_handles.TPM_PT_MAX_COMMAND_SIZE,):
-            self._command_max = min(found.words[1], TPM_BUFFER_MAX)
+            self._command_max = min(found.words[1], self.buffer_max)
         self.running = True
 
     def stop(self) -> None:
@@ -124,7 +125,7 @@ class Chip:
             os.write(self._fd, command)
             if not self._poll.poll(None if seconds is None else seconds * 1000):
                 raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            answer = os.read(self._fd, TPM_BUFFER_MAX)
+            answer = os.read(self._fd, self.buffer_max)
         except OSError as exc:
             if exc.errno in _NO_DEVICE:
                 raise self._gone(exc.strerror or "") from exc

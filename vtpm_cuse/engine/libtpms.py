@@ -25,6 +25,7 @@ from vtpm_cuse.errors import (
     StateKeyRejected,
     StateMissing,
 )
+from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine._libtpms import CData, Libtpms
@@ -40,6 +41,8 @@ _NOWHERE = 0x7FFFFFFF  # a number that no descriptor can have
 _INFO_FLAGS = 0x7FFFFFFF  # an int of C, for which a request has 64 bits
 _TPM_FAIL = 0x9
 _TPM_RETRY = 0x800
+_TPM2_BUFFER_MAX = 16
+"""TPMPROP_TPM2_BUFFER_MAX, since libtpms 0.11."""
 
 
 def _open_library() -> Libtpms:
@@ -84,6 +87,7 @@ class LibtpmsEngine:
         self._ask_locality = self._callbacks.tpm_io_getlocality
         self._register_callbacks()
         self._choose_version()
+        self.buffer_max = self._property(_TPM2_BUFFER_MAX) or TPM_BUFFER_MAX
 
     # -- what libtpms can do --------------------------------------------------------------
 
@@ -92,6 +96,11 @@ class LibtpmsEngine:
         """The library's version: major, minor, micro."""
         number = self._lib.TPMLIB_GetVersion()
         return number >> 16, number >> 8 & 0xFF, number & 0xFF
+
+    def _property(self, number: int) -> int | None:
+        """What this TPM is built with; None where the library does not know such a property."""
+        found = ffi.new("int *")
+        return None if self._lib.TPMLIB_GetTPMProperty(number, found) else int(found[0])
 
     @property
     def has_profiles(self) -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.engine.base import InfoFlag
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.wire.profile import STATE_LEVELS, oldest_library
 
 if TYPE_CHECKING:
     from vtpm_cuse.config import ProfileConfig
@@ -47,6 +49,35 @@ def profile_text(config: ProfileConfig, engine: Engine) -> str:
     return json.dumps(profile, separators=(",", ":"))
 
 
+def check_profile(text: str, engine: Engine) -> None:
+    """Says what *engine* lacks for that profile, as far as can be told before it is given to it.
+
+    Raises:
+        UsageError: It has no profile of that name, or no state format of that level.
+    """
+    try:
+        profile = json.loads(text)
+    except (ValueError, RecursionError):
+        return  # libtpms will say so
+    name = profile.get("Name") if isinstance(profile, dict) else None
+    if not isinstance(name, str):
+        return
+    version = ".".join(map(str, engine.version))
+    names = _builtin(engine)
+    if name not in names and not (name.startswith("custom:") and "custom" in names):
+        raise UsageError(
+            f"Error: libtpms {version} has no profile '{name}'",
+            hint=f"it has {', '.join(names)}; a newer libtpms may have more",
+        )
+    level, highest = profile.get("StateFormatLevel"), STATE_LEVELS.get(engine.version[:2])
+    if isinstance(level, int) and highest is not None and level > highest:
+        raise UsageError(
+            f"Error: The profile '{name}' has StateFormatLevel {level}, libtpms {version} has "
+            f"those up to {highest}",
+            hint=f"install {oldest_library(level)}",
+        )
+
+
 def _fips_mode() -> bool:
     try:
         return _FIPS_MODE.read_text().strip() == "1"
@@ -55,10 +86,14 @@ def _fips_mode() -> bool:
 
 
 def _default_algorithms(engine: Engine) -> str:
-    # Any: JSON whose shape is libtpms' to choose.
+    return str(_builtin(engine)["custom"]["Algorithms"])
+
+
+# Any: JSON whose shape is libtpms' to choose.
+def _builtin(engine: Engine) -> dict[str, dict[str, Any]]:
+    """The library's profiles by their names."""
     found: dict[str, Any] = json.loads(engine.info(InfoFlag.AVAILABLE_PROFILES))
-    by_name = {profile["Name"]: profile for profile in found["AvailableProfiles"]}
-    return str(by_name["custom"]["Algorithms"])
+    return {profile["Name"]: profile for profile in found["AvailableProfiles"]}
 
 
 def _allowed(algorithms: list[str]) -> list[str]:

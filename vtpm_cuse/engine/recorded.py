@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.files import open_to_write
+from vtpm_cuse.files import open_to_write, set_mode
 from vtpm_cuse.wire.pcapng import Conversation, file_header
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vtpm_cuse.config import PcapConfig
     from vtpm_cuse.engine.base import Engine
 
+_MODE: Final = 0o640
 _PORTS: Final = range(50000, 55000)
 _MICROSECOND: Final = 1000
 
@@ -26,7 +30,7 @@ class RecordedTpm:
     What else the engine can do, it does itself: this stands before it where it goes on and off.
 
     Raises:
-        UsageError: The file cannot be opened.
+        UsageError: The file cannot be opened, emptied or given its mode.
     """
 
     def __init__(self, tpm: Engine, pcap: PcapConfig) -> None:
@@ -81,10 +85,33 @@ def _now() -> int:
 
 
 def _open(config: PcapConfig) -> int:
+    """Where the capture goes on: at the end of what is there. Raises UsageError."""
+    with contextlib.ExitStack() as undo:
+        with _saying("open pcap file for writing", config):
+            if config.path is None:
+                fd = os.dup(-1 if config.fd is None else config.fd)
+            else:
+                mode = _MODE if config.mode is None else config.mode
+                fd = open_to_write(config.path, mode, umask=False)
+            undo.callback(os.close, fd)
+        # PEER: takes no pipe, and gives a mode to /dev/null and terminals, too.
+        if stat.S_ISREG(found := os.fstat(fd).st_mode):
+            with _saying("chmod the pcap file", config):
+                # PEER: lets the group read what was for its owner alone, if nothing is said.
+                set_mode(fd, found & _MODE if config.mode is None else config.mode)
+            with _saying("seek to desired position in pcap file", config):
+                os.lseek(fd, 0, os.SEEK_SET if config.truncate else os.SEEK_END)
+            if config.truncate:
+                with _saying("ftruncate the pcap file", config):
+                    os.ftruncate(fd, 0)
+        undo.pop_all()
+        return fd
+
+
+@contextlib.contextmanager
+def _saying(what: str, config: PcapConfig) -> Iterator[None]:
     try:
-        if config.path is None:
-            return os.dup(-1 if config.fd is None else config.fd)
-        return open_to_write(config.path, config.mode, truncate=config.truncate)
+        yield
     except OSError as exc:
-        where = config.fd if config.path is None else config.path
-        raise UsageError(f"Could not open {where} for the packet capture: {exc.strerror}") from exc
+        where = f"descriptor {config.fd}" if config.path is None else config.path
+        raise UsageError(f"Could not {what}: {exc.strerror} ({where})") from exc

@@ -114,7 +114,7 @@ class _Places:
     """How many connections each user has."""
 
     def __init__(self) -> None:
-        self._taken: Counter[_Asker | int] = Counter()
+        self._taken: Counter[int] = Counter()
 
     @contextlib.contextmanager
     def taken_by(self, asker: _Asker) -> Iterator[bool]:

@@ -61,7 +61,7 @@ async def _live(settings: Settings, service: ServiceManager, held: HeldSignals) 
         async with managed(settings) as manager:
             with scope, _listener(settings) as listener:
                 log.info("TPMs are in %s, and their sockets in %s.", settings.state, settings.run)
-                service.ready()
+                service.ready(in_background=False)
                 await api.serve(manager, listener)
             service.stopping()
 

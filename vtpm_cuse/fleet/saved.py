@@ -7,6 +7,7 @@ ones are the listeners. The bytes are JSON and nothing that could run.
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vtpm_cuse.errors import ChannelError
@@ -99,7 +100,7 @@ def _renumbered(
 # Any: what JSON has.
 def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, bytes):
-        return {"": value.decode("latin-1")}
+        return {"": b64encode(value).decode()}
     if isinstance(value, tuple):
         fields = [_plain(one) for one in value]
         return {type(value).__name__: fields} if type(value) is not tuple else fields
@@ -113,5 +114,5 @@ def _value(plain: Any) -> Any:  # noqa: ANN401
         return plain
     ((kind, content),) = plain.items()
     if not kind:
-        return content.encode("latin-1")
+        return b64decode(content)
     return _KINDS[kind](*map(_value, content))

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The manager ends who is to end: a terminal or a service manager tells all of them."""
+_FILES_MAX: Final = 1024
 _CHILD: Final = {signal.SIGCHLD}
 
 
@@ -61,6 +62,9 @@ def main() -> None:
 def _confine() -> None:
     secrecy.hide_process()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A worker looks at every number, for no folder shows it which are taken.
+    most = min(_FILES_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     capabilities.drop_capabilities([])
     capabilities.gain_nothing()
     try:

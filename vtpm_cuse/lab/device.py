@@ -10,7 +10,7 @@ from vtpm_cuse.client.device import MANAGED, NEST_NAMES, RAW, DeviceEmulator, on
 from vtpm_cuse.errors import LabError
 from vtpm_cuse.lab.fapi import FAPI_NAMES
 from vtpm_cuse.lab.tpm import IBM_VARIABLES, Client, Tpm
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
+from vtpm_cuse.wire.tpm import TPM_RESPONSE_MAX
 
 if TYPE_CHECKING:
     from vtpm_cuse.client.base import Control
@@ -80,7 +80,7 @@ class _DeviceClient(Client):
 
     def ask(self, command: bytes) -> bytes:
         os.write(self._fd, command)
-        return os.read(self._fd, TPM_BUFFER_MAX)
+        return os.read(self._fd, TPM_RESPONSE_MAX)
 
     def release(self) -> None:
         if self._fd >= 0:

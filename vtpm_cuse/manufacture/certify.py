@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from vtpm_cuse.manufacture.config import CertificateConfig, SetupConfig
     from vtpm_cuse.manufacture.plan import (
         Certifier,
-        EndorsementKey,
         Reporter,
         SetupPlan,
         TpmFacts,
+        TpmKey,
     )
 
 _USUAL_PLACES: Final = ("", "/usr/bin", "/usr/local/bin", "/usr/share/swtpm")
@@ -49,7 +49,9 @@ class LocalCertifier:
         with contextlib.suppress(RuntimeError):  # no thread to be had: `certify` does it
             self._opening.start()
 
-    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+    def certify(
+        self, kind: CertificateKind, key: TpmKey, facts: TpmFacts, tpm_serial: str = ""
+    ) -> bytes:
         """A certificate of the CA. Raises VtpmError."""
         if self._opening.ident is None:
             self._open()
@@ -63,9 +65,10 @@ class LocalCertifier:
             facts.maker,
             facts.specification,
             self._config.vmid or "",
+            tpm_serial,
             is_tpm2=self._plan.tpm2,
-            allow_signing=self._plan.allow_signing,
-            decryption=self._plan.allow_signing and self._plan.decryption,
+            allow_signing=_may_sign(kind, self._plan),
+            decryption=_may_sign(kind, self._plan) and self._plan.decryption,
         )
         certificate = self._ca.issue(request)
         self._say(f"Successfully created {kind_shown(kind.value)} certificate locally.")
@@ -97,7 +100,12 @@ class LocalCertifier:
         self._report.line(f"{_OUR_TOOL[0]}: {text}")
 
 
-def _public_key(key: EndorsementKey) -> PublicKey:
+def _may_sign(kind: CertificateKind, plan: SetupPlan) -> bool:
+    """Whether the key is an endorsement key that signs; its certificate is to say so."""
+    return kind is CertificateKind.EK and plan.allow_signing
+
+
+def _public_key(key: TpmKey) -> PublicKey:
     """As a certificate has it. Raises UsageError for what can be no key."""
     from vtpm_cuse.ca.keys import PublicKey
 
@@ -107,11 +115,11 @@ def _public_key(key: EndorsementKey) -> PublicKey:
         x, y = int.from_bytes(key.x, "big"), int.from_bytes(key.y, "big")
         return PublicKey.from_point(key.curve, x, y)
     except ValueError as exc:
-        raise UsageError(f"The endorsement key of the TPM is none: {exc}") from exc
+        raise UsageError(f"A key of the TPM is none: {exc}") from exc
 
 
 class ToolCertifier:
-    """Calls a program that leaves ``ek.cert`` or ``platform.cert`` in a directory."""
+    """Calls a program that leaves ``ek.cert``, ``platform.cert`` and so on in a directory."""
 
     def __init__(
         self, tool: str, config: CertificateConfig, report: Reporter, plan: SetupPlan
@@ -123,9 +131,11 @@ class ToolCertifier:
     def begin(self) -> None:
         """See `Certifier`: nothing."""
 
-    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
+    def certify(
+        self, kind: CertificateKind, key: TpmKey, facts: TpmFacts, tpm_serial: str = ""
+    ) -> bytes:
         """The certificate that the program made. Raises UsageError."""
-        words = [*self._words(kind, key, facts)]
+        words = self._words(kind, key, facts, tpm_serial)
         self._report.line(f"  Invoking {' '.join(words)}")
         name = os.path.basename(self._tool)
         try:
@@ -148,9 +158,12 @@ class ToolCertifier:
             raise UsageError(f"{self._tool} made no certificate: {exc}") from exc
         return certificate
 
-    def _words(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> list[str]:
+    def _words(
+        self, kind: CertificateKind, key: TpmKey, facts: TpmFacts, tpm_serial: str
+    ) -> list[str]:
         config = self._config
-        words = [self._tool, "--type", kind.value, "--ek", key.text, "--dir", self._directory]
+        words = [self._tool, "--type", kind.value, "--key" if kind.is_identity else "--ek"]
+        words += [key.text, "--dir", self._directory]
         for option, value in (("--logfile", config.logfile), ("--vmid", config.vmid)):
             if value is not None:
                 words += [option, value]
@@ -162,12 +175,12 @@ class ToolCertifier:
         words += ["--tpm-version", facts.maker.version]
         if self._plan.tpm2:
             words.append("--tpm2")
-        if kind is CertificateKind.EK and self._plan.allow_signing:
+        if _may_sign(kind, self._plan):
             words += ["--allow-signing", *(["--decryption"] if self._plan.decryption else [])]
         for option, value in (("--configfile", config.configfile), ("--optsfile", config.optsfile)):
             if value is not None:
                 words += [option, value]
-        return words
+        return [*words, "--tpm-serial-num", tpm_serial] if kind.is_identity else words
 
     def cancel(self) -> None:
         """See `Certifier`."""

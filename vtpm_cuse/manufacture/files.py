@@ -23,6 +23,7 @@ _SETTINGS: Final = frozenset(
     {
         *{"create_certs_tool", "create_certs_tool_config", "create_certs_tool_options"},
         *{"active_pcr_banks", "rsa_keysize", "profile", "profile_file", "local_profiles_dir"},
+        *{"ek1keyalgo", "ek2keyalgo", "iakkeyalgo", "idevidkeyalgo"},
     }
 )
 _WORDS: Final = frozenset({"overwrite", "root", "skip-if-exist"})

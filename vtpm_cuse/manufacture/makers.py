@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm_cuse import PEER_VERSION
 from vtpm_cuse.engine.base import InfoFlag, rsa_key_sizes
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.manufacture.tpm2 import RSA_BITS
+from vtpm_cuse.manufacture.plan import RSA_BITS
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
@@ -23,6 +23,12 @@ _VERBS: Final = (
     "cmdarg-reconfigure-pcr-banks",
 )
 _PROFILE_VERBS: Final = ("cmdarg-profile", "cmdarg-profile-remove-disabled")
+_ALGORITHM_VERBS: Final = (
+    "cmdarg-ek1keyalgo",
+    "cmdarg-ek2keyalgo",
+    "cmdarg-iakkeyalgo",
+    "cmdarg-idevidkeyalgo",
+)
 
 
 class TpmMakers:
@@ -100,6 +106,8 @@ class TpmMakers:
             names = [profile["Name"] for profile in self.builtin_profiles()]
         if names:
             verbs += _PROFILE_VERBS
+        if "2.0" in self.versions():
+            verbs += _ALGORITHM_VERBS
         return (
             f'{{ "type": "swtpm_setup", "features": [ {_quoted(verbs)} ], '
             f'"profiles": [ {_quoted(names)} ], "version": "{PEER_VERSION}" }}'

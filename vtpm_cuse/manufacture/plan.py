@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from enum import Enum
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vtpm_cuse.ca.certificates import Maker, TpmSpecification
 from vtpm_cuse.engine.base import InfoFlag, Tpm
@@ -17,6 +18,31 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vtpm_cuse.ca.certificates import CertificateKind
+
+
+class KeyAlgorithm(Enum):
+    """Of a primary key; the value is its name in options and of files, and a curve's everywhere."""
+
+    RSA2048 = "rsa2048"
+    RSA3072 = "rsa3072"
+    RSA4096 = "rsa4096"
+    P256 = "secp256r1"
+    P384 = "secp384r1"
+    P521 = "secp521r1"
+
+    @property
+    def rsa_bits(self) -> int:
+        """Size of an RSA key; 0 for one on a curve."""
+        return int(self.value[3:]) if self.value.startswith("rsa") else 0
+
+    @property
+    def shown(self) -> str:
+        """As messages have it: "RSA 2048", "secp384r1"."""
+        return f"RSA {self.rsa_bits}" if self.rsa_bits else self.value
+
+
+RSA_BITS: Final = tuple(a.rsa_bits for a in KeyAlgorithm if a.rsa_bits)
+"""The sizes of RSA keys that a set-up can make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +59,16 @@ class SetupPlan:
 
     Attributes:
         tpm2: A TPM 2.0, else a TPM 1.2.
-        create_ek: Make the endorsement keys: RSA and ECC, or one RSA for a TPM 1.2.
+        create_ek: Make the endorsement keys: those of `ek_algorithms`, or one RSA for a TPM 1.2.
+        ek_algorithms: What they are; the platform's certificate is for the first.
         allow_signing: The endorsement keys may sign; templates of such keys are stored.
         decryption: They may decrypt all the same.
-        spk: Type of the storage primary key, None for none.
+        spk: What the storage primary key is, None for none.
+        iak: What the initial attestation key is, None for none; it needs `ek_certificate`.
+        idevid: Likewise, the initial device identity key.
         ek_certificate: Certify the endorsement keys.
         platform_certificate: Make a platform certificate.
         lock_nvram: Lock what was written to NV.
-        rsa_bits: Size of RSA keys.
         pcr_banks: Banks to activate; None leaves all as they are.
         ownership: Take ownership of a TPM 1.2.
         reconfigure: The TPM is there already: do nothing but activate PCR banks.
@@ -48,13 +76,15 @@ class SetupPlan:
 
     tpm2: bool
     create_ek: bool = False
+    ek_algorithms: tuple[KeyAlgorithm, ...] = (KeyAlgorithm.RSA2048, KeyAlgorithm.P384)
     allow_signing: bool = False
     decryption: bool = False
-    spk: Literal["rsa", "ecc"] | None = None
+    spk: KeyAlgorithm | None = None
+    iak: KeyAlgorithm | None = None
+    idevid: KeyAlgorithm | None = None
     ek_certificate: bool = False
     platform_certificate: bool = False
     lock_nvram: bool = False
-    rsa_bits: int = 2048
     pcr_banks: tuple[str, ...] | None = ()
     ownership: Ownership | None = None
     reconfigure: bool = False
@@ -69,7 +99,7 @@ class SetupPlan:
 
 @dataclass(frozen=True, slots=True)
 class RsaKey:
-    """Public half of an RSA endorsement key, of exponent 65537; modulus big-endian."""
+    """Public half of an RSA key of the TPM's, of exponent 65537; modulus big-endian."""
 
     modulus: bytes
 
@@ -81,7 +111,7 @@ class RsaKey:
 
 @dataclass(frozen=True, slots=True)
 class EccKey:
-    """Public half of an ECC endorsement key: a point, big-endian, and its curve's name."""
+    """Public half of an ECC key of the TPM's: a point, big-endian, and its curve's name."""
 
     x: bytes
     y: bytes
@@ -93,7 +123,7 @@ class EccKey:
         return f"x={self.x.hex()},y={self.y.hex()},id={self.curve}"
 
 
-EndorsementKey = RsaKey | EccKey
+TpmKey = RsaKey | EccKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +181,13 @@ class Certifier(Protocol):
     def begin(self) -> None:
         """Begins what takes long."""
 
-    def certify(self, kind: CertificateKind, key: EndorsementKey, facts: TpmFacts) -> bytes:
-        """The certificate, as it goes into NV. Raises VtpmError."""
+    def certify(
+        self, kind: CertificateKind, key: TpmKey, facts: TpmFacts, tpm_serial: str = ""
+    ) -> bytes:
+        """The certificate, as it goes into NV; an IAK's or IDevID's says the TPM's serial number.
+
+        Raises VtpmError.
+        """
 
     def cancel(self) -> None:
         """Ends what runs. From any thread."""

@@ -1,29 +1,36 @@
-"""The set-up of a TPM 2.0: keys, NV indexes, PCR banks.
-
-Handles, indexes and templates are those of the TCG EK Credential Profile for
-TPM Family 2.0 (templates L-1, H-1, H-3 and H-6) and the TPM v2.0 Provisioning
-Guidance.
-"""
+"""The set-up of a TPM 2.0: keys, NV indexes, PCR banks. Source: as for `manufacture.templates`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.ca.certificates import CertificateKind
 from vtpm_cuse.engine.base import InfoFlag
-from vtpm_cuse.errors import UsageError, WireError
-from vtpm_cuse.manufacture.plan import (
-    EccKey,
-    EndorsementKey,
-    RsaKey,
-    find_facts,
+from vtpm_cuse.errors import TpmError, UsageError, WireError
+from vtpm_cuse.manufacture.plan import EccKey, RsaKey, find_facts
+from vtpm_cuse.manufacture.templates import (
+    EK_PLACES,
+    IAK,
+    IDEVID,
+    SPK_HANDLE,
+    ek_template,
+    identity_template,
+    spk_template,
 )
 from vtpm_cuse.wire import tpm2
-from vtpm_cuse.wire.tpm import TpmCc, TpmSu, shutdown_command
-from vtpm_cuse.wire.tpm2 import EccPublic, PcrSelection, RsaPublic, Symmetric, TpmAlg
+from vtpm_cuse.wire.tpm import TpmCc, TpmRc, TpmSu, shutdown_command
+from vtpm_cuse.wire.tpm2 import EccPublic, PcrSelection, RsaPublic, TpmAlg
 
 if TYPE_CHECKING:
-    from vtpm_cuse.manufacture.plan import Certifier, Reporter, SetupPlan, SetupTpm
+    from vtpm_cuse.manufacture.plan import (
+        Certifier,
+        KeyAlgorithm,
+        Reporter,
+        SetupPlan,
+        SetupTpm,
+        TpmKey,
+    )
+    from vtpm_cuse.manufacture.templates import Identity
     from vtpm_cuse.wire.marshal import TpmStruct
     from vtpm_cuse.wire.tpm2 import Public, Response
 
@@ -40,11 +47,10 @@ PCR_BANKS: Final = {
 """What users call a PCR bank."""
 
 _ALL_PCRS: Final = b"\xff\xff\xff"
-_SPK_HANDLE: Final = 0x81000001
 _PLATFORM_CERTIFICATE_INDEX: Final = 0x01C08000
 _NV_CHUNK: Final = 1024
+_KEY_ID_MAX: Final = 32
 _ACTIVE_PROFILE: Final = '{"ActiveProfile":'
-_CURVE: Final = "secp384r1"
 
 _NV_ATTRIBUTES: Final = (
     tpm2.TpmaNv.PPWRITE
@@ -55,132 +61,13 @@ _NV_ATTRIBUTES: Final = (
     | tpm2.TpmaNv.NO_DA
     | tpm2.TpmaNv.PLATFORMCREATE
 )
-_FIXED: Final = (
-    tpm2.TpmaObject.FIXED_TPM | tpm2.TpmaObject.FIXED_PARENT | tpm2.TpmaObject.SENSITIVE_DATA_ORIGIN
-)
-_STORAGE: Final = (
-    _FIXED
-    | tpm2.TpmaObject.USER_WITH_AUTH
-    | tpm2.TpmaObject.NO_DA
-    | tpm2.TpmaObject.RESTRICTED
-    | tpm2.TpmaObject.DECRYPT
-)
-
-# PolicySecret(TPM_RH_ENDORSEMENT), and that or a policy of the authorized index 0x01C07F02.
-_POLICY_A_SHA256: Final = bytes.fromhex(
-    "837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa"
-)
-_POLICY_B_SHA384: Final = bytes.fromhex(
-    "b26e7d28d11a50bc53d882bcf5fd3a1a074148bb35d3b4e4cb1c0ad9bde419ca"
-    "cb47ba09699646150f9fc000f3f80e12"
-)
-
-
-class EkPlace(NamedTuple):
-    """Where an endorsement key and what belongs to it are put."""
-
-    name: str
-    handle: int
-    certificate_index: int
-    template_index: int
-    file_name: str
-
-
-_RSA_PLACES: Final = {
-    2048: EkPlace("RSA 2048", 0x81010001, 0x01C00002, 0x01C00004, "ek-rsa2048.crt"),
-    3072: EkPlace("RSA 3072", 0x8101001C, 0x01C0001C, 0x01C0001D, "ek-rsa3072.crt"),
-}
-_ECC_PLACE: Final = EkPlace("ECC", 0x81010016, 0x01C00016, 0x01C00017, f"ek-{_CURVE}.crt")
-
-RSA_BITS: Final = tuple(_RSA_PLACES)
-"""The sizes of RSA keys that have a place."""
-
-
-def rsa_ek_template(plan: SetupPlan) -> RsaPublic:
-    """The public area from which the RSA endorsement key is made."""
-    small = _is_small(plan)
-    return _rsa(
-        plan,
-        _ek_attributes(plan, user_with_auth=not small),
-        _POLICY_A_SHA256 if small else _POLICY_B_SHA384,
-        _ek_symmetric(plan, 128 if small else 256),
-        bytes(plan.rsa_bits // 8) if small else b"",
-    )
-
-
-def ecc_ek_template(plan: SetupPlan) -> EccPublic:
-    """The public area from which the ECC endorsement key is made."""
-    return _p384(
-        _ek_attributes(plan, user_with_auth=True), _POLICY_B_SHA384, _ek_symmetric(plan, 256), b""
-    )
-
-
-def spk_template(plan: SetupPlan) -> Public:
-    """The public area from which the storage primary key is made."""
-    if plan.spk == "ecc":
-        return _p384(_STORAGE, b"", Symmetric(256), bytes(48))
-    symmetric = Symmetric(128 if _is_small(plan) else 256)
-    return _rsa(plan, _STORAGE, b"", symmetric, bytes(plan.rsa_bits // 8))
-
-
-def _is_small(plan: SetupPlan) -> bool:
-    """Whether RSA keys have the size for which the profile has templates of their own."""
-    return plan.rsa_bits == 2048
-
-
-def _rsa(
-    plan: SetupPlan, attributes: int, policy: bytes, symmetric: Symmetric | None, unique: bytes
-) -> RsaPublic:
-    return RsaPublic(
-        type=TpmAlg.TPM_ALG_RSA,
-        nameAlg=TpmAlg.TPM_ALG_SHA256 if _is_small(plan) else TpmAlg.TPM_ALG_SHA384,
-        objectAttributes=attributes,
-        authPolicy=policy,
-        symmetric=symmetric,
-        scheme=TpmAlg.TPM_ALG_NULL,
-        keyBits=plan.rsa_bits,
-        exponent=0,
-        unique=unique,
-    )
-
-
-def _p384(
-    attributes: int, policy: bytes, symmetric: Symmetric | None, coordinate: bytes
-) -> EccPublic:
-    return EccPublic(
-        type=TpmAlg.TPM_ALG_ECC,
-        nameAlg=TpmAlg.TPM_ALG_SHA384,
-        objectAttributes=attributes,
-        authPolicy=policy,
-        symmetric=symmetric,
-        scheme=TpmAlg.TPM_ALG_NULL,
-        curveID=tpm2.TPM_ECC_NIST_P384,
-        kdf=TpmAlg.TPM_ALG_NULL,
-        x=coordinate,
-        y=coordinate,
-    )
-
-
-def _ek_attributes(plan: SetupPlan, *, user_with_auth: bool) -> int:
-    attributes = _FIXED | tpm2.TpmaObject.ADMIN_WITH_POLICY
-    if user_with_auth:
-        attributes |= tpm2.TpmaObject.USER_WITH_AUTH
-    if not plan.allow_signing:
-        return attributes | tpm2.TpmaObject.RESTRICTED | tpm2.TpmaObject.DECRYPT
-    if plan.decryption:
-        attributes |= tpm2.TpmaObject.DECRYPT
-    return attributes | tpm2.TpmaObject.SIGN
-
-
-def _ek_symmetric(plan: SetupPlan, bits: int) -> Symmetric | None:
-    return None if plan.allow_signing else Symmetric(bits)
 
 
 class Tpm2Setup:
     """One set-up.
 
     Attributes:
-        certificates: The endorsement keys' certificates made so far, by the name of their file.
+        certificates: The TPM's keys' certificates made so far, by the name of their file.
     """
 
     def __init__(
@@ -198,10 +85,13 @@ class Tpm2Setup:
             self._report.line(f"Active profile: {profile[len(_ACTIVE_PROFILE) : -1]}")
         if not plan.reconfigure:
             if plan.spk is not None:
-                self._create_spk()
+                self._create_spk(plan.spk)
             if plan.create_ek:
-                self._create_ek(_RSA_PLACES[plan.rsa_bits], rsa_ek_template(plan), platform=True)
-                self._create_ek(_ECC_PLACE, ecc_ek_template(plan), platform=False)
+                for algorithm in plan.ek_algorithms:
+                    self._create_ek(algorithm)
+            for identity, wanted in ((IAK, plan.iak), (IDEVID, plan.idevid)):
+                if wanted is not None:
+                    self._create_identity(identity, wanted)
         if plan.pcr_banks is not None:
             self._activate_pcr_banks(plan.pcr_banks)
         answer = self._tpm.process(shutdown_command(TpmSu.TPM_SU_CLEAR))
@@ -209,50 +99,87 @@ class Tpm2Setup:
 
     # -- keys -----------------------------------------------------------------------------
 
-    def _create_spk(self) -> None:
+    def _create_spk(self, algorithm: KeyAlgorithm) -> None:
         self._report.step("Creating the storage primary key")
-        handle, _ = self._create_primary(tpm2.TPM_RH_OWNER, spk_template(self._plan))
-        self._make_persistent(handle, _SPK_HANDLE)
-        self._execute(TpmCc.TPM_CC_FlushContext, (handle,))
-        self._report.line(
-            f"Successfully created storage primary key with handle 0x{_SPK_HANDLE:x}."
+        self._create_primary(tpm2.TPM_RH_OWNER, spk_template(algorithm), SPK_HANDLE)
+        self._report.line(f"Successfully created storage primary key with handle 0x{SPK_HANDLE:x}.")
+
+    def _create_ek(self, algorithm: KeyAlgorithm) -> None:
+        plan, place, name = self._plan, EK_PLACES[algorithm], f"{algorithm.shown} EK"
+        self._report.step(f"Creating the {algorithm.shown} endorsement key")
+        template = ek_template(
+            algorithm, allow_signing=plan.allow_signing, decryption=plan.decryption
         )
-
-    def _create_ek(self, place: EkPlace, template: Public, *, platform: bool) -> None:
-        plan, report = self._plan, self._report
-        report.step(f"Creating the {place.name} endorsement key")
-        handle, public = self._create_primary(tpm2.TPM_RH_ENDORSEMENT, template)
-        self._make_persistent(handle, place.handle)
-        report.line(f"Successfully created {place.name} EK with handle 0x{place.handle:x}.")
+        public = self._create_primary(tpm2.TPM_RH_ENDORSEMENT, template, place.handle)
+        self._report.line(f"Successfully created {name} with handle 0x{place.handle:x}.")
         if plan.allow_signing:
-            what = f"{place.name} EK template"
-            self._store(place.template_index, template.pack())
-            report.line(f"Successfully created NVRAM area 0x{place.template_index:x} for {what}.")
-        key = _endorsement_key(public)
-        if plan.ek_certificate and self._certifier is not None:
-            report.step(f"Creating the certificate of the {place.name} endorsement key")
-            certificate = self._certifier.certify(CertificateKind.EK, key, find_facts(self._tpm))
-            index = place.certificate_index
-            self._store(index, certificate)
-            self.certificates[place.file_name] = certificate
-            report.line(
-                f"Successfully created NVRAM area 0x{index:x} for {place.name} EK certificate."
-            )
-        if platform and plan.platform_certificate and self._certifier is not None:
-            report.step("Creating the platform certificate")
-            certificate = self._certifier.certify(
-                CertificateKind.PLATFORM, key, find_facts(self._tpm)
-            )
+            self._store(place.template_index, template.pack(), f"{name} template")
+        key = _tpm_key(public, algorithm)
+        if plan.ek_certificate:
+            certificate = self._certify(CertificateKind.EK, key, place.certificate_index, name)
+            self.certificates[f"ek-{algorithm.value}.crt"] = certificate
+        if plan.platform_certificate and algorithm is plan.ek_algorithms[0]:
             index = _PLATFORM_CERTIFICATE_INDEX
-            self._store(index, certificate)
-            report.line(f"Successfully created NVRAM area 0x{index:x} for platform certificate.")
+            self._certify(CertificateKind.PLATFORM, key, index, "platform")
 
-    def _create_primary(self, hierarchy: int, template: Public) -> tuple[int, Public]:
-        """The transient handle and the public area of a new primary key."""
+    def _create_identity(self, identity: Identity, algorithm: KeyAlgorithm) -> None:
+        name = identity.name
+        self._report.step(f"Creating the {name}")
+        template = identity_template(identity, algorithm)
+        public = self._create_primary(tpm2.TPM_RH_ENDORSEMENT, template, identity.handle)
+        self._report.line(
+            f"Successfully created {algorithm.shown} {name} primary key with handle "
+            f"0x{identity.handle:x}."
+        )
+        key, index = _tpm_key(public, algorithm), identity.certificate_index
+        certificate = self._certify(identity.kind, key, index, name)
+        self.certificates[f"{identity.kind.value}-{algorithm.value}.crt"] = certificate
+
+    def _certify(self, kind: CertificateKind, key: TpmKey, index: int, name: str) -> bytes:
+        """A certificate, which is stored, too."""
+        if self._certifier is None:
+            raise UsageError("There is nobody who makes certificates")
+        self._report.step(f"Creating the {name} certificate")
+        serial = self._serial() if kind.is_identity else ""
+        certificate = self._certifier.certify(kind, key, find_facts(self._tpm), serial)
+        self._store(index, certificate, f"{name} certificate")
+        return certificate
+
+    def _serial(self) -> str:
+        """The TPM's serial number: its maker, and which certificate its first EK has of whom."""
+        from vtpm_cuse.ca.issuers import origin_of_untrusted
+
+        key_id, number = origin_of_untrusted(next(iter(self.certificates.values()), b""))
+        octets = self._manufacturer().to_bytes(4, "big").rstrip(b"\0")
+        maker = "".join(chr(octet) if 0x20 < octet < 0x7F else "?" for octet in octets)
+        return f"{maker}:{key_id[:_KEY_ID_MAX].hex()}:{number.hex()}"
+
+    def _manufacturer(self) -> int:
+        asked = tpm2.GetCapabilityParameters(
+            tpm2.TPM_CAP_TPM_PROPERTIES, tpm2.TPM_PT_MANUFACTURER, 1
+        )
+        response = self._execute(TpmCc.TPM_CC_GetCapability, (), asked, authorized=False)
+        for found in tpm2.PropertyCapability.unpack_untrusted(response.parameters).tpmProperty:
+            if found.property == tpm2.TPM_PT_MANUFACTURER:
+                return found.value
+        raise UsageError("The TPM does not say who made it.")
+
+    def _create_primary(self, hierarchy: int, template: Public, persistent: int) -> Public:
+        """The public area of a new primary key, which is made persistent."""
         parameters = tpm2.CreatePrimaryParameters(tpm2.SensitiveCreate().pack(), template.pack())
-        response = self._execute(TpmCc.TPM_CC_CreatePrimary, (hierarchy,), parameters, handles=1)
+        try:
+            response = self._execute(
+                TpmCc.TPM_CC_CreatePrimary, (hierarchy,), parameters, handles=1
+            )
+        except TpmError as exc:
+            if exc.code == TpmRc.TPM_RC_VALUE_P2 and isinstance(template, RsaPublic):
+                hint = f"does its profile have RSA {template.keyBits}? 'default-v2' may"
+                raise UsageError(str(exc), hint=hint) from exc
+            raise
         made = tpm2.CreatePrimaryResult.unpack_untrusted(response.parameters)
-        return response.handles[0], tpm2.read_public_untrusted(made.outPublic)
+        self._make_persistent(response.handles[0], persistent)
+        self._execute(TpmCc.TPM_CC_FlushContext, response.handles)
+        return tpm2.read_public_untrusted(made.outPublic)
 
     def _make_persistent(self, handle: int, persistent: int) -> None:
         # The owner's authorisation serves for endorsement keys, too.
@@ -264,17 +191,24 @@ class Tpm2Setup:
 
     # -- NV -------------------------------------------------------------------------------
 
-    def _store(self, index: int, data: bytes) -> None:
+    def _store(self, index: int, data: bytes, name: str) -> None:
         """Defines an index of the platform, writes it, and locks it if that is wanted."""
         public = tpm2.NvPublic(index, TpmAlg.TPM_ALG_SHA256, _NV_ATTRIBUTES, b"", len(data))
         parameters = tpm2.NvDefineParameters(b"", public.pack())
-        self._execute(TpmCc.TPM_CC_NV_DefineSpace, (tpm2.TPM_RH_PLATFORM,), parameters)
+        try:
+            self._execute(TpmCc.TPM_CC_NV_DefineSpace, (tpm2.TPM_RH_PLATFORM,), parameters)
+        except TpmError as exc:
+            if exc.code == TpmRc.TPM_RC_SIZE_P2:
+                hint = f"the {name} has {len(data)} bytes; a CA with a shorter signature may do"
+                raise UsageError(str(exc), hint=hint) from exc
+            raise
         handles = tpm2.TPM_RH_PLATFORM, index
         for offset in range(0, len(data), _NV_CHUNK):
             chunk = tpm2.NvWriteParameters(data[offset : offset + _NV_CHUNK], offset)
             self._execute(TpmCc.TPM_CC_NV_Write, handles, chunk)
         if self._plan.lock_nvram:
             self._execute(TpmCc.TPM_CC_NV_WriteLock, handles)
+        self._report.line(f"Successfully created NVRAM area 0x{index:x} for {name}.")
 
     # -- PCR banks ------------------------------------------------------------------------
 
@@ -323,9 +257,9 @@ class Tpm2Setup:
         return tpm2.read_response_untrusted(name, answer, handles=handles)
 
 
-def _endorsement_key(public: Public) -> EndorsementKey:
+def _tpm_key(public: Public, algorithm: KeyAlgorithm) -> TpmKey:
     if isinstance(public, EccPublic):
-        return EccKey(public.x, public.y, _CURVE)
+        return EccKey(public.x, public.y, algorithm.value)
     if not public.unique:
         raise WireError("RSA modulus", 1, 0)
     return RsaKey(public.unique)

@@ -33,7 +33,6 @@ _BEGINNINGS: Final = (_SEND_COMMAND, *_TAGS)
 """What a command starts with, of either version."""
 
 _SIZE_END: Final = 6
-_SIZES: Final = range(TPM_HEADER_SIZE, TPM_BUFFER_MAX + 1)
 
 
 class Request(NamedTuple):
@@ -50,14 +49,18 @@ class CommandStream:
         prefix: Whether the send-command prefix is understood (TPM 2).
         strict: The client may be a web browser that somebody else has sent: what cannot be a
             command ends the connection, and nothing before or behind it is executed.
+        largest: Bytes of the longest command that the TPM takes.
 
     Attributes:
         broken: Nobody can tell where the next command begins: the connection must end.
     """
 
-    def __init__(self, *, prefix: bool, strict: bool = False) -> None:
+    def __init__(
+        self, *, prefix: bool, strict: bool = False, largest: int = TPM_BUFFER_MAX
+    ) -> None:
         self._prefix = prefix
         self._strict = strict
+        self._sizes = range(TPM_HEADER_SIZE, largest + 1)
         self._buffer = b""
         self.broken = False
 
@@ -98,7 +101,7 @@ class CommandStream:
             return None
         if there >= TPM_HEADER_SIZE:
             size = int.from_bytes(buffer[start + 2 : start + 6], "big")
-            if size > there and size <= TPM_BUFFER_MAX and not flush:
+            if size > there and size in self._sizes and not flush:
                 return None
             if size != there and not self._ends_at(start + size, size):
                 if self._strict:
@@ -123,7 +126,7 @@ class CommandStream:
         return any(head[: len(tag)] == tag[: len(head)] for tag in tags) and (
             len(head) < _SIZE_END
             or head[:4] == _SEND_COMMAND
-            or int.from_bytes(head[2:_SIZE_END], "big") in _SIZES
+            or int.from_bytes(head[2:_SIZE_END], "big") in self._sizes
         )
 
     def _start(self) -> int:
@@ -135,7 +138,7 @@ class CommandStream:
         """Whether what follows is another command: surplus bytes are not cut off."""
         rest = self._buffer[end:]
         return (
-            size in _SIZES
+            size in self._sizes
             and bool(rest)
             and any(rest[: len(begin)] == begin[: len(rest)] for begin in _BEGINNINGS)
         )

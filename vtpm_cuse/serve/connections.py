@@ -19,17 +19,17 @@ from vtpm_cuse.acquire.chardev import CharDevice, ProxyDevice
 from vtpm_cuse.proto.control import ControlStream
 from vtpm_cuse.proto.places import Place
 from vtpm_cuse.proto.stream import CommandStream, MessageStream
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX, SendCommandHeader
+from vtpm_cuse.wire.tpm import SendCommandHeader
 
 if TYPE_CHECKING:
     from vtpm_cuse.proto.control import ControlRequest, SavedControlStream
     from vtpm_cuse.proto.places import SavedPlace
     from vtpm_cuse.proto.stream import Request
+    from vtpm_cuse.vtpm.vtpm import Vtpm
 
 Stream = TypeVar("Stream", bound=socket.socket | CharDevice)
 
 _READ_SIZE: Final = 16384
-DATA_READ_SIZE: Final = TPM_BUFFER_MAX + SendCommandHeader.SIZE
 _LINGER_SECONDS: Final = 50e-6
 """How long a data connection looks for the next command before it sleeps."""
 
@@ -124,16 +124,20 @@ class DataConnection(Connection[socket.socket | CharDevice]):
     Attributes:
         known: Whether it has had an answer, or needs none to stay.
         request: The command in hand.
+        read_size: Bytes to ask for at a time: a whole command, however long.
     """
 
-    def __init__(
-        self, connection: socket.socket | CharDevice, *, prefix: bool, known: bool
-    ) -> None:
+    def __init__(self, connection: socket.socket | CharDevice, vtpm: Vtpm, *, known: bool) -> None:
         super().__init__(connection)
         self.known = known
+        self.read_size = vtpm.buffer_max + SendCommandHeader.SIZE
         self.request: Request | None = None
         whole = isinstance(connection, CharDevice) and connection.messages
-        self.stream = MessageStream() if whole else CommandStream(prefix=prefix, strict=self.strict)
+        self.stream = (
+            MessageStream()
+            if whole
+            else CommandStream(prefix=vtpm.tpm2, strict=self.strict, largest=vtpm.buffer_max)
+        )
 
     @property
     def at_rest(self) -> bool:
@@ -159,11 +163,11 @@ class DataConnection(Connection[socket.socket | CharDevice]):
         )
 
     @classmethod
-    def resumed(cls, saved: SavedData, *, prefix: bool) -> DataConnection:
+    def resumed(cls, saved: SavedData, vtpm: Vtpm) -> DataConnection:
         """As it was suspended."""
         device = _DEVICES.get(saved.kind)
         connection = adopted(saved.fd) if device is None else device(saved.fd)
-        found = cls(connection, prefix=prefix, known=saved.known)
+        found = cls(connection, vtpm, known=saved.known)
         found.stream.resume(saved.begun)
         found.request, found.unsent = saved.request, memoryview(saved.unsent)
         return found
@@ -181,7 +185,7 @@ class DataConnection(Connection[socket.socket | CharDevice]):
             elif not await readable(self.connection, rest):
                 return None
             try:
-                return self.connection.recv(DATA_READ_SIZE)
+                return self.connection.recv(self.read_size)
             except BlockingIOError:
                 continue
 

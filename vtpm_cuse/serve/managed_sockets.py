@@ -16,7 +16,7 @@ import trio
 from vtpm_cuse.acquire.sockets import NO_UID, credentials
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
-from vtpm_cuse.serve.connections import DATA_READ_SIZE, NETWORK, DataConnection, hang_up
+from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
 from vtpm_cuse.serve.managing import manage
 from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
@@ -113,7 +113,7 @@ class ManagedServer:
             self._managed.resume(saved.clients)
             now = trio.current_time()
             for one in saved.connections:
-                data = DataConnection.resumed(one.data, prefix=True)
+                data = DataConnection.resumed(one.data, self._vtpm)
                 place = self._take_place(data, now)
                 place.resume(one.place, now)
                 self._begin(_Served(data, place, self._managed.client(one.client)))
@@ -150,7 +150,7 @@ class ManagedServer:
             if not self._has_room(peer):
                 connection.close()
                 continue
-            data = DataConnection(connection, prefix=True, known=True)
+            data = DataConnection(connection, self._vtpm, known=True)
             place = self._take_place(data, trio.current_time())
             self._begin(_Served(data, place, self._managed.connect(peer)))
 
@@ -197,7 +197,7 @@ class ManagedServer:
         )  # what was there at a suspension
         while True:
             try:
-                came: bytes | None = connection.recv(DATA_READ_SIZE)
+                came: bytes | None = connection.recv(data.read_size)
             except BlockingIOError:
                 # Who looks for more of one client lets all others wait.
                 came = await data.receive(linger=served and len(self._places) == 1)

@@ -17,7 +17,6 @@ import trio
 from vtpm_cuse.proto.places import Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import (
-    DATA_READ_SIZE,
     ControlConnection,
     DataConnection,
     adopted,
@@ -157,17 +156,17 @@ class SocketServer:
 
         The endpoints that this server was made with say how it ends, and have no sockets but these.
         """
-        endpoints, now, prefix = self._endpoints, trio.current_time(), self._vtpm.tpm2
+        endpoints, now, vtpm = self._endpoints, trio.current_time(), self._vtpm
         if saved.data_listener is not None:
             endpoints.data_listener = adopted(saved.data_listener)
         if saved.control_listener is not None:
             endpoints.control_listener = adopted(saved.control_listener)
         if saved.only is not None:
-            self._only = DataConnection.resumed(saved.only, prefix=prefix)
+            self._only = DataConnection.resumed(saved.only, vtpm)
             endpoints.data_stream = self._only.connection
         if saved.accepted is not None:
-            self._accepted = DataConnection.resumed(saved.accepted, prefix=prefix)
-        self._passed = [DataConnection.resumed(one, prefix=prefix) for one in saved.passed]
+            self._accepted = DataConnection.resumed(saved.accepted, vtpm)
+        self._passed = [DataConnection.resumed(one, vtpm) for one in saved.passed]
         for one in saved.controls:
             last = self._admit(ControlConnection.resumed(one, now))
             self._turn_away(self._places.one_to_go(last.place))  # which was about to be
@@ -231,7 +230,7 @@ class SocketServer:
     # -- data -----------------------------------------------------------------------------
 
     def _data(self, connection: socket.socket | CharDevice, *, known: bool) -> DataConnection:
-        return DataConnection(connection, prefix=self._vtpm.tpm2, known=known)
+        return DataConnection(connection, self._vtpm, known=known)
 
     async def _accept_data(self, listener: socket.socket) -> None:
         while True:
@@ -282,7 +281,7 @@ class SocketServer:
         quick, quick_ones = plain and stream.empty, 0
         while True:
             try:
-                data: bytes | None = receive(DATA_READ_SIZE)
+                data: bytes | None = receive(client.read_size)
             except BlockingIOError:
                 client.known = client.known or served
                 if listener and not client.known and not stream.awaits_rest:

@@ -117,8 +117,9 @@ def _recorded(engine: Engine, config: VtpmConfig) -> Engine:
 def _profile(config: VtpmConfig, engine: Engine) -> str | None:
     if config.profile is None or not config.tpm2:
         return None
-    from vtpm_cuse.engine.profiles import profile_text
+    from vtpm_cuse.engine.profiles import check_profile, profile_text
 
+    check_profile(config.profile.text, engine)
     return profile_text(config.profile, engine)
 
 

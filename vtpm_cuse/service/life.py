@@ -324,7 +324,7 @@ class _Life:
         gc.enable()
 
         def announce() -> None:
-            self._manager.ready()
+            self._manager.ready(in_background=self._process.background)
             ready()
 
         try:

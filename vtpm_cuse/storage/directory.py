@@ -185,7 +185,9 @@ class DirectoryStore:
             take_lock(fd)
         except OSError as exc:
             os.close(fd)
-            reason = f"Could not lock access to lockfile: {exc.strerror}"
+            # Scripts look for these words, the name of the C suite's function among them.
+            words = "SWTPM_NVRAM_Lock_Dir: Could not lock access to lockfile"
+            reason = f"{words}: {exc.strerror}"
             kind = StorageError
             if exc.errno in LOCK_CONFLICT:
                 kind, reason = StateLocked, f"{reason}; another process has this TPM"

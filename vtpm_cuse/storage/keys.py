@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.config import KeySource
 
+log = logging.getLogger(__name__)
+
 CIPHER_KEY_SIZES: Final = {"aes-cbc": 16, "aes-128-cbc": 16, "aes-256-cbc": 32}
 KEY_FORMATS: Final = ("hex", "binary")
 KDFS: Final = ("pbkdf2", "sha512")
@@ -34,6 +37,7 @@ _HMAC_SIZE: Final = 32
 _BLOCK: Final = 16
 _KEY_FILE_MAX: Final = 4096
 _PASSPHRASE_MAX: Final = 1 << 20
+_PASSPHRASE_SHORT: Final = 6  # bytes, and all below
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,8 @@ def read_key(source: KeySource) -> Key:
         key = _hex_key(data, size) if source.format == "hex" else _binary_key(data, size)
     elif source.pwdfile is not None or source.pwdfd is not None:
         passphrase = _read(source.pwdfile, source.pwdfd, _PASSPHRASE_MAX, "passphrase")
+        if len(passphrase) <= _PASSPHRASE_SHORT:
+            log.warning("Warning: Passphrase is only %d bytes long", len(passphrase))
         key = _derive(source.kdf, passphrase, size)
     else:
         raise UsageError(

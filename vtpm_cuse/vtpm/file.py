@@ -38,7 +38,6 @@ from vtpm_cuse.wire.ptm import (
     PtmSetStateRequest,
     PtmStateFlag,
 )
-from vtpm_cuse.wire.tpm import TPM_BUFFER_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -233,7 +232,7 @@ class TpmOpen:
         """Takes a TPM command, or a part of a state blob; an unread response is discarded.
 
         Raises:
-            DeviceError: E2BIG above 4096 bytes, EBUSY while a command runs, EIO when a blob
+            DeviceError: E2BIG above the TPM's `buffer_max`, EBUSY while a command runs, EIO when a blob
                 is being read.
         """
         if self._incoming is not None:
@@ -246,7 +245,7 @@ class TpmOpen:
             raise DeviceError(errno.EIO)
         if self._file.busy:
             raise DeviceError(errno.EBUSY)
-        if len(data) > TPM_BUFFER_MAX:
+        if len(data) > self._file.vtpm.buffer_max:
             # PEER: cuts the command silently and lets the TPM answer to the rest of it.
             raise DeviceError(errno.E2BIG)
         self._file.pending = data

@@ -28,7 +28,6 @@ from vtpm_cuse.vtpm.clients import (
 )
 from vtpm_cuse.wire.ptm import PtmResult
 from vtpm_cuse.wire.tpm import (
-    TPM_BUFFER_MAX,
     TPM_HEADER_SIZE,
     TpmRc,
     command_size,
@@ -247,13 +246,13 @@ class ManagedOpen:
         """Takes a TPM command.
 
         Raises:
-            DeviceError: E2BIG above 4096 bytes, EINVAL for one that is not whole or flushes an
+            DeviceError: E2BIG above the TPM's `buffer_max`, EINVAL for one that is not whole or flushes an
                 object that is not there, EBUSY while a command runs or before its response has
                 been read.
         """
         if self._busy or self._command is not None or self._unread:
             raise DeviceError(errno.EBUSY)
-        if len(data) > TPM_BUFFER_MAX:
+        if len(data) > self._file.vtpm.buffer_max:
             raise DeviceError(errno.E2BIG)
         if len(data) < TPM_HEADER_SIZE or command_size(data) > len(data):
             raise DeviceError(errno.EINVAL)

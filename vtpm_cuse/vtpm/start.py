@@ -16,6 +16,7 @@ from vtpm_cuse.errors import (
     VtpmError,
 )
 from vtpm_cuse.storage.base import PERMANENT, left_over
+from vtpm_cuse.wire.profile import oldest_library, stored_profile_untrusted
 from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.sealed import SealedStore
 
-__all__ = ["PERMANENT", "need_vacancy", "resumes", "start_engine"]
+__all__ = ["PERMANENT", "give_state", "need_vacancy", "resumes", "start_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ def start_engine(engine: Engine, store: SealedStore, *, given: bool, away: bool)
             )
         engine.start()
     except VtpmError as exc:
-        refusal = PtmError(_start_result(engine, store, exc), _explained(store, exc))
-        if away or not _start_from_backup(engine, store, exc):
+        lack = _lack_of(engine, store) if isinstance(exc, EngineError) else ""
+        refusal = PtmError(_start_result(engine, store, exc), _explained(store, exc, lack))
+        # A state of a newer library is not damaged, and newer than what its backup has.
+        if away or lack or not _start_from_backup(engine, store, exc):
             raise refusal from exc
 
 
@@ -117,9 +120,44 @@ def _start_result(engine: Engine, store: SealedStore, exc: VtpmError) -> int:
     return faults.tpm_result(exc)
 
 
-def _explained(store: SealedStore, exc: VtpmError) -> str:
+def give_state(engine: Engine, kind: StateType, payload: bytes | None) -> None:
+    """Gives a stopped engine the state for its next start. Raises EngineError, PtmError."""
+    try:
+        engine.set_state(kind, payload)
+    except EngineError as exc:
+        lack = _lack_for(engine, payload or b"") if kind is StateType.PERMANENT else ""
+        if lack:
+            raise PtmError(faults.tpm_result(exc), f"{exc}: {lack}") from exc
+        raise
+
+
+def _lack_of(engine: Engine, store: SealedStore) -> str:
+    """`_lack_for` the permanent state that is stored, if that is what was refused."""
+    if store.last_loaded != PERMANENT:
+        return ""
+    try:
+        return _lack_for(engine, store.load(PERMANENT))
+    except StorageError:
+        return ""
+
+
+def _lack_for(engine: Engine, permanent: bytes) -> str:
+    """What this library lacks to read a permanent state that it refuses, and the cure, if so."""
+    profile = stored_profile_untrusted(permanent) if engine.tpm2 else None
+    if profile is None or profile.is_for(engine.version):
+        return ""
+    return (
+        f"its profile '{profile.name}' has StateFormatLevel {profile.level}, which libtpms "
+        f"{'.'.join(map(str, engine.version))} does not read; nothing was changed: install "
+        f"{oldest_library(profile.level)}"
+    )
+
+
+def _explained(store: SealedStore, exc: VtpmError, lack: str) -> str:
     """Which state is at fault for a failed start, why, and what can be done."""
     blobs, name = store.blobs, store.last_loaded
+    if lack:
+        return f"{exc}: libtpms refuses {blobs.where(name)}: {lack}"
     if isinstance(exc, StateKeyRejected):
         return f"{exc}; nothing was changed: {_key_cure(store, exc)}"
     if isinstance(exc, StateDamaged):

@@ -25,7 +25,7 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.vtpm.custody import Custody, Whose
 from vtpm_cuse.vtpm.saved import SavedVtpm
-from vtpm_cuse.vtpm.start import PERMANENT, need_vacancy, resumes, start_engine
+from vtpm_cuse.vtpm.start import PERMANENT, give_state, need_vacancy, resumes, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
@@ -100,6 +100,7 @@ class Vtpm:
     monitor tracks the locality itself and does not send it again after a reset.
 
     Attributes:
+        buffer_max: Bytes of the longest command, and of the longest response.
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
@@ -114,7 +115,7 @@ class Vtpm:
         self._engine = engine
         self._store = store
         self.options = options or VtpmOptions()
-        self.tpm2 = engine.tpm2
+        self.tpm2, self.buffer_max = engine.tpm2, engine.buffer_max
         self._profile = self.options.profile
         self._long = long_commands(tpm2=self.tpm2)
         self._known: dict[bytes, int] = {}
@@ -558,7 +559,7 @@ class Vtpm:
             log.warning("An empty permanent state was given; the stored one stays in use")
             return
         given, self._given = self._given, {}  # as in the engine, should it refuse
-        self._engine.set_state(state, payload or None)
+        give_state(self._engine, state, payload or None)
         self._given = {**given, state: payload or None}
 
     @staticmethod

@@ -12,6 +12,9 @@ from vtpm_cuse.wire.layout import BIG, U8, U16, U32, Buffer, WireStruct, wire
 
 TPM_HEADER_SIZE: Final = 10
 TPM_BUFFER_MAX: Final = 4096
+"""Bytes of a command or response; a TPM 2.0 of libtpms may have more, see `engine.base.Engine`."""
+TPM_RESPONSE_MAX: Final = 1 << 14
+"""Bytes that a client takes of a TPM that it knows nothing of: more than any has."""
 TPM_SEND_COMMAND: Final = 8
 """What `SendCommandHeader` begins with."""
 
@@ -333,6 +336,8 @@ class TpmRc(IntEnum):
     TPM_RC_COMMAND_CODE = 0x143
     TPM_RC_HANDLE_P1 = 0x1CB
     TPM_RC_INTEGRITY_P1 = 0x1DF
+    TPM_RC_VALUE_P2 = 0x2C4
+    TPM_RC_SIZE_P2 = 0x2D5
     TPM_RC_CONTEXT_GAP = 0x901
     TPM_RC_OBJECT_MEMORY = 0x902
     TPM_RC_SESSION_MEMORY = 0x903

@@ -43,6 +43,8 @@ class TpmAlg(IntEnum):
     TPM_ALG_NULL = 0x0010
     TPM_ALG_SM3_256 = 0x0012
     TPM_ALG_RSASSA = 0x0014
+    TPM_ALG_RSAPSS = 0x0016
+    TPM_ALG_ECDSA = 0x0018
     TPM_ALG_ECC = 0x0023
     TPM_ALG_SYMCIPHER = 0x0025
     TPM_ALG_SHA3_256 = 0x0027
@@ -51,7 +53,12 @@ class TpmAlg(IntEnum):
     TPM_ALG_CFB = 0x0043
 
 
-TPM_ECC_NIST_P384: Final = 0x0004
+class TpmEccCurve(IntEnum):
+    """Curves (TPM_ECC_CURVE)."""
+
+    TPM_ECC_NIST_P256 = 0x0003
+    TPM_ECC_NIST_P384 = 0x0004
+    TPM_ECC_NIST_P521 = 0x0005
 
 
 class TpmaObject(IntEnum):
@@ -106,6 +113,28 @@ class _SymmetricCodec:
 SymmetricField = Annotated[Symmetric | None, _SymmetricCodec()]
 
 
+class Scheme(NamedTuple):
+    """How a key signs: RSASSA, RSAPSS or ECDSA, and the hash, both as TPM_ALG_ID."""
+
+    algorithm: int
+    hash: int
+
+
+class _SchemeCodec:
+    """TPMT_RSA_SCHEME, TPMT_ECC_SCHEME: TPM_ALG_NULL alone, or algorithm and hash."""
+
+    def write(self, value: Scheme | None) -> bytes:
+        fields = value or (TpmAlg.TPM_ALG_NULL,)
+        return b"".join(field.to_bytes(2, "big") for field in fields)
+
+    def read(self, reader: Reader) -> Scheme | None:
+        algorithm = reader.number(2)
+        return None if algorithm == TpmAlg.TPM_ALG_NULL else Scheme(algorithm, reader.number(2))
+
+
+SchemeField = Annotated[Scheme | None, _SchemeCodec()]
+
+
 @marshalled
 class RsaPublic(TpmStruct):
     """TPMT_PUBLIC of an RSA key; an exponent of 0 is 65537, unique is the modulus."""
@@ -115,7 +144,7 @@ class RsaPublic(TpmStruct):
     objectAttributes: U32
     authPolicy: Sized16
     symmetric: SymmetricField
-    scheme: U16
+    scheme: SchemeField
     keyBits: U16
     exponent: U32
     unique: Sized16
@@ -130,7 +159,7 @@ class EccPublic(TpmStruct):
     objectAttributes: U32
     authPolicy: Sized16
     symmetric: SymmetricField
-    scheme: U16
+    scheme: SchemeField
     curveID: U16
     kdf: U16
     x: Sized16
@@ -195,7 +224,7 @@ PcrSelections = Annotated[tuple[PcrSelection, ...], ListOf(PcrSelection)]
 
 @marshalled
 class CreatePrimaryParameters(TpmStruct):
-    """Parameters of TPM2_CreatePrimary."""
+    """Parameters of TPM2_CreatePrimary and of TPM2_Create."""
 
     inSensitive: Sized16
     inPublic: Sized16
@@ -221,6 +250,34 @@ class CreatePrimaryResult(TpmStruct):
     creationHash: Sized16
     creationTicket: Ticket
     name: Sized16
+
+
+@marshalled
+class CreateResult(TpmStruct):
+    """Response parameters of TPM2_Create."""
+
+    outPrivate: Sized16
+    outPublic: Sized16
+    creationData: Sized16
+    creationHash: Sized16
+    creationTicket: Ticket
+
+
+@marshalled
+class LoadParameters(TpmStruct):
+    """Parameters of TPM2_Load."""
+
+    inPrivate: Sized16
+    inPublic: Sized16
+
+
+@marshalled
+class ReadPublicResult(TpmStruct):
+    """Response parameters of TPM2_ReadPublic."""
+
+    outPublic: Sized16
+    name: Sized16
+    qualifiedName: Sized16
 
 
 @marshalled
@@ -340,6 +397,25 @@ class SignParameters(TpmStruct):
     scheme: U16
     hash: U16
     validation: Ticket
+
+
+@marshalled
+class RsaSignature(TpmStruct):
+    """TPMT_SIGNATURE of TPM_ALG_RSASSA."""
+
+    sigAlg: U16
+    hash: U16
+    sig: Sized16
+
+
+@marshalled
+class EccSignature(TpmStruct):
+    """TPMT_SIGNATURE of TPM_ALG_ECDSA."""
+
+    sigAlg: U16
+    hash: U16
+    signatureR: Sized16
+    signatureS: Sized16
 
 
 @marshalled

@@ -38,6 +38,12 @@ TPM_OPTIONS: Final = (
     ),
     Option("tpm-spec-level", "its level, a number, as 0", metavar="LEVEL", group="The TPM"),
     Option("tpm-spec-revision", "its revision, a number", metavar="REVISION", group="The TPM"),
+    Option(
+        "tpm-serial-num",
+        "the TPM's serial number, any text; for an iak or idevid",
+        metavar="SERIAL",
+        group="The TPM",
+    ),
     Option("tpm2", "it is a TPM 2.0 and not a TPM 1.2", group="The TPM"),
     Option("allow-signing", "the EK of a TPM 2.0 may be used for signing", group="The TPM"),
     Option(
@@ -50,6 +56,7 @@ TPM_OPTIONS: Final = (
 
 _SPEC_MAX: Final = (1 << 31) - 1
 _HEX_MAX: Final = 4096  # digits; an RSA key of 16384 bits
+_RAW_HEX_MAX: Final = 10240
 
 
 _NOTHING: Final[Mapping[str, str]] = {}
@@ -97,16 +104,26 @@ def required_specification(
     return TpmSpecification(readable(family, "--tpm-spec-family"), level, revision)
 
 
-def hex_number(text: str, option: str) -> int:
-    """An even number of hexadecimal digits. Raises UsageError."""
+def required_serial(line: CommandLine, otherwise: Mapping[str, str] = _NOTHING) -> str:
+    """The TPM's serial number, of an IAK's or IDevID's certificate. Raises UsageError."""
+    text = line.value("tpm-serial-num") or otherwise.get("tpm-serial-num")
+    if not text:
+        raise UsageError("--tpm-serial-num must be provided")
+    if not line.has("tpm2"):
+        raise UsageError("An iak or idevid is a TPM 2.0's", hint="see --tpm2")
+    return readable(text, "--tpm-serial-num")
+
+
+def hex_octets(text: str, option: str, most: int = _HEX_MAX) -> bytes:
+    """An even number of hexadecimal digits, *most* at most. Raises UsageError."""
     strange = re.search(r"[^0-9a-fA-F]", text)
     if strange is not None:
         raise UsageError(f"Illegal hex character '{strange[0]}'.", hint=f"see {option}")
     if len(text) % 2:
         raise UsageError(f"Got an odd number of hex digits ({len(text)}).", hint=f"see {option}")
-    if not 0 < len(text) <= _HEX_MAX:
-        raise UsageError(f"{option} needs 2 to {_HEX_MAX} hex digits, and has {len(text)}")
-    return int(text, 16)
+    if not 0 < len(text) <= most:
+        raise UsageError(f"{option} needs 2 to {most} hex digits, and has {len(text)}")
+    return bytes.fromhex(text)
 
 
 def rsa_key(modulus: str, option: str, exponent: int = 65537) -> PublicKey:
@@ -114,7 +131,7 @@ def rsa_key(modulus: str, option: str, exponent: int = 65537) -> PublicKey:
     from vtpm_cuse.ca.keys import PublicKey
 
     try:
-        return PublicKey.from_rsa(hex_number(modulus, option), exponent)
+        return PublicKey.from_rsa(_number(modulus, option), exponent)
     except ValueError as exc:
         raise UsageError(f"{option}: {exc}") from exc
 
@@ -128,9 +145,21 @@ def point_key(curve: str, x: str, y: str, option: str) -> PublicKey:
             f"Unsupported ECC curve id: {curve}", hint=f"there are {', '.join(CURVES)}"
         )
     try:
-        return PublicKey.from_point(
-            curve, hex_number(x, f"{option} x"), hex_number(y, f"{option} y")
+        return PublicKey.from_point(curve, _number(x, f"{option} x"), _number(y, f"{option} y"))
+    except ValueError as exc:
+        raise UsageError(f"{option}: {exc}") from exc
+
+
+def raw_key(kind: str, key: str, option: str) -> PublicKey:
+    """A key that is no more than its bytes, ML-KEM and ML-DSA. Raises UsageError."""
+    from vtpm_cuse.ca.keys import RAW_KINDS, PublicKey
+
+    if kind not in RAW_KINDS:
+        raise UsageError(
+            f"Unsupported key type '{kind[:40]}'.", hint=f"there are {', '.join(RAW_KINDS)}"
         )
+    try:
+        return PublicKey.from_raw(kind, hex_octets(key, option, _RAW_HEX_MAX))
     except ValueError as exc:
         raise UsageError(f"{option}: {exc}") from exc
 
@@ -142,6 +171,10 @@ def readable(text: str, option: str) -> str:
     except UnicodeEncodeError:
         raise UsageError(f"The value of {option} is not text in UTF-8") from None
     return text
+
+
+def _number(text: str, option: str) -> int:
+    return int.from_bytes(hex_octets(text, option), "big")
 
 
 def _spec_number(text: str, part: str) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.ca.certificates import CertificateKind, CertificateRequest, Issuer
     from vtpm_cuse.ca.keys import PublicKey
 
-_KINDS: Final = ("ek", "platform", "aik")
+_KINDS: Final = ("ek", "platform", "aik", "iak", "idevid")
 _SERIAL_DIGITS: Final = 49
 _DAYS: Final = 365
 _DAYS_MAX: Final = (1 << 31) - 1
@@ -60,10 +60,35 @@ PROGRAM: Final = Program(
             group="The TPM's key",
         ),
         Option(
+            "public",
+            "a key for ML-KEM or ML-DSA as it is, hex; with --keyalgo",
+            metavar="HEX",
+            group="The TPM's key",
+        ),
+        Option(
+            "keyalgo",
+            "what it is for",
+            metavar="ALGORITHM",
+            choices=(
+                *("ml-kem-512", "ml-kem-768", "ml-kem-1024"),
+                *("ml-dsa-44", "ml-dsa-65", "ml-dsa-87"),
+            ),
+            group="The TPM's key",
+        ),
+        Option(
             "signkey",
-            "PEM file of the CA's key, or pkcs11: URI of one in a token",
+            "PEM file of the CA's key, also of one that a TPM loads; or pkcs11: URI of one in a "
+            "token, or handle:NUMBER of a persistent one in a TPM",
             metavar="FILE",
             group="The CA",
+        ),
+        Option(
+            "signkey-tpm",
+            "where the TPM of such a key is: path of a device or Unix socket, or HOST:PORT; "
+            "default: /dev/tpmrm0",
+            metavar="PATH",
+            group="The CA",
+            more="With it, no key that is none of a TPM is taken.",
         ),
         Option(
             "signkey-password",
@@ -80,11 +105,17 @@ PROGRAM: Final = Program(
         ),
         Option(
             "parentkey-password",
-            "accepted and not used: the password of the parent of a key in a TPM",
+            "password of the parent of a key in a TPM, or of the hierarchy of which that is made; "
+            "others can see it",
             metavar="PASSWORD",
             group="The CA",
         ),
-        Option("parentkey-pwd", "likewise", metavar="WHERE", group="The CA"),
+        Option(
+            "parentkey-pwd",
+            "where that password is, as with --signkey-pwd",
+            metavar="WHERE",
+            group="The CA",
+        ),
         Option("issuercert", "PEM file of the CA's certificate", metavar="FILE", group="The CA"),
         *common.TPM_OPTIONS,
         Option(
@@ -96,8 +127,8 @@ PROGRAM: Final = Program(
     operands=(),
     description=(
         "Makes an X.509 certificate with the fields that the Trusted Computing Group asks for: "
-        "for an endorsement key (ek), a platform with a TPM (platform) or an attestation key "
-        "(aik).",
+        "for an endorsement key (ek), a platform with a TPM (platform), an attestation key (aik), "
+        "or the initial attestation key (iak) or device identity key (idevid) of a TPM 2.0.",
         "Nothing is written unless the certificate is whole.",
     ),
     examples=(
@@ -112,6 +143,10 @@ PROGRAM: Final = Program(
         Example(
             "The same with the CA's key in a PKCS #11 token: as --signkey",
             "'pkcs11:token=ca;object=signkey;type=private'",
+        ),
+        Example(
+            "The same with the CA's key in a TPM: as --signkey and --signkey-tpm",
+            "tpm-key.pem --signkey-tpm /dev/tpmrm0",
         ),
     ),
     environment=(Term("SWTPM_PKCS11_PIN", "The PIN of the PKCS #11 token."),),
@@ -134,8 +169,9 @@ def _run(words: list[str]) -> int:
         print(version_text("certificate tool ", "TPM"))
     elif line.has("print-capabilities"):
         print(
-            '{ "type": "swtpm_cert", "features": [ "cmdarg-signkey-pwd", '
-            f'"cmdarg-parentkey-pwd" ], "version": "{PEER_VERSION}" }}'
+            '{ "type": "swtpm_cert", "features": [ "cmdarg-signkey-pwd", "cmdarg-parentkey-pwd", '
+            '"cmdarg-tpm-serial-num", "supports-iak-idevid", "cmdarg-public", '
+            f'"cmdarg-keyalgo" ], "version": "{PEER_VERSION}" }}'
         )
     else:
         _certify(line)
@@ -167,7 +203,7 @@ def _request(line: CommandLine) -> CertificateRequest:
 
     kind = _kind(line)
     key = _public_key(line)
-    tpm = common.required_tpm(line)
+    tpm = None if kind.is_identity else common.required_tpm(line)
     platform = common.maker(line, "platform")
     if kind is CertificateKind.PLATFORM and platform is None:
         raise UsageError(
@@ -189,6 +225,7 @@ def _request(line: CommandLine) -> CertificateRequest:
             line.has("tpm2"),
             line.has("allow-signing"),
             line.has("decryption"),
+            common.required_serial(line) if kind.is_identity else "",
         )
     except ValueError as exc:
         raise UsageError(
@@ -211,13 +248,29 @@ def _public_key(line: CommandLine) -> PublicKey:
         raise UsageError("RSA modulus and ECC parameters cannot both be given.")
     if (x is None) != (y is None):
         raise UsageError("ECC x and y parameters must both be given.")
+    kind, raw = line.value("keyalgo"), line.value("public")
+    given = "rsa" if modulus is not None else "ecc" if x is not None else ""
+    if given and (kind is not None or raw is not None):
+        raise UsageError(
+            f"Already found options for '{given}' key; cannot switch to '{kind or 'ml-kem'}'."
+        )
     if line.has("pubkey"):
         return _key_of_file(line.value("pubkey") or "")
     if modulus is not None:
         return common.rsa_key(modulus, "--modulus", _exponent(line))
     if x is not None and y is not None:
         return common.point_key(line.value("ecc-curveid") or "secp256r1", x, y, "--ecc")
+    if kind is not None or raw is not None:
+        return _raw_key(kind, raw)
     raise UsageError("Missing public EK file and modulus or ECC parameters.")
+
+
+def _raw_key(kind: str | None, raw: str | None) -> PublicKey:
+    if kind is None:
+        raise UsageError("--public requires --keyalgo to specify the key algorithm.")
+    if raw is None:
+        raise UsageError(f"Missing --public option for key type {kind}.")
+    return common.raw_key(kind, raw, "--public")
 
 
 def _key_of_file(path: str) -> PublicKey:
@@ -259,9 +312,12 @@ def _days(line: CommandLine) -> int:
     text = line.value("days")
     if text is None:
         return _DAYS
-    found = number(text, -_DAYS_MAX, _DAYS_MAX, base=10)
+    found = number(text, -1, _DAYS_MAX, base=10)
     if found is None:
-        raise UsageError(f"'{text[:40]}' of --days is no number of days")
+        raise UsageError(
+            f"Days value of '{text[:40]}' is outside valid range.",
+            hint=f"--days takes a number from 0 to {_DAYS_MAX}, and -1",
+        )
     return found
 
 
@@ -272,16 +328,23 @@ def _issuer(line: CommandLine) -> Issuer:
     if key is None:
         raise UsageError("Missing signature key.", hint="see --signkey")
     from vtpm_cuse.ca.issuers import open_issuer
+    from vtpm_cuse.ca.tpmkeys import KeyTpm
+
+    password = _password(line, "signkey")
+    pin = os.fsencode(os.environ.get("SWTPM_PKCS11_PIN", ""))
+    tpm = KeyTpm(line.value("signkey-tpm") or "", _password(line, "parentkey") or b"")
+    return open_issuer(certificate, key, password, password or pin or None, tpm=tpm, streams=True)
+
+
+def _password(line: CommandLine, whose: str) -> bytes | None:
+    """The last of the two options for the password of a key counts. Raises UsageError."""
     from vtpm_cuse.ca.passwords import read_password
 
-    password = None
-    option = line.last_of("signkey-password", "signkey-pwd")
-    if option == "signkey-pwd":
-        password = read_password(line.value(option) or "", option)
-    elif option is not None:
-        password = os.fsencode(line.value(option) or "")
-    pin = os.fsencode(os.environ.get("SWTPM_PKCS11_PIN", ""))
-    return open_issuer(certificate, key, password, password or pin or None, streams=True)
+    option = line.last_of(f"{whose}-password", f"{whose}-pwd")
+    if option is None:
+        return None
+    value = line.value(option) or ""
+    return read_password(value, option) if option.endswith("-pwd") else os.fsencode(value)
 
 
 def _write(path: str | None, data: bytes) -> None:

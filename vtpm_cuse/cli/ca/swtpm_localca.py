@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vtpm_cuse.ca.keys import PublicKey
     from vtpm_cuse.ca.localca import LocalCa
 
-_KINDS: Final = ("ek", "platform")
+_KINDS: Final = ("ek", "platform", "iak", "idevid")
+_RAW: Final = re.compile(r"pubkey=([^,]*),algo=([^,]*)")
 _POINT: Final = re.compile(r"x=([^,]*),y=([^,]*)(?:,id=([^,]*))?")
 
 PROGRAM: Final = Program(
@@ -32,13 +33,14 @@ PROGRAM: Final = Program(
     (
         Option(
             "type",
-            "what the certificate is for; it is written to ek.cert or platform.cert",
+            "what the certificate is for; it is written to ek.cert, platform.cert and so on",
             metavar="TYPE",
             choices=_KINDS,
         ),
         Option(
             "ek",
-            "the TPM's key: modulus of an RSA key in hex, or x=HEX,y=HEX,id=CURVE",
+            "the TPM's key: modulus of an RSA key in hex, x=HEX,y=HEX,id=CURVE, or "
+            "pubkey=HEX,algo=ALGORITHM for ML-KEM and ML-DSA",
             metavar="KEY",
         ),
         Option("key", "the same as --ek", metavar="KEY"),
@@ -51,8 +53,10 @@ PROGRAM: Final = Program(
         Option("help", "display this help and exit", letter="h"),
         *common.TPM_OPTIONS,
     ),
+    aliases=("swtpm-localca",),
     description=(
-        "Creates the certificate of an endorsement key, or of a platform with a TPM, for "
+        "Creates the certificate of an endorsement key (ek), of a platform with a TPM (platform), "
+        "or of the initial attestation key (iak) or device identity key (idevid) of a TPM 2.0, for "
         "swtpm_setup(8). The CA's folder, key and certificate are named in a configuration file; "
         "a root CA and a CA below it are made the first time. What is left of an interrupted run "
         "is completed by the next one, and no key that is there is ever replaced.",
@@ -78,7 +82,9 @@ PROGRAM: Final = Program(
         Term("/etc/swtpm-localca.conf", "Where the CA is: swtpm-localca.conf(5)."),
         Term("/etc/swtpm-localca.options", "What it certifies: swtpm-localca.options(5)."),
     ),
-    see_also=("swtpm_cert(8)", "swtpm_setup(8)", "swtpm-localca.conf(5)"),
+    see_also=(
+        *("swtpm_cert(8)", "swtpm_setup(8)", "swtpm-create-tpmca(8)", "swtpm-localca.conf(5)"),
+    ),
 )
 
 
@@ -138,9 +144,10 @@ def _request(line: CommandLine, ca: LocalCa) -> CertificateRequest:
     return ca.request(
         kind,
         _public_key(key),
-        common.required_tpm(line, ca.tpm),
+        None if kind.is_identity else common.required_tpm(line, ca.tpm),
         common.required_specification(line, ca.tpm) if kind is CertificateKind.EK else None,
         common.readable(line.value("vmid") or "", "--vmid"),
+        common.required_serial(line, ca.tpm) if kind.is_identity else "",
         is_tpm2=line.has("tpm2"),
         allow_signing=line.has("allow-signing"),
         decryption=line.has("decryption"),
@@ -150,6 +157,8 @@ def _request(line: CommandLine, ca: LocalCa) -> CertificateRequest:
 def _public_key(text: str) -> PublicKey:
     if "=" not in text:
         return common.rsa_key(text, "--ek")
+    if (raw := _RAW.fullmatch(text)) is not None:
+        return common.raw_key(raw[2], raw[1], "--ek")
     found = _POINT.fullmatch(text)
     if found is None:
         raise UsageError(f"'{text[:40]}' of --ek is neither a modulus nor x=HEX,y=HEX,id=CURVE")

@@ -51,7 +51,7 @@ def _server_address(line: CommandLine, given: SubValues, port: int | None) -> So
     if address.kind == "tcp" and address.port is None and address.fd is None:
         port = port if port is not None else number(os.environ.get("TPM_PORT", ""), 0, _PORT_MAX)
         if port is None:
-            raise line.error("No valid port number provided for TCP socket.")
+            raise line.error("TPM_PORT is not set or contains an invalid integer value.")
         return address._replace(port=port)
     if address.kind == "unixio" and address.path is None and address.fd is None:
         raise line.error("Missing path and file descriptor option for UnixIO socket")

@@ -366,9 +366,11 @@ OPTIONS: Final[Sequence[Option]] = (
         noun="pcap",
         subs=(
             SubOption("file", "file to append to", metavar="PATH"),
-            SubOption("fd", "open descriptor to write to", Kind.INT, "FD"),
+            SubOption("fd", "open descriptor of a file to append to", Kind.INT, "FD"),
             SubOption("truncate", "empty the file first", Kind.BOOL),
-            SubOption("mode", "permissions of a new file, by default 0640", Kind.MODE, "0..."),
+            SubOption(
+                "mode", "permissions of the file, by default 0640 for a new one", Kind.MODE, "0..."
+            ),
             SubOption("checksums", "give the packets their checksums", Kind.BOOL),
         ),
     ),

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _NAME_MAX: Final = 255
 _PROXY_NAME: Final = "proxy0"
-_PCAP_MODE: Final = 0o640
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
 
 
@@ -333,18 +332,14 @@ def pcap_config(line: CommandLine) -> PcapConfig | None:
     given = line.subs("pcap")
     if given is None:
         return None
-    path, fd, mode = (
-        _path(given, "file"),
-        addresses.descriptor(given.integer("fd")),
-        given.integer("mode"),
-    )
+    path, fd = _path(given, "file"), addresses.descriptor(given.integer("fd"))
     if path is None and fd is None:
         raise line.error("The file or fd parameter is required for the pcap option.")
     return PcapConfig(
         path=path,
         fd=fd,
         truncate=given.flag("truncate"),
-        mode=_PCAP_MODE if mode is None else mode,
+        mode=given.integer("mode"),
         checksums=given.flag("checksums"),
     )
 

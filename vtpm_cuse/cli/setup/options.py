@@ -11,6 +11,7 @@ _KEYS: Final = "Keys and certificates"
 _STATE: Final = "State"
 _PROFILE: Final = "Profile of a TPM 2.0 (libtpms 0.10 or newer)"
 _OTHER: Final = "Other"
+_ALGORITHMS: Final = ("rsa2048", "rsa3072", "rsa4096", "secp256r1", "secp384r1", "secp521r1")
 
 OPTIONS: Final = (
     Option(
@@ -43,7 +44,8 @@ OPTIONS: Final = (
     ),
     Option(
         "createek",
-        "create the endorsement keys: RSA and ECC in a TPM 2.0, RSA in a TPM 1.2",
+        "create the endorsement keys: two in a TPM 2.0, by default RSA and ECC, and RSA in a TPM "
+        "1.2",
         group=_KEYS,
     ),
     Option("create-ek-cert", "certify the endorsement keys; implies --createek", group=_KEYS),
@@ -53,20 +55,57 @@ OPTIONS: Final = (
         "--create-ek-cert, too",
         group=_KEYS,
     ),
-    Option("vmid", "common name of the certificates' subject", metavar="ID", group=_KEYS),
+    Option(
+        "vmid",
+        "common name of the certificates' subject, or serial number of that of an IAK or IDevID",
+        metavar="ID",
+        group=_KEYS,
+    ),
     Option(
         "write-ek-cert-files",
-        "write the endorsement keys' certificates to this directory, too",
+        "write the keys' certificates to this directory, too",
         metavar="DIR",
         group=_KEYS,
     ),
     Option(
         "rsa-keysize",
-        "bits of RSA keys: 2048, 3072, or max for the most that libtpms can do; by default 2048",
+        "bits of RSA keys: 2048, 3072, 4096, or max for the most that libtpms can do; by default "
+        "2048",
         metavar="BITS",
-        choices=("2048", "3072", "max"),
+        choices=("2048", "3072", "4096", "max"),
         group=_KEYS,
     ),
+    Option(
+        "ek1keyalgo",
+        "the first endorsement key, by default RSA of --rsa-keysize; TPM 2.0 only",
+        metavar="ALGORITHM",
+        choices=_ALGORITHMS,
+        group=_KEYS,
+        more="The curves have second names: ecc_nist_p256, ecc_nist_p384, ecc_nist_p521.",
+    ),
+    Option(
+        "ek2keyalgo",
+        "the second one, by default secp384r1; there is only one if both are the same",
+        metavar="ALGORITHM",
+        choices=_ALGORITHMS,
+        group=_KEYS,
+    ),
+    Option(
+        "iakkeyalgo",
+        "create an initial attestation key (IAK) and its certificate; TPM 2.0 only, needs "
+        "--create-ek-cert",
+        metavar="ALGORITHM",
+        choices=_ALGORITHMS,
+        group=_KEYS,
+    ),
+    Option(
+        "idevidkeyalgo",
+        "create an initial device identity key (IDevID) and its certificate; likewise",
+        metavar="ALGORITHM",
+        choices=_ALGORITHMS,
+        group=_KEYS,
+    ),
+    Option("no-iak", "accepted, without effect", group=_KEYS),
     Option(
         "allow-signing",
         "make endorsement keys that can sign, which is not standard; TPM 2.0 only",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.setup import profiles as setup_profiles
 from vtpm_cuse.cli.words.numbers import FD_MAX, number
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.manufacture.config import CertificateConfig, Existing, SetupConfig
-from vtpm_cuse.manufacture.plan import Ownership, SetupPlan
+from vtpm_cuse.manufacture.plan import RSA_BITS, KeyAlgorithm, Ownership, SetupPlan
 from vtpm_cuse.storage.locations import absolute, absolute_path, parse
 
 if TYPE_CHECKING:
@@ -29,7 +29,13 @@ _TPM2_ONLY: Final = (
 _OWNER_PASSWORD: Final = "ooo"  # noqa: S105 - the documented default
 _SRK_PASSWORD: Final = "sss"  # noqa: S105
 _DEFAULT_BANKS: Final = "sha256"
-_SIZES: Final = ("2048", "3072", "max")
+_ALGORITHMS: Final = {
+    **{algorithm.value: algorithm for algorithm in KeyAlgorithm},
+    "ecc_nist_p256": KeyAlgorithm.P256,
+    "ecc_nist_p384": KeyAlgorithm.P384,
+    "ecc_nist_p521": KeyAlgorithm.P521,
+}
+_IDENTITIES: Final = ("iakkeyalgo", "idevidkeyalgo")
 
 
 def state_uri(line: CommandLine) -> str:
@@ -103,37 +109,79 @@ def _creates_ek(line: CommandLine) -> bool:
 
 def _plan(line: CommandLine, config: ConfigFile, makers: TpmMakers) -> SetupPlan:
     tpm2 = line.has("tpm2")
-    spk: Literal["rsa", "ecc"] | None = None
-    if line.has("create-spk"):
-        spk = "ecc" if line.has("ecc") else "rsa"
+    identities = _identities(line, config, makers) if tpm2 else (None, None)
     return SetupPlan(
         tpm2=tpm2,
         create_ek=_creates_ek(line),
+        ek_algorithms=_ek_algorithms(line, config, makers) if tpm2 else (),
         allow_signing=line.has("allow-signing"),
         decryption=line.has("decryption"),
-        spk=spk,
+        spk=_spk(line, config, makers) if line.has("create-spk") else None,
+        iak=identities[0],
+        idevid=identities[1],
         ek_certificate=line.has("create-ek-cert"),
         platform_certificate=line.has("create-platform-cert"),
         lock_nvram=line.has("lock-nvram"),
-        rsa_bits=_rsa_bits(line, config, makers) if tpm2 else 2048,
         pcr_banks=_pcr_banks(line, config) if tpm2 else None,
         ownership=_ownership(line) if line.has("take-ownership") else None,
         reconfigure=line.has("reconfigure"),
     )
 
 
-def _rsa_bits(line: CommandLine, config: ConfigFile, makers: TpmMakers) -> int:
+def _ek_algorithms(
+    line: CommandLine, config: ConfigFile, makers: TpmMakers
+) -> tuple[KeyAlgorithm, ...]:
+    first = _algorithm(line, config, makers, "ek1keyalgo") or _rsa(line, config, makers)
+    second = _algorithm(line, config, makers, "ek2keyalgo") or KeyAlgorithm.P384
+    return tuple(dict.fromkeys((first, second)))
+
+
+def _identities(
+    line: CommandLine, config: ConfigFile, makers: TpmMakers
+) -> tuple[KeyAlgorithm | None, KeyAlgorithm | None]:
+    """IAK and IDevID; what the configuration says of them is for set-ups that make keys."""
+    if not _creates_ek(line) and not any(line.has(name) for name in _IDENTITIES):
+        return None, None
+    iak, idevid = (_algorithm(line, config, makers, name) for name in _IDENTITIES)
+    if (iak or idevid) and not line.has("create-ek-cert"):
+        raise UsageError(
+            "When creating IAK and/or IDevID keys, then an EK certificate must be created as well.",
+            hint="see --create-ek-cert",
+        )
+    return iak, idevid
+
+
+def _spk(line: CommandLine, config: ConfigFile, makers: TpmMakers) -> KeyAlgorithm:
+    return KeyAlgorithm.P384 if line.has("ecc") else _rsa(line, config, makers)
+
+
+def _algorithm(
+    line: CommandLine, config: ConfigFile, makers: TpmMakers, name: str
+) -> KeyAlgorithm | None:
+    """That of an option, else of the setting of the same name; None without either."""
+    text = line.value(name) if line.has(name) else config.value(name)
+    if text is None:
+        return None
+    found = _ALGORITHMS.get(text.lower())
+    if found is None:
+        raise UsageError(f"Key algorithm {text} is not supported.", hint=f"see --{name}")
+    return _supported(found, makers)
+
+
+def _rsa(line: CommandLine, config: ConfigFile, makers: TpmMakers) -> KeyAlgorithm:
     text = line.value("rsa-keysize") or config.value("rsa_keysize") or "2048"
-    if text not in _SIZES:
-        raise UsageError(f"Unsupported RSA key size {text}.")
-    if text == "2048":
-        return 2048
-    there = makers.rsa_sizes()
     if text == "max":
-        return max(there, default=2048)
-    if int(text) not in there:
-        raise UsageError(f"{text} bit RSA keys are not supported by libtpms.")
-    return int(text)
+        return _ALGORITHMS[f"rsa{max(makers.rsa_sizes(), default=2048)}"]
+    if text not in map(str, RSA_BITS):
+        raise UsageError(f"Unsupported RSA key size {text}.")
+    return _supported(_ALGORITHMS[f"rsa{text}"], makers)
+
+
+def _supported(algorithm: KeyAlgorithm, makers: TpmMakers) -> KeyAlgorithm:
+    bits = algorithm.rsa_bits
+    if bits > RSA_BITS[0] and bits not in makers.rsa_sizes():
+        raise UsageError(f"{bits} bit RSA keys are not supported by libtpms.")
+    return algorithm
 
 
 def _pcr_banks(line: CommandLine, config: ConfigFile) -> tuple[str, ...] | None:

@@ -112,13 +112,18 @@ def _run(words: Sequence[str]) -> int:
         print(version_text("setup tool "))
         return 0
     if line.has("create-config-files"):
-        for path in setup_files.create_config_files(line.value("create-config-files") or ""):
-            inform(f"Writing {shown(path)}.\n")
+        write_config_files(line.value("create-config-files") or "")
         return 0
     for name in ("swtpm_ioctl", "tcsd-system-ps-file"):
         if line.has(name):
             complain(f"Warning: --{name} is deprecated and has no effect.")
     return _run_setup(line)
+
+
+def write_config_files(how: str) -> None:
+    """Writes a user's configuration, and says so: see `manufacture.files.create_config_files`."""
+    for path in setup_files.create_config_files(how):
+        inform(f"Writing {shown(path)}.\n")
 
 
 def _run_setup(line: CommandLine) -> int:

@@ -106,36 +106,28 @@ def _bool(value: str) -> bool:
 
 
 def _int(value: str) -> int:
-    found = number(value, -(1 << 31), (1 << 31) - 1, base=10)
-    if found is None:
-        raise SubOptionError(f"invalid number '{value}'")
-    return found
+    return _within(value, -(1 << 31), (1 << 31) - 1)
 
 
 def _uint(value: str) -> int:
-    # PEER: lets a negative number pass and cuts a long one; we follow its 0.11 line here.
-    found = number(value, 0, (1 << 32) - 1, base=10)
-    if found is None:
-        raise SubOptionError(f"invalid number '{value}'")
-    return found
+    return _positive(value, (1 << 32) - 1)
 
 
 def _mode(value: str) -> int:
-    found = leading_number(value, base=8)
-    if found is None or found[1]:
-        raise SubOptionError(f"invalid mode type '{value}'")
-    if not 0 <= found[0] <= 0o777:
+    mode = _positive(value, (1 << 32) - 1, base=8)
+    if mode > 0o777:
         raise SubOptionError(f"mode {value} is invalid")
-    return found[0]
+    return mode
 
 
 def user_number(value: str) -> int:
     """Of a user, by name or number. Raises SubOptionError."""
     import pwd
 
-    found = number(value, 0, (1 << 32) - 2, base=10)
+    if _is_number(value):
+        return _positive(value, (1 << 32) - 2)
     try:
-        return pwd.getpwnam(value).pw_uid if found is None else found
+        return pwd.getpwnam(value).pw_uid
     except KeyError:
         raise SubOptionError(f"User '{value}' does not exist.") from None
 
@@ -144,11 +136,33 @@ def group_number(value: str) -> int:
     """Of a group, by name or number. Raises SubOptionError."""
     import grp
 
-    found = number(value, 0, (1 << 32) - 2, base=10)
+    if _is_number(value):
+        return _positive(value, (1 << 32) - 2)
     try:
-        return grp.getgrnam(value).gr_gid if found is None else found
+        return grp.getgrnam(value).gr_gid
     except KeyError:
         raise SubOptionError(f"Group '{value}' does not exist.") from None
+
+
+def _positive(value: str, highest: int, base: int = 10) -> int:
+    # PEER: before 0.11 lets a negative number pass and cuts a long one.
+    if value.lstrip().startswith("-"):
+        raise SubOptionError(f"invalid required positive number '{value}'")
+    return _within(value, 0, highest, base)
+
+
+def _within(value: str, lowest: int, highest: int, base: int = 10) -> int:
+    if not _is_number(value, base):
+        raise SubOptionError(f"invalid number '{value}'")
+    found = number(value, lowest, highest, base)
+    if found is None:
+        raise SubOptionError(f"number {value.strip()} outside valid range")
+    return found
+
+
+def _is_number(value: str, base: int = 10) -> bool:
+    found = leading_number(value, base)
+    return found is not None and not found[1]
 
 
 _CONVERT: dict[Kind, Callable[[str], Value]] = {

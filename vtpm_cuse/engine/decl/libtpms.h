@@ -19,6 +19,7 @@ struct libtpms_callbacks {
 
 uint32_t TPMLIB_GetVersion(void);
 TPM_RESULT TPMLIB_ChooseTPMVersion(int ver);
+TPM_RESULT TPMLIB_GetTPMProperty(int prop, int *result);
 TPM_RESULT TPMLIB_RegisterCallbacks(struct libtpms_callbacks *callbacks);
 TPM_RESULT TPMLIB_MainInit(void);
 void TPMLIB_Terminate(void);

@@ -78,6 +78,7 @@ def run_in_background(
         _die_by(exc.number)
     except BaseException:
         os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)  # a device that it made is gone then
         raise
     finally:
         os.close(read_end)

@@ -30,9 +30,16 @@ class ServiceManager:
         """Whether there is one."""
         return self._connection is not None
 
-    def ready(self) -> None:
-        """Clients are served; by this process, which need not be the one that was started."""
-        self._tell(f"READY=1\nMAINPID={self._process}")
+    def ready(self, *, in_background: bool) -> None:
+        """Clients are served; by another process than was started, where it is *in_background*.
+
+        Each word has a datagram of its own: some compare the first one with READY=1, as the C suite
+        sends it. The other follows before the process ends that was started, so that systemd, which
+        reads datagrams before it looks who has ended, does not take the service for ended.
+        """
+        self._tell("READY=1")
+        if in_background:
+            self._tell(f"MAINPID={self._process}")
 
     def stopping(self) -> None:
         """The service is about to end."""

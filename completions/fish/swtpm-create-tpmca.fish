@@ -1,0 +1,16 @@
+# Made by "python -m tools.manual": change the tables, not this file.
+complete -c swtpm-create-tpmca -f
+complete -c swtpm-create-tpmca -l dir -x -a '(__fish_complete_directories)' -d 'folder of the CA, which is made'
+complete -c swtpm-create-tpmca -l overwrite -f -d 'use a folder that is there: what is missing in it is made, and what is there is kept'
+complete -c swtpm-create-tpmca -l tpm2 -f -d 'the TPM is a TPM 2.0; needed'
+complete -c swtpm-create-tpmca -l tpm -r -F -d 'the TPM: path of a device or Unix socket, or HOST:PORT; default: /dev/tpmrm0'
+complete -c swtpm-create-tpmca -l algorithm -x -a 'rsa2048 rsa3072 ecc256 secp256r1 ecc384 secp384r1' -d 'what the key is; default: rsa2048'
+complete -c swtpm-create-tpmca -l key-password -x -d 'where the key\'s password is, if it is to have one'
+complete -c swtpm-create-tpmca -l parent -x -d 'handle of a persistent storage key of which the key is made, as 0x81000001; by default a primary key of the owner\'s, which is made anew each time'
+complete -c swtpm-create-tpmca -l srk-password -x -d 'where the password of that key is or, without --parent, of the owner'
+complete -c swtpm-create-tpmca -l outfile -r -F -d 'write the configuration there and not to the output'
+complete -c swtpm-create-tpmca -l owner -x -a '(__fish_complete_users)' -d 'user whose the CA\'s files are to be; for root'
+complete -c swtpm-create-tpmca -l group -x -d 'their group; for root'
+complete -c swtpm-create-tpmca -l pid -x -d 'accepted, without effect: there is no token'
+complete -c swtpm-create-tpmca -l version -f -d 'display the version and exit'
+complete -c swtpm-create-tpmca -s h -l help -f -d 'display this help and exit'
