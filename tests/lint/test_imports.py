@@ -79,7 +79,17 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": ERRORS
-    | {"acquire", "config", "files", "fleet.base", "programs", "proto", "resmgr", "serve"}
+    | {
+        "acquire",
+        "config",
+        "files",
+        "fleet.api",
+        "fleet.base",
+        "programs",
+        "proto",
+        "resmgr",
+        "serve",
+    }
     | {"service.compose"}
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
