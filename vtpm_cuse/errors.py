@@ -37,6 +37,22 @@ class WireError(VtpmError):
         return f"{self.what}: {self.need} bytes needed, {self.got} there"
 
 
+class MessageError(VtpmError):
+    """A varlink peer sends what is no message; there is no going on with it."""
+
+
+class VarlinkError(VtpmError):
+    """A varlink call fails: ``name`` is the error's, with its interface, ``parameters`` JSON's."""
+
+    def __init__(self, name: str, parameters: dict[str, object]) -> None:
+        super().__init__(name, parameters)
+        self.name, self.parameters = name, parameters
+
+    def __str__(self) -> str:
+        details = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        return f"{self.name}: {details}" if details else self.name
+
+
 class ResultError(VtpmError):
     """What failed has ``result``, a TPM_RESULT as PTM requests have it."""
 

@@ -79,11 +79,12 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": ERRORS
-    | {"acquire", "client", "config", "files", "fleet.base", "programs", "proto", "resmgr", "serve"}
-    | {"service.compose"}
+    | {"acquire", "client", "config", "files", "fleet.api", "fleet.base", "programs", "proto"}
+    | {"resmgr", "serve", "service.compose"}
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
     "fleet.base": frozenset(),
+    "fleet.api": ERRORS | {"acquire", "fleet.base", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),

@@ -6,13 +6,16 @@ import contextlib
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING
+import struct
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import give_socket
 
 if TYPE_CHECKING:
+    import trio
+
     from vtpm_cuse.acquire.chardev import CharDevice
     from vtpm_cuse.config import SocketAddress, SocketConfig
 
@@ -20,6 +23,17 @@ _BACKLOG = 128
 _KEEPALIVE_SECONDS = 60
 _PATH_MAX = 107
 _ACCEPTCON = 1 << 16  # __SO_ACCEPTCON, linux/net.h
+
+_UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h: process, user, group
+NO_UID: Final = 0xFFFF_FFFF
+"""Where the kernel names no user."""
+
+
+def credentials(connection: socket.socket | trio.socket.SocketType) -> tuple[int, int]:
+    """Process and user of who has connected to a Unix socket: SO_PEERCRED, unix(7)."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(found)
+    return pid, uid
 
 
 def acquire(config: SocketConfig) -> Endpoints:
@@ -49,13 +63,13 @@ def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None
     if address.fd is None and address.clientfd is not None:
         endpoints.control_stream = inherit(address.clientfd, listening=False)
     else:
-        endpoints.control_listener = _listener(endpoints, address)
+        endpoints.control_listener = listen(endpoints, address)
 
 
 def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None:
     """Binds, or takes over, where clients of the resource manager come. Raises UsageError."""
     if address is not None:
-        endpoints.managed_listener = _listener(endpoints, address)
+        endpoints.managed_listener = listen(endpoints, address)
 
 
 def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:
@@ -64,10 +78,11 @@ def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:
     if address.kind == "tcp" and address.fd is not None:
         endpoints.data_stream = take_stream(address.fd)
     else:
-        endpoints.data_listener = _listener(endpoints, address)
+        endpoints.data_listener = listen(endpoints, address)
 
 
-def _listener(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
+def listen(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
+    """Binds, or takes over, one whose path *endpoints* removes. Raises UsageError."""
     if address.fd is not None:
         return inherit(address.fd, listening=True)
     try:

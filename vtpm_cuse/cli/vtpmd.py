@@ -30,6 +30,9 @@ PROGRAM: Final = Program(
             "seconds without a command after which a TPM sleeps, by default 1",
             metavar="SECONDS",
         ),
+        Option(
+            "group", "members of this group may ask it, each for TPMs of his own", metavar="GROUP"
+        ),
         *(option for option in _SOCKET if option.name in {"log", "help", "version"}),
     ),
     description=(
@@ -40,6 +43,8 @@ PROGRAM: Final = Program(
         "Each TPM that is awake has a process of its own, in a sandbox that can open no path. What "
         "it stores goes to the manager, which puts it on the disk before the client is answered. "
         "The manager reads nothing of what clients send.",
+        "It is asked on a Unix socket, manager.sock in the folder of the sockets: by root and its "
+        "own user about all TPMs, by members of --group about those that are theirs.",
         "A TPM whose process dies has lost what it had in memory. It is not started again by "
         "itself, for its PCRs would be empty: it refuses all commands until it is reset.",
         "SIGTERM and SIGINT end the manager in order: each TPM is shut down as by TPM2_Shutdown. "
@@ -63,6 +68,7 @@ PROGRAM: Final = Program(
     ),
     files=(
         Term("/var/lib/vtpm/NAME", "A TPM of root's manager: tpm.json, its state, its snapshots."),
+        Term("/run/vtpm/manager.sock", "Where vtpm(8) and others ask it, in varlink."),
         Term("/run/vtpm/tpm/NAME", "Its sockets: data, data.ctrl, managed."),
     ),
     see_also=("vtpm(8)", "swtpm_socket(8)"),
@@ -91,6 +97,7 @@ def _serve(line: CommandLine) -> int:
             idle=line.number("idle", _IDLE_MAX) or 1,
             level=settings.log_config(line).level,
             messages=next(iter(logs.descriptors()), None),
+            group=line.group("group"),
         )
         return daemon.run(found, notify.connect(), held)
     finally:

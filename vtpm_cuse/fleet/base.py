@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 """Off; on, without a process; on, in a process of its own; on the way there; lost until a reset."""
@@ -59,7 +60,8 @@ class Fleet(Protocol):
     """All TPMs of one manager, each under one name; all methods raise FleetError.
 
     Who may ask for what is the business of who serves it to others. One request at a time changes
-    a TPM: another one waits.
+    a TPM: another one waits. A TPM that is there is named by its name or by its id, which nothing
+    else is ever called: who has looked at a TPM can be sure to change that one.
     """
 
     async def create(self, spec: Spec) -> Tpm:
@@ -106,5 +108,5 @@ class Fleet(Protocol):
     async def wake(self, name: str) -> Tpm:
         """Give it a process now. Busy if it is off."""
 
-    def watch(self) -> AsyncIterator[Event]:
-        """What happens from now on."""
+    def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What happens from this call on; it ends for who takes it too slowly."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 OWNER_MAX: Final = 1024
 """TPMs of one owner."""
+_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _RUN_MODE: Final = 0o711
 _EVENTS_MAX: Final = 1024
 """That one who watches may be behind; then it is told no more."""
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
         owner_max: TPMs that one user may have.
         spare: Blank workers that wait.
         messages: The descriptor that workers write messages to, if any.
+        group: Whose members may ask it, besides its user and root.
     """
 
     state: str
@@ -55,6 +58,7 @@ class Settings(NamedTuple):
     owner_max: int = OWNER_MAX
     spare: int = SPARE
     messages: int | None = 2
+    group: int | None = None
 
 
 @contextlib.asynccontextmanager
@@ -189,8 +193,8 @@ class Manager:
             if force:
                 await machine.stop()
             machine.need_stopped()
-            await self._off(lambda: self._catalogue.remove(name, machine.entry))
-            del self._machines[name]
+            await self._off(lambda: self._catalogue.remove(machine.name, machine.entry))
+            del self._machines[machine.name]
             self._tell("removed", machine)
 
     async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
@@ -213,16 +217,16 @@ class Manager:
         """Another name, other labels."""
         async with self._naming, self._mine(name) as machine:
             if labels is not None:
-                check_labels(name, labels)
+                check_labels(machine.name, labels)
                 entry = machine.entry._replace(labels=labels)
-                await self._off(lambda: self._catalogue.write(name, entry))
+                await self._off(lambda: self._catalogue.write(machine.name, entry))
                 machine.entry = entry
-            if new_name is not None and new_name != name:
+            if new_name is not None and new_name != machine.name:
                 machine.need_stopped()
-                new = self._need_vacant(new_name)
-                await self._off(lambda: self._catalogue.rename(name, new))
+                old, new = machine.name, self._need_vacant(new_name)
+                await self._off(lambda: self._catalogue.rename(old, new))
                 machine.name = new
-                self._machines[new] = self._machines.pop(name)
+                self._machines[new] = self._machines.pop(old)
             self._changed(machine)
             return machine.described()
 
@@ -232,8 +236,8 @@ class Manager:
             machine.need_stopped()
 
             def copy() -> None:
-                folder = self._catalogue.make_snapshot(name, snapshot)
-                _copy(self._catalogue.state_of(name), folder)
+                folder = self._catalogue.make_snapshot(machine.name, snapshot)
+                _copy(self._catalogue.state_of(machine.name), folder)
 
             await self._off(copy)
 
@@ -243,7 +247,8 @@ class Manager:
             machine.need_stopped()
 
             def copy() -> None:
-                _copy(self._catalogue.need_snapshot(name, snapshot), self._catalogue.state_of(name))
+                folder = self._catalogue.need_snapshot(machine.name, snapshot)
+                _copy(folder, self._catalogue.state_of(machine.name))
 
             await self._off(copy)
             return machine.described()
@@ -270,7 +275,7 @@ class Manager:
             await machine.wake()
             return machine.described()
 
-    def watch(self) -> AsyncIterator[Event]:
+    def watch(self) -> trio.MemoryReceiveChannel[Event]:
         """What happens from now on."""
         send, receive = trio.open_memory_channel[Event](_EVENTS_MAX)
         self._watchers.add(send)
@@ -279,7 +284,10 @@ class Manager:
     # -- helpers ----------------------------------------------------------------------------------
 
     def _one(self, name: str) -> Machine:
+        """Which has this name or this id."""
         found = self._machines.get(name)
+        if found is None:
+            found = next((one for one in self._machines.values() if one.entry.id == name), None)
         if found is None:
             raise FleetError("NoSuchTpm", check_name(name), "there is no such TPM")
         return found
@@ -289,13 +297,15 @@ class Manager:
         """That TPM, for one who changes it."""
         machine = self._one(name)
         async with machine.turn:
-            if self._machines.get(name) is not machine:
+            if self._machines.get(machine.name) is not machine:
                 raise FleetError("NoSuchTpm", name, "there is no such TPM any more")
             yield machine
 
     def _need_vacant(self, name: str) -> str:
         if check_name(name) in self._machines:
             raise FleetError("TpmExists", name, "there is such a TPM already")
+        if _ID.fullmatch(name):
+            raise FleetError("BadName", name, "this may be the id of another one")
         return name
 
     @staticmethod

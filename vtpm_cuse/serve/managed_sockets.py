@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import socket
-import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from vtpm_cuse.acquire.sockets import NO_UID, credentials
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
@@ -23,6 +22,7 @@ from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
     from vtpm_cuse.proto.places import SavedPlace
@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
 _TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
-_UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h: process, user, group
-_NOBODY: Final = 0xFFFF_FFFF
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -287,6 +285,5 @@ def _peer_of(connection: socket.socket) -> Peer:
         except OSError:  # it has gone again
             return Peer("tcp")
         return Peer("tcp", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, _ = _UCRED.unpack(credentials)
-    return Peer("unix", pid=pid, uid=uid if uid != _NOBODY else None)
+    pid, uid = credentials(connection)
+    return Peer("unix", pid=pid, uid=uid if uid != NO_UID else None)
