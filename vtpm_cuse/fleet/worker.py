@@ -163,7 +163,7 @@ class _Served:
         if order is Order.RESET:
             self._saved = await server.suspend()
         elif order is Order.SLEEP and self._vtpm.at_rest:
-            self._saved = await server.suspend_at_rest()
+            self._saved = server.suspend_at_rest()
         if self._saved is None:
             return False
         self._asked = Order.RESET if order is Order.RESET else Order.SLEEP

@@ -123,13 +123,12 @@ class SocketServer:
         await self._turn.acquire()
         return self._suspended()
 
-    async def suspend_at_rest(self) -> SavedSockets | None:
+    def suspend_at_rest(self) -> SavedSockets | None:
         """As `suspend`; None, with nothing done, where a client is in the middle of something."""
-        await self._turn.acquire()
-        if self._at_rest():
-            return self._suspended()
-        self._turn.release()
-        return None
+        if self._turn.locked() or not self._at_rest():
+            return None
+        self._turn.acquire_nowait()
+        return self._suspended()
 
     def _at_rest(self) -> bool:
         found = (self._only, self._accepted, *self._passed, *self._controls, self._managed)
