@@ -448,8 +448,10 @@ class SocketServer:
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
         endpoints = self._endpoints
         # The end of the last one may be there without its task knowing it yet.
-        in_use = not all(at_end(data.connection) for data in self._passed)
-        taken = in_use or endpoints.data_listener or endpoints.data_stream
+        there = [*self._passed, *filter(None, [self._accepted])]
+        in_use = not all(at_end(data.connection) for data in there)
+        listens = endpoints.data_listener is not None and not endpoints.passed_too
+        taken = in_use or listens or endpoints.data_stream
         if taken or self._vtpm.borrowed:  # all its clients are the manager's
             return PtmResult.TPM_IOERROR
         if not fds:
