@@ -12,6 +12,7 @@ import pytest
 
 from tests.kernel.harness import needs
 from tests.kernel.proxy import Proxy
+from tests.qemu.boards import PC
 from tests.qemu.guest import Shell, find_kernel
 from tests.support import commands as tpm
 
@@ -20,23 +21,21 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("warm")
 
-QEMU: Final = "qemu-system-x86_64"
 BOOT_SECONDS: Final = 240
 """For an emulator in an emulator: it takes half a minute on an idle machine."""
 
 
 def test_guest_uses_the_device(tmp_path: Path) -> None:
-    needs(shutil.which(QEMU) is not None, f"{QEMU} is missing")
+    needs(shutil.which(PC.program) is not None, f"{PC.program} is missing")
     kernel = find_kernel(tmp_path)
     needs(kernel is not None, "no kernel: kernel-helpers/lab --prepare")
     assert kernel is not None
     ours, theirs = socket.socketpair()
     with ours, theirs, Proxy(tmp_path / "proxy") as proxy:
-        command = [QEMU, "-accel", "tcg", "-machine", "q35", "-m", "192"]
-        command += ["-cpu", "qemu64,vendor=GenuineIntel"]
+        command = [PC.program, "-accel", "tcg", *PC.options, "-m", "192"]
         command += ["-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-kernel", str(kernel.image), "-initrd", str(kernel.initramfs)]
-        command += ["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr quiet"]
+        command += ["-append", PC.words]
         command += ["-serial", f"file:{tmp_path / 'console'}"]
         command += ["-chardev", f"socket,id=shell,fd={theirs.fileno()}", "-serial", "chardev:shell"]
         # The driver of the proxy has no file to cancel a command by.
