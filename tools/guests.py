@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from tools.steps import CACHE, fail, run_main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 FOLDER: Final = CACHE / "guests"
 KERNEL: Final = "kernel"
@@ -67,17 +67,17 @@ def main() -> None:
 
 def _configure(work: Path, architectures: list[str]) -> Mapping[str, str]:
     """An apt that knows these architectures alone; returns the environment that makes it so."""
-    index = ("Created-By: Packages", "Origin: Debian", "Component: main")
-    found = _ask("apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", *index)
-    if not found:
+    ours = ("Created-By: Packages", "Origin: Debian", "Component: main")
+    repositories = _ask("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", *ours)
+    if not repositories:
         fail("apt knows no packages of Debian: sudo apt-get update")
-    (work / "lists/partial").mkdir(parents=True)
-    (work / "archives/partial").mkdir(parents=True)
-    (work / "status").touch()
-    names = ",".join(architectures)
+    options = f"[arch={','.join(architectures)} signed-by={_KEYRING}]"
     (work / "sources.list").write_text(
-        f"deb [arch={names} signed-by={_KEYRING}] {found.splitlines()[0]} main\n"
+        "".join(f"deb {options} {line} main\n" for line in sorted(set(repositories.splitlines())))
     )
+    for folder in ("lists/partial", "archives/partial"):
+        (work / folder).mkdir(parents=True)
+    (work / "status").touch()
     (work / "apt.conf").write_text(
         f"""\
 APT::Architectures {{ {"".join(f'"{name}"; ' for name in architectures)}}};
@@ -104,16 +104,26 @@ def _fetch(architecture: str, packages: Path, environment: Mapping[str, str]) ->
 
 def _unpack(package: Path, guest: Path, modules: tuple[str, ...]) -> None:
     """Writes what the guest needs into its folder; modules have their order in their names."""
-    for path, file in _files(package):
-        if path.match("boot/vmlinu?-*"):
-            target = KERNEL
-        elif path.match("bin/busybox"):
-            target = BUSYBOX
-        elif path.suffix == ".ko" and path.stem in modules:
-            target = f"{modules.index(path.stem)}-{path.name}"
-        else:
-            continue
-        (guest / target).write_bytes(file)
+    command = ("dpkg-deb", "--fsys-tarfile", package)
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as unpacking,
+        tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive,
+    ):
+        for member in archive:
+            path = PurePosixPath(member.name)
+            if path.match("boot/vmlinu?-*"):
+                target = KERNEL
+            elif path.match("bin/busybox"):
+                target = BUSYBOX
+            elif path.suffix == ".ko" and path.stem in modules:
+                target = f"{modules.index(path.stem)}-{path.name}"
+            else:
+                continue
+            file = archive.extractfile(member)
+            if file is not None:
+                (guest / target).write_bytes(file.read())
+    if unpacking.returncode:
+        fail(f"{package.name} cannot be unpacked")
 
 
 def _ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
@@ -126,17 +136,6 @@ def _ask(*command: str, environment: Mapping[str, str] | None = None) -> str:
 def _run(*command: str, environment: Mapping[str, str], folder: Path | None = None) -> None:
     if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
         fail(f"{' '.join(command)} failed: is there a network?")
-
-
-def _files(package: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    unpacking = subprocess.Popen(("dpkg-deb", "--fsys-tarfile", package), stdout=subprocess.PIPE)
-    with tarfile.open(fileobj=unpacking.stdout, mode="r|") as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.isreg() else None
-            if file is not None:
-                yield PurePosixPath(member.name), file.read()
-    if unpacking.wait():
-        fail(f"{package.name} cannot be unpacked")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={**os.environ, "TMPDIR": str(folder)},
                 pass_fds=[their_qmp.fileno(), their_serial.fileno()],
             )
         their_qmp.close()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import pytest
 
 from tests.qemu.facts import DEBUG_PCR, extend, read_pcrs
+from tests.qemu.fleet import ARM2, ARM_UEFI2, CRB2, SPAPR2, TIS2, UEFI2
 from tests.support import commands
 
 if TYPE_CHECKING:
     from tests.qemu.fleet import Booted
+
+# Where and how the kernel has found the TPM.
+NAMES: Final = {
+    **dict.fromkeys((CRB2, TIS2, UEFI2, ARM_UEFI2), "acpi:MSFT0101:"),
+    ARM2: "of:Ntpm_tisT(null)Ctcg,tpm-tis-mmio",
+    SPAPR2: "vio:TIBM,vtpmSIBM,vtpm20",
+}
 
 
 def banks(booted: Booted) -> tuple[str, ...]:
@@ -22,6 +32,13 @@ def test_devices_and_version(booted: Booted) -> None:
     shell.run(f"test {'' if booted.kind.tpm2 else '!'} -c /dev/tpmrm0")
     version = shell.run("cat /sys/class/tpm/tpm0/tpm_version_major")
     assert version == ("2\n" if booted.kind.tpm2 else "1\n")
+
+
+@pytest.mark.parametrize("booted", NAMES, indirect=True, ids=str)
+def test_the_firmware_names_it(booted: Booted) -> None:
+    """Or QEMU itself, in the device tree of a machine without one."""
+    name = booted.machine.shell.run("cat /sys/class/tpm/tpm0/device/modalias")
+    assert name == f"{NAMES[booted.kind]}\n"
 
 
 def test_every_pcr_in_sysfs(booted: Booted) -> None:
