@@ -38,7 +38,7 @@ BOOT_SECONDS: Final = 240
 SWITCHED_OFF: Final = [
     tpm.tpm2(
         0x121,
-        bytes.fromhex(f"4000000c 00000009 40000009 0000 00 0000 {hierarchy} 00"),
+        bytes.fromhex(f"4000000c 00000009 40000009 0000 01 0000 {hierarchy} 00"),
         sessions=True,
     )
     for hierarchy in ("4000000b", "40000001", "4000000c")

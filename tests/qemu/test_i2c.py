@@ -17,6 +17,7 @@ import pytest
 from tests.qemu.machine import BOUND, Emulator, Program
 from tests.support import commands as tpm
 from tests.support.unstable import FOLDER, REASON, is_ready
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,16 +108,17 @@ class Bus:
         self._stop()
         return data
 
+    def _has_answered(self) -> bool:
+        # No time passes on the board but what it is given.
+        self._ask(f"clock_step {A_MILLISECOND}")
+        return bool(self.read(STS, 1)[0] & AVAILABLE)
+
     def execute(self, command: bytes) -> bytes:
         """The TPM's response to a command."""
         self.write(STS, bytes([READY]))
         self.write(FIFO, command)
         self.write(STS, bytes([GO]))
-        # No time passes on the board but what it is given; the TPM's answer comes meanwhile.
-        for _ in range(10_000):
-            if self.read(STS, 1)[0] & AVAILABLE:
-                break
-            self._ask(f"clock_step {A_MILLISECOND}")
+        wait_until(self._has_answered, "a response", process=self._process, log=self._log)
         header = self.read(FIFO, 10)
         return header + self.read(FIFO, int.from_bytes(header[2:6], "big") - len(header))
 
