@@ -65,17 +65,22 @@ _ALWAYS_READ: Final = frozenset(
 
 
 class Limits(NamedTuple):
-    """How much one client may have.
+    """How much one client may have, and for who lets them in, how many of them there may be.
 
     Attributes:
         objects: Of each connection.
         sessions: Of each connection.
         abandoned: Sessions that closed connections left saved, for others to load.
+        clients_of_a_user: As many as a TPM has sessions. Those on TCP, who have no user, count as
+            one's.
+        clients: In all, so that one user leaves room for others.
     """
 
     objects: int = 64
     sessions: int = 16
     abandoned: int = 4
+    clients_of_a_user: int = 64
+    clients: int = 256
 
 
 class Manager:

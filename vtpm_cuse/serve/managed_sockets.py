@@ -19,7 +19,7 @@ from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
 from vtpm_cuse.serve.managing import manage
-from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
+from vtpm_cuse.vtpm.clients import Peer
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ class ManagedServer:
         """Makes room for one more; False where all those before it have given commands."""
         of_user = [one.place for one in self._connections if one.client.peer.uid == peer.uid]
         of_all = [one.place for one in self._connections]
-        for places, most in ((of_user, USER_CLIENTS_MAX), (of_all, CLIENTS_MAX)):
+        limits = self._managed.limits
+        for places, most in ((of_user, limits.clients_of_a_user), (of_all, limits.clients)):
             if len(places) < most:
                 continue
             log.warning("Too many managed clients: one was turned away")

@@ -80,6 +80,8 @@ class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
+        limits: Of its resource manager (`resmgr.manager.Limits`), by name; what is left out has
+            its default.
         borrowed: It is not ours: no power, no locality, no state, and it may go away.
         incoming: A migration brings the state: the first start does not lock it, for its
             owner still does.
@@ -92,6 +94,7 @@ class VtpmOptions(NamedTuple):
     incoming: bool = False
     release_outgoing: bool = False
     profile: str | None = None
+    limits: tuple[tuple[str, int], ...] = ()
     borrowed: Borrowed | None = None
 
 
