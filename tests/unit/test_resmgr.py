@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import pytest
 
 from tests.support import commands as tpm
 from tests.support.managed import (
+    Gapped,
     digest_in,
     flush,
     handle_of,
@@ -33,9 +34,6 @@ from tests.support.managed import (
     unique_of,
 )
 from vtpm_cuse.resmgr.manager import Connection, Manager
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LAYER: Final = 0x000B0000
 RANDOM: Final = tpm.get_random(8)
@@ -400,44 +398,6 @@ def test_a_reset_ends_everything_and_nothing_else() -> None:
 
 
 # -- un-gapping ---------------------------------------------------------------------------
-
-
-class Gapped:
-    """A TPM whose saved sessions may be no more than *gap* saves apart."""
-
-    tpm2 = True
-
-    def __init__(self, process: Callable[[bytes], bytes], gap: int) -> None:
-        self._process, self._gap = process, gap
-        self._saved: dict[int, int] = {}
-        self._base: int | None = None
-        self.refused = 0
-
-    def process(self, command: bytes) -> bytes:
-        kind = command[6:10].hex()
-        if kind == "00000162" and command[10] in {2, 3}:
-            oldest = min(self._saved.values(), default=None)
-            if oldest is not None and self._counter() - oldest >= self._gap:
-                self.refused += 1
-                return bytes.fromhex("80010000000a00000901")
-        answer = self._process(command)
-        if kind == "0000017a" and command[10:18] == u32(6, 0x114):
-            return answer[:-4] + u32(self._gap)
-        if tpm.code_of(answer) == 0 and kind == "00000162" and command[10] in {2, 3}:
-            self._saved[command[11] << 16 | command[12] << 8 | command[13]] = int.from_bytes(
-                answer[10:18], "big"
-            )
-        if tpm.code_of(answer) == 0 and kind == "00000161":
-            self._saved.pop(int.from_bytes(answer[11:14], "big"), None)
-        if tpm.code_of(answer) == 0 and kind == "00000165":
-            self._saved.pop(int.from_bytes(command[11:14], "big"), None)
-        return answer
-
-    def _counter(self) -> int:
-        return max(self._saved.values(), default=0)
-
-    def cancel(self) -> int:
-        return 0
 
 
 @pytest.mark.parametrize(("gap", "commands"), [(0xFFFF, 70_000), (0xFF, 6_000)])
