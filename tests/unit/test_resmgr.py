@@ -397,6 +397,38 @@ def test_a_reset_ends_everything_and_nothing_else() -> None:
         assert code(client, load_external(2)) == 0
 
 
+def test_a_shutdown_with_sessions_open_and_the_resume() -> None:
+    """Whatever is swapped out, nothing of the manager's comes between the shutdown and the end."""
+    with started_engine() as engine:
+        manager = Manager(engine)
+        client, other = manager.connect(), manager.connect()
+        keys = [opened(client, load_external(number)) for number in range(5)]
+        context = context_in(client.process(save(keys[0])))
+        sessions = [opened(client, start_session(kind)) for kind in (0, 1, 1, 3, 0)]
+        assert code(client, policy_command_code(sessions[1], 0x17B)) == 0
+        opened(other, start_session())
+        assert code(client, tpm.pcr_extend(10, bytes(32))) == 0
+        extended = tpm.pcr_value(client.process(tpm.pcr_read(10)))
+        assert code(client, tpm.TPM2_SHUTDOWN_STATE) == 0
+        before = manager.inner_commands
+        assert code(client, RANDOM) == 0
+        assert listed(client.process(list_handles(0x02000000))) == sorted(
+            sessions, key=lambda handle: handle & 0xFF
+        )
+        assert manager.inner_commands == before
+        other.close()  # which may end what it has: that takes nothing back
+        engine.stop()
+        engine.start()
+        manager.reset()
+        assert code(client, tpm.TPM2_STARTUP_STATE) == 0
+        assert tpm.pcr_value(client.process(tpm.pcr_read(10))) == extended
+        assert [code(client, policy_digest(one)) for one in sessions] == [LAYER | 0x910] * 5
+        assert [code(client, read_public(key)) for key in keys] == [LAYER | 0x910] * 5
+        assert code(client, load(context)) == 0
+        for kind in (0, 1, 1, 3, 0):
+            opened(client, start_session(kind))
+
+
 # -- un-gapping ---------------------------------------------------------------------------
 
 
