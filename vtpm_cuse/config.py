@@ -285,6 +285,7 @@ class SocketAddress(NamedTuple):
         gid: Group of that path; None leaves it.
         fd: An open socket: a listening one, but for TCP data a connected one.
         clientfd: A connected socket of a control channel.
+        per_process: Of the resource manager: a client is a process, not a connection.
     """
 
     kind: Literal["tcp", "unixio"]
@@ -297,6 +298,7 @@ class SocketAddress(NamedTuple):
     gid: int | None = None
     fd: int | None = None
     clientfd: int | None = None
+    per_process: bool = False
 
 
 class SocketConfig(NamedTuple):

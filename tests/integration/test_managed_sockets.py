@@ -34,11 +34,13 @@ class Managed(s.Server):
 
     channel = "unix"
 
-    def __init__(self, folder: Path, *words: str, state: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *words: str, state: Path | None = None, more: str = ""
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.managed_address = folder / "managed"
         with s.listener(self.managed_address) as sock:
-            words += ("--managed", f"type=unixio,fd={sock.fileno()}")
+            words += ("--managed", f"type=unixio,fd={sock.fileno()}{more}")
             super().__init__(folder, *words, pass_fds=[sock.fileno()], state=state)
 
     def client(self) -> s.Client:

@@ -446,3 +446,13 @@ def test_limits_of_the_resource_manager_on_every_way() -> None:
 )
 def test_limits_that_are_refused(words: tuple[str, ...], says: str) -> None:
     assert says in error_of("-n", "vtpm0", *words)[0]
+
+
+def test_processes_as_clients() -> None:
+    unix, tcp = "type=unixio,path=m,per-process", "type=tcp,port=1,per-process"
+    words = ("--tpmstate", "dir=s", "--tpm2", "--managed")
+    managed = settings.socket_config(CommandLine(swtpm_socket.PROGRAM, (*words, unix))).managed
+    assert managed is not None
+    assert managed.per_process
+    with pytest.raises(UsageError, match="per-process is for type=unixio"):
+        settings.socket_config(CommandLine(swtpm_socket.PROGRAM, (*words, tcp)))

@@ -90,6 +90,11 @@ class ManagedVtpm:
         self._clients.pop(client.connection.number, None)
         client.connection.close()
 
+    def holds(self, client: Client) -> bool:
+        """Whether it has an object or a session."""
+        self._notice_reset()
+        return view.holds(self._manager, client.connection)
+
     def suspend(self) -> SavedClients:
         """The clients as plain values, before the TPM is suspended; they are not used any more."""
         self._notice_reset()

@@ -232,6 +232,13 @@ OPTIONS: Final[Sequence[Option]] = (
         subs=(
             *_address(default_type=""),
             SubOption("fd", "open listening socket", Kind.INT, "FD"),
+            SubOption(
+                "per-process",
+                "a client is a process with all of its connections, and keeps what it has until it "
+                "ends, as the TCTI swtpm of tpm2-tss needs, which connects anew for each command; "
+                "unixio only, with Linux 6.5 or newer",
+                Kind.BOOL,
+            ),
         ),
         interfaces=STREAMS,
     ),

@@ -76,7 +76,8 @@ PROGRAM: Final = Program(
         "and its clients' sessions, of which the TPM has room for 64; --flush-all ends them.",
         "A client of a socket is its connection. tpm2-tss stays connected by its module cmd, as "
         "in the example; its module swtpm connects anew for each command, and so loses all that "
-        "it has. That one also wants a control channel (--ctrl), at the port behind the other: "
+        "it has, unless --managed has per-process, of which swtpm_socket(8) says more. That one "
+        "also wants a control channel (--ctrl), at the port behind the other, or at PATH.ctrl: "
         "SHUTDOWN ends this program, and no request reaches the TPM's power, state or locality.",
     ),
     examples=(
