@@ -83,12 +83,19 @@ def expect(found: bytes, expected: bytes) -> None:
 
 
 def test_it_ends_with_the_process(world: Managed) -> None:
+    left, wait = os.pipe(), os.pipe()
+
     def leave() -> None:
         for number in range(2):
             m.handle_of(ask(world, m.load_external(number)))
         m.handle_of(ask(world, m.start_session()))
+        os.write(left[1], b"x")
+        os.read(wait[0], 1)
 
-    in_child(leave)
+    with child(leave), world.client() as other:
+        assert os.read(left[0], 1)
+        for _ in range(3):  # its last connection has been closed, and that seen
+            assert code_of(other.command(m.list_handles(0x80000000))) == 0
     with world.raw() as raw:
         for first in (0x80000000, 0x02000000, 0x03000000):
             wait_until(
