@@ -13,12 +13,12 @@ from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmCc, command_code
 from vtpm_cuse.wire.tpm2_handles import (
     SESSIONS,
     SESSIONS_TAG,
+    UNKNOWN_SESSION,
     exclusive_audit_session,
     index_of,
     kind_of,
 )
 
-_UNKNOWN: Final = 0xFFFF_FFFF
 _SUCCESS: Final = bytes(4)
 _FLUSH: Final = TpmCc.TPM_CC_FlushContext.to_bytes(4, "big")
 _LEAVE_IT: Final = frozenset(
@@ -30,8 +30,8 @@ class AuditWatch:
     """Is shown what the TPM answers.
 
     Attributes:
-        session: The exclusive audit session; 0 for none. Where the TPM came with a state of which
-            nobody can tell, no session's number.
+        session: The exclusive audit session; 0 for none. Where there may be one and nobody can
+            tell which, as in a state from elsewhere, `UNKNOWN_SESSION`.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class AuditWatch:
 
     def begin(self, *, resumed: bool) -> None:
         """The TPM was started: anew, or from where another left off."""
-        self.session = _UNKNOWN if resumed else 0
+        self.session = UNKNOWN_SESSION if resumed else 0
 
     def note(self, command: bytes, answer: bytes) -> None:
         """An answer with sessions; while there is an exclusive one, any answer."""

@@ -38,6 +38,7 @@ _SESSION_ATTRIBUTE_CONTINUE: Final = 0x01
 _SESSION_ATTRIBUTE_AUDIT_EXCLUSIVE: Final = 0x02
 _LASTS: Final = _SESSION_ATTRIBUTE_CONTINUE | _SESSION_ATTRIBUTE_AUDIT_EXCLUSIVE
 _HANDLES_MAX: Final = 3
+UNKNOWN_SESSION: Final = 0xFFFF_FFFF
 SESSIONS_TAG: Final = TpmTag.TPM_ST_SESSIONS.to_bytes(2, "big")
 
 
@@ -162,19 +163,19 @@ def continued(response: bytes, count: int) -> list[bool]:
 
 
 def exclusive_audit_session(command: bytes, response: bytes) -> int:
-    """The session that a successful response with sessions calls exclusive and goes on; 0 for none.
+    """The session that a successful response with sessions calls exclusive and goes on.
 
-    The command's handles are found by where an authorization area fits.
+    0 for none; `UNKNOWN_SESSION` where the command does not show which it is. Its handles are found
+    by where an authorization area fits.
     """
-    attributes = answered_attributes(response)
+    lasting = [_LASTS & ~on == 0 for on in answered_attributes(response)]
+    if not any(lasting):
+        return 0
     for handles in range(_HANDLES_MAX + 1):
         used = sessions_of(command, handles)
-        if len(used) == len(attributes) and all(kind_of(one.handle) in _AUTHORIZE for one in used):
-            named = (
-                one.handle for one, on in zip(used, attributes, strict=True) if _LASTS & ~on == 0
-            )
-            return next(named, 0)
-    return 0
+        if len(used) == len(lasting) and all(kind_of(one.handle) in _AUTHORIZE for one in used):
+            return used[lasting.index(True)].handle
+    return UNKNOWN_SESSION
 
 
 def response_handle(response: bytes) -> int | None:
