@@ -9,6 +9,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vtpm_cuse.acquire.endpoints import Endpoints
+from vtpm_cuse.acquire.peers import tells_process
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import give_socket
 
@@ -54,8 +55,13 @@ def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None
 
 def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None:
     """Binds, or takes over, where clients of the resource manager come. Raises UsageError."""
-    if address is not None:
-        endpoints.managed_listener = _listener(endpoints, address)
+    if address is None:
+        return
+    if address.per_process and not tells_process():
+        reason = "Error: This kernel does not tell which process connects, as per-process needs"
+        raise UsageError(reason, hint="use Linux 6.5 or newer")
+    endpoints.managed_listener = _listener(endpoints, address)
+    endpoints.per_process = address.per_process
 
 
 def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:

@@ -65,17 +65,22 @@ _ALWAYS_READ: Final = frozenset(
 
 
 class Limits(NamedTuple):
-    """How much one client may have.
+    """How much one client may have, and for who lets them in, how many of them there may be.
 
     Attributes:
         objects: Of each connection.
         sessions: Of each connection.
         abandoned: Sessions that closed connections left saved, for others to load.
+        clients_of_a_user: As many as a TPM has sessions. Those on TCP, who have no user, count as
+            one's.
+        clients: In all, so that one user leaves room for others.
     """
 
     objects: int = 64
     sessions: int = 16
     abandoned: int = 4
+    clients_of_a_user: int = 64
+    clients: int = 256
 
 
 class Manager:
@@ -310,15 +315,16 @@ class Manager:
         response = self._send(command, used, code, attributes)
         if _failed(response):
             return response
-        self._note_sessions(response, attributes, used)
+        self._note_sessions(response, used)
         if attributes.flushes:
             for found in used.objects:
                 connection.objects.pop(found.handle, None)
                 self.objects.remove(found)
         if code == TpmCc.TPM_CC_ContextSave and used.sessions:
             self.sessions.saved_by_owner(used.sessions[0], response[TPM_HEADER_SIZE:])
-        if attributes.extensive:
-            self._check_objects()
+        if attributes.extensive:  # those that it has ended are found by that
+            with contextlib.suppress(Refusal):  # a TPM in failure mode has none
+                self.objects.evict_all()
         if attributes.returns_handle:
             return self._note_handle(connection, response, code)
         return response
@@ -361,13 +367,11 @@ class Manager:
                 return self.sessions.drop_abandoned()
         return False
 
-    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: Used) -> None:
+    def _note_sessions(self, response: bytes, used: Used) -> None:
         """A session ends by its response, not by the request: a failed command ends none."""
         if not used.authorizations:
             return
-        lives = wire.continued(
-            response, returns_handle=attributes.returns_handle, count=len(used.authorizations)
-        )
+        lives = wire.continued(response, len(used.authorizations))
         for found, on in zip(used.authorizations, lives, strict=True):
             if found is not None and not on:
                 self.sessions.remove(found)
@@ -385,12 +389,6 @@ class Manager:
         connection.objects[new.handle] = new
         self.objects.add(new)
         return wire.with_response_handle(response, new.handle)
-
-    def _check_objects(self) -> None:
-        try:
-            self.objects.check()
-        except TpmError:
-            return  # a TPM in failure mode has none
 
     def now(self) -> int:
         """Counts commands that use something."""

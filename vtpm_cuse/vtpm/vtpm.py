@@ -23,7 +23,9 @@ from vtpm_cuse.errors import (
     TpmUnavailable,
     VtpmError,
 )
+from vtpm_cuse.vtpm.audit import AuditWatch
 from vtpm_cuse.vtpm.custody import Custody, Whose
+from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.vtpm.start import PERMANENT, give_state, need_vacancy, resumes, start_engine
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
@@ -42,6 +44,7 @@ from vtpm_cuse.wire.tpm import (
     shutdown_command,
     startup_command,
 )
+from vtpm_cuse.wire.tpm2_handles import SESSIONS_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,6 +80,8 @@ class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
+        limits: Of its resource manager (`resmgr.manager.Limits`), by name; what is left out has
+            its default.
         borrowed: It is not ours: no power, no locality, no state, and it may go away.
         incoming: A migration brings the state: the first start does not lock it, for its
             owner still does.
@@ -89,40 +94,8 @@ class VtpmOptions(NamedTuple):
     incoming: bool = False
     release_outgoing: bool = False
     profile: str | None = None
+    limits: tuple[tuple[str, int], ...] = ()
     borrowed: Borrowed | None = None
-
-
-class SavedVtpm(NamedTuple):
-    """A vTPM between two commands, as plain values; as secret as its state.
-
-    It is resumed once, and the old one never goes on: two TPMs that resume from one volatile state
-    give the same random numbers and make the same keys. It belongs to the permanent state that was
-    stored when it was suspended, and to no other host or boot. What libtpms keeps of a TPM that is
-    off, the tpmEstablished bit, is not in it.
-
-    Attributes:
-        whose: Whose the state is (`custody.Whose`).
-        running: Whether the TPM is on.
-        volatile: If so, all that it would lose without power.
-        locality: Of the next command.
-        buffer_size: Bytes, as a client set them.
-        last_header: Of the last command, which decides on the shutdown in order.
-        hashing: Whether the platform is in the middle of a measurement.
-        failure_said: Whether the log has it that the TPM is in failure mode.
-        profile: What a new TPM is yet to be made by.
-        given: What another process has given for the next start: name and payload, in this order.
-    """
-
-    whose: str
-    running: bool
-    volatile: bytes
-    locality: int
-    buffer_size: int
-    last_header: bytes
-    hashing: bool
-    failure_said: bool
-    profile: str | None
-    given: tuple[tuple[str, bytes | None], ...]
 
 
 class Vtpm:
@@ -158,6 +131,7 @@ class Vtpm:
         )
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
+        self._audit = AuditWatch()
         self.starts = 0
         self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
@@ -209,6 +183,7 @@ class Vtpm:
             self._engine.set_profile(self._profile)
         given, self._given = self._given, {}
         self.resumed = resumes(given, store)
+        self._audit.begin(resumed=self.resumed)
         start_engine(
             self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
         )
@@ -255,6 +230,7 @@ class Vtpm:
             self._failure_said,
             self._profile,
             tuple((state.blob_name, payload) for state, payload in self._given.items()),
+            self._audit.session,
         )
         engine.stop()
         return saved
@@ -276,6 +252,7 @@ class Vtpm:
         self._hashing = saved.hashing
         self._failure_said = saved.failure_said
         self._profile = saved.profile
+        self._audit.session = saved.audit
         self._given = {kinds[name]: payload for name, payload in saved.given}
         for kind, payload in self._given.items():
             engine.set_state(kind, payload)
@@ -357,6 +334,8 @@ class Vtpm:
             answer = self._engine.process(command)
             if answer[6:TPM_HEADER_SIZE] == self._failure_mode:
                 self._say_failure("by itself: with --log level=5 libtpms says more")
+            if answer[:2] == SESSIONS_TAG or self._audit.session:
+                self._audit.note(command, answer)
             return answer
         except StorageError as exc:
             self._say_failure(f"for it could not store its state: {exc}")
@@ -402,7 +381,7 @@ class Vtpm:
             raise DeviceError(errno.EOPNOTSUPP)
         thread = not self.tpm2 and command_code(self._last_header) in _SHA1_THREAD
         # Any command may update a clock in the state, which may be another process' by now.
-        if thread or self._hashing or self._custody.away:
+        if thread or self._hashing or self._audit.session or self._custody.away:
             raise DeviceError(errno.EBUSY)
         with self._in_locality(0):
             return self._engine.process(command)
