@@ -244,16 +244,14 @@ class Manager:
     def process(self, connection: Connection, command: bytes) -> bytes:
         """The response to a connection's command; never raises VtpmError."""
         connection.commands += 1
-        code_bytes = command_code(command)
-        if command[:2] == _NO_SESSIONS:
-            if code_bytes in self._simple:
-                return self.tpm.process(command)
-            if code_bytes in self._short and (found := self._shortcut(connection, command)):
-                return found
+        if (given := self.passed_on(connection, command)) is not None:
+            response = self.tpm.process(given)
+            if response[6:TPM_HEADER_SIZE] == _SUCCESS or command_code(command) in self._simple:
+                return response
         whole = len(command) >= TPM_HEADER_SIZE and command_size(command) == len(command)
         if not whole or command[:2] not in _TAGS:
             return self.tpm.process(command)  # which refuses it
-        code = int.from_bytes(code_bytes, "big")
+        code = int.from_bytes(command_code(command), "big")
         if code == TpmCc.TPM_CC_Startup or not self.prepare():
             return self._start(command)
         try:
@@ -261,8 +259,19 @@ class Manager:
         except Refusal as exc:
             return wire.plain_response(exc.code)
 
-    def _shortcut(self, connection: Connection, command: bytes) -> bytes | None:
-        """`_run`, shortened for what is loaded; None, with nothing done, where that is more."""
+    def passed_on(self, connection: Connection, command: bytes) -> bytes | None:
+        """What the TPM itself is given where `_run` has nothing to add; None where it may have.
+
+        A command that has no handle, or uses one thing that is loaded; one that fails, and has a
+        handle, goes the general way.
+        """
+        if command[:2] != _NO_SESSIONS:
+            return None
+        code = command_code(command)
+        if code in self._simple:
+            return command
+        if code not in self._short:
+            return None
         if command_size(command) != len(command) or len(command) < _ONE_HANDLE_END:
             return None
         handle = int.from_bytes(command[TPM_HEADER_SIZE:_ONE_HANDLE_END], "big")
@@ -272,16 +281,14 @@ class Manager:
                 return None
             known.used = next(self._clock)
             head, rest = command[:TPM_HEADER_SIZE], command[_ONE_HANDLE_END:]
-            response = self.tpm.process(head + physical.to_bytes(4, "big") + rest)
-        else:
-            session = self.sessions.find(handle)
-            if session is None or session.owner != connection.number:
-                return None
-            if session.handle != handle or session.place is not Place.LOADED:
-                return None
-            session.used = next(self._clock)
-            response = self.tpm.process(command)
-        return response if response[6:TPM_HEADER_SIZE] == _SUCCESS else None
+            return head + physical.to_bytes(4, "big") + rest
+        session = self.sessions.find(handle)
+        if session is None or session.owner != connection.number:
+            return None
+        if session.handle != handle or session.place is not Place.LOADED:
+            return None
+        session.used = next(self._clock)
+        return command
 
     def _start(self, command: bytes) -> bytes:
         """Of a TPM that is not started, or may be started by this."""
@@ -529,6 +536,10 @@ class Connection:
     def process(self, command: bytes) -> bytes:
         """One command, one response."""
         return self._manager.process(self, command)
+
+    def passed_on(self, command: bytes) -> bytes | None:
+        """See `Manager.passed_on`."""
+        return self._manager.passed_on(self, command)
 
     def cancel(self) -> int:
         """Asks a running command to end early; only while it is this connection's."""

@@ -271,23 +271,35 @@ class ManagedServer:
                 self._nursery.start_soon(self._watch, process)
 
     async def _converse(self, data: DataConnection, place: Place, client: Client) -> None:
-        stream, connection = data.stream, data.connection
+        stream, turn, connection = data.stream, self._turn, data.connection
+        receive, send, process = connection.recv, connection.send, self._managed.process_known
         served = await self._answer_all(
             data, place, client, flush=False
         )  # what was there at a suspension
         while True:
             try:
-                came: bytes | None = connection.recv(data.read_size)
+                came: bytes | None = receive(data.read_size)
             except BlockingIOError:
                 # Who looks for more of one client lets all others wait.
                 came = await data.receive(linger=served and len(self._places) == 1)
                 place.heard = trio.current_time()
-            if came and stream.empty and self._is_quick(came):
+            if came and stream.empty and not turn.locked():
                 # The general way below, shortened for the usual command.
-                response = self._managed.process(client, came)
-                served = place.known = True  # before it has the answer
-                await self._send_now(data, response)
-                continue
+                response = process(client, came)
+                if response is None and self._is_quick(came):
+                    response = self._managed.process(client, came)
+                if response is not None:
+                    served = place.known = True  # before it has the answer
+                    try:
+                        sent = send(response)
+                    except BlockingIOError:
+                        sent = 0
+                    if sent < len(response):
+                        await data.send(response[sent:])
+                    self._served += 1
+                    if self._served % _CHECKPOINT_EVERY == 0:
+                        await trio.lowlevel.checkpoint()
+                    continue
             if came:
                 stream.feed(came)
             if await self._answer_all(data, place, client, flush=not came):
@@ -316,18 +328,8 @@ class ManagedServer:
             data[:1] == _TAGS_BEGIN
             and len(data) >= TPM_HEADER_SIZE
             and command_size(data) == len(data)
-            and not self._turn.locked()
             and not self._vtpm.is_long(data)
         )
-
-    async def _send_now(self, data: DataConnection, response: bytes) -> None:
-        try:
-            sent = data.connection.send(response)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(response):
-            await data.send(response[sent:])
-        await self._count()
 
     async def _count(self) -> None:
         """Passes a checkpoint now and then, so that others get their turn."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _UNREAD_SECONDS: Final = 120.0
 _ATTEMPTS: Final = 4  # the kernel's devices send a command again, too; libtpms wants one more
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
+_SUCCESS: Final = bytes(4)
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
 
@@ -153,6 +154,21 @@ class ManagedVtpm:
             return connection.process(command)
         finally:
             vtpm.set_locality(before)
+
+    def process_known(self, client: Client, command: bytes) -> bytes | None:
+        """As `process`, by a shorter way; None, with nothing done, where that has more to look at.
+
+        See `Vtpm.process_known`; a command that has failed may be given again.
+        """
+        vtpm, connection = self._vtpm, client.connection
+        if vtpm.starts != self._starts or (given := connection.passed_on(command)) is None:
+            return None
+        response = vtpm.process_known(given)
+        if response is None or response[6:TPM_HEADER_SIZE] != _SUCCESS:
+            return None
+        connection.commands += 1
+        client.heard = self.clock()
+        return response
 
 
 class SavedManagedOpen(NamedTuple):

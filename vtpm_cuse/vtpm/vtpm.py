@@ -312,7 +312,7 @@ class Vtpm:
         code = command_code(command)
         if code == _SET_LOCALITY:
             return self._set_locality_command(command)
-        if code not in self._long and len(self._known) < _KNOWN_MAX:
+        if not self.is_long(command) and len(self._known) < _KNOWN_MAX:
             self._known[self._last_header] = command_size(command)
         return self._execute(command)
 
