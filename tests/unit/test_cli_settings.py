@@ -436,7 +436,7 @@ def test_limits_of_the_resource_manager_on_every_way() -> None:
         (("--managed-limits", "objects=2"), "objects=2 of --managed-limits is not from 3 to 256"),
         (("--managed-limits", "sessions=65"), "is not from 3 to 64"),
         (("--managed-limits", "clients=0"), "is not from 1 to 900"),
-        (("--managed-limits", "clients=-1"), "invalid number '-1'"),
+        (("--managed-limits", "clients=-1"), "positive number '-1'"),
         (("--managed-limits", "keys=7"), "Unknown option 'keys=7'"),
         (
             ("--managed-limits", "objects=9", "--tpm2", "--tpmstate", "dir=s"),
