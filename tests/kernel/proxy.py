@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from tests.kernel.harness import PATIENCE, PROGRAMS, popen, wait_exit
+from tests.kernel.harness import PATIENCE, PROGRAMS, popen
 
 if TYPE_CHECKING:
     import subprocess
@@ -141,18 +141,14 @@ class Proxy:
 
     def ended(self) -> int:
         """The exit status, once it has ended; no device is left then."""
-        pidfd = os.pidfd_open(self.process.pid)
-        try:
-            wait_exit(pidfd)
-        finally:
-            os.close(pidfd)
+        status = self.process.wait(timeout=PATIENCE)
         out, err = self.process.communicate(timeout=PATIENCE)
         assert (out, err) == (b"", b"")
         assert not self.device.exists()
         assert not self.shared.exists()
         assert not self.sysfs.exists()
         assert "Traceback" not in self.said, self.said
-        return self.process.wait()
+        return status
 
     @property
     def said(self) -> str:

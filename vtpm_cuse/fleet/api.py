@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import trio
 
 from vtpm_cuse import __version__
-from vtpm_cuse.acquire.sockets import NO_UID, credentials
+from vtpm_cuse.acquire.peers import NO_UID, Credentials
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.base import Spec
@@ -106,7 +106,7 @@ class _Asker(NamedTuple):
 
 
 def _asker(stream: trio.SocketStream) -> _Asker:
-    pid, uid = credentials(stream.socket)
+    pid, uid, _ = Credentials.of(stream.socket)
     return _Asker(uid, pid)
 
 
