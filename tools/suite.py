@@ -162,6 +162,11 @@ def _prepare_unstable() -> None:
         say(f"no folder of Debian unstable without root: {what}")
 
 
+def _prepare_guests() -> None:
+    """Kernels of other processors, for the tests that have virtual machines of those."""
+    step("fetching kernels of other processors", [sys.executable, "-m", "tools.guests"])
+
+
 def _unstable_tests(suite: Suite) -> None:
     """Engine and state once more, with the newer libtpms and Python."""
     if os.geteuid() == 0:
@@ -209,6 +214,7 @@ def main() -> int:
         else:
             options.append(word)
     _prepare_unstable()
+    _prepare_guests()
     _RESULTS.mkdir(parents=True, exist_ok=True)
     suite = Suite(selected=bool(sys.argv[1:]))
     if not sys.argv[1:]:

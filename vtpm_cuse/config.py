@@ -207,12 +207,14 @@ class VtpmConfig(NamedTuple):
     """The TPM itself, whatever interface it is served on.
 
     Attributes:
-        chip: It is this one, and nothing else here but `pcap` counts.
+        chip: It is this one, and nothing else here but `pcap` and `limits` counts.
         key: Where the key comes from that encrypts stored state.
         migration_key: Where the key comes from that encrypts state on its way to another TPM.
         incoming: A migration brings the state, whose lock is still held elsewhere.
         release_outgoing: The lock goes with the last blob, whatever takes it away.
         pcap: Where commands and responses are captured, if anywhere.
+        limits: Of the resource manager (`resmgr.manager.Limits`), by name; what is left out has its
+            default.
     """
 
     tpm2: bool = False
@@ -226,6 +228,7 @@ class VtpmConfig(NamedTuple):
     release_outgoing: bool = False
     pcap: PcapConfig | None = None
     chip: ChipConfig | None = None
+    limits: tuple[tuple[str, int], ...] = ()
 
 
 class CuseConfig(NamedTuple):
@@ -282,6 +285,7 @@ class SocketAddress(NamedTuple):
         gid: Group of that path; None leaves it.
         fd: An open socket: a listening one, but for TCP data a connected one.
         clientfd: A connected socket of a control channel.
+        per_process: Of the resource manager: a client is a process, not a connection.
     """
 
     kind: Literal["tcp", "unixio"]
@@ -294,6 +298,7 @@ class SocketAddress(NamedTuple):
     gid: int | None = None
     fd: int | None = None
     clientfd: int | None = None
+    per_process: bool = False
 
 
 class SocketConfig(NamedTuple):

@@ -220,7 +220,7 @@ def test_any_mix_of_clients_against_a_model_without_limits(world: World[Client])
         objects: list[dict[int, bytes]] = [{} for _ in there]
         sequences: list[dict[int, list[bytes]]] = [{} for _ in there]
         made = 0
-        for _ in range(1500):
+        for _ in range(600):
             i = choose.randrange(len(there))
             client, mine, running = there[i], objects[i], sequences[i]
             match choose.choice("ooouuussffc"):

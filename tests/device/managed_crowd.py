@@ -23,13 +23,13 @@ CLIENTS = 3
 USES = 120
 
 
-def create_signing_key(number: int) -> bytes:
+def create_signing_key(number: int, hierarchy: int = m.NULL) -> bytes:
     """TPM2_CreatePrimary of an ECDSA key on P-256 that *number* tells apart, without lockout."""
     sensitive = m.sized(m.sized(b"") + m.sized(b""))
     public = bytes.fromhex("0023000b 00040472 0000 0010 0018 000b 0003 0010")
     public += m.sized(m.u32(number)) + m.sized(b"")
     parameters = sensitive + m.sized(public) + m.sized(b"") + m.u32(0)
-    return tpm2(0x131, m.u32(m.NULL) + m.PASSWORD + parameters, sessions=True)
+    return tpm2(0x131, m.u32(hierarchy) + m.PASSWORD + parameters, sessions=True)
 
 
 def signed(client: Client, handle: int, digest: bytes) -> bytes:

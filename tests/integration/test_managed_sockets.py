@@ -34,11 +34,13 @@ class Managed(s.Server):
 
     channel = "unix"
 
-    def __init__(self, folder: Path, *words: str, state: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *words: str, state: Path | None = None, more: str = ""
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.managed_address = folder / "managed"
         with s.listener(self.managed_address) as sock:
-            words += ("--managed", f"type=unixio,fd={sock.fileno()}")
+            words += ("--managed", f"type=unixio,fd={sock.fileno()}{more}")
             super().__init__(folder, *words, pass_fds=[sock.fileno()], state=state)
 
     def client(self) -> s.Client:
@@ -88,14 +90,17 @@ def test_silent_clients_make_way(world: Managed) -> None:
             assert len(known.command(get_random(8))) == 20
 
 
-def test_one_too_many_of_a_users_is_turned_away(world: Managed) -> None:
-    with clients(world, CLIENTS) as there:
+def test_limits_of_a_user_and_of_a_client(tmp_path: Path) -> None:
+    limits = ("--managed-limits", "clients-of-a-user=5,objects=3")
+    with Managed(tmp_path, *s.RUNNING, *limits) as world, clients(world, 5) as there:
         for client in there:
             assert len(client.command(get_random(8))) == 20
         with world.client() as late:
             assert late.ended()
         for client in there:
-            assert len(client.command(get_random(8))) == 20
+            for number in range(3):
+                opened(client, m.load_external(number))
+            assert code_of(client.command(m.load_external(3))) == 0xB0902
 
 
 def test_locality_is_of_one_command(world: Managed) -> None:

@@ -22,7 +22,7 @@ from tests.device.managed import (
     test_more_objects_than_a_tpm_holds_for_each_of_many_clients,
     test_no_client_reaches_anothers,
 )
-from tests.kernel.harness import Server, servers
+from tests.kernel.harness import Server, child, servers, wait_child
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import code_of, create_primary_rsa, get_random
@@ -193,6 +193,29 @@ def test_a_client_that_goes_leaves_nothing(tpm: Path, tmp_path: Path) -> None:
         world.process.kill()
         world.wait()
         assert len(held(tpm)) <= 6  # of the last one, if at all
+
+
+def test_a_process_that_connects_anew_for_each_command(tpm: Path, tmp_path: Path) -> None:
+    path = tmp_path / "anew"
+    words = ("--managed", f"type=unixio,path={path},per-process")
+    with Managed(tpm, tmp_path / "one", *words) as server:
+        wait_until(path.exists, "it listens", process=server.process)
+        server.address = path
+
+        def ask(command: bytes) -> bytes:
+            with server.client() as client:
+                return client.command(command)
+
+        keys = [m.handle_of(ask(m.load_external(number))) for number in range(5)]
+
+        def elsewhere() -> None:
+            assert code_of(ask(m.read_public(keys[0]))) == 0xB0910
+            m.handle_of(ask(m.load_external(9)))
+
+        with child(elsewhere) as pid:
+            assert wait_child(pid) == 0
+        assert [code_of(ask(m.read_public(key))) for key in keys] == [0] * 5
+    assert held(tpm) == []
 
 
 def test_it_ends_in_the_middle_of_a_command(tpm: Path, tmp_path: Path) -> None:

@@ -85,6 +85,16 @@ warm: Final[list[Zygote]] = []
 """What starts our programs meanwhile, see the fixture of this name."""
 
 
+@contextmanager
+def whole_programs() -> Iterator[None]:
+    """In a `warm` module, for what the command line of a process shows."""
+    others, warm[:] = warm[:], []
+    try:
+        yield
+    finally:
+        warm[:] = others
+
+
 @dataclass(frozen=True)
 class Done:
     """A program that has ended."""

@@ -40,6 +40,7 @@ from tests.kernel.harness import (
     u32,
     wait_for_line,
     wait_until,
+    whole_programs,
 )
 from tests.support.commands import (
     NV_INDEX,
@@ -471,7 +472,8 @@ def test_end_with_a_client_in_the_middle(serve: Serve) -> None:
 
 
 def test_background_holds_nothing_of_its_caller(serve: Serve, tmp_path: Path) -> None:
-    server = serve("vtpmbg").start()
+    with whole_programs():
+        server = serve("vtpmbg").start()
     proc = Path(f"/proc/{server.pid}")
     assert os.readlink(proc / "cwd") == "/"
     assert {os.readlink(proc / "fd" / str(number)) for number in range(3)} == {"/dev/null"}

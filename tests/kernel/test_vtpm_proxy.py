@@ -35,6 +35,7 @@ from tests.kernel.harness import (
     wait_child,
     wait_exit,
     wait_readable,
+    whole_programs,
 )
 from tests.kernel.proxy import SWTPM, Proxy, next_number, uevents
 from tests.support import commands as tpm
@@ -209,9 +210,8 @@ def test_long_command_leaves_the_control_channel_free(shared: Proxy) -> None:
 
 def test_who_is_told_of_the_device_finds_one_process(tmp_path: Path) -> None:
     """By its command line, as ps shows it."""
-    proxy = Proxy(tmp_path, start=("/usr/bin/env",))  # a whole program
-    others = set(processes("--vtpm-proxy"))
-    with uevents() as events:
+    proxy, others = Proxy(tmp_path), set(processes("--vtpm-proxy"))
+    with uevents() as events, whole_programs():
         proxy.begin()
         found = set(processes("--vtpm-proxy")) - others
         events.wait("add", *proxy.names)

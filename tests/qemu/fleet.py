@@ -7,7 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+import pytest
+
+from tests.qemu.boards import ARM, ARM_UEFI, PC, PC_UEFI, POWER, Board
 from tests.qemu.facts import Facts, prepare, read_pcrs
+from tests.qemu.guest import find_kernel
 from tests.qemu.machine import OURS, Emulator, Machine, Program
 
 if TYPE_CHECKING:
@@ -22,17 +26,30 @@ SNAPSHOT: Final = "snapshot"
 
 @dataclass(frozen=True)
 class Kind:
-    """What TPM a machine has."""
+    """A machine and its TPM.
+
+    Attributes:
+        name: Of the machine, where it is not the usual one.
+    """
 
     model: str
     tpm2: bool
+    board: Board = PC
+    name: str = ""
 
     def __str__(self) -> str:
-        return f"{self.model}-{2 if self.tpm2 else 1}"
+        return f"{self.name}{self.model}-{2 if self.tpm2 else 1}"
 
 
 CRB2, TIS2, TIS1 = Kind("tpm-crb", True), Kind("tpm-tis", True), Kind("tpm-tis", False)
 KINDS: Final = (CRB2, TIS2, TIS1)
+UEFI2: Final = Kind("tpm-crb", True, PC_UEFI, "uefi-")
+ARM2: Final = Kind("tpm-tis-device", True, ARM, "arm-")
+ARM_UEFI2: Final = Kind("tpm-tis-device", True, ARM_UEFI, "arm-uefi-")
+SPAPR2: Final = Kind("tpm-spapr", True, POWER, "power-")
+MEASURED: Final = (*KINDS, UEFI2, ARM_UEFI2, SPAPR2)
+"""Those with a firmware, which measures."""
+BOOTED: Final = (*MEASURED, ARM2)
 
 
 @dataclass(frozen=True)
@@ -62,9 +79,9 @@ class Saved:
 class Fleet:
     """All machines; they end with it."""
 
-    def __init__(self, kernel: Kernel, folder: Path) -> None:
-        self.kernel = kernel
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._kernels: dict[str, Kernel] = {}
         self._booted: dict[Kind, Booted] = {}
         self._saved: dict[Kind, Saved] = {}
         self._stack = contextlib.ExitStack()
@@ -93,11 +110,26 @@ class Fleet:
             self._saved[kind] = Saved(stream, facts)
         return self._saved[kind]
 
+    def kernel(self, board: Board) -> Kernel:
+        """What the machine boots; skips the test where machine or kernel cannot be had."""
+        architecture, missing = board.architecture, board.missing()
+        if missing:
+            pytest.skip(f"needs {missing}")
+        if architecture not in self._kernels:
+            kernel = find_kernel(self._folder, architecture)
+            if kernel is None:
+                pytest.skip(f"needs Debian's kernel for {architecture}: ./setup test fetches it")
+            self._kernels[architecture] = kernel
+        return self._kernels[architecture]
+
+    def _machine(self, kind: Kind, folder: Path, emulator: Emulator, *options: str) -> Machine:
+        return Machine(kind.board, self.kernel(kind.board), folder, kind.model, emulator, *options)
+
     def _boot(self, kind: Kind) -> Booted:
         begin = time.monotonic()
         emulator = Emulator(self._folder / f"{kind}.tpm", tpm2=kind.tpm2)
         self._stack.enter_context(emulator)
-        machine = Machine(self.kernel, self._folder / f"{kind}.vm", kind.model, emulator)
+        machine = self._machine(kind, self._folder / f"{kind}.vm", emulator)
         self._stack.enter_context(machine)
         machine.shell.wait_ready(BOOT_SECONDS)
         seconds = time.monotonic() - begin
@@ -131,6 +163,6 @@ class Fleet:
             Emulator(
                 folder / "tpm", *emulator_options, program=program, tpm2=kind.tpm2, state=state
             ) as emulator,
-            Machine(self.kernel, folder / "vm", kind.model, emulator, *options) as machine,
+            self._machine(kind, folder / "vm", emulator, *options) as machine,
         ):
             yield machine, emulator

@@ -1,6 +1,6 @@
-"""A guest that obeys: Debian's kernel with a shell that reads lines from the second serial port.
+"""A guest that obeys: Debian's kernel with a shell that reads lines from a serial port.
 
-The kernel is the lab's, compressed as Debian ships it: booted as an ELF file it
+That for amd64 is the lab's, compressed as Debian ships it: booted as an ELF file it
 would get no ACPI tables, and without them it looks for no TPM.
 """
 
@@ -14,8 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from tests.support.unstable import ROOT
+from tools.guests import BUSYBOX, FOLDER, KERNEL
+
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Mapping
+
+GUESTS: Final = ROOT / FOLDER
 
 INIT: Final = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -23,6 +29,10 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t securityfs securityfs /sys/kernel/security
+for module in /tpm/*.ko; do
+    [ ! -e "$module" ] || insmod "$module"
+done
+dmesg -n 1  # nothing between the answers, where console and shell share a port
 
 # tpm DEVICE HEX...: the commands go to one open device; each response is a line.
 # The kernel gives a response to the descriptor that wrote the command only.
@@ -38,7 +48,7 @@ tpm() {
     exec 3>&-
 }
 
-exec <>/dev/ttyS1 >&0 2>&1
+exec <>"/dev/$tty" >&0 2>&1
 stty raw -echo
 echo "<ready>"
 while read -r line; do
@@ -57,25 +67,38 @@ class Kernel:
     initramfs: Path
 
 
-def find_kernel(folder: Path) -> Kernel | None:
-    """The newest kernel in the lab's cache; the initramfs is made in *folder*."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtpm-cuse"
-    found = sorted(cache.glob("linux-*"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        return None
-    # The kernel unpacks two archives in a row as one. The lab's has busybox in it.
-    initramfs = folder / "initramfs"
-    initramfs.write_bytes((found[-1] / "base.cpio").read_bytes() + _archive("init", INIT.encode()))
-    return Kernel(found[-1] / "vmlinuz", initramfs)
+def find_kernel(folder: Path, architecture: str = "amd64") -> Kernel | None:
+    """Debian's kernel; the initramfs is made in *folder*. None where it was not fetched."""
+    initramfs = folder / f"initramfs-{architecture}"
+    entries: dict[str, bytes | None] = {"init": INIT.encode()}
+    if architecture == "amd64":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtpm-cuse"
+        found = sorted(cache.glob("linux-*"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            return None
+        # The kernel unpacks two archives in a row as one. The lab's has busybox in it.
+        base, image = (found[-1] / "base.cpio").read_bytes(), found[-1] / "vmlinuz"
+    else:
+        guest = GUESTS / architecture
+        if not guest.exists():
+            return None
+        base, image = b"", guest / KERNEL
+        entries |= dict.fromkeys(("bin", "dev", "proc", "sys", "tpm"))
+        entries["bin/busybox"] = (guest / BUSYBOX).read_bytes()
+        for module in guest.glob("*.ko"):
+            entries[f"tpm/{module.name}"] = module.read_bytes()
+    initramfs.write_bytes(base + _archive(entries))
+    return Kernel(image, initramfs)
 
 
-def _archive(name: str, content: bytes) -> bytes:
-    """One executable file in the format newc."""
+def _archive(entries: Mapping[str, bytes | None]) -> bytes:
+    """Executable files, and folders where there is no content, in the format newc."""
     packed = bytearray()
-    for number, (entry, data) in enumerate(((name, content), ("TRAILER!!!", b"")), 1):
-        fields = (number, 0o100755, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(entry) + 1, 0)
+    for number, (name, content) in enumerate([*entries.items(), ("TRAILER!!!", b"")], 1):
+        mode, data = (0o40755, b"") if content is None else (0o100755, content)
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
         packed += b"070701" + b"".join(b"%08X" % field for field in fields)
-        packed += entry.encode() + b"\0"
+        packed += name.encode() + b"\0"
         packed += bytes(-len(packed) % 4) + data
         packed += bytes(-len(packed) % 4)
     return bytes(packed)

@@ -18,18 +18,18 @@ from tests.qemu.guest import Shell
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
+    from tests.qemu.boards import Board
     from tests.qemu.guest import Kernel
 
-QEMU: Final = shutil.which("qemu-system-x86_64")
 PATIENCE_SECONDS: Final = 30.0
 
 # What is started here ends with the tests, whatever happens to them.
-_BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+BOUND: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 @dataclass(frozen=True)
 class Program:
-    """A TPM emulator.
+    """A program to test or to test with.
 
     Attributes:
         command: What starts it.
@@ -104,7 +104,7 @@ class Emulator:
         command += ["--tpmstate", f"dir={self.state},mode=0600", "--log", f"file={self.log}"]
         command += [*(["--tpm2"] if tpm2 else []), "--terminate", *options]
         self.process = subprocess.Popen(
-            [*_BOUND, *command], stdin=subprocess.DEVNULL, pass_fds=pass_fds
+            [*BOUND, *command], stdin=subprocess.DEVNULL, pass_fds=pass_fds
         )
         wait_until(
             self.control.exists,
@@ -131,24 +131,30 @@ class Machine:
 
     Attributes:
         shell: The shell in the guest.
+        console: What firmware and kernel say, on a board that has a port for it.
     """
 
     def __init__(
-        self, kernel: Kernel, folder: Path, model: str, emulator: Emulator, *options: str
+        self,
+        board: Board,
+        kernel: Kernel,
+        folder: Path,
+        model: str,
+        emulator: Emulator,
+        *options: str,
     ) -> None:
-        assert QEMU is not None
         self._folder = folder
+        self.console = folder / "console"
         folder.mkdir()
         qmp, their_qmp = socket.socketpair()
         serial, their_serial = socket.socketpair()
-        command = [QEMU, "-accel", "tcg", "-machine", "q35", "-m", "256"]
-        # The kernel takes a processor of AMD for one whose TPM gives no random bytes.
-        command += ["-cpu", "qemu64,vendor=GenuineIntel"]
+        command = [board.program, "-accel", "tcg", *board.options]
         command += ["-nodefaults", "-no-user-config", "-display", "none"]
         command += ["-kernel", str(kernel.image)]
         command += ["-initrd", str(kernel.initramfs)]
-        command += ["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr quiet"]
-        command += ["-serial", f"file:{folder / 'console'}"]
+        command += ["-append", board.words]
+        if board.console:
+            command += ["-serial", f"file:{self.console}"]
         command += ["-chardev", f"socket,id=shell,fd={their_serial.fileno()}"]
         command += ["-serial", "chardev:shell"]
         command += ["-chardev", f"socket,id=qmp,fd={their_qmp.fileno()}"]
@@ -158,10 +164,11 @@ class Machine:
         command += ["-device", f"{model},tpmdev=tpm", *options]
         with (folder / "qemu.log").open("wb") as log:
             self.process = subprocess.Popen(
-                [*_BOUND, *command],
+                [*BOUND, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={**os.environ, "TMPDIR": str(folder)},
                 pass_fds=[their_qmp.fileno(), their_serial.fileno()],
             )
         their_qmp.close()

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.qemu.boards import PC
 from tests.qemu.facts import check, extend, look, prepare
 from tests.qemu.fleet import BOOT_SECONDS, CRB2, TIS1
 from tests.qemu.guest import Shell
-from tests.qemu.machine import OURS, PATIENCE_SECONDS, QEMU, Emulator
+from tests.qemu.machine import OURS, PATIENCE_SECONDS, Emulator
 from tests.support.files import open_files
 from tests.support.waiting import wait_until
 
@@ -131,6 +132,7 @@ def libvirt() -> Iterator[Libvirt]:
 
 def domain(fleet: Fleet, kind: Kind, folder: Path, *, encrypted: bool) -> str:
     encryption = f"<encryption secret='{ENCRYPTION}'/>" if encrypted else ""
+    kernel = fleet.kernel(PC)
     return f"""
         <domain type='qemu'>
           <name>{NAME}</name>
@@ -138,14 +140,14 @@ def domain(fleet: Fleet, kind: Kind, folder: Path, *, encrypted: bool) -> str:
           <memory unit='MiB'>256</memory>
           <os>
             <type arch='x86_64' machine='q35'>hvm</type>
-            <kernel>{fleet.kernel.image}</kernel>
-            <initrd>{fleet.kernel.initramfs}</initrd>
-            <cmdline>console=ttyS0 panic=-1 mitigations=off nokaslr quiet</cmdline>
+            <kernel>{kernel.image}</kernel>
+            <initrd>{kernel.initramfs}</initrd>
+            <cmdline>{PC.words}</cmdline>
           </os>
           <features><acpi/></features>
           <on_reboot>destroy</on_reboot>
           <devices>
-            <emulator>{QEMU}</emulator>
+            <emulator>{shutil.which(PC.program)}</emulator>
             <serial type='file'><source path='{folder}/console'/><target port='0'/></serial>
             <serial type='unix'>
               <source mode='bind' path='{folder}/serial'/><target port='1'/>

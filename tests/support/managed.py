@@ -15,7 +15,7 @@ from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.wire.tpm import TpmSu, startup_command
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 NULL: Final = 0x40000007
 SHA256: Final = 0x000B
@@ -138,3 +138,43 @@ def unique_of(response: bytes) -> bytes:
 def opened(connection: Connection, command: bytes) -> int:
     """The handle that a successful command returns."""
     return handle_of(connection.process(command))
+
+
+class Gapped:
+    """A TPM whose saved sessions may be no more than *gap* saves apart."""
+
+    tpm2 = True
+
+    def __init__(self, process: Callable[[bytes], bytes], gap: int) -> None:
+        self._process, self._gap = process, gap
+        self._saved: dict[int, int] = {}
+        self._base: int | None = None
+        self.refused = 0
+
+    def process(self, command: bytes) -> bytes:
+        kind = command[6:10].hex()
+        if kind == "00000162" and command[10] in {2, 3}:
+            oldest = min(self._saved.values(), default=None)
+            if oldest is not None and self._counter() - oldest >= self._gap:
+                self.refused += 1
+                return bytes.fromhex("80010000000a00000901")
+        answer = self._process(command)
+        if kind == "0000017a" and command[10:18] == u32(6, 0x114):
+            return answer[:-4] + u32(self._gap)
+        if code_of(answer) == 0 and kind == "00000162" and command[10] in {2, 3}:
+            self._saved[command[11] << 16 | command[12] << 8 | command[13]] = int.from_bytes(
+                answer[10:18], "big"
+            )
+        if code_of(answer) == 0 and kind == "00000161":
+            self._saved.pop(int.from_bytes(answer[11:14], "big"), None)
+        if code_of(answer) == 0 and kind == "00000144":
+            self._saved.clear()
+        if code_of(answer) == 0 and kind == "00000165":
+            self._saved.pop(int.from_bytes(command[11:14], "big"), None)
+        return answer
+
+    def _counter(self) -> int:
+        return max(self._saved.values(), default=0)
+
+    def cancel(self) -> int:
+        return 0

@@ -187,6 +187,16 @@ def test_nobody_takes_its_power_its_locality_or_its_state() -> None:
         assert len(commands) == 3
 
 
+def test_no_command_to_it_is_short() -> None:
+    """It is asked on the thread for long ones, and never past that."""
+    with chip(largest(4096), ANSWER, start=False) as (made, _):
+        vtpm = Vtpm(made, None, VtpmOptions(borrowed=Borrowed()))
+        vtpm.start()
+        assert vtpm.process(RANDOM) == ANSWER
+        assert vtpm.is_long(RANDOM)
+        assert vtpm.process_known(RANDOM) is None
+
+
 # -- opening it -----------------------------------------------------------------------------
 
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli.emulator import settings, swtpm_chardev, swtpm_cuse, swtpm_socket
+from vtpm_cuse.cli.emulator import (
+    settings,
+    swtpm_chardev,
+    swtpm_cuse,
+    swtpm_fuse,
+    swtpm_resource_manager,
+    swtpm_socket,
+)
+from vtpm_cuse.cli.emulator.manager_settings import manager_config
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.config import (
     CuseConfig,
@@ -22,6 +30,7 @@ from vtpm_cuse.config import (
     VtpmConfig,
 )
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.resmgr.manager import Limits
 from vtpm_cuse.wire.blob import BlobFlag, with_header
 
 if TYPE_CHECKING:
@@ -391,3 +400,59 @@ def test_the_device_with_a_resource_manager_is_named_as_the_kernels(
     assert asked.managed == managed
     named = settings.cuse_config(line_of("-n", name, *words, "--resource-manager=/dev/other"))
     assert named.managed == "other"
+
+
+LIMITS = "objects=10,sessions=64,abandoned=0,clients-of-a-user=5,clients=900"
+LIMITED = {
+    "objects": 10,
+    "sessions": 64,
+    "abandoned": 0,
+    "clients_of_a_user": 5,
+    "clients": 900,
+}
+
+
+def test_limits_of_the_resource_manager_on_every_way() -> None:
+    words = ("--managed-limits", LIMITS)
+    managed = ("--managed", "type=unixio,path=m", "--tpm2", *words)
+    socket = CommandLine(swtpm_socket.PROGRAM, ("--tpmstate", "dir=s", *managed))
+    chardev = CommandLine(swtpm_chardev.PROGRAM, ("-c", "x", *managed))
+    fuse = CommandLine(swtpm_fuse.PROGRAM, ("-n", "tpm", "--mount", "m", *words))
+    chip = ("--tpm", "/dev/tpm0", "-n", "tpm", *words)
+    made = (
+        settings.cuse_config(line_of("-n", "vtpm0", *words)),
+        settings.socket_config(socket),
+        settings.chardev_config(chardev),
+        settings.fuse_config(fuse),
+        manager_config(CommandLine(swtpm_resource_manager.PROGRAM, chip)),
+    )
+    assert [dict(config.vtpm.limits) for config in made] == [LIMITED] * 5
+    assert Limits(**LIMITED)._asdict() == LIMITED
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--managed-limits", "objects=2"), "objects=2 of --managed-limits is not from 3 to 256"),
+        (("--managed-limits", "sessions=65"), "is not from 3 to 64"),
+        (("--managed-limits", "clients=0"), "is not from 1 to 900"),
+        (("--managed-limits", "clients=-1"), "positive number '-1'"),
+        (("--managed-limits", "keys=7"), "Unknown option 'keys=7'"),
+        (
+            ("--managed-limits", "objects=9", "--tpm2", "--tpmstate", "dir=s"),
+            "--managed-limits is for a resource manager: give --resource-manager",
+        ),
+    ],
+)
+def test_limits_that_are_refused(words: tuple[str, ...], says: str) -> None:
+    assert says in error_of("-n", "vtpm0", *words)[0]
+
+
+def test_processes_as_clients() -> None:
+    unix, tcp = "type=unixio,path=m,per-process", "type=tcp,port=1,per-process"
+    words = ("--tpmstate", "dir=s", "--tpm2", "--managed")
+    managed = settings.socket_config(CommandLine(swtpm_socket.PROGRAM, (*words, unix))).managed
+    assert managed is not None
+    assert managed.per_process
+    with pytest.raises(UsageError, match="per-process is for type=unixio"):
+        settings.socket_config(CommandLine(swtpm_socket.PROGRAM, (*words, tcp)))

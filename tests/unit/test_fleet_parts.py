@@ -118,11 +118,12 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
         SavedSockets(
             *(10, 11, None, data(13), (data(14),)),
             (SavedControl(15, place, SavedControlStream(b"", True, False), None, None, b"", ()),),
-            SavedManagedSockets(12, clients, (SavedManaged(data(16), place, 1),)),
+            SavedManagedSockets(12, clients, (SavedManaged(data(16), place, 1),), None),
         ),
         SavedVtpm(
             *("held", True, bytes(range(256)), 3, 4096, b"\x80\1", False, True, None),
             (("permall", b"p"), ("savestate", None)),
+            0x02000000,
         ),
     )
     text, descriptors = packed(saved)

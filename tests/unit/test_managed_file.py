@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import select
 
 import pytest
@@ -11,8 +12,10 @@ from tests.support.commands import create_primary_rsa, get_random
 from tests.support.kernel import Machine
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.proto.device import Opener
+from vtpm_cuse.resmgr.manager import Limits
 from vtpm_cuse.vtpm.managed import ManagedFile, ManagedOpen, ManagedVtpm
 from vtpm_cuse.vtpm.turn import Turn
+from vtpm_cuse.vtpm.vtpm import VtpmOptions
 
 RANDOM = get_random(8)
 
@@ -20,14 +23,14 @@ RANDOM = get_random(8)
 class Managed:
     """A managed device, with a clock that stands still and jobs that wait to be run."""
 
-    def __init__(self) -> None:
-        self.machine = Machine()
+    def __init__(self, options: VtpmOptions | None = None) -> None:
+        self.machine = Machine(options=options)
         self.now = 1000.0
         self.changes = 0
         vtpm = self.machine.vtpm
         self.turn = Turn(self.machine.jobs.submit)
-        clients = ManagedVtpm(vtpm, clock=lambda: self.now)
-        self.file = ManagedFile(vtpm, clients, self.turn, self._changed)
+        self.clients = ManagedVtpm(vtpm, clock=lambda: self.now)
+        self.file = ManagedFile(vtpm, self.clients, self.turn, self._changed)
 
     def open(self, uid: int = 1000) -> ManagedOpen:
         return self.file.open(Opener(uid, 4711))
@@ -98,3 +101,19 @@ def test_a_user_who_has_too_many_leaves_room_for_others() -> None:
     assert refusal.value.errno == errno.ENFILE
     last.release()
     managed.open(4)
+
+
+def test_how_many_there_may_be_and_what_each_may_have() -> None:
+    limits = (("objects", 3), ("clients_of_a_user", 2), ("clients", 3))
+    managed = Managed(VtpmOptions(limits=limits))
+    for _ in range(2):
+        managed.open()
+    with pytest.raises(DeviceError) as refusal:
+        managed.open()
+    assert refusal.value.errno == errno.EMFILE
+    managed.open(uid=1001)
+    with pytest.raises(DeviceError) as refusal:
+        managed.open(uid=1002)
+    assert refusal.value.errno == errno.ENFILE
+    told = json.loads(managed.clients.describe())["limits"]
+    assert told == Limits(objects=3, clients_of_a_user=2, clients=3)._asdict()

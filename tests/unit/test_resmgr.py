@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import random
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import pytest
 
 from tests.support import commands as tpm
 from tests.support.managed import (
+    Gapped,
     digest_in,
     flush,
     handle_of,
@@ -33,9 +34,6 @@ from tests.support.managed import (
     unique_of,
 )
 from vtpm_cuse.resmgr.manager import Connection, Manager
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LAYER: Final = 0x000B0000
 RANDOM: Final = tpm.get_random(8)
@@ -399,45 +397,39 @@ def test_a_reset_ends_everything_and_nothing_else() -> None:
         assert code(client, load_external(2)) == 0
 
 
+def test_a_shutdown_with_sessions_open_and_the_resume() -> None:
+    """Whatever is swapped out, nothing of the manager's comes between the shutdown and the end."""
+    with started_engine() as engine:
+        manager = Manager(engine)
+        client, other = manager.connect(), manager.connect()
+        keys = [opened(client, load_external(number)) for number in range(5)]
+        context = context_in(client.process(save(keys[0])))
+        sessions = [opened(client, start_session(kind)) for kind in (0, 1, 1, 3, 0)]
+        assert code(client, policy_command_code(sessions[1], 0x17B)) == 0
+        opened(other, start_session())
+        assert code(client, tpm.pcr_extend(10, bytes(32))) == 0
+        extended = tpm.pcr_value(client.process(tpm.pcr_read(10)))
+        assert code(client, tpm.TPM2_SHUTDOWN_STATE) == 0
+        before = manager.inner_commands
+        assert code(client, RANDOM) == 0
+        assert listed(client.process(list_handles(0x02000000))) == sorted(
+            sessions, key=lambda handle: handle & 0xFF
+        )
+        assert manager.inner_commands == before
+        other.close()  # which may end what it has: that takes nothing back
+        engine.stop()
+        engine.start()
+        manager.reset()
+        assert code(client, tpm.TPM2_STARTUP_STATE) == 0
+        assert tpm.pcr_value(client.process(tpm.pcr_read(10))) == extended
+        assert [code(client, policy_digest(one)) for one in sessions] == [LAYER | 0x910] * 5
+        assert [code(client, read_public(key)) for key in keys] == [LAYER | 0x910] * 5
+        assert code(client, load(context)) == 0
+        for kind in (0, 1, 1, 3, 0):
+            opened(client, start_session(kind))
+
+
 # -- un-gapping ---------------------------------------------------------------------------
-
-
-class Gapped:
-    """A TPM whose saved sessions may be no more than *gap* saves apart."""
-
-    tpm2 = True
-
-    def __init__(self, process: Callable[[bytes], bytes], gap: int) -> None:
-        self._process, self._gap = process, gap
-        self._saved: dict[int, int] = {}
-        self._base: int | None = None
-        self.refused = 0
-
-    def process(self, command: bytes) -> bytes:
-        kind = command[6:10].hex()
-        if kind == "00000162" and command[10] in {2, 3}:
-            oldest = min(self._saved.values(), default=None)
-            if oldest is not None and self._counter() - oldest >= self._gap:
-                self.refused += 1
-                return bytes.fromhex("80010000000a00000901")
-        answer = self._process(command)
-        if kind == "0000017a" and command[10:18] == u32(6, 0x114):
-            return answer[:-4] + u32(self._gap)
-        if tpm.code_of(answer) == 0 and kind == "00000162" and command[10] in {2, 3}:
-            self._saved[command[11] << 16 | command[12] << 8 | command[13]] = int.from_bytes(
-                answer[10:18], "big"
-            )
-        if tpm.code_of(answer) == 0 and kind == "00000161":
-            self._saved.pop(int.from_bytes(answer[11:14], "big"), None)
-        if tpm.code_of(answer) == 0 and kind == "00000165":
-            self._saved.pop(int.from_bytes(command[11:14], "big"), None)
-        return answer
-
-    def _counter(self) -> int:
-        return max(self._saved.values(), default=0)
-
-    def cancel(self) -> int:
-        return 0
 
 
 @pytest.mark.parametrize(("gap", "commands"), [(0xFFFF, 70_000), (0xFF, 6_000)])

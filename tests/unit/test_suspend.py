@@ -73,6 +73,7 @@ def test_every_value_outlives_a_suspension() -> None:
         failure_said=True,
         profile='{"Name":"x"}',
         given=(("permall", b"p"), ("savestate", None)),
+        audit=0x02000001,
     )
     engine = FakeEngine()
     vtpm = Vtpm(engine, SealedStore(FailingStore()))
@@ -87,7 +88,7 @@ def test_every_value_outlives_a_suspension() -> None:
 def test_one_that_is_off_outlives_it_too() -> None:
     vtpm = Vtpm(FakeEngine(), None, VtpmOptions(incoming=True, profile="{}"))
     saved = vtpm.suspend()
-    assert saved == SavedVtpm("incoming", False, b"", 0, 4096, b"", False, False, "{}", ())
+    assert saved == SavedVtpm("incoming", False, b"", 0, 4096, b"", False, False, "{}", (), 0)
     engine = FakeEngine()
     resumed = Vtpm(engine, None)
     resumed.resume(saved)

@@ -197,7 +197,7 @@ class InlineWorker:
 class Sockets:
     """A managed socket, and its clients."""
 
-    def __init__(self, folder: Path, blobs: dict[str, bytes]) -> None:
+    def __init__(self, folder: Path, blobs: dict[str, bytes], *, per_process: bool) -> None:
         folder.mkdir()
         self.host = Host(blobs)
         self.host.vtpm.start()
@@ -207,6 +207,7 @@ class Sockets:
         listener.setblocking(False)
         self._endpoints = Endpoints()
         self._endpoints.managed_listener = listener
+        self._endpoints.per_process = per_process
         self._saved: SavedSockets | None = None
         self.ptm = PtmService(self.host.vtpm)
         self.contexts = Contexts()
@@ -274,6 +275,7 @@ class Sockets:
         for fd in (
             self._saved.managed.listener,
             *(one.data.fd for one in self._saved.managed.connections),
+            *(one.fd for one in self._saved.managed.processes or ()),
         ):
             os.close(fd)
         for client in self.clients:
@@ -300,12 +302,14 @@ async def _serve(served: Sockets, steps: Iterable[random.Random], *, restless: b
     return seen
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "per_process"), [(0, False), (1, False), (2, True)])
 @in_child
-def test_a_managed_socket_suspended_at_every_step(seed: int, tmp_path: Path) -> None:
+def test_a_managed_socket_suspended_at_every_step(
+    seed: int, per_process: bool, tmp_path: Path
+) -> None:
     blobs, runs = prepared(), []
     for restless in (False, True):
-        served = Sockets(tmp_path / str(restless), blobs)
+        served = Sockets(tmp_path / str(restless), blobs, per_process=per_process)
         run = functools.partial(_serve, served, list(chances(seed, STEPS)), restless=restless)
         runs.append(trio.run(run, clock=trio.testing.MockClock()))
         served.close()

@@ -21,6 +21,7 @@ class Endpoints:
         control_listener: Accepts control connections.
         control_stream: A connected control socket.
         managed_listener: Accepts clients of the resource manager.
+        per_process: There, a client is a process, not a connection.
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
@@ -45,6 +46,7 @@ class Endpoints:
         self.terminate = terminate
         self.control_terminate = control_terminate
         self.managed_listener: socket.socket | None = None
+        self.per_process = False
         self._reserve = -1
         self._own: dict[str, tuple[int, int] | None] = {}
 

@@ -6,16 +6,14 @@ import contextlib
 import os
 import socket
 import stat
-import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vtpm_cuse.acquire.endpoints import Endpoints
+from vtpm_cuse.acquire.peers import tells_process
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import give_socket
 
 if TYPE_CHECKING:
-    import trio
-
     from vtpm_cuse.acquire.chardev import CharDevice
     from vtpm_cuse.config import SocketAddress, SocketConfig
 
@@ -23,17 +21,6 @@ _BACKLOG = 128
 _KEEPALIVE_SECONDS = 60
 _PATH_MAX = 107
 _ACCEPTCON = 1 << 16  # __SO_ACCEPTCON, linux/net.h
-
-_UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h: process, user, group
-NO_UID: Final = 0xFFFF_FFFF
-"""Where the kernel names no user."""
-
-
-def credentials(connection: socket.socket | trio.socket.SocketType) -> tuple[int, int]:
-    """Process and user of who has connected to a Unix socket: SO_PEERCRED, unix(7)."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, _ = _UCRED.unpack(found)
-    return pid, uid
 
 
 def acquire(config: SocketConfig) -> Endpoints:
@@ -68,8 +55,13 @@ def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None
 
 def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None:
     """Binds, or takes over, where clients of the resource manager come. Raises UsageError."""
-    if address is not None:
-        endpoints.managed_listener = listen(endpoints, address)
+    if address is None:
+        return
+    if address.per_process and not tells_process():
+        reason = "Error: This kernel does not tell which process connects, as per-process needs"
+        raise UsageError(reason, hint="use Linux 6.5 or newer")
+    endpoints.managed_listener = listen(endpoints, address)
+    endpoints.per_process = address.per_process
 
 
 def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:

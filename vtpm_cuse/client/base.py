@@ -26,8 +26,8 @@ R = TypeVar("R", bound="WireStruct")
 EMPTY: Final = ptm.PtmEmpty()
 _INFO_MAX: Final = 1 << 16
 """Bytes; several times what any libtpms has to say."""
-_CLIENTS_MAX: Final = 1 << 20
-"""Bytes; several times what all clients of a resource manager can have."""
+_CLIENTS_MAX: Final = 1 << 25
+"""Bytes; more than what all clients of a resource manager can have, whatever its limits."""
 
 
 class Control(ABC):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import trio
 
 from vtpm_cuse import __version__
-from vtpm_cuse.acquire.sockets import NO_UID, credentials
+from vtpm_cuse.acquire.peers import Credentials
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.base import Spec
@@ -44,7 +44,8 @@ _READ_SIZE: Final = 16384
 _PAUSE_SECONDS: Final = 0.1
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ROOT: Final = 0
-_NOBODY: Final = frozenset({65534, NO_UID})
+_NO_UID: Final = 0xFFFF_FFFF
+_NOBODY: Final = frozenset({65534, _NO_UID})
 """Whom the kernel shows where it cannot tell, which may be several: such a one owns nothing."""
 _INFO: Final = varlink.Info("vtpm-cuse", "vtpmd", __version__, "", [SERVICE.name, MANAGER.name])
 _INTERFACES: Final = {interface.name: interface for interface in (SERVICE, MANAGER)}
@@ -106,7 +107,7 @@ class _Asker(NamedTuple):
 
 
 def _asker(stream: trio.SocketStream) -> _Asker:
-    pid, uid = credentials(stream.socket)
+    pid, uid, _ = Credentials.of(stream.socket)
     return _Asker(uid, pid)
 
 
@@ -121,7 +122,7 @@ class _Places:
         """Gives whether there is a place, which is held meanwhile."""
         counted = [(asker.uid, USER_CONNECTIONS_MAX)]
         if not asker.manages_all:
-            counted.append((NO_UID, CONNECTIONS_MAX))
+            counted.append((_NO_UID, CONNECTIONS_MAX))
         welcome = all(self._taken[which] < most for which, most in counted)
         held = Counter([which for which, _ in counted] if welcome else [])
         self._taken += held
@@ -270,7 +271,7 @@ class _Client:
         owner = self._asker.uid if given.owner is None else given.owner
         if not self._asker.manages(owner):
             raise FleetError("NotOwner", given.name, "for another user, only root makes a TPM")
-        if not 0 <= owner < NO_UID:
+        if not 0 <= owner < _NO_UID:
             raise _bad_parameter("owner")
         labels = tuple((given.labels or {}).items())
         return Spec(given.name, owner, given.profile, labels=labels)

@@ -65,17 +65,22 @@ _ALWAYS_READ: Final = frozenset(
 
 
 class Limits(NamedTuple):
-    """How much one client may have.
+    """How much one client may have, and for who lets them in, how many of them there may be.
 
     Attributes:
         objects: Of each connection.
         sessions: Of each connection.
         abandoned: Sessions that closed connections left saved, for others to load.
+        clients_of_a_user: As many as a TPM has sessions. Those on TCP, who have no user, count as
+            one's.
+        clients: In all, so that one user leaves room for others.
     """
 
     objects: int = 64
     sessions: int = 16
     abandoned: int = 4
+    clients_of_a_user: int = 64
+    clients: int = 256
 
 
 class Manager:
@@ -239,16 +244,14 @@ class Manager:
     def process(self, connection: Connection, command: bytes) -> bytes:
         """The response to a connection's command; never raises VtpmError."""
         connection.commands += 1
-        code_bytes = command_code(command)
-        if command[:2] == _NO_SESSIONS:
-            if code_bytes in self._simple:
-                return self.tpm.process(command)
-            if code_bytes in self._short and (found := self._shortcut(connection, command)):
-                return found
+        if (given := self.passed_on(connection, command)) is not None:
+            response = self.tpm.process(given)
+            if response[6:TPM_HEADER_SIZE] == _SUCCESS or command_code(command) in self._simple:
+                return response
         whole = len(command) >= TPM_HEADER_SIZE and command_size(command) == len(command)
         if not whole or command[:2] not in _TAGS:
             return self.tpm.process(command)  # which refuses it
-        code = int.from_bytes(code_bytes, "big")
+        code = int.from_bytes(command_code(command), "big")
         if code == TpmCc.TPM_CC_Startup or not self.prepare():
             return self._start(command)
         try:
@@ -256,8 +259,19 @@ class Manager:
         except Refusal as exc:
             return wire.plain_response(exc.code)
 
-    def _shortcut(self, connection: Connection, command: bytes) -> bytes | None:
-        """`_run`, shortened for what is loaded; None, with nothing done, where that is more."""
+    def passed_on(self, connection: Connection, command: bytes) -> bytes | None:
+        """What the TPM itself is given where `_run` has nothing to add; None where it may have.
+
+        A command that has no handle, or uses one thing that is loaded; one that fails, and has a
+        handle, goes the general way.
+        """
+        if command[:2] != _NO_SESSIONS:
+            return None
+        code = command_code(command)
+        if code in self._simple:
+            return command
+        if code not in self._short:
+            return None
         if command_size(command) != len(command) or len(command) < _ONE_HANDLE_END:
             return None
         handle = int.from_bytes(command[TPM_HEADER_SIZE:_ONE_HANDLE_END], "big")
@@ -267,16 +281,14 @@ class Manager:
                 return None
             known.used = next(self._clock)
             head, rest = command[:TPM_HEADER_SIZE], command[_ONE_HANDLE_END:]
-            response = self.tpm.process(head + physical.to_bytes(4, "big") + rest)
-        else:
-            session = self.sessions.find(handle)
-            if session is None or session.owner != connection.number:
-                return None
-            if session.handle != handle or session.place is not Place.LOADED:
-                return None
-            session.used = next(self._clock)
-            response = self.tpm.process(command)
-        return response if response[6:TPM_HEADER_SIZE] == _SUCCESS else None
+            return head + physical.to_bytes(4, "big") + rest
+        session = self.sessions.find(handle)
+        if session is None or session.owner != connection.number:
+            return None
+        if session.handle != handle or session.place is not Place.LOADED:
+            return None
+        session.used = next(self._clock)
+        return command
 
     def _start(self, command: bytes) -> bytes:
         """Of a TPM that is not started, or may be started by this."""
@@ -310,15 +322,16 @@ class Manager:
         response = self._send(command, used, code, attributes)
         if _failed(response):
             return response
-        self._note_sessions(response, attributes, used)
+        self._note_sessions(response, used)
         if attributes.flushes:
             for found in used.objects:
                 connection.objects.pop(found.handle, None)
                 self.objects.remove(found)
         if code == TpmCc.TPM_CC_ContextSave and used.sessions:
             self.sessions.saved_by_owner(used.sessions[0], response[TPM_HEADER_SIZE:])
-        if attributes.extensive:
-            self._check_objects()
+        if attributes.extensive:  # those that it has ended are found by that
+            with contextlib.suppress(Refusal):  # a TPM in failure mode has none
+                self.objects.evict_all()
         if attributes.returns_handle:
             return self._note_handle(connection, response, code)
         return response
@@ -361,13 +374,11 @@ class Manager:
                 return self.sessions.drop_abandoned()
         return False
 
-    def _note_sessions(self, response: bytes, attributes: CommandAttributes, used: Used) -> None:
+    def _note_sessions(self, response: bytes, used: Used) -> None:
         """A session ends by its response, not by the request: a failed command ends none."""
         if not used.authorizations:
             return
-        lives = wire.continued(
-            response, returns_handle=attributes.returns_handle, count=len(used.authorizations)
-        )
+        lives = wire.continued(response, len(used.authorizations))
         for found, on in zip(used.authorizations, lives, strict=True):
             if found is not None and not on:
                 self.sessions.remove(found)
@@ -385,12 +396,6 @@ class Manager:
         connection.objects[new.handle] = new
         self.objects.add(new)
         return wire.with_response_handle(response, new.handle)
-
-    def _check_objects(self) -> None:
-        try:
-            self.objects.check()
-        except TpmError:
-            return  # a TPM in failure mode has none
 
     def now(self) -> int:
         """Counts commands that use something."""
@@ -531,6 +536,10 @@ class Connection:
     def process(self, command: bytes) -> bytes:
         """One command, one response."""
         return self._manager.process(self, command)
+
+    def passed_on(self, command: bytes) -> bytes | None:
+        """See `Manager.passed_on`."""
+        return self._manager.passed_on(self, command)
 
     def cancel(self) -> int:
         """Asks a running command to end early; only while it is this connection's."""

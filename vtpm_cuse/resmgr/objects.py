@@ -120,6 +120,11 @@ class Objects:
         self.evictions += 1
         return True
 
+    def evict_all(self) -> None:
+        """Takes all out of the TPM. Raises Refusal."""
+        while self.evict(()):
+            pass
+
     def load(self, found: Object, keep: Collection[Object]) -> int:
         """The TPM's handle of an object, which is loaded if need be.
 
@@ -149,7 +154,7 @@ class Objects:
         return physical
 
     def check(self) -> None:
-        """After a command that may have ended any: finds those that are no more. Raises TpmError."""
+        """Finds those that somebody else has ended. Raises TpmError."""
         there = set(self._inner.handles(_FIRST))
         for physical in [number for number in self._loaded if number not in there]:
             found = self._loaded.pop(physical)

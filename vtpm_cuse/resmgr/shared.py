@@ -130,8 +130,7 @@ class SharedManager(Manager):
         if self._shut or not self._ready:
             return
         with contextlib.suppress(Refusal):  # the TPM cannot, now
-            while self.objects.evict(()):
-                pass
+            self.objects.evict_all()
             while sessions and self.sessions.evict(()):
                 pass
 

@@ -45,6 +45,11 @@ def sessions_of(manager: Manager, owner: int | None) -> list[Held]:
     return [Held(found.handle, _kind(found), found.place) for found in manager.sessions.of(owner)]
 
 
+def holds(manager: Manager, connection: Connection) -> bool:
+    """Whether a connection has anything."""
+    return bool(connection.objects or manager.sessions.of(connection.number))
+
+
 def _kind(found: Session) -> str:
     return "hmac" if kind_of(found.handle) == TpmHt.HMAC_SESSION else "policy"
 

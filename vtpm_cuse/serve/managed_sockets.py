@@ -1,5 +1,7 @@
 """Many clients of one TPM 2.0 on sockets, each with a data connection and a TPM of its own.
 
+Or each with all connections of its process, and with what is there between two of these.
+
 Ownership: as in `serve.sockets`, whose turn this shares. The resource manager belongs to whoever
 may use the TPM: this task between two checkpoints, or the worker while the turn is taken.
 """
@@ -13,21 +15,23 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from vtpm_cuse.acquire.sockets import NO_UID, credentials
+from vtpm_cuse.acquire.peers import Credentials
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
 from vtpm_cuse.serve.managing import manage
-from vtpm_cuse.vtpm.clients import CLIENTS_MAX, USER_CLIENTS_MAX, Peer
+from vtpm_cuse.serve.processes import Processes
+from vtpm_cuse.vtpm.clients import Peer
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from vtpm_cuse.proto.places import SavedPlace
     from vtpm_cuse.proto.stream import Request
     from vtpm_cuse.serve.connections import SavedData
+    from vtpm_cuse.serve.processes import Process, SavedProcess
     from vtpm_cuse.serve.worker import Worker
     from vtpm_cuse.vtpm.clients import Client, SavedClients
     from vtpm_cuse.vtpm.ptm import PtmService
@@ -36,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
 _TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
+_NOBODY: Final = 0xFFFF_FFFF
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -60,11 +65,13 @@ class SavedManagedSockets(NamedTuple):
         listener: Where they come.
         clients: Who they are, and what they have.
         connections: In the order in which they came.
+        processes: Where a process is a client, those that are.
     """
 
     listener: int
     clients: SavedClients
     connections: tuple[SavedManaged, ...]
+    processes: tuple[SavedProcess, ...] | None
 
 
 class _Served(NamedTuple):
@@ -83,6 +90,7 @@ class ManagedServer:
         turn: Held while one runs.
         accept: Gives the next connection of a listener.
         listener: Where they come.
+        per_process: A client is a process, not a connection.
     """
 
     def __init__(
@@ -93,6 +101,8 @@ class ManagedServer:
         turn: trio.Lock,
         accept: Callable[[socket.socket], Awaitable[socket.socket]],
         listener: socket.socket,
+        *,
+        per_process: bool = False,
     ) -> None:
         self._nursery = nursery
         self._vtpm = ptm.vtpm
@@ -104,6 +114,7 @@ class ManagedServer:
         self._leaving: list[Client] = []
         self._managed = manage(ptm, worker)
         self._places = Places()
+        self._processes = Processes() if per_process else None
         self._served = 0
         self.share = self._managed.share
 
@@ -117,6 +128,8 @@ class ManagedServer:
                 place = self._take_place(data, now)
                 place.resume(one.place, now)
                 self._begin(_Served(data, place, self._managed.client(one.client)))
+            if saved.processes is not None:
+                self._resume_processes(saved.processes)
         self._nursery.start_soon(self._serve)
 
     @property
@@ -127,12 +140,19 @@ class ManagedServer:
     def suspend(self, now: float) -> SavedManagedSockets:
         """As plain values, for who has the turn; the descriptors are the caller's from now on."""
         for client in self._leaving:
-            self._managed.close(client)
+            process = self._process_of(client)
+            if process is None or not (
+                process.connections or (not process.ended and self._managed.holds(client))
+            ):
+                self._forget(client)
+                self._managed.close(client)
         connections = tuple(
             SavedManaged(one.data.suspend(), one.place.suspend(now), one.client.connection.number)
             for one in self._connections
         )
-        return SavedManagedSockets(self._listener.detach(), self._managed.suspend(), connections)
+        processes = None if self._processes is None else self._processes.suspend()
+        listener = self._listener.detach()
+        return SavedManagedSockets(listener, self._managed.suspend(), connections, processes)
 
     def _take_place(self, data: DataConnection, now: float) -> Place:
         place = Place(functools.partial(hang_up, data.connection), now)
@@ -146,20 +166,42 @@ class ManagedServer:
     async def _serve(self) -> None:
         while True:
             connection = await self._accept(self._listener)
-            peer = _peer_of(connection)
-            if not self._has_room(peer):
+            client = self._client_of(connection)
+            if client is None:
                 connection.close()
                 continue
             data = DataConnection(connection, self._vtpm, known=True)
             place = self._take_place(data, trio.current_time())
-            self._begin(_Served(data, place, self._managed.connect(peer)))
+            self._begin(_Served(data, place, client))
+
+    def _client_of(self, connection: socket.socket) -> Client | None:
+        """Who a new connection is; None where there is no room for one more."""
+        processes, peer = self._processes, _peer_of(connection)
+        process = None if processes is None else processes.find(connection)
+        has_its_room = process is not None and not process.connections
+        if not has_its_room and not self._has_room(peer):
+            return None
+        if process is None:
+            client = self._managed.connect(peer)
+            process = None if processes is None else processes.begin(connection, client)
+            if process is None:
+                return client
+            self._nursery.start_soon(self._watch, process)
+        process.connections += 1
+        return process.client
 
     def _has_room(self, peer: Peer) -> bool:
         """Makes room for one more; False where all those before it have given commands."""
         of_user = [one.place for one in self._connections if one.client.peer.uid == peer.uid]
         of_all = [one.place for one in self._connections]
-        for places, most in ((of_user, USER_CLIENTS_MAX), (of_all, CLIENTS_MAX)):
-            if len(places) < most:
+        away = [] if self._processes is None else self._processes.away()
+        away_of_user = [client for client in away if client.peer.uid == peer.uid]
+        limits = self._managed.limits
+        for places, absent, most in (
+            (of_user, away_of_user, limits.clients_of_a_user),
+            (of_all, away, limits.clients),
+        ):
+            if len(places) + len(absent) < most:
                 continue
             log.warning("Too many managed clients: one was turned away")
             strangers = [place for place in places if not place.known]
@@ -181,33 +223,88 @@ class ManagedServer:
         finally:
             self._places.leave(place)
         self._connections.remove(served)
-        self._leaving.append(client)
-        async with self._turn:
-            if self._vtpm.borrowed:
-                await self._worker.run(lambda: self._close(client), self._vtpm.abort)
-            else:
-                self._managed.close(client)
-        self._leaving.remove(client)
+        process = self._process_of(client)
+        if process is not None:
+            process.connections -= 1
+        await self._leave(client)
         log.debug("Managed client disconnected")
 
+    async def _leave(self, client: Client) -> None:
+        """A connection, or a process, has ended: so has the client, if that was all of it."""
+        self._leaving.append(client)
+        async with self._turn:
+            if not await self._stays(client):
+                self._forget(client)
+                await self._at_tpm(lambda: self._close(client))
+        self._leaving.remove(client)
+
+    async def _stays(self, client: Client) -> bool:
+        """Whether it has another connection, or has left what its process may come back for."""
+        process = self._process_of(client)
+        if process is None:
+            return False
+        if process.connections or process.ended:
+            return process.connections > 0
+        holds = await self._at_tpm(lambda: bytes(self._managed.holds(client)))  # empty for no
+        return bool(holds) or process.connections > 0  # one may have come meanwhile
+
+    async def _at_tpm(self, job: Callable[[], bytes]) -> bytes:
+        """For who has the turn: here, or where a borrowed TPM is used."""
+        if self._vtpm.borrowed:
+            return await self._worker.run(job, self._vtpm.abort)
+        return job()
+
+    def _process_of(self, client: Client) -> Process | None:
+        return None if self._processes is None else self._processes.of(client)
+
+    def _forget(self, client: Client) -> None:
+        """From now on its process is a new client."""
+        process = self._process_of(client)
+        if process is not None and self._processes is not None:
+            self._processes.forget(process)
+
+    async def _watch(self, process: Process) -> None:
+        if await process.end():
+            await self._leave(process.client)
+
+    def _resume_processes(self, saved: Iterable[SavedProcess]) -> None:
+        processes = self._processes = self._processes or Processes()
+        for one in saved:
+            process = processes.resume(one, self._managed.client(one.client))
+            process.connections = sum(known.client is process.client for known in self._connections)
+            if not process.ended:
+                self._nursery.start_soon(self._watch, process)
+
     async def _converse(self, data: DataConnection, place: Place, client: Client) -> None:
-        stream, connection = data.stream, data.connection
+        stream, turn, connection = data.stream, self._turn, data.connection
+        receive, send, process = connection.recv, connection.send, self._managed.process_known
         served = await self._answer_all(
             data, place, client, flush=False
         )  # what was there at a suspension
         while True:
             try:
-                came: bytes | None = connection.recv(data.read_size)
+                came: bytes | None = receive(data.read_size)
             except BlockingIOError:
                 # Who looks for more of one client lets all others wait.
                 came = await data.receive(linger=served and len(self._places) == 1)
                 place.heard = trio.current_time()
-            if came and stream.empty and self._is_quick(came):
+            if came and stream.empty and not turn.locked():
                 # The general way below, shortened for the usual command.
-                response = self._managed.process(client, came)
-                served = place.known = True  # before it has the answer
-                await self._send_now(data, response)
-                continue
+                response = process(client, came)
+                if response is None and self._is_quick(came):
+                    response = self._managed.process(client, came)
+                if response is not None:
+                    served = place.known = True  # before it has the answer
+                    try:
+                        sent = send(response)
+                    except BlockingIOError:
+                        sent = 0
+                    if sent < len(response):
+                        await data.send(response[sent:])
+                    self._served += 1
+                    if self._served % _CHECKPOINT_EVERY == 0:
+                        await trio.lowlevel.checkpoint()
+                    continue
             if came:
                 stream.feed(came)
             if await self._answer_all(data, place, client, flush=not came):
@@ -236,18 +333,8 @@ class ManagedServer:
             data[:1] == _TAGS_BEGIN
             and len(data) >= TPM_HEADER_SIZE
             and command_size(data) == len(data)
-            and not self._turn.locked()
             and not self._vtpm.is_long(data)
         )
-
-    async def _send_now(self, data: DataConnection, response: bytes) -> None:
-        try:
-            sent = data.connection.send(response)
-        except BlockingIOError:
-            sent = 0
-        if sent < len(response):
-            await data.send(response[sent:])
-        await self._count()
 
     async def _count(self) -> None:
         """Passes a checkpoint now and then, so that others get their turn."""
@@ -285,5 +372,5 @@ def _peer_of(connection: socket.socket) -> Peer:
         except OSError:  # it has gone again
             return Peer("tcp")
         return Peer("tcp", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    pid, uid = credentials(connection)
-    return Peer("unix", pid=pid, uid=uid if uid != NO_UID else None)
+    pid, uid, _ = Credentials.of(connection)
+    return Peer("unix", pid=pid, uid=uid if uid != _NOBODY else None)

@@ -196,6 +196,7 @@ class SocketServer:
                 self._turn,
                 self._accept,
                 endpoints.managed_listener,
+                per_process=endpoints.per_process,
             )
             self._managed.start(managed)
 

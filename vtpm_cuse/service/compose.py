@@ -58,7 +58,8 @@ def _make_borrowed(config: VtpmConfig, chip: ChipConfig, fd: int) -> Vtpm:
     from vtpm_cuse.vtpm.borrowed import Borrowed
 
     borrowed = Borrowed(chip.flush_all, chip.below_manager)
-    return Vtpm(_recorded(Chip(fd, chip.path), config), None, VtpmOptions(borrowed=borrowed))
+    options = VtpmOptions(limits=config.limits, borrowed=borrowed)
+    return Vtpm(_recorded(Chip(fd, chip.path), config), None, options)
 
 
 def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> tuple[Vtpm, SealedStore]:
@@ -89,6 +90,7 @@ def _make_vtpm(config: VtpmConfig, store: SealedStore | None) -> Vtpm:
         incoming=config.incoming,
         release_outgoing=config.release_outgoing,
         profile=_profile(config, engine),
+        limits=config.limits,
     )
     return Vtpm(engine, store, options)
 

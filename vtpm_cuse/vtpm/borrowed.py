@@ -11,6 +11,7 @@ from vtpm_cuse.resmgr.shared import SharedManager
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.resmgr.manager import Limits
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
     Rests = tuple[tuple[float, Callable[[], None]], ...]
@@ -35,10 +36,12 @@ class Borrowed(NamedTuple):
     below_manager: bool = False
 
 
-def manager_of(vtpm: Vtpm, borrowed: Borrowed) -> SharedManager:
+def manager_of(vtpm: Vtpm, borrowed: Borrowed, limits: Limits) -> SharedManager:
     """The manager of its clients."""
     slots = _SLOTS_BELOW if borrowed.below_manager else 0
-    return SharedManager(vtpm, inner=vtpm.manage, alone=borrowed.flush_all, slots=slots)
+    return SharedManager(
+        vtpm, inner=vtpm.manage, limits=limits, alone=borrowed.flush_all, slots=slots
+    )
 
 
 def begin(manager: SharedManager) -> None:

@@ -6,7 +6,7 @@ Nothing in it is secret: no contexts, no names of keys, and no handle but those 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vtpm_cuse.resmgr import view
 
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from vtpm_cuse.resmgr.manager import Connection, Manager
     from vtpm_cuse.resmgr.saved import SavedManager
     from vtpm_cuse.resmgr.view import Held
-
-
-USER_CLIENTS_MAX: Final = 64
-"""Of one user: as many as a TPM has sessions. Those on TCP, who have no user, count as one's."""
-
-CLIENTS_MAX: Final = 256
-"""In all, so that one user leaves room for others."""
 
 
 class Peer(NamedTuple):
@@ -96,11 +89,7 @@ def described(manager: Manager, clients: Iterable[Client], now: float) -> dict[s
         "abandoned": _listed(view.sessions_of(manager, None)),
         "swaps": {"objects": manager.objects.evictions, "sessions": manager.sessions.evictions},
         "refreshes": manager.sessions.refreshes,
-        "limits": {
-            **manager.limits._asdict(),
-            "clients_of_a_user": USER_CLIENTS_MAX,
-            "clients": CLIENTS_MAX,
-        },
+        "limits": manager.limits._asdict(),
     }
 
 

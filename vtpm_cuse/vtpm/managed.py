@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import DeviceError, PtmError
 from vtpm_cuse.resmgr import view
-from vtpm_cuse.resmgr.manager import Manager
+from vtpm_cuse.resmgr.manager import Limits, Manager
 from vtpm_cuse.vtpm import borrowed
 from vtpm_cuse.vtpm.clients import (
-    CLIENTS_MAX,
-    USER_CLIENTS_MAX,
     Client,
     Peer,
     SavedClient,
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
 _UNREAD_SECONDS: Final = 120.0
 _ATTEMPTS: Final = 4  # the kernel's devices send a command again, too; libtpms wants one more
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
+_SUCCESS: Final = bytes(4)
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
 
@@ -55,6 +54,7 @@ class ManagedVtpm:
         clock: In seconds.
 
     Attributes:
+        limits: What clients may have, and how many there may be.
         begin: To be called first where `rests` says something.
         rests: Of a borrowed TPM, what is to be done in pauses (`borrowed.rests_of`).
     """
@@ -63,11 +63,12 @@ class ManagedVtpm:
         self._vtpm = vtpm
         self.clock = clock
         self._clients: dict[int, Client] = {}
-        self._manager = Manager(vtpm, inner=vtpm.manage)
+        self.limits = Limits(**dict(vtpm.options.limits))
+        self._manager = Manager(vtpm, inner=vtpm.manage, limits=self.limits)
         self.begin: Callable[[], None] = lambda: None
         self.rests: borrowed.Rests = ()
         if (known := vtpm.options.borrowed) is not None:
-            self._manager = shared = borrowed.manager_of(vtpm, known)
+            self._manager = shared = borrowed.manager_of(vtpm, known, self.limits)
             self.begin = functools.partial(borrowed.begin, shared)
             self.rests = borrowed.rests_of(shared, known)
         self._starts = vtpm.starts
@@ -89,6 +90,11 @@ class ManagedVtpm:
         """It has gone."""
         self._clients.pop(client.connection.number, None)
         client.connection.close()
+
+    def holds(self, client: Client) -> bool:
+        """Whether it has an object or a session."""
+        self._notice_reset()
+        return view.holds(self._manager, client.connection)
 
     def suspend(self) -> SavedClients:
         """The clients as plain values, before the TPM is suspended; they are not used any more."""
@@ -149,6 +155,21 @@ class ManagedVtpm:
         finally:
             vtpm.set_locality(before)
 
+    def process_known(self, client: Client, command: bytes) -> bytes | None:
+        """As `process`, by a shorter way; None, with nothing done, where that has more to look at.
+
+        See `Vtpm.process_known`; a command that has failed may be given again.
+        """
+        vtpm, connection = self._vtpm, client.connection
+        if vtpm.starts != self._starts or (given := connection.passed_on(command)) is None:
+            return None
+        response = vtpm.process_known(given)
+        if response is None or response[6:TPM_HEADER_SIZE] != _SUCCESS:
+            return None
+        connection.commands += 1
+        client.heard = self.clock()
+        return response
+
 
 class SavedManagedOpen(NamedTuple):
     """An open of a managed device between two commands, as plain values.
@@ -196,9 +217,10 @@ class ManagedFile:
         Raises:
             DeviceError: EMFILE when its user has too many, ENFILE when there are too many in all.
         """
-        if sum(found.uid == opener.uid for found in self._opens) >= USER_CLIENTS_MAX:
+        limits = self.managed.limits
+        if sum(found.uid == opener.uid for found in self._opens) >= limits.clients_of_a_user:
             raise DeviceError(errno.EMFILE)
-        if len(self._opens) >= CLIENTS_MAX:
+        if len(self._opens) >= limits.clients:
             raise DeviceError(errno.ENFILE)
         peer = Peer("device", pid=opener.pid, uid=opener.uid)
         found = ManagedOpen(self, self.managed.connect(peer))

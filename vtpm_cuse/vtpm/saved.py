@@ -1,4 +1,4 @@
-"""The saved form of a vTPM."""
+"""A vTPM that rests, as plain values."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class SavedVtpm(NamedTuple):
         failure_said: Whether the log has it that the TPM is in failure mode.
         profile: What a new TPM is yet to be made by.
         given: What another process has given for the next start: name and payload, in this order.
+        audit: `audit.AuditWatch.session`.
     """
 
     whose: str
@@ -36,3 +37,4 @@ class SavedVtpm(NamedTuple):
     failure_said: bool
     profile: str | None
     given: tuple[tuple[str, bytes | None], ...]
+    audit: int

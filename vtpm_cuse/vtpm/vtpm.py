@@ -23,6 +23,7 @@ from vtpm_cuse.errors import (
     TpmUnavailable,
     VtpmError,
 )
+from vtpm_cuse.vtpm.audit import AuditWatch
 from vtpm_cuse.vtpm.custody import Custody, Whose
 from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.vtpm.start import PERMANENT, give_state, need_vacancy, resumes, start_engine
@@ -43,6 +44,7 @@ from vtpm_cuse.wire.tpm import (
     shutdown_command,
     startup_command,
 )
+from vtpm_cuse.wire.tpm2_handles import SESSIONS_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,6 +80,8 @@ class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
+        limits: Of its resource manager (`resmgr.manager.Limits`), by name; what is left out has
+            its default.
         borrowed: It is not ours: no power, no locality, no state, and it may go away.
         incoming: A migration brings the state: the first start does not lock it, for its
             owner still does.
@@ -90,6 +94,7 @@ class VtpmOptions(NamedTuple):
     incoming: bool = False
     release_outgoing: bool = False
     profile: str | None = None
+    limits: tuple[tuple[str, int], ...] = ()
     borrowed: Borrowed | None = None
 
 
@@ -127,6 +132,7 @@ class Vtpm:
         )
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
+        self._audit = AuditWatch()
         self.starts = 0
         self.commands = 0
         self.resumed = False
@@ -179,6 +185,7 @@ class Vtpm:
             self._engine.set_profile(self._profile)
         given, self._given = self._given, {}
         self.resumed = resumes(given, store)
+        self._audit.begin(resumed=self.resumed)
         start_engine(
             self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
         )
@@ -225,6 +232,7 @@ class Vtpm:
             self._failure_said,
             self._profile,
             tuple((state.blob_name, payload) for state, payload in self._given.items()),
+            self._audit.session,
         )
         engine.stop()
         return saved
@@ -246,6 +254,7 @@ class Vtpm:
         self._hashing = saved.hashing
         self._failure_said = saved.failure_said
         self._profile = saved.profile
+        self._audit.session = saved.audit
         self._given = {kinds[name]: payload for name, payload in saved.given}
         for kind, payload in self._given.items():
             engine.set_state(kind, payload)
@@ -310,7 +319,7 @@ class Vtpm:
         code = command_code(command)
         if code == _SET_LOCALITY:
             return self._set_locality_command(command)
-        if code not in self._long and len(self._known) < _KNOWN_MAX:
+        if not self.is_long(command) and len(self._known) < _KNOWN_MAX:
             self._known[self._last_header] = command_size(command)
         return self._execute(command)
 
@@ -333,6 +342,8 @@ class Vtpm:
             answer = self._engine.process(command)
             if answer[6:TPM_HEADER_SIZE] == self._failure_mode:
                 self._say_failure("by itself: with --log level=5 libtpms says more")
+            if answer[:2] == SESSIONS_TAG or self._audit.session:
+                self._audit.note(command, answer)
             return answer
         except StorageError as exc:
             self._say_failure(f"for it could not store its state: {exc}")
@@ -378,7 +389,7 @@ class Vtpm:
             raise DeviceError(errno.EOPNOTSUPP)
         thread = not self.tpm2 and command_code(self._last_header) in _SHA1_THREAD
         # Any command may update a clock in the state, which may be another process' by now.
-        if thread or self._hashing or self._custody.away:
+        if thread or self._hashing or self._audit.session or self._custody.away:
             raise DeviceError(errno.EBUSY)
         with self._in_locality(0):
             return self._engine.process(command)

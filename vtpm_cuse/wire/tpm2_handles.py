@@ -35,6 +35,11 @@ SEQUENCE_OBJECT: Final = 0x80000001
 
 _NUMBERS: Final = struct.Struct(">HII")
 _SESSION_ATTRIBUTE_CONTINUE: Final = 0x01
+_SESSION_ATTRIBUTE_AUDIT_EXCLUSIVE: Final = 0x02
+_LASTS: Final = _SESSION_ATTRIBUTE_CONTINUE | _SESSION_ATTRIBUTE_AUDIT_EXCLUSIVE
+_HANDLES_MAX: Final = 3
+UNKNOWN_SESSION: Final = 0xFFFF_FFFF
+SESSIONS_TAG: Final = TpmTag.TPM_ST_SESSIONS.to_bytes(2, "big")
 
 
 class TpmHt(IntEnum):
@@ -47,6 +52,8 @@ class TpmHt(IntEnum):
 
 
 SESSIONS: Final = frozenset({TpmHt.HMAC_SESSION, TpmHt.POLICY_SESSION})
+_PERMANENT: Final = 0x40  # of these, the password authorizes
+_AUTHORIZE: Final = SESSIONS | {_PERMANENT}
 
 
 class CommandAttributes(NamedTuple):
@@ -111,7 +118,7 @@ def sessions_of(command: bytes, handles: int) -> tuple[UsedSession, ...]:
 
     One that cannot be read whole is refused by the TPM.
     """
-    if command[:2] != TpmTag.TPM_ST_SESSIONS.to_bytes(2, "big"):
+    if command[:2] != SESSIONS_TAG:
         return ()
     at = TPM_HEADER_SIZE + HANDLE_SIZE * handles
     size = int.from_bytes(command[at : at + 4], "big")
@@ -129,20 +136,46 @@ def sessions_of(command: bytes, handles: int) -> tuple[UsedSession, ...]:
     return tuple(found)
 
 
-def continued(response: bytes, *, returns_handle: bool, count: int) -> list[bool]:
+def answered_attributes(response: bytes) -> tuple[int, ...]:
+    """The session attributes in a successful response with sessions, as far as it has them."""
+    at = TPM_HEADER_SIZE
+    size = int.from_bytes(response[at : at + 4], "big")
+    if size > len(response):  # a handle, which comes first and is a greater number
+        at += HANDLE_SIZE
+        size = int.from_bytes(response[at : at + 4], "big")
+    at += 4 + size
+    found: list[int] = []
+    while at < len(response):
+        at += 2 + int.from_bytes(response[at : at + 2], "big")
+        found += response[at : at + 1]
+        at += 3 + int.from_bytes(response[at + 1 : at + 3], "big")
+    return tuple(found)
+
+
+def continued(response: bytes, count: int) -> list[bool]:
     """Of a successful response to a command with *count* sessions: which of these live on.
 
     Those of which the response says nothing do: the TPM is asked when they are used next.
     """
-    at = TPM_HEADER_SIZE + (HANDLE_SIZE if returns_handle else 0)
-    at += 4 + int.from_bytes(response[at : at + 4], "big")
-    found: list[bool] = []
-    while len(found) < count:
-        at += 2 + int.from_bytes(response[at : at + 2], "big")
-        attributes = response[at : at + 1]
-        found.append(not attributes or bool(attributes[0] & _SESSION_ATTRIBUTE_CONTINUE))
-        at += 3 + int.from_bytes(response[at + 1 : at + 3], "big")
-    return found
+    attributes = answered_attributes(response)[:count]
+    found = [bool(one & _SESSION_ATTRIBUTE_CONTINUE) for one in attributes]
+    return found + [True] * (count - len(found))
+
+
+def exclusive_audit_session(command: bytes, response: bytes) -> int:
+    """The session that a successful response with sessions calls exclusive and goes on.
+
+    0 for none; `UNKNOWN_SESSION` where the command does not show which it is. Its handles are found
+    by where an authorization area fits.
+    """
+    lasting = [_LASTS & ~on == 0 for on in answered_attributes(response)]
+    if not any(lasting):
+        return 0
+    for handles in range(_HANDLES_MAX + 1):
+        used = sessions_of(command, handles)
+        if len(used) == len(lasting) and all(kind_of(one.handle) in _AUTHORIZE for one in used):
+            return used[lasting.index(True)].handle
+    return UNKNOWN_SESSION
 
 
 def response_handle(response: bytes) -> int | None:

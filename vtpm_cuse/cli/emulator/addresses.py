@@ -83,7 +83,12 @@ def control_channel(line: CommandLine) -> tuple[SocketAddress | None, bool]:
 def managed_channel(line: CommandLine, vtpm: VtpmConfig) -> SocketAddress | None:
     """Where clients of the resource manager connect."""
     given = line.subs("managed")
-    address = None if given is None else _listening_address(line, given, "managed")
+    address = None
+    if given is not None:
+        address = _listening_address(line, given, "managed")
+        address = address._replace(per_process=given.flag("per-process"))
+        if address.per_process and address.kind != "unixio":
+            raise line.error("Error: per-process is for type=unixio: TCP names no process")
     address = passed("managed", address)
     if address is not None and not vtpm.tpm2:
         raise line.error("Error: The resource manager is for a TPM 2.0: give --tpm2")

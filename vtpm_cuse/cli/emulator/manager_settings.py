@@ -27,6 +27,7 @@ def manager_config(line: CommandLine) -> SocketConfig | FuseConfig | CuseConfig:
         startup=StartupConfig(not_need_init=True),
         pcap=settings.pcap_config(line),
         chip=_chip_config(line),
+        limits=settings.managed_limits(line),
     )
     process = settings.process_config(line, background=line.has("daemon"))
     managed = addresses.managed_channel(line, vtpm)

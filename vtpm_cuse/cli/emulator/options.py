@@ -232,8 +232,38 @@ OPTIONS: Final[Sequence[Option]] = (
         subs=(
             *_address(default_type=""),
             SubOption("fd", "open listening socket", Kind.INT, "FD"),
+            SubOption(
+                "per-process",
+                "a client is a process with all of its connections, and keeps what it has until it "
+                "ends, as the TCTI swtpm of tpm2-tss needs, which connects anew for each command; "
+                "unixio only, with Linux 6.5 or newer",
+                Kind.BOOL,
+            ),
         ),
         interfaces=STREAMS,
+    ),
+    Option(
+        "managed-limits",
+        "what clients of the resource manager may have, and how many there may be",
+        noun="managed-limits",
+        subs=(
+            SubOption("objects", "objects of a client, by default 64", Kind.UINT, "N"),
+            SubOption("sessions", "sessions of a client, by default 16", Kind.UINT, "N"),
+            SubOption(
+                "abandoned",
+                "sessions in all that clients saved before they went, for others to load, by "
+                "default 4",
+                Kind.UINT,
+                "N",
+            ),
+            SubOption(
+                "clients-of-a-user",
+                "clients of one user, by default 64; those on TCP count as one user's",
+                Kind.UINT,
+                "N",
+            ),
+            SubOption("clients", "clients in all, by default 256", Kind.UINT, "N"),
+        ),
     ),
     Option(
         "terminate",

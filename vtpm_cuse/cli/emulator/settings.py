@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 
 _NAME_MAX: Final = 255
 _PROXY_NAME: Final = "proxy0"
+_LIMITS: Final = {
+    "objects": range(3, 257),  # no TPM has less
+    "sessions": range(3, 65),  # no TPM has more
+    "abandoned": range(65),
+    "clients-of-a-user": range(1, 901),
+    "clients": range(1, 901),  # each may be a descriptor
+}
 _PROFILE_LIMIT: Final = 10 * 1024  # bytes that the C suite reads of a profile file
 
 
@@ -54,7 +61,9 @@ def cuse_config(line: CommandLine) -> CuseConfig:
         process=process_config(line, background=not line.has("foreground")),
         vtpm=vtpm_config(line),
     )
-    return config._replace(managed=_managed_device(line, config.name, config.vtpm))
+    managed = _managed_device(line, config.name, config.vtpm)
+    vtpm = _limited(line, config.vtpm, "--resource-manager" if managed is None else None)
+    return config._replace(managed=managed, vtpm=vtpm)
 
 
 def _managed_device(line: CommandLine, name: str, vtpm: VtpmConfig) -> str | None:
@@ -95,7 +104,11 @@ def fuse_config(line: CommandLine) -> FuseConfig:
         mount=absolute_path(mount),
         allow_other=line.has("allow-other"),
         process=process_config(line, background=not line.has("foreground")),
-        vtpm=vtpm._replace(startup=_ready(vtpm.startup)),
+        vtpm=_limited(
+            line,
+            vtpm._replace(startup=_ready(vtpm.startup)),
+            None if vtpm.tpm2 else "--tpm2",
+        ),
     )
 
 
@@ -119,11 +132,12 @@ def socket_config(line: CommandLine) -> SocketConfig:
     data, disconnect = addresses.data_channel(line)
     control, control_terminate = addresses.control_channel(line)
     vtpm = vtpm_config(line)
+    managed = addresses.managed_channel(line, vtpm)
     return SocketConfig(
-        vtpm=vtpm,
+        vtpm=_limited(line, vtpm, "--managed" if managed is None else None),
         data=addresses.passed("data", data),
         control=addresses.passed("ctrl", control),
-        managed=addresses.managed_channel(line, vtpm),
+        managed=managed,
         disconnect=disconnect,
         terminate=line.has("terminate"),
         control_terminate=control_terminate,
@@ -145,13 +159,15 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
         raise line.error("Error: Missing character device or file descriptor")
     control, control_terminate = addresses.control_channel(line)
     vtpm = vtpm_config(line)
+    managed = addresses.managed_channel(line, vtpm)
+    vtpm = _limited(line, vtpm, "--managed" if managed is None else None)
     return ChardevConfig(
         vtpm=_ready_for_the_kernel(vtpm) if proxy else vtpm,
         proxy=proxy,
         path=path,
         fd=fd,
         control=addresses.passed("ctrl", control),
-        managed=addresses.managed_channel(line, vtpm),
+        managed=managed,
         control_terminate=control_terminate,
         process=process_config(line, background=line.has("daemon")),
     )
@@ -265,6 +281,29 @@ def vtpm_config(line: CommandLine) -> VtpmConfig:
         release_outgoing=migration is not None and migration.flag("release-lock-outgoing"),
         pcap=pcap_config(line),
     )
+
+
+def _limited(line: CommandLine, vtpm: VtpmConfig, lacks: str | None) -> VtpmConfig:
+    """With the limits of a resource manager, which an option that it *lacks* would make."""
+    limits = managed_limits(line)
+    if limits and lacks is not None:
+        raise line.error(f"Error: --managed-limits is for a resource manager: give {lacks}")
+    return vtpm._replace(limits=limits)
+
+
+def managed_limits(line: CommandLine) -> tuple[tuple[str, int], ...]:
+    """``--managed-limits``. Raises UsageError."""
+    given = line.subs("managed-limits")
+    limits: list[tuple[str, int]] = []
+    for name, allowed in _LIMITS.items():
+        value = None if given is None else given.integer(name)
+        if value is None:
+            continue
+        if value not in allowed:
+            bounds = f"{allowed[0]} to {allowed[-1]}"
+            raise line.error(f"Error: {name}={value} of --managed-limits is not from {bounds}")
+        limits.append((name.replace("-", "_"), value))
+    return tuple(limits)
 
 
 def is_tpm2(line: CommandLine) -> bool:

@@ -32,7 +32,9 @@ PROGRAM: Final = Program(
         "as pcr-sha256 with the files 0 to 23. The file log has the last messages, status the "
         "state of the program as JSON. A file that asks the TPM waits for a running command; "
         "it fails with EBUSY in the middle of a measurement by the platform or of a TPM 1.2's "
-        "SHA-1 in several commands, which it would end.",
+        "SHA-1 in several commands, and while a session is exclusive by its audit, all of which "
+        "it would end. Of a TPM that goes on from a stored volatile state nobody can tell that, "
+        "so there it fails until the first command.",
     ),
     examples=(
         Example(

@@ -53,15 +53,15 @@ PROGRAM: Final = Program(
             metavar="DIR",
         ),
         *_rows(InterfaceName.FUSE, "allow-other"),
-        *_rows(InterfaceName.SOCKET, "managed"),
+        *_rows(InterfaceName.SOCKET, "managed", "managed-limits"),
         *_rows(InterfaceName.SOCKET, "ctrl", "daemon", "log", "pid", "pcap", "seccomp"),
         *_rows(InterfaceName.SOCKET, "runas", "help"),
         *_rows(InterfaceName.FUSE, "version"),
     ),
     description=(
         "Opens a TPM 2.0 that is not this program's, a chip's say, and serves any number of "
-        "clients, each of which sees a TPM of its own: 64 objects, 16 sessions, and nobody "
-        "else's. Clients open a device (--name), which takes /dev/cuse, or a file (--name with "
+        "clients, each of which sees a TPM of its own: 64 objects and 16 sessions, unless "
+        "--managed-limits says otherwise, and nobody else's. Clients open a device (--name), which takes /dev/cuse, or a file (--name with "
         "--mount), which takes no root, or connect to a socket (--managed).",
         "Over /dev/tpm0 it is the only program there, as tpm2-abrmd is. The kernel and its own "
         "manager, /dev/tpmrm0, still use the TPM, and need room in it: after a second without a "
@@ -76,7 +76,8 @@ PROGRAM: Final = Program(
         "and its clients' sessions, of which the TPM has room for 64; --flush-all ends them.",
         "A client of a socket is its connection. tpm2-tss stays connected by its module cmd, as "
         "in the example; its module swtpm connects anew for each command, and so loses all that "
-        "it has. That one also wants a control channel (--ctrl), at the port behind the other: "
+        "it has, unless --managed has per-process, of which swtpm_socket(8) says more. That one "
+        "also wants a control channel (--ctrl), at the port behind the other, or at PATH.ctrl: "
         "SHUTDOWN ends this program, and no request reaches the TPM's power, state or locality.",
     ),
     examples=(

@@ -29,6 +29,15 @@ PROGRAM: Final = Program(
         "see to it that nobody else can reach the port, as in a container of its own. A client "
         "of a TCP port that does not begin with a TPM command or a request is turned away, so "
         "that no web page reaches the TPM through a browser.",
+        "With per-process, a client of a Unix socket is a process, not a connection: all its "
+        "connections share what it has, which ends with the process. So its next connection finds "
+        "what the last one left, as tpm2-tss' module swtpm needs it, which connects anew for each "
+        "command, and wants a control channel beside the socket, at PATH.ctrl. The kernel says "
+        "which process connects: none that has its number later on, no child, and no process as "
+        "another user or group reaches what it has; what it executes, or hands an open connection "
+        "to, does. A process of a PID namespace beside this one is a client with each connection, "
+        "as without per-process. Not for a socket that a proxy serves others by: to the kernel they "
+        "are one process. Until it ends, a process that has left something counts as a client.",
     ),
     examples=(
         Example(

@@ -1,0 +1,184 @@
+"""An exclusive audit session: no question of ours, and no work of the manager's, ends it."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.support import commands as tpm
+from tests.support import managed as m
+from tests.support.auditor import AUDIT, EXCLUSIVE, Auditor
+from tests.support.suspension import Host, prepared
+from vtpm_cuse.errors import DeviceError
+from vtpm_cuse.vtpm.clients import Peer
+from vtpm_cuse.vtpm.managed import ManagedVtpm
+from vtpm_cuse.wire import tpm2_handles as wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vtpm_cuse.vtpm.vtpm import Vtpm
+
+    Process = Callable[[bytes], bytes]
+
+QUESTION: Final = tpm.pcr_read(16)
+
+
+@pytest.fixture(scope="module")
+def blobs() -> dict[str, bytes]:
+    return prepared()
+
+
+@pytest.fixture
+def host(blobs: dict[str, bytes]) -> Iterator[Host]:
+    found = Host(blobs)
+    found.vtpm.start()
+    assert tpm.code_of(found.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
+    yield found
+    found.close()
+
+
+def ask(vtpm: Vtpm) -> int:
+    """As the folder of a FUSE mount does; 0, or the error."""
+    try:
+        return tpm.code_of(vtpm.query(QUESTION))
+    except DeviceError as exc:
+        return exc.errno
+
+
+def clients(vtpm: Vtpm) -> Iterator[Process]:
+    """One of the TPM's own device, and one of a resource manager."""
+    yield vtpm.process
+    managed = ManagedVtpm(vtpm)
+    client = managed.connect(Peer("device"))
+    yield lambda command: managed.process(client, command)
+
+
+def test_a_question_waits_for_the_end_of_it(host: Host) -> None:
+    for process in clients(host.vtpm):
+        auditor = Auditor(process)
+        assert ask(host.vtpm) == 0
+        assert auditor.is_exclusive
+        assert ask(host.vtpm) == errno.EBUSY
+        assert auditor.is_exclusive
+        process(tpm.get_random(8))
+        assert ask(host.vtpm) == 0
+
+
+def test_beside_other_sessions_and_handles(host: Host) -> None:
+    for process in clients(host.vtpm):
+        auditor = Auditor(process)
+        for pcr in (9, 16):  # 9 is a size that an authorization area can have
+            extend = m.u32(1) + b"\0\x0b" + bytes(32)
+            attributes = auditor.audit(
+                code=0x182, handles=m.u32(pcr), before=m.PASSWORD[4:], parameters=extend
+            )
+            assert attributes & EXCLUSIVE
+            assert ask(host.vtpm) == errno.EBUSY
+            assert auditor.is_exclusive
+        process(m.flush(auditor.handle))
+        assert ask(host.vtpm) == 0
+
+
+def test_what_leaves_it_exclusive_leaves_questions_out(host: Host) -> None:
+    """A command that fails, and those on contexts; of flushes, all but its own."""
+    for process in clients(host.vtpm):
+        auditor, other = Auditor(process), m.handle_of(process(m.start_session()))
+        key = m.handle_of(process(m.load_external(1)))
+        assert auditor.is_exclusive
+        steps = [m.read_public(0x80FFFF00), m.save(key), m.flush(key), m.flush(other)]
+        for step in steps:
+            process(step)
+            assert ask(host.vtpm) == errno.EBUSY
+        context = process(m.save(auditor.handle))[10:]
+        assert ask(host.vtpm) == errno.EBUSY
+        process(m.load(context))
+        assert ask(host.vtpm) == errno.EBUSY
+        assert auditor.is_exclusive
+        process(m.flush(auditor.handle & 0xFFFFFF | 0x03000000))  # the TPM takes either kind
+        assert ask(host.vtpm) == 0
+
+
+def test_it_ends_with_its_session_and_with_another(host: Host) -> None:
+    for process in clients(host.vtpm):
+        auditor = Auditor(process)
+        assert auditor.is_exclusive
+        auditor.audit(attributes=AUDIT)
+        assert ask(host.vtpm) == 0
+        first, second = Auditor(process), Auditor(process)
+        assert first.is_exclusive
+        assert second.is_exclusive
+        process(m.flush(first.handle))
+        assert ask(host.vtpm) == errno.EBUSY
+        process(m.flush(second.handle))
+        assert ask(host.vtpm) == 0
+
+
+def test_a_closed_client_keeps_no_question_out(host: Host) -> None:
+    managed = ManagedVtpm(host.vtpm)
+    client = managed.connect(Peer("device"))
+    assert Auditor(lambda command: managed.process(client, command)).is_exclusive
+    assert ask(host.vtpm) == errno.EBUSY
+    managed.close(client)
+    assert ask(host.vtpm) == 0
+
+
+def test_neither_swaps_nor_an_audited_clear_end_it(host: Host) -> None:
+    managed = ManagedVtpm(host.vtpm)
+    client = managed.connect(Peer("device"))
+
+    def process(command: bytes) -> bytes:
+        return managed.process(client, command)
+
+    primary = m.handle_of(process(tpm.create_primary_rsa(bits=1024)))
+    keys = [m.handle_of(process(m.load_external(number))) for number in range(5)]
+    auditor = Auditor(process)
+    assert auditor.is_exclusive
+    for key in keys:
+        process(m.save(key))
+    assert auditor.is_exclusive
+    cleared = auditor.audit(
+        code=0x126, handles=m.u32(0x4000000C), before=m.PASSWORD[4:], parameters=b""
+    )
+    assert cleared & EXCLUSIVE
+    assert auditor.is_exclusive
+    assert tpm.code_of(process(m.read_public(primary))) == 0xB0910
+    assert tpm.code_of(process(m.read_public(keys[0]))) == 0
+
+
+def test_it_outlives_a_suspension_and_a_reset_ends_it(host: Host) -> None:
+    auditor = Auditor(lambda command: host.vtpm.process(command))
+    assert auditor.is_exclusive
+    host.renew()
+    assert ask(host.vtpm) == errno.EBUSY
+    assert auditor.is_exclusive
+    host.vtpm.start()
+    assert ask(host.vtpm) == 0x100  # the TPM has it: it is not started
+
+
+def test_a_state_from_elsewhere_may_have_one(host: Host) -> None:
+    """Nobody can tell, before the first command has been answered."""
+    auditor = Auditor(lambda command: host.vtpm.process(command))
+    assert auditor.is_exclusive
+    host.vtpm.store_volatile()
+    host.vtpm.start()
+    assert host.vtpm.resumed
+    assert ask(host.vtpm) == errno.EBUSY
+    host.vtpm.process(m.flush(auditor.handle ^ 1))  # of which there is none
+    assert ask(host.vtpm) == errno.EBUSY
+    assert auditor.is_exclusive
+    host.vtpm.process(tpm.get_random(8))
+    assert ask(host.vtpm) == 0
+
+
+def test_answers_that_are_cut_short_name_none() -> None:
+    area = m.u32(2) + bytes(2) + b"\x83" + bytes(2)
+    command = tpm.tpm2(0x17B, m.u32(len(area)) + m.u32(0x02000000) + area[4:], sessions=True)
+    answer = tpm.tpm2(0, m.u32(2) + b"\0\0" + b"\0\0" + b"\x83" + b"\0\0", sessions=True)
+    assert wire.exclusive_audit_session(command, answer) == 0x02000000
+    for size in range(len(answer) - 3):
+        assert wire.exclusive_audit_session(command, answer[:size]) == 0
+    for size in range(len(command)):  # of which no TPM gives such an answer
+        assert wire.exclusive_audit_session(command[:size], answer) == wire.UNKNOWN_SESSION
