@@ -114,7 +114,8 @@ class Client:
         await connection.connect(described.sockets[kind])
         return cls(connection)
 
-    async def _exactly(self, size: int) -> bytes:
+    async def answer_of(self, size: int) -> bytes:
+        """So many bytes. Raises ConnectionError at the end."""
         got = b""
         while len(got) < size:
             part = await self.connection.recv(size - len(got))
@@ -134,13 +135,13 @@ class Client:
 
     async def answer(self) -> bytes:
         """The next response. Raises ConnectionError at the end."""
-        head = await self._exactly(10)
-        return head + await self._exactly(int.from_bytes(head[2:6], "big") - 10)
+        head = await self.answer_of(10)
+        return head + await self.answer_of(int.from_bytes(head[2:6], "big") - 10)
 
     async def control(self, number: int, body: bytes, size: int) -> bytes:
         """The answer to a control request, of so many bytes."""
         await self.send(u32(number) + body)
-        return await self._exactly(size)
+        return await self.answer_of(size)
 
     async def at_end(self) -> bool:
         """Waits until something comes; whether that is the end."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
+from array import array
 from typing import TYPE_CHECKING
 
 import pytest
@@ -115,6 +117,23 @@ async def test_random_numbers_are_nobody_elses_and_never_come_again(tmp_path: Pa
                 seen.append(random_of(await client.ask(tpm.get_random(16))))
                 await manager.hibernate(name)
         assert len(set(seen)) == len(seen) == 10
+
+
+@in_trio
+async def test_a_data_connection_is_passed_as_qemu_does(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as manager:
+        found = await started(manager, "one")
+        control = await Client.of(found, "control")
+        ours, theirs = trio.socket.socketpair()
+        data = Client(ours)
+        with theirs:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [theirs.fileno()]))]
+            await control.connection.sendmsg([s.u32(s.SET_DATAFD)], rights)
+        assert await control.answer_of(4) == bytes(4)
+        assert tpm.code_of(await data.ask(tpm.pcr_extend(10, b"1" * 32))) == 0
+        await manager.hibernate("one")
+        assert tpm.pcr_value(await data.ask(tpm.pcr_read(10))) != bytes(32)
+        assert (await manager.describe("one")).wakes == 1
 
 
 async def _with_data(manager: Manager, name: str) -> tuple[Tpm, Client]:

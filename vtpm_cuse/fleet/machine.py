@@ -450,9 +450,12 @@ def said_by(message: Message) -> str:
 
 
 def _is_connection(fd: int) -> bool:
-    """Whether it is a connected socket; of nothing else is anything asked here."""
+    """Whether it is a connected socket; of nothing else is anything asked here, which may wait."""
+    own = os.dup(fd)
     try:
-        with socket.socket(fileno=os.dup(fd)) as found:
-            return not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        found = socket.socket(fileno=own)
     except OSError:
+        os.close(own)
         return False
+    with found:
+        return not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

@@ -99,7 +99,7 @@ class _Served:
         self._orders = orders
         self._worker = worker
         self._idle = idle
-        self._endpoints = Endpoints()
+        self._endpoints = Endpoints(passed_too=True)
         self._saved: SavedSockets | None = None
         self._asked = Order.STOP
         self._gone = False
@@ -131,7 +131,7 @@ class _Served:
                 await self._orders.send(self._reset())
             elif await self._fell_asleep(saved):
                 return
-            self._endpoints = Endpoints()
+            self._endpoints = Endpoints(passed_too=True)
         lost = self._vtpm.state_lost
         self._vtpm.close()
         report = Message(Report.FAILED, b"another process has its state")
@@ -163,7 +163,7 @@ class _Served:
         if order is Order.RESET:
             self._saved = await server.suspend()
         elif order is Order.SLEEP and self._vtpm.at_rest:
-            self._saved = await server.suspend_at_rest()
+            self._saved = server.suspend_at_rest()
         if self._saved is None:
             return False
         self._asked = Order.RESET if order is Order.RESET else Order.SLEEP
