@@ -43,6 +43,11 @@ NOTES: Final = ("var/lib/dpkg/", "var/lib/apt/", "var/cache/", "var/log/", "var/
 USERS: Final = ("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow", "etc/.pwd.lock")
 
 
+def is_new(name: str) -> bool:
+    """Whether the system below has nothing of that name."""
+    return not Path("/", name).exists()
+
+
 class System:
     """A Debian with this machine's packages, Debian's swtpm among them, and with ours beside it."""
 
@@ -76,10 +81,15 @@ class System:
         return self.say(f"apt-get install -y --no-install-recommends {files}")
 
     def changed(self) -> set[str]:
-        """Files and links that are new or other than in the system below."""
+        """Files and links that are new or other than in the system below, and new folders."""
         upper = self._folder / "upper"
-        found = (path for path in upper.rglob("*") if path.is_file() or path.is_symlink())
-        names = {str(path.relative_to(upper)) for path in found}
+        names = set()
+        for path in upper.rglob("*"):
+            name = str(path.relative_to(upper))
+            folder = path.is_dir() and not path.is_symlink()
+            # What is gone is a device there.
+            if is_new(name) if folder else path.is_file() or path.is_symlink():
+                names.add(name)
         return {name for name in names if not name.startswith((*NOTES, *USERS))}
 
 
@@ -183,4 +193,5 @@ def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: S
     system.say(f"apt-get purge -y {' '.join(PACKAGES)}")
     ca = {name for name in system.changed() if name.startswith("var/lib/swtpm-localca/")}
     assert len(ca) >= 4
-    assert system.changed() - ca == {STATE, KEY}
+    folders = {str(path) for name in (STATE, KEY) for path in Path(name).parents}
+    assert system.changed() - ca == {STATE, KEY} | set(filter(is_new, folders))
