@@ -182,8 +182,15 @@ def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: S
     system.install(PACKAGES[2])
     said = system.say("""
         dpkg-query -W -f '${Package} ${db:Status-Status}\\n' swtpm swtpm-tools || :
-        swtpm --version; /usr/share/swtpm/swtpm-localca --version; test -f /usr/include/swtpm/tpm_ioctl.h; stat -c %U:%a /var/lib/swtpm-localca
-        mkdir /tmp/tpm; swtpm_setup --tpm2 --tpm-state /tmp/tpm --create-ek-cert >/dev/null
+        swtpm --version
+        /usr/share/swtpm/swtpm-localca --version
+        test -f /usr/include/swtpm/tpm_ioctl.h
+        stat -c %U:%a /var/lib/swtpm-localca
+        mkdir /tmp/tpm
+        chown tss /tmp/tpm
+        # As libvirt does, whose user has no home.
+        setpriv --reuid tss --regid tss --clear-groups env HOME=/nonexistent swtpm_setup --tpm2 \\
+            --tpm-state /tmp/tpm --create-ek-cert --create-platform-cert >/dev/null
         apt-get check >/dev/null
     """)
     assert said.count(f"version {PEER_VERSION} (vtpm-cuse {__version__})") == 2
