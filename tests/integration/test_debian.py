@@ -154,8 +154,14 @@ def test_they_go_along_with_the_c_suite(system: System) -> None:
 
 
 def test_the_programs_work_and_do_not_hear_the_callers_python(system: System) -> None:
-    script = "mkdir /run/x; echo 'raise SystemExit(77)' >/run/x/trio.py; cd /run/x"
-    said = system.say(f"{script}; vtpm run -- tpm2_getrandom --hex 8", PYTHONPATH="/run/x")
+    script = """
+        mkdir -p /run/x/bin
+        cd /run/x
+        echo 'raise SystemExit(77)' >trio.py
+        echo 'home = /usr/bin' >pyvenv.cfg
+        vtpm run -- tpm2_getrandom --hex 8
+    """
+    said = system.say(script, PYTHONPATH="/run/x", PYTHONEXECUTABLE="/run/x/bin/python")
     assert len(bytes.fromhex(said)) == 8
 
 
