@@ -1,4 +1,4 @@
-"""What ``./setup deploy`` puts into a system, and ``./setup pin``: which versions that may be.
+"""What ``./setup deploy`` puts into a system, what builds it, and ``./setup pin``: in which versions.
 
 Run by the system's Python, so it needs nothing but that.
 """
@@ -17,6 +17,9 @@ from tools.steps import CACHE, as_root, become, can_be_root, fail, run_main, ste
 
 _WORK: Final = CACHE / "deploy"
 _VENV: Final = _WORK / "venv"
+_TOOLS: Final = CACHE / "build-tools"
+BUILD_PYTHON: Final = _TOOLS / "bin/python"
+"""One with what builds this package, once `make_build_tools` has run."""
 _PIP: Final = ("-m", "pip", "--disable-pip-version-check", "--no-input")
 # Nothing runs, now or later, that is not in the lists, with its hash; nothing is built but this
 # package.
@@ -30,18 +33,29 @@ def _call(*command: str | Path, text: str | None = None) -> None:
         sys.exit(done.returncode)
 
 
+def _own_folder(path: Path) -> None:
+    """Makes it anew, so that nobody else may write there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    for folder in (CACHE, path):
+        folder.chmod(folder.stat().st_mode & 0o7755)
+
+
+def make_build_tools() -> None:
+    """Makes `BUILD_PYTHON`, with nothing but what is pinned."""
+    _own_folder(_TOOLS)
+    _call(sys.executable, "-m", "venv", _TOOLS)
+    _call(BUILD_PYTHON, *_PIP, "install", *_PINNED, "deploy/requirements-build.txt")
+
+
 def build() -> None:
     """Makes the programs, for `deploy/place` to put where they belong."""
-    for folder in (_WORK, Path("build")):  # or what was deleted since would come along
-        shutil.rmtree(folder, ignore_errors=True)
-    _WORK.mkdir(parents=True)
-    for folder in (CACHE, _WORK):
-        folder.chmod(folder.stat().st_mode & 0o7755)
-    _call(sys.executable, "-m", "venv", _WORK / "build")
+    make_build_tools()
+    _own_folder(_WORK)
+    shutil.rmtree("build", ignore_errors=True)  # or what was deleted since would come along
     _call(sys.executable, "-m", "venv", "--without-pip", _VENV)
-    pip = (_WORK / "build/bin/python", *_PIP)
+    pip = (BUILD_PYTHON, *_PIP)
     install = (*pip, "--python", _VENV / "bin/python", "install", "--no-compile")
-    _call(*pip, "install", *_PINNED, "deploy/requirements-build.txt")
     _call(*install, *_PINNED, "deploy/requirements.txt")
     _call(*pip, "wheel", "--no-build-isolation", *_OWN, "--wheel-dir", _WORK, ".")
     _call(*install, *_OWN, *_WORK.glob("vtpm_cuse-*.whl"))
@@ -95,6 +109,8 @@ def main() -> None:
     what, *words = sys.argv[1:]
     if what == "build":
         build()
+    elif what == "build-tools":
+        make_build_tools()
     elif what == "pin":
         pin()
     else:

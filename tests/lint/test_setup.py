@@ -9,6 +9,9 @@ from typing import Final
 
 import pytest
 
+from tools.package import day_of_release
+from vtpm_cuse import __version__
+
 ROOT: Final = Path(__file__).parents[2]
 MODULES: Final = sorted((ROOT / "vtpm_cuse").rglob("*.py"))
 
@@ -22,7 +25,7 @@ def test_each_package_has_a_group_and_a_reason() -> None:
     for row in rows:
         if not row.startswith("#"):
             group, _, reason = row.split(maxsplit=2)
-            assert group in {"install", "lab", "tools", "test"}
+            assert group in {"install", "package", "lab", "tools", "test"}
             assert reason
 
 
@@ -47,3 +50,17 @@ def test_nothing_in_tools_is_imported_by_the_package(path: Path) -> None:
             names = [node.module or ""]
         for name in names:
             assert name.partition(".")[0] not in {"tools", "tests", "bench"}
+
+
+def test_the_changelog_begins_with_this_version_and_a_day() -> None:
+    """Which the packages are of."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert day_of_release(changes, __version__).year >= 2026
+
+
+@pytest.mark.parametrize(
+    "heading", ["Unreleased", "0.9.9, 2026-01-02", "1.0", "1.0, 2026-13-02", "1.0, 2026-01-02 x"]
+)
+def test_nothing_is_packaged_that_the_changelog_does_not_begin_with(heading: str) -> None:
+    with pytest.raises(ValueError, match=r"^the first heading of CHANGELOG\.md has to be"):
+        day_of_release(f"# Changes\n\n## {heading}\n\n- x\n\n## 1.0, 2026-01-01\n", "1.0")

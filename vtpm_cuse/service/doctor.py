@@ -235,12 +235,12 @@ def _findings(machine: Machine) -> Iterator[Finding]:
     yield _program(machine, "fusermount3", "fuse3", "lets users mount a TPM as a file")
     yield from _sandbox(machine)
     yield _present(
-        machine, "systemd", "/run/systemd/system", "runs units such as swtpm-cuse@vtpm0.service"
+        machine, "systemd", ("/run/systemd/system",), "runs units such as swtpm-cuse@vtpm0.service"
     )
     yield _present(
         machine,
         "deployed",
-        "/usr/local/lib/vtpm-cuse/manifest",
+        ("/usr/local/lib/vtpm-cuse/manifest", "/usr/lib/vtpm-cuse/bin"),
         "programs, units and udev rules are in the system",
         "sudo ./setup deploy",
     )
@@ -345,10 +345,12 @@ def _sandbox(machine: Machine) -> Iterator[Finding]:
         yield Finding("landlock", State.OK, detail)
 
 
-def _present(machine: Machine, name: str, path: str, purpose: str, command: str = "") -> Finding:
-    if machine.there(path):
+def _present(
+    machine: Machine, name: str, paths: tuple[str, ...], purpose: str, command: str = ""
+) -> Finding:
+    if any(map(machine.there, paths)):
         return Finding(name, State.OK, purpose)
-    return Finding(name, State.MISSING, f"no {path}", command)
+    return Finding(name, State.MISSING, f"no {' nor '.join(paths)}", command)
 
 
 def _program(machine: Machine, name: str, package: str, purpose: str) -> Finding:

@@ -1,0 +1,210 @@
+"""debian/: packages that replace Debian's swtpm, in a system where that is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.support.unstable import ROOT
+from tools.package import copy_tracked, day_of_release
+from vtpm_cuse import PEER_VERSION, __version__
+
+PACKAGES: Final = ("python3-vtpm-cuse", "vtpm-cuse", "vtpm-cuse-swtpm")
+STATE: Final = "var/lib/vtpm-cuse/vtpm0/tpm2-00.permall"
+KEY: Final = "etc/vtpm-cuse/vtpm0.key"
+# Of the system alone: no Python or tool of a user's.
+SYSTEM: Final = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LC_ALL": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
+# A system of its own over this one, whose files it only reads; all that changes is in "upper".
+ENTER: Final = """
+mount --make-rprivate /
+mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" overlay "$1/system"
+cd "$1/system"
+mount -t proc proc proc
+mount --rbind /dev dev
+mount -t tmpfs tmpfs run
+mount -t tmpfs tmpfs tmp
+mount --bind "$2" mnt
+shift 2
+exec chroot . /bin/sh -ec "$@"
+"""
+# Where the package manager and what it starts note what they did.
+NOTES: Final = ("var/lib/dpkg/", "var/lib/apt/", "var/cache/", "var/log/", "var/lib/systemd/")
+USERS: Final = ("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow", "etc/.pwd.lock")
+
+
+def is_new(name: str) -> bool:
+    """Whether the system below has nothing of that name."""
+    return not Path("/", name).exists()
+
+
+class System:
+    """A Debian with this machine's packages, Debian's swtpm among them, and with ours beside it."""
+
+    def __init__(self, folder: Path, debs: Path) -> None:
+        self._folder = folder
+        self._debs = debs
+        for name in ("upper", "work", "system"):
+            (folder / name).mkdir()
+
+    def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A script of sh in there, that ends at the first error."""
+        alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+        return subprocess.run(
+            [*alone, "sh", "-ec", ENTER, "sh", self._folder, self._debs, script],
+            env={**SYSTEM, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def say(self, script: str, **variables: str) -> str:
+        """What a script prints that succeeds."""
+        done = self.run(script, **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def install(self, *names: str) -> str:
+        """Installs packages as a user does; nothing is fetched."""
+        files = " ".join(f"/mnt/{name}_{__version__}_all.deb" for name in names)
+        return self.say(f"apt-get install -y --no-install-recommends {files}")
+
+    def changed(self) -> set[str]:
+        """Files and links that are new or other than in the system below, and new folders."""
+        upper = self._folder / "upper"
+        names = set()
+        for path in upper.rglob("*"):
+            name = str(path.relative_to(upper))
+            folder = path.is_dir() and not path.is_symlink()
+            # What is gone is a device there.
+            if is_new(name) if folder else path.is_file() or path.is_symlink():
+                names.add(name)
+        return {name for name in names if not name.startswith((*NOTES, *USERS))}
+
+
+@pytest.fixture(scope="module")
+def debs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the packages."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout of git")
+    folder = tmp_path_factory.mktemp("debian")
+    copy_tracked(folder / "tree")
+    done = subprocess.run(
+        ["dpkg-buildpackage", "-b", "-us", "-uc"],
+        cwd=folder / "tree",
+        env={**SYSTEM, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def system(debs: Path, tmp_path_factory: pytest.TempPathFactory) -> System:
+    """With vtpm-cuse installed beside Debian's swtpm."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for chroot and mount")
+    made = System(tmp_path_factory.mktemp("system"), debs)
+    entered = made.run("true")
+    if entered.returncode:
+        pytest.skip(f"no system over this one: {entered.stderr.strip()}")
+    made.install(*PACKAGES[:2])
+    return made
+
+
+def test_version_and_day_are_those_of_the_changelog() -> None:
+    first, *_, last = (ROOT / "debian/changelog").read_text().split("\n\n", 3)[:3]
+    day = parsedate_to_datetime(last.partition(">  ")[2].strip())
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert first.startswith(f"vtpm-cuse ({__version__}) ")
+    assert day.date() == day_of_release(changes, __version__)
+
+
+def test_they_are_as_the_policy_says(debs: Path) -> None:
+    """But for what debian/*.lintian-overrides name, with reasons; none of them is without need."""
+    done = subprocess.run(
+        ["lintian", "--allow-root", "--fail-on", "error,warning", *sorted(debs.glob("*.deb"))],
+        env=SYSTEM,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_they_go_along_with_the_c_suite(system: System) -> None:
+    said = system.say("swtpm --version; swtpm-cuse --version; dpkg-query -W swtpm-tools")
+    suite, ours, tools = said.splitlines()
+    assert "vtpm-cuse" not in suite
+    assert f"(vtpm-cuse {__version__})" in ours
+    assert tools
+
+
+def test_the_programs_work_and_do_not_hear_the_callers_python(system: System) -> None:
+    script = """
+        mkdir -p /run/x/bin
+        cd /run/x
+        echo 'raise SystemExit(77)' >trio.py
+        echo 'home = /usr/bin' >pyvenv.cfg
+        vtpm run -- tpm2_getrandom --hex 8
+    """
+    said = system.say(script, PYTHONPATH="/run/x", PYTHONEXECUTABLE="/run/x/bin/python")
+    assert len(bytes.fromhex(said)) == 8
+
+
+def test_doctor_sees_them(system: System) -> None:
+    found = json.loads(system.say("vtpm doctor --json || :"))
+    assert found["findings"]["deployed"]["state"] == "ok"
+
+
+def test_units_and_profiles_name_what_is_there(system: System) -> None:
+    said = system.say("""
+        cat /usr/lib/systemd/system/swtpm-*@.service /etc/apparmor.d/abstractions/vtpm-cuse
+        for program in $(sed -n 's/^ExecStart=\\([^ ]*\\).*/\\1/p' /usr/lib/systemd/system/swtpm-*@*)
+        do test -x "$program" && "$program" --version >/dev/null; done
+        apparmor_parser --skip-kernel-load --skip-cache /etc/apparmor.d/vtpm-cuse
+        getent passwd vtpm-cuse; test -d /etc/vtpm-cuse
+    """)
+    assert said.count("\nExecPaths=/usr/bin/env /usr/lib/vtpm-cuse /usr/bin/python3\n") == 3
+    assert "/usr/local/lib/vtpm-cuse" not in said
+    assert "/usr/local/bin/swtpm" not in said
+
+
+def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: System) -> None:
+    """And with all of them gone, nothing is left but the TPMs."""
+    system.install(PACKAGES[2])
+    said = system.say("""
+        dpkg-query -W -f '${Package} ${db:Status-Status}\\n' swtpm swtpm-tools || :
+        swtpm --version
+        /usr/share/swtpm/swtpm-localca --version
+        test -f /usr/include/swtpm/tpm_ioctl.h
+        stat -c %U:%a /var/lib/swtpm-localca
+        mkdir /tmp/tpm
+        chown tss /tmp/tpm
+        # As libvirt does, whose user has no home.
+        setpriv --reuid tss --regid tss --clear-groups env HOME=/nonexistent swtpm_setup --tpm2 \\
+            --tpm-state /tmp/tpm --create-ek-cert --create-platform-cert >/dev/null
+        apt-get check >/dev/null
+    """)
+    assert said.count(f"version {PEER_VERSION} (vtpm-cuse {__version__})") == 2
+    assert "installed" not in said.split()
+    assert "tss:750" in said
+    system.say(f"mkdir -p /{Path(STATE).parent}; echo state >/{STATE}; echo key >/{KEY}")
+    system.say(f"apt-get purge -y {' '.join(PACKAGES)}")
+    ca = {name for name in system.changed() if name.startswith("var/lib/swtpm-localca/")}
+    assert len(ca) >= 4
+    folders = {str(path) for name in (STATE, KEY) for path in Path(name).parents}
+    assert system.changed() - ca == {STATE, KEY} | set(filter(is_new, folders))
