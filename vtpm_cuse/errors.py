@@ -7,7 +7,7 @@ Which TPM response code, PTM result, errno or exit status a class becomes is
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 NO_PROC: Final = "/proc is not mounted", "mount -t proc proc /proc"
 """Why much cannot be found out about this process, and the command that mends it."""
@@ -35,6 +35,22 @@ class WireError(VtpmError):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.need} bytes needed, {self.got} there"
+
+
+class MessageError(VtpmError):
+    """A varlink peer sends what is no message; there is no going on with it."""
+
+
+class VarlinkError(VtpmError):
+    """A varlink call fails: ``name`` is the error's, with its interface, ``parameters`` JSON's."""
+
+    def __init__(self, name: str, parameters: dict[str, object]) -> None:
+        super().__init__(name, parameters)
+        self.name, self.parameters = name, parameters
+
+    def __str__(self) -> str:
+        details = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        return f"{self.name}: {details}" if details else self.name
 
 
 class ResultError(VtpmError):
@@ -198,3 +214,30 @@ class LabError(VtpmError):
     def __str__(self) -> str:
         last = self.said.rpartition("\n")[2]
         return f"{self.reason}: {last}" if last else self.reason
+
+
+class ChannelError(VtpmError):
+    """Who is at the other end of a channel between our own processes says what none of them does."""
+
+
+FleetFault = Literal[
+    "NoSuchTpm",
+    "TpmExists",
+    "Busy",
+    "NotOwner",
+    "StateDamaged",
+    "KeyRejected",
+    "OverLimit",
+    "BadName",
+]
+
+
+class FleetError(VtpmError):
+    """The manager cannot do that to the TPM ``tpm``: ``fault`` is the error's name on varlink."""
+
+    def __init__(self, fault: FleetFault, tpm: str, reason: str) -> None:
+        super().__init__(fault, tpm, reason)
+        self.fault, self.tpm, self.reason = fault, tpm, reason
+
+    def __str__(self) -> str:
+        return f"{self.tpm}: {self.reason}"

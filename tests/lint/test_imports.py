@@ -61,7 +61,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
-    | {"storage.sealed", "vtpm", "wire"},
+    | {"storage.base", "storage.sealed", "vtpm", "wire"},
     "service.life": LIFE
     | {"acquire", "files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
     "service.cuse": SERVED | {"proto"},
@@ -78,6 +78,13 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "programs"}
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
+    "fleet": ERRORS
+    | {"acquire", "client", "config", "files", "fleet.api", "fleet.base", "programs", "proto"}
+    | {"resmgr", "serve", "service.compose"}
+    | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
+    | {"vtpm", "wire"},
+    "fleet.base": frozenset(),
+    "fleet.api": ERRORS | {"acquire", "fleet.base", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
@@ -97,6 +104,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}
     | {"service.confine", "service.cuse", "service.fuse", "service.process", "service.socket"}
     | {"storage", "storage.locations", "vtpm.attributes"},
+    "cli.vtpmd": WORDS | {"cli.emulator", "fleet", "service.confine", "service.process"},
     "vtpm.attributes": ERRORS | {"wire", "vtpm"},
 }
 
@@ -115,7 +123,7 @@ NO_IO: Final = {
     *{"socket", "select", "selectors", "fcntl", "subprocess", "threading", "queue", "time"},
     *{"asyncio", "trio", "cffi", "pathlib", "io", "shutil", "tempfile", "signal", "logging"},
 }
-KNOW_TRIO: Final = {"serve", "service", "acquire"}
+KNOW_TRIO: Final = {"serve", "service", "acquire", "fleet"}
 
 
 def name_of(path: Path) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from vtpm_cuse.cli.registry import MODULES
+
+Run = Callable[..., tuple[int, str, str]]
+"""Runs a program with words; gives status, output and errors."""
 
 INSTALLED: Final = (
     "swtpm",
@@ -17,6 +21,7 @@ INSTALLED: Final = (
     "swtpm_localca",
     "swtpm_setup",
     "vtpm",
+    "vtpmd",
 )
 """The programs, but for those that only call another one."""
 

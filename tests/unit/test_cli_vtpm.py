@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -22,7 +21,7 @@ from vtpm_cuse.wire.pcapng import Conversation, file_header
 if TYPE_CHECKING:
     from pathlib import Path
 
-Run = Callable[..., tuple[int, str, str]]
+    from tests.support.programs import Run
 
 PROGRAM: Final = [
     sys.executable,
@@ -34,18 +33,6 @@ AS_USERS: Final = {name: value for name, value in os.environ.items() if name != 
 """With it, nothing would have to be flushed."""
 ANSWERED: Final = bytes.fromhex("80010000000a00000922")
 AUTH_FAIL: Final = "0x98e [TPM] TPM_RC_AUTH_FAIL, session 1: wrong password or HMAC, "
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Calls the program with words; gives status, output and errors."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vtpm", *words])
-        status = vtpm.main()
-        return status, *capfd.readouterr()
-
-    return call
 
 
 def capture(commands: int = 1) -> bytes:

@@ -35,6 +35,11 @@ TABLE: list[tuple[BaseException, int, int, int, str]] = [
     (errors.LabError("no TPM", "twice\nit said so"), 9, errno.EIO, 1, "no TPM: it said so"),
     (errors.UsageError("bad option", 255), 9, errno.EIO, 255, "bad option"),
     (errors.TpmError("TPM2_Clear", 0x921), 9, errno.EIO, 1, "TPM2_Clear failed: 0x921"),
+    (errors.FleetError("Busy", "web1", "it is on"), 9, errno.EIO, 1, "web1: it is on"),
+    (errors.ChannelError("no message"), 9, errno.EIO, 1, "no message"),
+    (errors.MessageError("no JSON"), 9, errno.EIO, 1, "no JSON"),
+    (errors.VarlinkError("a.B", {}), 9, errno.EIO, 1, "a.B"),
+    (errors.VarlinkError("a.B", {"method": "c.D"}), 9, errno.EIO, 1, "a.B: method c.D"),
     (errors.UsageError("bad option", hint="try -h"), 9, errno.EIO, 1, "bad option; try -h"),
 ]
 OTHERS: list[tuple[BaseException, int, int, int]] = [

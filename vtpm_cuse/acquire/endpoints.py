@@ -25,6 +25,7 @@ class Endpoints:
         disconnect: Close a data connection after each response.
         terminate: End when there is no data connection after there was one.
         control_terminate: End when the control connection is closed.
+        passed_too: A data connection may be passed although there is a listener for them.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Endpoints:
         disconnect: bool = False,
         terminate: bool = False,
         control_terminate: bool = False,
+        passed_too: bool = False,
     ) -> None:
         self.data_listener = data_listener
         self.data_stream = data_stream
@@ -45,6 +47,7 @@ class Endpoints:
         self.disconnect = disconnect
         self.terminate = terminate
         self.control_terminate = control_terminate
+        self.passed_too = passed_too
         self.managed_listener: socket.socket | None = None
         self.per_process = False
         self._reserve = -1

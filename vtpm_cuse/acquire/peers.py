@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    import trio
+
+NO_UID: Final = 0xFFFF_FFFF
+"""Where the kernel names no user."""
 
 _SO_PEERPIDFD: Final = 77  # asm-generic/socket.h; Python has no name for it
 _UCRED: Final = struct.Struct("=iII")  # struct ucred of linux/socket.h
@@ -20,7 +26,7 @@ class Credentials(NamedTuple):
     gid: int
 
     @classmethod
-    def of(cls, connection: socket.socket) -> Credentials:
+    def of(cls, connection: socket.socket | trio.socket.SocketType) -> Credentials:
         """Those of the other end of a Unix socket."""
         found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         return cls(*_UCRED.unpack(found))

@@ -50,7 +50,7 @@ def acquire_control(endpoints: Endpoints, address: SocketAddress | None) -> None
     if address.fd is None and address.clientfd is not None:
         endpoints.control_stream = inherit(address.clientfd, listening=False)
     else:
-        endpoints.control_listener = _listener(endpoints, address)
+        endpoints.control_listener = listen(endpoints, address)
 
 
 def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None:
@@ -60,7 +60,7 @@ def acquire_managed(endpoints: Endpoints, address: SocketAddress | None) -> None
     if address.per_process and not tells_process():
         reason = "Error: This kernel does not tell which process connects, as per-process needs"
         raise UsageError(reason, hint="use Linux 6.5 or newer")
-    endpoints.managed_listener = _listener(endpoints, address)
+    endpoints.managed_listener = listen(endpoints, address)
     endpoints.per_process = address.per_process
 
 
@@ -70,10 +70,11 @@ def _acquire_data(endpoints: Endpoints, address: SocketAddress | None) -> None:
     if address.kind == "tcp" and address.fd is not None:
         endpoints.data_stream = take_stream(address.fd)
     else:
-        endpoints.data_listener = _listener(endpoints, address)
+        endpoints.data_listener = listen(endpoints, address)
 
 
-def _listener(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
+def listen(endpoints: Endpoints, address: SocketAddress) -> socket.socket:
+    """Binds, or takes over, one whose path *endpoints* removes. Raises UsageError."""
     if address.fd is not None:
         return inherit(address.fd, listening=True)
     try:

@@ -34,6 +34,21 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.vtpm_rc",
     "vtpm_cuse.cli.vtpm.vtpm_run",
     "vtpm_cuse.cli.vtpm.vtpm_trace",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_clone",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_create",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_hibernate",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_ls",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_reset",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_restore",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_rm",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_show",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_snapshot",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_start",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_stop",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_top",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_wake",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_watch",
+    "vtpm_cuse.cli.vtpmd",
 )
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.service.doctor import Diagnosis
 
 PROGRAM: Final = Program(
@@ -52,14 +51,10 @@ _MARKS: Final = {"ok": "+", "loadable": "o", "denied": "!", "missing": "-", "fla
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``swtpm doctor`` with the words behind it."""
-    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+    return run_command(PROGRAM, words, program, _run)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
+def _run(line: CommandLine) -> int:
     from vtpm_cuse.service.doctor import Machine, diagnose
 
     diagnosis = diagnose(Machine())

@@ -35,13 +35,13 @@ class Running(NamedTuple):
     Attributes:
         name: What it is called; several may have one name.
         version: "2.0" or "1.2".
-        pid: Whoever it belongs to.
+        pid: Whoever it belongs to; nobody if that is a manager, which outlives its processes.
         env: The environment variables by which clients find it.
     """
 
     name: str
     version: str
-    pid: int
+    pid: int | None
     env: dict[str, str]
 
 

@@ -307,8 +307,7 @@ class Tpm:
 
     @property
     def tcti(self) -> str:  # noqa: D102
-        words = [sys.executable, "-I", "-S", str(_TCTI), self.path]
-        return f"cmd:{shlex.join(words)}"
+        return tcti_of(self.path)
 
     @property
     def raw_tcti(self) -> str:  # noqa: D102
@@ -522,6 +521,11 @@ class Tpm:
             raise
         except (OSError, VtpmError) as exc:
             raise emulator.failure(failing, exc) from exc
+
+
+def tcti_of(path: str) -> str:
+    """A Unix socket with a stream of commands, as tpm2-tss writes it."""
+    return f"cmd:{shlex.join([sys.executable, '-I', '-S', str(_TCTI), path])}"
 
 
 def _whole(path: str | Path) -> str:

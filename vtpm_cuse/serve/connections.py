@@ -139,6 +139,11 @@ class DataConnection(Connection[socket.socket | CharDevice]):
             else CommandStream(prefix=vtpm.tpm2, strict=self.strict, largest=vtpm.buffer_max)
         )
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing of a command or a response is here."""
+        return self.stream.empty and self.request is None and not self.unsent
+
     def take_request(self, *, flush: bool) -> Request | None:
         """The command in hand, else the next, which is then."""
         if self.request is None:
@@ -206,6 +211,11 @@ class ControlConnection(Connection[socket.socket]):
     def hang_up(self) -> None:
         """Its task finds the end of the stream."""
         hang_up(self.connection)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing of a request or a response is here."""
+        return not (self.stream.held or self.request or self.unsent or self.fds)
 
     def suspend(self, now: float) -> SavedControl:
         """As plain values; the descriptors are the caller's from now on."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from vtpm_cuse.acquire.peers import Credentials
+from vtpm_cuse.acquire.peers import NO_UID, Credentials
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
 _TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
-_NOBODY: Final = 0xFFFF_FFFF
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -131,6 +130,11 @@ class ManagedServer:
             if saved.processes is not None:
                 self._resume_processes(saved.processes)
         self._nursery.start_soon(self._serve)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no client has given, or is being given, anything in part."""
+        return all(one.data.at_rest for one in self._connections)
 
     def suspend(self, now: float) -> SavedManagedSockets:
         """As plain values, for who has the turn; the descriptors are the caller's from now on."""
@@ -368,4 +372,4 @@ def _peer_of(connection: socket.socket) -> Peer:
             return Peer("tcp")
         return Peer("tcp", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     pid, uid, _ = Credentials.of(connection)
-    return Peer("unix", pid=pid, uid=uid if uid != _NOBODY else None)
+    return Peer("unix", pid=pid, uid=uid if uid != NO_UID else None)

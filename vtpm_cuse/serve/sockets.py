@@ -121,6 +121,20 @@ class SocketServer:
         tasks may still wait for them. After PTM_SHUTDOWN there is nothing to be suspended.
         """
         await self._turn.acquire()
+        return self._suspended()
+
+    def suspend_at_rest(self) -> SavedSockets | None:
+        """As `suspend`; None, with nothing done, where a client is in the middle of something."""
+        if self._turn.locked() or not self._at_rest():
+            return None
+        self._turn.acquire_nowait()
+        return self._suspended()
+
+    def _at_rest(self) -> bool:
+        found = (self._only, self._accepted, *self._passed, *self._controls, self._managed)
+        return all(one is None or one.at_rest for one in found)
+
+    def _suspended(self) -> SavedSockets:
         endpoints, now = self._endpoints, trio.current_time()
         listeners = endpoints.data_listener, endpoints.control_listener
         data, controls = (None if found is None else found.detach() for found in listeners)
@@ -435,8 +449,10 @@ class SocketServer:
     def _set_data_fd(self, fds: list[int]) -> PtmResult:
         endpoints = self._endpoints
         # The end of the last one may be there without its task knowing it yet.
-        in_use = not all(at_end(data.connection) for data in self._passed)
-        taken = in_use or endpoints.data_listener or endpoints.data_stream
+        there = [*self._passed, *filter(None, [self._accepted])]
+        in_use = not all(at_end(data.connection) for data in there)
+        listens = endpoints.data_listener is not None and not endpoints.passed_too
+        taken = in_use or listens or endpoints.data_stream
         if taken or self._vtpm.borrowed:  # all its clients are the manager's
             return PtmResult.TPM_IOERROR
         if not fds:

@@ -19,9 +19,13 @@ from vtpm_cuse.wire.tpm import TpmSu
 if TYPE_CHECKING:
     from vtpm_cuse.config import ChipConfig, KeySource, VtpmConfig
     from vtpm_cuse.engine.base import Engine
+    from vtpm_cuse.storage.base import StateStore
     from vtpm_cuse.storage.keys import Key
 
-__all__ = ["bare_engine", "make_vtpm", "make_vtpm_in_memory", "power_on", "supported_versions"]
+__all__ = [
+    *("bare_engine", "make_vtpm", "make_vtpm_in_memory", "make_vtpm_on", "power_on"),
+    "supported_versions",
+]
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,11 @@ def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> tuple[Vt
     memory.blobs = blobs
     store = SealedStore(memory, _key(config.key), _key(config.migration_key))
     return _make_vtpm(config, store), store
+
+
+def make_vtpm_on(config: VtpmConfig, blobs: StateStore) -> Vtpm:
+    """As `make_vtpm`, with its state in *blobs*, whose keeper has the keys."""
+    return _make_vtpm(config, SealedStore(blobs))
 
 
 def _make_vtpm(config: VtpmConfig, store: SealedStore | None) -> Vtpm:

@@ -109,6 +109,7 @@ class Vtpm:
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
+        commands: How many it was given since it was made.
         gone: Why a borrowed TPM is no more, once that is so.
         on_gone: Called then, in the thread that has found it out.
     """
@@ -133,6 +134,7 @@ class Vtpm:
         self._hashing = False
         self._audit = AuditWatch()
         self.starts = 0
+        self.commands = 0
         self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
         self.gone: DeviceGone | None = None
@@ -260,6 +262,11 @@ class Vtpm:
             engine.set_state(StateType.VOLATILE, saved.volatile)
             engine.start()
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing has begun that takes several requests: a measurement, a migration."""
+        return not (self._hashing or self._given or self._custody.away)
+
     def startup(self, kind: TpmSu) -> None:
         """TPM_Startup or TPM2_Startup. The TPM's own answer is not looked at, as in the C suite."""
         self.process(startup_command(kind, tpm2=self.tpm2))
@@ -328,6 +335,7 @@ class Vtpm:
         return self._execute(command)
 
     def _execute(self, command: bytes) -> bytes:
+        self.commands += 1
         if self.gone is not None:
             return self._refusal(TpmRc.TPM_FAIL, TpmRc.TPM_RC_FAILURE)
         try:

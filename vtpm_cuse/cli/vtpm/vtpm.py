@@ -10,6 +10,9 @@ from vtpm_cuse.cli.words.front import run_chosen
 from vtpm_cuse.cli.words.program import complain, run_program
 from vtpm_cuse.cli.words.table import Example, Option, Program, Subcommand
 
+_MANAGER: Final = "vtpm_cuse.cli.vtpm.fleet"
+"""The commands that ask the manager of many TPMs."""
+
 PROGRAM: Final = Program(
     "vtpm",
     "virtual TPMs, for people",
@@ -40,11 +43,25 @@ PROGRAM: Final = Program(
         Subcommand(
             "trace", "the commands of a packet capture, readable", "vtpm_cuse.cli.vtpm.vtpm_trace"
         ),
+        Subcommand("clone", "make a TPM like another", f"{_MANAGER}.vtpm_clone"),
+        Subcommand("create", "make a TPM", f"{_MANAGER}.vtpm_create"),
+        Subcommand("hibernate", "put a TPM to sleep", f"{_MANAGER}.vtpm_hibernate"),
+        Subcommand("ls", "the TPMs of the manager", f"{_MANAGER}.vtpm_ls"),
+        Subcommand("reset", "switch a TPM off and on", f"{_MANAGER}.vtpm_reset"),
+        Subcommand("restore", "give a TPM the state of a snapshot", f"{_MANAGER}.vtpm_restore"),
+        Subcommand("rm", "delete a TPM, for good", f"{_MANAGER}.vtpm_rm"),
+        Subcommand("show", "what the manager knows of a TPM", f"{_MANAGER}.vtpm_show"),
+        Subcommand("snapshot", "keep a copy of a TPM's state", f"{_MANAGER}.vtpm_snapshot"),
+        Subcommand("start", "switch a TPM on", f"{_MANAGER}.vtpm_start"),
+        Subcommand("stop", "shut a TPM down", f"{_MANAGER}.vtpm_stop"),
+        Subcommand("top", "the TPMs of the manager, the busiest first", f"{_MANAGER}.vtpm_top"),
+        Subcommand("wake", "wake a TPM", f"{_MANAGER}.vtpm_wake"),
+        Subcommand("watch", "what happens to the TPMs of the manager", f"{_MANAGER}.vtpm_watch"),
     ),
     description=(
-        "Runs commands with TPMs of their own, and answers questions about TPMs. The first word "
-        "chooses which; every command has a help screen and a manual page. To serve a TPM is what "
-        "swtpm(8) does.",
+        "Runs commands with TPMs of their own, answers questions about TPMs, and asks the manager "
+        "of many, vtpmd, for the one that is named. The first word chooses which; every command "
+        "has a help screen and a manual page. To serve one TPM is what swtpm(8) does.",
     ),
     examples=(
         Example("", "vtpm run tpm2_getrandom --hex 8"),
@@ -52,6 +69,7 @@ PROGRAM: Final = Program(
         Example("", "vtpm rc 0x98e"),
         Example("", "vtpm clients /dev/vtpm0"),
         Example("", "vtpm trace tpm.pcapng"),
+        Example("", "vtpm create web1 && vtpm start web1"),
     ),
     see_also=("swtpm(8)",),
 )

@@ -6,9 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli import controls
-from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.columns import columns, duration, user_name
+from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import AnswerError, FrontendError, UsageError, WireError, shown
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import TypeVar
 
+    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.client.clients import ClientInfo, ClientsInfo, Held
 
     Answer = TypeVar("Answer")
@@ -70,14 +70,10 @@ _BAD_ORDINAL: Final = 0xA  # wire.ptm.PtmResult, whose import nobody waits for
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm clients`` with the words behind it."""
-    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+    return run_command(PROGRAM, words, program, _run)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
+def _run(line: CommandLine) -> int:
     if len(line.operands) + controls.is_named(line) != 1:
         raise UsageError("Name one TPM: its device, or its control channel by --unix or --tcp")
     from vtpm_cuse.client.clients import read_clients
@@ -110,11 +106,7 @@ def ask(request: Callable[[], Answer]) -> Answer:
 
 
 def _table(found: ClientsInfo) -> Iterator[str]:
-    rows = [_HEAD, *(_row(one) for one in found.clients)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+    yield from columns([_HEAD, *map(_row, found.clients)])
     yield ""
     yield (
         f"{len(found.clients)} clients, {len(found.abandoned)} abandoned sessions; since the "
@@ -128,27 +120,12 @@ def _table(found: ClientsInfo) -> Iterator[str]:
 def _row(one: ClientInfo) -> tuple[str, ...]:
     return (
         str(one.number),
-        shown(one.channel + (f" {one.address}" if one.address else "")),
+        one.channel + (f" {one.address}" if one.address else ""),
         "-" if one.pid is None else str(one.pid),
-        "-" if one.uid is None else _user(one.uid),
-        *(_seconds(one.connected), _seconds(one.idle), str(one.commands)),
+        "-" if one.uid is None else user_name(one.uid),
+        *(duration(one.connected), duration(one.idle), str(one.commands)),
         *(_count(one.objects), _count(one.sessions)),
     )
-
-
-def _user(uid: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except (KeyError, OverflowError):
-        return str(uid)
-
-
-def _seconds(count: int) -> str:
-    minutes, seconds = divmod(max(count, 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _count(held: Iterable[Held]) -> str:

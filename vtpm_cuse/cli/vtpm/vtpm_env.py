@@ -1,4 +1,4 @@
-"""``vtpm env``: by which variables clients find a TPM of ``vtpm run``."""
+"""``vtpm env``: by which variables clients find a TPM of ``vtpm run``, or of the manager's."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, HELP, SOCKET, ask
+from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
-from vtpm_cuse.errors import UsageError
+from vtpm_cuse.errors import FrontendError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.lab.running import Running
 
 PROGRAM: Final = Program(
     "vtpm env",
-    "how to reach a TPM that vtpm run has started",
+    "how to reach a TPM of vtpm run, or of the manager",
     (
         Option("shell", 'print commands for a shell: eval "$(vtpm env --shell)"'),
         Option("json", "print an object"),
-        Option("list", "print the TPMs that run, a line each: name, version, process id"),
-        Option("help", "print this help and end", letter="h"),
+        Option("list", "print those of vtpm run, a line each: name, version, process id"),
+        SOCKET,
+        HELP,
     ),
     usage=("[options] [NAME]",),
-    operands=(Term("NAME", "what vtpm run calls it; without it, the only one that runs"),),
+    operands=(
+        Term("NAME", "what vtpm run or vtpm create calls it; without it, the only one of vtpm run"),
+    ),
     description=(
         "Prints the environment variables by which clients find a TPM of this user's, as vtpm run "
         "sets them for its command: without an option NAME=VALUE, a line each. With --json and "
         "--list it is an array.",
+        "Where vtpm run has none of this name, the manager is asked for its TPM; of one that is "
+        "there, too, --socket says that the manager's is meant. Its TPM wakes for its first "
+        "client, so it need not be awake, but started.",
     ),
     examples=(
         Example(
@@ -45,28 +51,30 @@ PROGRAM: Final = Program(
         Term("0", "It runs; or the list was printed, be it empty."),
         Term("1", "There is none, or none of that name, or NAME has to say which."),
     ),
-    environment=(Term("XDG_RUNTIME_DIR, TMPDIR", "Where it looks, as well as in /tmp."),),
-    see_also=("vtpm_run(8)",),
+    environment=(
+        Term(
+            "XDG_RUNTIME_DIR, TMPDIR", "Where it looks for those of vtpm run, as well as in /tmp."
+        ),
+        *ENVIRONMENT,
+    ),
+    see_also=("vtpm_run(8)", "vtpm_start(8)"),
 )
 
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm env`` with the words behind it."""
-    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+    return run_command(PROGRAM, words, program, _run)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
+def _run(line: CommandLine) -> int:
     if len(line.operands) > 1:
         raise UsageError("Name one TPM")
     from vtpm_cuse.lab.running import running
 
-    found = running()
+    found = [] if line.has("socket") else running()
     if line.operands:
-        found = [one for one in found if one.name == line.operands[0]]
+        (name,) = line.operands
+        found = [one for one in found if one.name == name] or _of_manager(line, name)
     if line.has("list"):
         print(_list(found, as_json=line.has("json")), end="")
         return 0
@@ -87,6 +95,28 @@ def _only(found: list[Running], named: list[str]) -> Running:
         raise UsageError(f"No {which} of this user's runs here; start one with vtpm run")
     names = ", ".join(f"{one.name} (process {one.pid})" for one in found)
     raise UsageError(f"Several TPMs run: {names}; name one")
+
+
+def _of_manager(line: CommandLine, name: str) -> list[Running]:
+    """It, if there is a manager that has it. Raises UsageError unless it is on."""
+    from vtpm_cuse.lab.running import Running
+    from vtpm_cuse.lab.tpm import TCTI_VARIABLES, tcti_of
+
+    try:
+        tpms = ask(line, lambda manager: manager.list())
+    except FrontendError:
+        if line.has("socket"):
+            raise
+        return []
+    for tpm in tpms:
+        if name not in {tpm.name, tpm.id}:
+            continue
+        if tpm.state == "stopped":
+            raise UsageError(f"{tpm.name} is stopped; type 'vtpm start {tpm.name}' first")
+        path = tpm.sockets["managed"]
+        env = {"VTPM_NAME": tpm.name, "VTPM_PATH": path, "VTPM_RAW_PATH": tpm.sockets["data"]}
+        return [Running(tpm.name, "2.0", None, env | dict.fromkeys(TCTI_VARIABLES, tcti_of(path)))]
+    return []
 
 
 def _list(found: list[Running], *, as_json: bool) -> str:

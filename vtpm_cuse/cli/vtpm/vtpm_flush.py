@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli import controls
 from vtpm_cuse.cli.vtpm.vtpm_clients import ask
-from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.client.clients import ClientsInfo
 
 PROGRAM: Final = Program(
@@ -55,14 +54,10 @@ _MOST: Final = 0xFFFF_FFFF
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm flush`` with the words behind it."""
-    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+    return run_command(PROGRAM, words, program, _run)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
+def _run(line: CommandLine) -> int:
     handles = line.operands if controls.is_named(line) else line.operands[1:]
     client = line.value("client")
     number = None if client is None else _number(client, "client")

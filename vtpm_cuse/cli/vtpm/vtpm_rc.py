@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.wire.rc import Explained
 
 PROGRAM: Final = Program(
@@ -53,14 +52,10 @@ _NAMELESS: Final = 2
 
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm rc`` with the words behind it."""
-    return run_program(lambda: _run(words, program), lambda text: complain(f"{program}: {text}"))
+    return run_command(PROGRAM, words, program, _run)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
+def _run(line: CommandLine) -> int:
     if not line.operands:
         raise UsageError("There is no code; write one as 0x98e")
     found = [(word, _explained(word, tpm12=line.has("tpm12"))) for word in line.operands]

@@ -7,15 +7,15 @@ import os
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.words.commandline import CommandLine
-from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain, run_program
+from vtpm_cuse.cli.words.front import run_command
+from vtpm_cuse.cli.words.program import complain
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.wire.pcapng import CaptureReader, Exchange
 
 PROGRAM: Final = Program(
@@ -60,18 +60,10 @@ _DAMAGED: Final = 2
 def main(words: Sequence[str], program: str) -> int:
     """Runs ``vtpm trace`` with the words behind it."""
     # Ctrl-C just ends it: Python would not hear of one that comes right before a read.
-    return run_program(
-        lambda: _run(words, program),
-        lambda text: complain(f"{program}: {text}"),
-        clears_up=False,
-    )
+    return run_command(PROGRAM, words, program, lambda line: _run(line, program), clears_up=False)
 
 
-def _run(words: Sequence[str], program: str) -> int:
-    line = CommandLine(PROGRAM, words, program)
-    if line.has("help"):
-        print(help_text(PROGRAM, program), end="")
-        return 0
+def _run(line: CommandLine, program: str) -> int:
     if len(line.operands) != 1:
         raise UsageError("Name one capture, or - for standard input")
     (path,) = line.operands

@@ -133,6 +133,21 @@ class CommandLine:
             raise self.error(reason, self.program.bad_number)
         return found
 
+    def user(self, name: str) -> int | None:
+        """The number of the user that an option names, None without it. Raises UsageError."""
+        return self._number_of(name, suboptions.user_number)
+
+    def group(self, name: str) -> int | None:
+        """The number of the group that an option names, None without it. Raises UsageError."""
+        return self._number_of(name, suboptions.group_number)
+
+    def _number_of(self, name: str, find: Callable[[str], int]) -> int | None:
+        word = self.value(name)
+        try:
+            return None if word is None else find(word)
+        except suboptions.SubOptionError as exc:
+            raise self.error(f"{exc}", self.program.no_user) from None
+
     def error(self, reason: str, status: int | None = None) -> UsageError:
         """An error in the value of an option, with the exit status that the table has for it."""
         return UsageError(reason, self.program.bad_value if status is None else status)

@@ -1,15 +1,16 @@
-"""A program whose first word chooses another: what ``swtpm`` and ``vtpm`` have in common."""
+"""A program whose first word chooses another, as ``swtpm`` and ``vtpm`` are, and what it chooses."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.program import complain
+from vtpm_cuse.cli.words.program import complain, run_program
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vtpm_cuse.cli.words.table import Program
 
@@ -43,3 +44,34 @@ def run_chosen(
     reason = missing if first is None else unknown.format(first)
     complain(f"{reason}\n{help_text(program)}".rstrip())
     return 1
+
+
+def run_command(
+    table: Program,
+    words: Sequence[str],
+    name: str,
+    work: Callable[[CommandLine], int],
+    *,
+    clears_up: bool = True,
+) -> int:
+    """Runs what was chosen, but for its help screen.
+
+    Args:
+        table: Its table.
+        words: What follows its name.
+        name: How it was called, which begins its complaints.
+        work: Is given its command line; returns the exit status.
+        clears_up: As `program.run_program` has it.
+
+    Returns:
+        The exit status.
+    """
+
+    def run() -> int:
+        line = CommandLine(table, words, name)
+        if not line.has("help"):
+            return work(line)
+        print(help_text(table, name), end="")
+        return 0
+
+    return run_program(run, lambda text: complain(f"{name}: {text}"), clears_up=clears_up)

@@ -120,7 +120,8 @@ def _mode(value: str) -> int:
     return mode
 
 
-def _uid(value: str) -> int:
+def user_number(value: str) -> int:
+    """Of a user, by name or number. Raises SubOptionError."""
     import pwd
 
     if _is_number(value):
@@ -131,7 +132,8 @@ def _uid(value: str) -> int:
         raise SubOptionError(f"User '{value}' does not exist.") from None
 
 
-def _gid(value: str) -> int:
+def group_number(value: str) -> int:
+    """Of a group, by name or number. Raises SubOptionError."""
     import grp
 
     if _is_number(value):
@@ -169,6 +171,6 @@ _CONVERT: dict[Kind, Callable[[str], Value]] = {
     Kind.INT: _int,
     Kind.UINT: _uint,
     Kind.MODE: _mode,
-    Kind.UID: _uid,
-    Kind.GID: _gid,
+    Kind.UID: user_number,
+    Kind.GID: group_number,
 }

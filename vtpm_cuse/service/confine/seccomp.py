@@ -54,6 +54,9 @@ _ALLOWED: Final = (
 _SOCKETS: Final = "accept accept4 recvmsg shutdown getsockname getpeername"
 """Of those who have sockets to accept clients on."""
 
+_HANDS_OVER: Final = "sendmsg"
+"""Of those who are one of many, each for a while, and give back what they served."""
+
 _DEADLY: Final = (
     # other programs and processes
     "execve execveat fork vfork clone ptrace process_vm_readv process_vm_writev kcmp "
@@ -242,7 +245,7 @@ class _Rules:
             raise _refused(os.strerror(-result))
 
 
-def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
+def make_filter(action: SeccompAction, *, sockets: bool, hands_over: bool = False) -> Filter | None:
     """The filter, made while its library can still be opened; none for the action "none".
 
     With "log" nothing is refused: what "kill" would refuse is in the kernel's audit log.
@@ -250,6 +253,7 @@ def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
     Args:
         action: What becomes of other calls.
         sockets: Whether there are sockets to accept clients on.
+        hands_over: Whether descriptors go back to who has given them.
 
     Raises:
         FrontendError: There is no libseccomp.
@@ -258,7 +262,8 @@ def make_filter(action: SeccompAction, *, sockets: bool) -> Filter | None:
         return None
     kill = action == "kill"
     rules = _Rules(_ERRNO | errno.ENOSYS if kill else _LOG, _KILL_PROCESS if kill else _LOG)
-    for name in _ALLOWED.split() + (_SOCKETS.split() if sockets else []):
+    more = f"{_SOCKETS if sockets else ''} {_HANDS_OVER if hands_over else ''}"
+    for name in (_ALLOWED + " " + more).split():
         rules.add(_ALLOW, name)
     for name, arguments in _WITH_ARGUMENTS + (_SOCKETS_WITH_ARGUMENTS if sockets else ()):
         rules.add(_ALLOW, name, *arguments)

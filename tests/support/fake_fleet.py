@@ -1,0 +1,164 @@
+"""A fleet without TPMs, and its interface on a socket: what is asked of it, and by whom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import uuid
+from typing import TYPE_CHECKING
+
+import trio
+
+from vtpm_cuse.errors import FleetError
+from vtpm_cuse.fleet import api
+from vtpm_cuse.fleet.base import Event, Tpm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from pathlib import Path
+
+    from vtpm_cuse.fleet.base import Fleet, Identity, Spec, State
+
+OTHER_USER = 4242
+
+
+class FakeFleet:
+    """Remembers TPMs by name.
+
+    Attributes:
+        trouble: Raised by a wake.
+        before_list: Called before each list.
+        token: Of the event loop that serves it, for a test in another thread.
+    """
+
+    token: trio.lowlevel.TrioToken
+
+    def __init__(self) -> None:
+        self.tpms: dict[str, Tpm] = {}
+        self.specs: list[Spec] = []
+        self.asked: list[tuple[object, ...]] = []
+        self.trouble: Exception | None = None
+        self.before_list: Callable[[], None] | None = None
+        self.watchers: list[trio.MemorySendChannel[Event]] = []
+
+    def add(self, name: str, owner: int = OTHER_USER, **more: str) -> Tpm:
+        sockets = {kind: f"/run/vtpm/{name}/{kind}" for kind in ("data", "control", "managed")}
+        tpm = Tpm(
+            name=name,
+            id=str(uuid.uuid4()),
+            owner=owner,
+            state="stopped",
+            interface="socket",
+            sockets=sockets,  # type: ignore[arg-type]  # their names, as text
+            generation=0,
+            last_used=None,
+            commands=0,
+            wakes=0,
+            pid=None,
+            failure="",
+            labels=tuple(more.items()),
+        )
+        self.tpms[name] = tpm
+        return tpm
+
+    def tell(self, event: Event) -> None:
+        for watcher in self.watchers:
+            watcher.send_nowait(event)
+
+    def end_watches(self) -> None:
+        for watcher in self.watchers:
+            watcher.close()
+
+    async def create(self, spec: Spec) -> Tpm:
+        if spec.name in self.tpms:
+            raise FleetError("TpmExists", spec.name, "there is one already")
+        self.specs.append(spec)
+        tpm = self.add(spec.name, spec.owner, **dict(spec.labels))
+        self.tell(Event("created", tpm))
+        return tpm
+
+    async def start(self, name: str) -> Tpm:
+        return self._become(name, "asleep", "start")
+
+    async def stop(self, name: str) -> Tpm:
+        return self._become(name, "stopped", "stop")
+
+    async def reset(self, name: str) -> Tpm:
+        return self._become(name, "awake", "reset")
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        tpm = self._become(name, "stopped", "remove", force)
+        del self.tpms[tpm.name]
+        self.tell(Event("removed", tpm))
+
+    async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
+        if self.before_list is not None:
+            self.before_list()
+        return [self.tpms[name] for name in sorted(self.tpms) if names is None or name in names]
+
+    async def describe(self, name: str) -> Tpm:
+        for tpm in self.tpms.values():
+            if name in {tpm.name, tpm.id}:
+                return tpm
+        raise FleetError("NoSuchTpm", name, "there is none")
+
+    async def update(
+        self,
+        name: str,
+        new_name: str | None = None,
+        labels: tuple[tuple[str, str], ...] | None = None,
+    ) -> Tpm:
+        tpm = self._become(name, "stopped", "update", new_name)
+        del self.tpms[tpm.name]
+        tpm = tpm._replace(name=new_name or tpm.name, labels=labels or tpm.labels)
+        self.tpms[tpm.name] = tpm
+        return tpm
+
+    async def snapshot(self, name: str, snapshot: str) -> None:
+        self.asked.append(("snapshot", name, snapshot))
+
+    async def restore(self, name: str, snapshot: str) -> Tpm:
+        return self._become(name, "stopped", "restore", snapshot)
+
+    async def clone(self, name: str, new_name: str, identity: Identity = "new") -> Tpm:
+        tpm = self._become(name, "stopped", "clone", new_name, identity)
+        return self.add(new_name, tpm.owner)
+
+    async def hibernate(self, name: str) -> Tpm:
+        return self._become(name, "asleep", "hibernate")
+
+    async def wake(self, name: str) -> Tpm:
+        if self.trouble is not None:
+            raise self.trouble
+        return self._become(name, "awake", "wake")
+
+    @contextlib.asynccontextmanager
+    async def watch(self) -> AsyncIterator[AsyncIterator[Event]]:
+        send, receive = trio.open_memory_channel[Event](math.inf)
+        self.watchers.append(send)
+        try:
+            yield receive
+        finally:
+            self.watchers.remove(send)
+
+    def _become(self, key: str, state: State, *asked: object) -> Tpm:
+        tpm = next((tpm for tpm in self.tpms.values() if key in {tpm.name, tpm.id}), None)
+        if tpm is None:
+            raise FleetError("NoSuchTpm", key, "there is none any more")
+        self.asked.append((*asked[:1], tpm.name, *asked[1:]))
+        self.tpms[tpm.name] = tpm = tpm._replace(state=state)
+        self.tell(Event("changed", tpm))
+        return tpm
+
+
+@contextlib.asynccontextmanager
+async def served(fleet: Fleet, path: Path) -> AsyncIterator[str]:
+    """The path of its socket."""
+    listener = trio.socket.socket(socket.AF_UNIX)
+    await listener.bind(str(path))
+    listener.listen()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(api.serve, fleet, trio.SocketListener(listener))
+        yield str(path)
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,273 @@
+"""The commands of ``vtpm`` that ask the manager, as a shell sees them."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import pty
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
+from tests.support.waiting import wait_until
+from vtpm_cuse.client.manager import default_path
+from vtpm_cuse.errors import FleetError
+from vtpm_cuse.fleet.base import Event
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.programs import Run
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFleet]:
+    """One whose manager VTPM_MANAGER names."""
+    fleet, path = FakeFleet(), tmp_path / "manager.sock"
+    monkeypatch.setenv("VTPM_MANAGER", str(path))
+    ready = threading.Event()
+    end = trio.CancelScope()
+
+    async def main() -> None:
+        with end:
+            async with served(fleet, path):
+                fleet.token = trio.lowlevel.current_trio_token()
+                ready.set()
+                await trio.sleep_forever()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield fleet
+    finally:
+        fleet.token.run_sync_soon(end.cancel)
+        thread.join()
+
+
+def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:
+    assert run("create", "web1", "--label", "vm=7", "--label", "note=a=b", "--profile", "null") == (
+        0,
+        "web1: stopped\n",
+        "",
+    )
+    assert run("create", "--owner", str(OTHER_USER), "web2")[0] == 0
+    assert fleet.specs == [
+        ("web1", os.geteuid(), "null", False, (("vm", "7"), ("note", "a=b"))),
+        ("web2", OTHER_USER, None, False, ()),
+    ]
+    for verb, state in {
+        "start": "asleep",
+        "wake": "awake",
+        "hibernate": "asleep",
+        "reset": "awake",
+        "stop": "stopped",
+    }.items():
+        assert run(verb, "web1") == (0, f"web1: {state}\n", "")
+        status, out, err = run(verb, "--json", fleet.tpms["web1"].id)
+        assert (status, err, json.loads(out)["state"]) == (0, "", state)
+    assert run("snapshot", "web1", "then") == (0, "web1: stopped\n", "")
+    assert run("restore", "web1", "then") == (0, "web1: stopped\n", "")
+    assert run("clone", "web1", "web3") == (0, "web3: stopped\n", "")
+    assert fleet.asked[-3:] == [
+        ("snapshot", fleet.tpms["web1"].id, "then"),
+        ("restore", "web1", "then"),
+        ("clone", "web1", "web3", "new"),
+    ]
+    assert run("rm", "web1") == (0, "", "")
+    status, out, err = run("rm", "--force", "--json", "web2")
+    assert (status, err, json.loads(out)["name"]) == (0, "", "web2")
+    assert fleet.asked[-2:] == [("remove", "web1", False), ("remove", "web2", True)]
+    assert set(fleet.tpms) == {"web3"}
+
+
+def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
+    assert run("ls") == (0, "NAME  STATE  OWNER  PID  COMMANDS  WAKES  USED\n", "")
+    assert run("ls", "--json") == (0, "[]\n", "")
+    fleet.add("web1", os.geteuid(), vm="7")
+    fleet.tpms["web2"] = fleet.add("web2")._replace(
+        state="failed", failure="crash\x1b[2J", pid=17, last_used=0.0, commands=5, wakes=2
+    )
+    status, out, err = run("ls")
+    head, first, second = out.splitlines()
+    assert (status, err, head.split()[0]) == (0, "", "NAME")
+    assert first.split() == ["web1", "stopped", getpass.getuser(), "-", "0", "0", "never"]
+    assert second.split()[:6] == ["web2", "failed", str(OTHER_USER), "17", "5", "2"]
+    listed = json.loads(run("ls", "--json")[1])
+    assert [one["name"] for one in listed] == ["web1", "web2"]
+    assert json.loads(run("show", "--json", "web2")[1]) == listed[1]
+    assert listed[1].pop("id")
+    assert listed[1] == {
+        "name": "web2",
+        "owner": OTHER_USER,
+        "state": "failed",
+        "interface": "socket",
+        "sockets": {kind: f"/run/vtpm/web2/{kind}" for kind in ("data", "control", "managed")},
+        "generation": 0,
+        "counters": {"commands": 5, "wakes": 2},
+        "labels": {},
+        "failure": "crash\x1b[2J",
+        "lastUsed": 0.0,
+        "pid": 17,
+    }
+    said = [row.split(None, 1) for row in run("show", "web1")[1].splitlines()]
+    assert ["managed", "/run/vtpm/web1/managed"] in said
+    assert ["label", "vm=7"] in said
+    assert "crash\\u001b[2J" in run("show", "web2")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["start", "web9"], "web9: there is none; 'vtpm ls' lists those that there are"),
+        (["rm", "web9"], "web9: there is none; 'vtpm ls' lists those that there are"),
+        (["create", "web1"], "web1: there is one already; choose another name"),
+        (["start"], "Name one TPM"),
+        (["show", "web1", "web2"], "Name one TPM"),
+        (["snapshot", "web1"], "Name the TPM and the snapshot"),
+        (["clone", "web1"], "Name the TPM and what the new one is to be called"),
+        (["create", "b", "--label", "x"], "'x' is no label; write it as KEY=VALUE"),
+        (["create", "b", "--owner", "no-such-user"], "User 'no-such-user' does not exist."),
+        (["create", "b", "--owner", "9" * 5000], f"User '{'9' * 5000}' does not exist."),
+        (["top", "--interval", "0"], "'0' of --interval is no number from 1 to 1000000"),
+    ],
+)
+def test_what_cannot_be_done(run: Run, fleet: FakeFleet, words: list[str], said: str) -> None:
+    fleet.add("web1")
+    assert run(*words) == (1, "", f"vtpm {words[0]}: {said}\n")
+    assert fleet.asked == fleet.specs == []
+
+
+def test_without_a_manager_the_next_command_is_named(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "nobody.sock"
+    status, out, err = run("ls", "--socket", str(path))
+    assert (status, out) == (1, "")
+    start = "vtpmd --user" if os.geteuid() else "vtpmd"
+    assert err == (
+        f"vtpm ls: No manager answers at {path} (No such file or directory); "
+        f"start one with '{start}'\n"
+    )
+
+
+def test_which_manager(
+    run: Run, fleet: FakeFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = os.environ["VTPM_MANAGER"]
+    assert default_path() == path
+    monkeypatch.setenv("VTPM_MANAGER", str(tmp_path / "nobody.sock"))
+    assert run("ls", "--socket", path)[0] == 0
+    monkeypatch.delenv("VTPM_MANAGER")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    own = tmp_path / "vtpm" / "manager.sock"
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER_USER)
+    assert default_path() == "/run/vtpm/manager.sock"
+    own.parent.mkdir()
+    own.touch()
+    assert default_path() == str(own)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)  # whose variable may be left of another user
+    assert default_path() == "/run/vtpm/manager.sock"
+
+
+def test_env_knows_a_tpm_of_the_managers(run: Run, fleet: FakeFleet) -> None:
+    fleet.tpms["web1"] = fleet.add("web1")._replace(state="asleep")
+    fleet.add("web2")
+    status, out, err = run("env", "--json", "web1")
+    assert (status, err) == (0, "")
+    env = json.loads(out)["env"]
+    assert env["VTPM_PATH"] == "/run/vtpm/web1/managed"
+    assert env["VTPM_RAW_PATH"] == "/run/vtpm/web1/data"
+    assert env["TPM2TOOLS_TCTI"].startswith("cmd:")
+    assert env["TPM2TOOLS_TCTI"].endswith(" /run/vtpm/web1/managed")
+    assert f"VTPM_PATH={env['VTPM_PATH']}\n" in run("env", "web1")[1]
+    assert run("env", "web2") == (
+        1,
+        "",
+        "vtpm env: web2 is stopped; type 'vtpm start web2' first\n",
+    )
+    assert run("env", "web9")[2].startswith("vtpm env: No TPM web9 of this user's runs here; ")
+    status, _, err = run("env", "--socket", "/no/such/place", "web1")
+    assert (status, err.startswith("vtpm env: No manager answers at /no/such/place")) == (1, True)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_watch_prints_each_event_at_once(
+    fleet: FakeFleet, run: Run, capfd: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    tpm = fleet.add("web1")
+
+    def happen() -> None:
+        wait_until(lambda: bool(fleet.watchers), "the watch")
+        fleet.token.run_sync_soon(fleet.tell, Event("changed", tpm._replace(failure="crash")))
+        fleet.token.run_sync_soon(fleet.end_watches)
+
+    teller = threading.Thread(target=happen)
+    teller.start()
+    status, out, err = run("watch", *options)
+    teller.join()
+    assert (status, err) == (
+        1,
+        "vtpm watch: The manager does not go on with it; start vtpm watch again\n",
+    )
+    (line,) = out.splitlines()
+    if options:
+        assert json.loads(line)["kind"] == "changed"
+        assert json.loads(line)["tpm"]["failure"] == "crash"
+    else:
+        assert line.split()[1:] == ["changed", "web1", "crash"]
+
+
+def test_top_has_the_busiest_first(
+    run: Run, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    fleet.add("idle")
+    fleet.tpms["busy"] = fleet.add("busy")
+    looks = iter((0, 600))
+
+    def look() -> None:
+        fleet.tpms["busy"] = fleet.tpms["busy"]._replace(commands=next(looks))
+
+    fleet.before_list = look
+    status, out, err = run("top", "--interval", "1", "--count", "2")
+    assert (status, err, slept) == (0, "", [1])
+    first, second, end = out.split("\n\n")
+    assert end == ""
+    assert first.splitlines()[1].split()[-1] == "0.0"
+    assert [row.split()[0] for row in second.splitlines()] == ["NAME", "busy", "idle"]
+    assert float(second.splitlines()[1].split()[-1]) > 0
+    fleet.before_list = None
+    status, out, err = run("top", "--count", "1", "--json")
+    assert [one["name"] for one in json.loads(out)] == ["busy", "idle"]
+
+
+def test_top_on_a_terminal_begins_at_its_top(
+    run: Run, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINES", "2")
+    monkeypatch.setenv("COLUMNS", "21")
+    for name in ("a", "b"):
+        fleet.add(name)
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", 0) as shown, os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert run("top", "--count", "1")[0] == 0
+        assert shown.read(1000) == b"\x1b[H\x1b[JNAME  STATE    OWNER\r\n"
+
+
+def test_a_refusal_of_another_kind_is_said_as_it_is(run: Run, fleet: FakeFleet) -> None:
+    fleet.add("web1")
+    fleet.trouble = FleetError("Busy", "web1", "it is off; start it with 'vtpm start web1'")
+    assert run("wake", "web1") == (
+        1,
+        "",
+        "vtpm wake: web1: it is off; start it with 'vtpm start web1'\n",
+    )
+    fleet.trouble = OSError(28, "No space left on device")
+    assert run("wake", "web1")[2] == "vtpm wake: [Errno 28] No space left on device\n"

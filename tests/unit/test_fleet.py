@@ -1,0 +1,285 @@
+"""A manager with real workers: what a client sees of sleeps, deaths and full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from array import array
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from tests.support import commands as tpm
+from tests.support import managed as m
+from tests.support import sockets as s
+from tests.support.fleet import UID, Client, blobs_of_one, fleet, in_trio, random_of, started, until
+from tests.support.suspension import SCRIPT, masked
+from vtpm_cuse.errors import FleetError, StorageError
+from vtpm_cuse.fleet.base import Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from vtpm_cuse.fleet.base import Tpm
+    from vtpm_cuse.fleet.manager import Manager
+
+DATA = b"acknowledged"
+
+
+async def _story(found: Tpm, between: Callable[[], Awaitable[object]]) -> list[object]:
+    """All that clients of the three sockets see, who stay connected."""
+    data, control, managed = [
+        await Client.of(found, kind) for kind in ("data", "control", "managed")
+    ]
+    other = await Client.of(found, "managed")
+    seen: list[object] = []
+
+    async def note(answer: object) -> None:
+        seen.append(answer)
+        await between()
+
+    for command in SCRIPT:
+        if len(command) < 10:  # no response is due until more comes
+            continue
+        await note(masked(command, await data.ask(command)))
+    for number, body, size in (
+        *((s.GET_CAPABILITY, b"", 8), (s.SET_LOCALITY, bytes([3, 0, 0, 0]), 4)),
+        *((s.GET_TPMESTABLISHED, b"", 8), (s.SET_LOCALITY, bytes(4), 4), (s.GET_CONFIG, b"", 8)),
+    ):
+        await note(await control.control(number, body, size))
+    await note((await managed.ask(m.load_external(1)))[:14])
+    session = m.handle_of(await managed.ask(m.start_session()))
+    await between()
+    for command in (
+        *(m.policy_command_code(session, 0x15D), m.policy_digest(session), m.sequence_start()),
+        *(m.sequence_update(0x80000001, b"data"), m.sequence_complete(0x80000001)),
+        *(m.list_handles(0x80000000), tpm.pcr_extend(10, b"1" * 32), tpm.pcr_read(10)),
+    ):
+        await note(await managed.ask(command))
+        await note(await other.ask(m.list_handles(0x80000000)))
+    await note(await control.control(s.INIT, s.u32(0), 4))
+    await note(await data.ask(tpm.TPM2_STARTUP_CLEAR))
+    await note(await data.ask(tpm.pcr_read(10)))
+    await note(await data.ask(tpm.nv_read(tpm.NV_INDEX, 8)))
+    return seen
+
+
+@in_trio
+async def test_nobody_sees_a_sleep_between_any_two_commands(tmp_path: Path) -> None:
+    blobs = blobs_of_one()
+    async with fleet(tmp_path) as manager:
+        plain = await _story(await started(manager, "plain", blobs), trio.lowlevel.checkpoint)
+        found = await started(manager, "restless", blobs)
+        seen = await _story(found, lambda: manager.hibernate("restless"))
+        assert seen == plain
+        assert (await manager.describe("restless")).wakes >= len(seen) - 1
+        assert (await manager.describe("plain")).wakes == 0
+
+
+@in_trio
+async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> None:
+    async with fleet(tmp_path, idle=0.05) as manager:
+        events = manager.watch()
+        found = await started(manager, "one")
+        client = await Client.of(found)
+        states = []
+        async for event in events:
+            states.append(event.tpm.state)
+            if states.count("asleep") == 2:
+                break
+            if event.tpm.state == "asleep":
+                assert event.tpm.pid is None
+                assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
+        assert states[:4] == ["stopped", "starting", "awake", "asleep"]
+        # Half a command keeps it awake.
+        await client.send(tpm.get_random(8)[:5])
+        await until(manager, "one", "awake")
+        with pytest.raises(FleetError, match="in the middle"):
+            await manager.hibernate("one")
+        await client.send(tpm.get_random(8)[5:])
+        assert tpm.code_of(await client.answer()) == 0
+
+
+@in_trio
+async def test_random_numbers_are_nobody_elses_and_never_come_again(tmp_path: Path) -> None:
+    blobs = blobs_of_one()
+    async with fleet(tmp_path) as manager:
+        clients = {
+            name: await Client.of(await started(manager, name, blobs)) for name in ("a", "b")
+        }
+        seen: list[bytes] = []
+        for _ in range(5):
+            for name, client in clients.items():
+                seen.append(random_of(await client.ask(tpm.get_random(16))))
+                await manager.hibernate(name)
+        assert len(set(seen)) == len(seen) == 10
+
+
+@in_trio
+async def test_a_data_connection_is_passed_as_qemu_does(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as manager:
+        found = await started(manager, "one")
+        control = await Client.of(found, "control")
+        ours, theirs = trio.socket.socketpair()
+        data = Client(ours)
+        with theirs:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [theirs.fileno()]))]
+            await control.connection.sendmsg([s.u32(s.SET_DATAFD)], rights)
+        assert await control.answer_of(4) == bytes(4)
+        assert tpm.code_of(await data.ask(tpm.pcr_extend(10, b"1" * 32))) == 0
+        await manager.hibernate("one")
+        assert tpm.pcr_value(await data.ask(tpm.pcr_read(10))) != bytes(32)
+        assert (await manager.describe("one")).wakes == 1
+
+
+async def _with_data(manager: Manager, name: str) -> tuple[Tpm, Client]:
+    """A TPM that has acknowledged something to a client."""
+    found = await started(manager, name)
+    client = await Client.of(found)
+    for command in (
+        tpm.nv_define(tpm.NV_INDEX, len(DATA)),
+        tpm.nv_write(tpm.NV_INDEX, DATA),
+        tpm.pcr_extend(10, b"1" * 32),
+    ):
+        assert tpm.code_of(await client.ask(command)) == 0
+    return found, client
+
+
+@pytest.mark.parametrize("way", ["reset", "client"])
+@in_trio
+async def test_a_dead_worker_is_a_failed_tpm_until_a_reset(tmp_path: Path, way: str) -> None:
+    async with fleet(tmp_path) as manager:
+        found, client = await _with_data(manager, "one")
+        await client.send(tpm.create_primary_rsa())  # in the middle of it
+        pid = (await manager.describe("one")).pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert await client.at_end()
+        await until(manager, "one", "failed")
+        later = await Client.of(found)
+        for command in (tpm.pcr_read(10), tpm.TPM2_STARTUP_CLEAR):
+            assert tpm.code_of(await later.ask(command)) == 0x101  # TPM_RC_FAILURE
+        assert (await manager.describe("one")).state == "failed"
+        if way == "reset":
+            await manager.reset("one")
+        else:
+            control = await Client.of(found, "control")
+            assert await control.control(s.INIT, s.u32(0), 4) == bytes(4)
+            assert tpm.code_of(await later.ask(tpm.TPM2_STARTUP_CLEAR)) == 0
+        answer = await later.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
+        assert tpm.nv_data(answer) == DATA
+        after = await manager.describe("one")
+        assert (after.state, after.failure) == ("awake", "")
+
+
+@in_trio
+async def test_a_dead_zygote_costs_no_tpm(tmp_path: Path) -> None:
+    async with fleet(tmp_path, spare=0) as manager:
+        _, client = await _with_data(manager, "one")
+        zygote = manager.workers.zygote_pid
+        assert zygote is not None
+        os.kill(zygote, signal.SIGKILL)
+        assert tpm.code_of(await client.ask(tpm.pcr_read(10))) == 0
+        await manager.hibernate("one")
+        assert tpm.pcr_value(await client.ask(tpm.pcr_read(10))) != bytes(32)
+        assert manager.workers.zygote_pid != zygote
+
+
+@in_trio
+async def test_a_full_disk_loses_nothing_that_was_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path) as manager:
+        _, client = await _with_data(manager, "one")
+        vault = manager._machines["one"]._vault
+        assert vault is not None
+
+        def fail(_name: str, _blob: bytes) -> None:
+            raise StorageError("/full", os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as full:
+            full.setattr(vault.blobs, "store", fail)
+            code = tpm.code_of(await client.ask(tpm.nv_write(tpm.NV_INDEX, b"not any more")))
+            assert code in {0x101, 0x923}  # TPM_RC_FAILURE, TPM_RC_NV_UNAVAILABLE
+            assert tpm.code_of(await client.ask(tpm.pcr_read(10))) == 0x101
+        await manager.reset("one")
+        answer = await client.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
+        assert tpm.nv_data(answer) == DATA
+
+
+@in_trio
+async def test_what_is_on_the_disk_outlives_the_manager(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as manager:
+        _, client = await _with_data(manager, "one")
+        await manager.hibernate("one")
+        await manager.update("one", labels=(("vm", "7"),))
+        before = await manager.describe("one")
+    assert await client.at_end()
+    assert not (tmp_path / "run" / "tpm" / "one").exists()
+    async with fleet(tmp_path) as manager:
+        (after,) = await manager.list()
+        assert (after.id, after.labels, after.state) == (before.id, (("vm", "7"),), "stopped")
+        client = await Client.of(await manager.start("one"))
+        answer = await client.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
+        assert tpm.nv_data(answer) == DATA
+        assert tpm.pcr_value(await client.ask(tpm.pcr_read(10))) == bytes(32)
+
+
+@in_trio
+async def test_copies_names_and_limits(tmp_path: Path) -> None:
+    async with fleet(tmp_path, owner_max=2) as manager:
+        _, client = await _with_data(manager, "one")
+        with pytest.raises(FleetError, match="awake") as refused:
+            await manager.snapshot("one", "before")
+        assert refused.value.fault == "Busy"
+        await manager.stop("one")
+        assert await client.at_end()
+        await manager.snapshot("one", "before")
+        client = await Client.of(await manager.start("one"))
+        assert tpm.code_of(await client.ask(tpm.nv_write(tpm.NV_INDEX, DATA[::-1]))) == 0
+        await manager.stop("one")
+        await manager.restore("one", "before")
+        await manager.update("one", new_name="first")
+        client = await Client.of(await manager.start("first"))
+        answer = await client.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
+        assert tpm.nv_data(answer) == DATA
+        await manager.clone("first", "second")
+        refusals: dict[str, Callable[[], Awaitable[object]]] = {
+            "OverLimit": lambda: manager.create(Spec("third", UID)),
+            "TpmExists": lambda: manager.clone("first", "first"),
+            "NoSuchTpm": lambda: manager.start("one"),
+            "BadName": lambda: manager.create(Spec("../one", UID)),
+            "Busy": lambda: manager.remove("first"),
+        }
+        for fault, asked in refusals.items():
+            with pytest.raises(FleetError) as refused:
+                await asked()
+            assert refused.value.fault == fault
+        await manager.remove("first", force=True)
+        assert [one.name for one in await manager.list()] == ["second"]
+        assert sorted(os.listdir(tmp_path / "state")) == [".lock", "second"]
+
+
+@in_trio
+async def test_a_tpm_has_certificates_if_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "swtpm-localca.conf").write_text(
+        f"statedir = {tmp_path}/ca\nsigningkey = {tmp_path}/ca/key.pem\n"
+        f"issuercert = {tmp_path}/ca/cert.pem\ncertserial = {tmp_path}/ca/serial\n"
+    )
+    (tmp_path / "swtpm_setup.conf").write_text(
+        "create_certs_tool = swtpm_localca\n"
+        f"create_certs_tool_config = {tmp_path}/swtpm-localca.conf\nactive_pcr_banks = sha256\n"
+    )
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    async with fleet(tmp_path) as manager:
+        await manager.create(Spec("one", UID, manufactured=True))
+        client = await Client.of(await manager.start("one"))
+        # TPM2_NV_ReadPublic of the RSA endorsement key's certificate
+        read = await client.ask(tpm.tpm2(0x169, s.u32(0x01C00002)))
+        assert tpm.code_of(read) == 0

@@ -1,0 +1,108 @@
+"""How a command finds the manager, asks it, and says what it has answered."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from vtpm_cuse.cli.words.front import run_command
+from vtpm_cuse.cli.words.table import Option, Program, Term
+from vtpm_cuse.errors import FleetError, UsageError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vtpm_cuse.cli.words.commandline import CommandLine
+    from vtpm_cuse.client.manager import Manager
+    from vtpm_cuse.wire.manager import Event, Tpm
+
+    Answer = TypeVar("Answer")
+
+SOCKET: Final = Option(
+    "socket", "ask the manager at this Unix socket; by default VTPM_MANAGER says it", metavar="PATH"
+)
+HELP: Final = Option("help", "print this help and end", letter="h")
+OPTIONS: Final = (SOCKET, Option("json", "print an object, the TPM as it is then"), HELP)
+NAME: Final = Term("NAME", "the TPM, or its id")
+SNAPSHOT: Final = Term("SNAPSHOT", "what the copy is called")
+EXITS: Final = (
+    Term("0", "It is done."),
+    Term("1", "It is not, for the reason that is printed, or no manager answers."),
+)
+ENVIRONMENT: Final = (
+    Term("VTPM_MANAGER", "The manager's socket."),
+    Term(
+        "XDG_RUNTIME_DIR",
+        "Without that: the user's own manager is at vtpm/manager.sock in this folder, if there is "
+        "one; root's is at /run/vtpm/manager.sock.",
+    ),
+)
+
+_NEXT: Final = {
+    "NoSuchTpm": "'vtpm ls' lists those that there are",
+    "TpmExists": "choose another name",
+}
+"""What to do about a refusal; for others, the manager's reason says it."""
+
+
+def ask(line: CommandLine, request: Callable[[Manager], Answer]) -> Answer:
+    """What *request* gives.
+
+    Raises:
+        UsageError: The manager refuses.
+        FrontendError: There is none.
+    """
+    from vtpm_cuse.client.manager import Manager
+
+    try:
+        with Manager(line.value("socket")) as manager:
+            return request(manager)
+    except FleetError as exc:
+        raise UsageError(str(exc), hint=_NEXT.get(exc.fault, "")) from exc
+
+
+def operands(line: CommandLine, *what: str) -> list[str]:
+    """The operands, one for each of *what*. Raises UsageError."""
+    if len(line.operands) != len(what):
+        raise UsageError(f"Name {' and '.join(what)}")
+    return line.operands
+
+
+def change(
+    table: Program,
+    words: Sequence[str],
+    program: str,
+    request: Callable[..., Tpm],
+    *what: str,
+) -> int:
+    """Runs a command that changes a TPM and tells what it is then.
+
+    Args:
+        table: The command's table.
+        words: What follows its name.
+        program: How it was called.
+        request: Is given the manager and the operands.
+        what: The operands, as `operands` has them; by default one TPM alone.
+
+    Returns:
+        The exit status.
+    """
+
+    def work(line: CommandLine) -> int:
+        names = operands(line, *(what or ("one TPM",)))
+        return tell(line, ask(line, lambda manager: request(manager, *names)))
+
+    return run_command(table, words, program, work)
+
+
+def tell(line: CommandLine, tpm: Tpm) -> int:
+    """Prints what a TPM is now; returns the exit status."""
+    print(as_json(tpm) if line.has("json") else shown(f"{tpm.name}: {tpm.failure or tpm.state}"))
+    return 0
+
+
+def as_json(value: Tpm | Event) -> str:
+    """As the manager's interface has it."""
+    from vtpm_cuse.wire.varlink import to_json
+
+    return json.dumps(to_json(value))

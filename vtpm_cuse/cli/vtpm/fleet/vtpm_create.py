@@ -1,0 +1,74 @@
+"""``vtpm create``: makes a TPM of the manager's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, EXITS, OPTIONS, ask, operands, tell
+from vtpm_cuse.cli.words.front import run_command
+from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vtpm_cuse.cli.words.commandline import CommandLine
+
+PROGRAM: Final = Program(
+    "vtpm create",
+    "make a TPM of the manager's",
+    (
+        Option("owner", "the user that it is for, by name or number", metavar="USER"),
+        Option("profile", "libtpms' profile, as JSON or by a name", metavar="PROFILE"),
+        Option(
+            "label",
+            "to be kept beside it, for people and scripts",
+            metavar="KEY=VALUE",
+            repeats=True,
+        ),
+        *OPTIONS,
+    ),
+    usage=("[options] NAME",),
+    operands=(Term("NAME", "what it is to be called"),),
+    description=(
+        "Makes a TPM 2.0, which is stopped. It is for the user who asks, who with root and the user "
+        "of the manager alone sees it and can do something to it; only these can make one for "
+        "somebody else.",
+    ),
+    examples=(
+        Example("", "vtpm create web1 && vtpm start web1"),
+        Example("", "vtpm create --label vm=7 web2"),
+    ),
+    exits=EXITS,
+    environment=ENVIRONMENT,
+    see_also=("vtpm(8)", "vtpm_start(8)", "vtpm_clone(8)", "vtpm_rm(8)"),
+)
+
+
+def main(words: Sequence[str], program: str) -> int:
+    """Runs ``vtpm create`` with the words behind it."""
+    return run_command(PROGRAM, words, program, _run)
+
+
+def _run(line: CommandLine) -> int:
+    (name,) = operands(line, "one TPM, as it is to be called")
+    owner = line.user("owner")
+    labels = dict(map(_label, line.values("label")))
+    tpm = ask(
+        line,
+        lambda manager: manager.create(
+            name,
+            owner=owner,
+            profile=line.value("profile"),
+            labels=labels or None,
+        ),
+    )
+    return tell(line, tpm)
+
+
+def _label(text: str) -> tuple[str, str]:
+    """Raises UsageError."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UsageError(f"'{text}' is no label; write it as KEY=VALUE")
+    return key, value

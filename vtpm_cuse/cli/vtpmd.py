@@ -1,0 +1,122 @@
+"""``vtpmd``: many TPMs of one host, each with a process only while it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.cli.emulator import settings
+from vtpm_cuse.cli.emulator.options import options_of
+from vtpm_cuse.cli.emulator.run import run_server
+from vtpm_cuse.cli.words.table import Example, InterfaceName, Option, Program, Term
+from vtpm_cuse.errors import UsageError
+
+if TYPE_CHECKING:
+    from vtpm_cuse.cli.words.commandline import CommandLine
+
+_IDLE_MAX: Final = 86_400
+_SOCKET: Final = options_of(InterfaceName.SOCKET)
+
+PROGRAM: Final = Program(
+    "vtpmd",
+    "manager of many virtual TPMs",
+    (
+        Option("user", "keep everything in the user's own folders; without it, root's"),
+        Option("state", "folder of the TPMs, made if it is missing", metavar="DIR"),
+        Option("run", "folder of their sockets, made if it is missing", metavar="DIR"),
+        Option(
+            "idle",
+            "seconds without a command after which a TPM sleeps, by default 1",
+            metavar="SECONDS",
+        ),
+        Option(
+            "group", "members of this group may ask it, each for TPMs of his own", metavar="GROUP"
+        ),
+        *(option for option in _SOCKET if option.name in {"log", "help", "version"}),
+    ),
+    description=(
+        "Keeps any number of TPM 2.0, in the foreground. One that is started listens on three Unix "
+        "sockets: for commands (data), for PTM requests (data.ctrl), and for clients of its "
+        "resource manager (managed). While nobody uses it, it sleeps: it has no process, and "
+        "clients stay connected. What comes from one wakes it.",
+        "Each TPM that is awake has a process of its own, in a sandbox that can open no path. What "
+        "it stores goes to the manager, which puts it on the disk before the client is answered. "
+        "The manager reads nothing of what clients send.",
+        "It is asked on a Unix socket, manager.sock in the folder of the sockets: by root and its "
+        "own user about all TPMs, by members of --group about those that are theirs.",
+        "A TPM whose process dies has lost what it had in memory. It is not started again by "
+        "itself, for its PCRs would be empty: it refuses all commands until it is reset.",
+        "SIGTERM and SIGINT end the manager in order: each TPM is shut down as by TPM2_Shutdown. "
+        "Behind a crash of the manager, TPMs are as after a power cut: what was acknowledged is "
+        "there.",
+    ),
+    examples=(
+        Example("", "vtpmd --user"),
+        Example("", "sudo vtpmd --idle 10 --log file=/var/log/vtpmd.log"),
+    ),
+    exits=(
+        Term("0", "It was ended in order."),
+        Term("1", "It could not begin; standard error or the log has the reason."),
+    ),
+    environment=(
+        Term(
+            "XDG_STATE_HOME", "With --user, its folder vtpm has the TPMs; default: ~/.local/state."
+        ),
+        Term("XDG_RUNTIME_DIR", "With --user, its folder vtpm has the sockets."),
+        Term("NOTIFY_SOCKET", "Where a service manager waits for it to be ready."),
+    ),
+    files=(
+        Term("/var/lib/vtpm/NAME", "A TPM of root's manager: tpm.json, its state, its snapshots."),
+        Term("/run/vtpm/manager.sock", "Where vtpm(8) and others ask it, in varlink."),
+        Term("/run/vtpm/tpm/NAME", "Its sockets: data, data.ctrl, managed."),
+    ),
+    see_also=("vtpm(8)", "swtpm_socket(8)"),
+)
+
+
+def main() -> int:
+    """Runs ``vtpmd``."""
+    return run_server(PROGRAM, sys.argv[1:], "vtpmd", _serve)
+
+
+def _serve(line: CommandLine) -> int:
+    from vtpm_cuse.service.confine.preload import import_trio
+    from vtpm_cuse.service.process import logs, notify
+    from vtpm_cuse.service.process.held import HeldSignals
+
+    held = HeldSignals()
+    try:
+        import_trio()
+        from vtpm_cuse.fleet import daemon
+        from vtpm_cuse.fleet.manager import Settings
+
+        found = Settings(
+            line.value("state") or _state_folder(line),
+            line.value("run") or _run_folder(line),
+            idle=line.number("idle", _IDLE_MAX) or 1,
+            level=settings.log_config(line).level,
+            messages=next(iter(logs.descriptors()), None),
+            group=line.group("group"),
+        )
+        return daemon.run(found, notify.connect(), held)
+    finally:
+        held.release()
+
+
+def _state_folder(line: CommandLine) -> str:
+    if not line.has("user"):
+        return "/var/lib/vtpm"
+    folder = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(folder):
+        folder = os.path.expanduser("~/.local/state")
+    return f"{folder}/vtpm"
+
+
+def _run_folder(line: CommandLine) -> str:
+    if not line.has("user"):
+        return "/run/vtpm"
+    folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isabs(folder):
+        raise UsageError("Error: XDG_RUNTIME_DIR names no folder", hint="give --run DIR")
+    return f"{folder}/vtpm"

@@ -1,0 +1,1 @@
+"""Many TPMs on one host."""

@@ -1,0 +1,210 @@
+"""The TPMs of a manager on the disk: a folder for each, called as it is.
+
+In it are tpm.json, what it is; state, in the C suite's format; snapshots. A folder gets
+its name when all of it is on the disk, so each that has one is a whole TPM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vtpm_cuse.errors import FleetError, StateLocked, StorageError
+from vtpm_cuse.files import flush_folder, make_folder, write_output
+from vtpm_cuse.storage.locking import take_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FILE: Final = "tpm.json"
+_DAMAGED: Final = ".damaged"
+_NEW: Final = ".new-"
+_OLD: Final = ".old-"
+_LOCK: Final = ".lock"
+_FOLDER_MODE: Final = 0o700
+_FILE_MODE: Final = 0o600
+_ENTRY_MAX: Final = 1 << 16
+_LABELS_MAX: Final = 64
+_LABEL_MAX: Final = 256
+
+
+class Entry(NamedTuple):
+    """What is kept of a TPM besides its state; see `base.Spec`."""
+
+    id: str
+    owner: int
+    profile: str | None
+    manufactured: bool
+    labels: tuple[tuple[str, str], ...]
+
+
+def check_name(name: str) -> str:
+    """The *name*, of a TPM or of a snapshot. Raises FleetError."""
+    if not _NAME.fullmatch(name):
+        reason = "a name has up to 64 letters, digits, '.', '_' and '-', and begins with no sign"
+        raise FleetError("BadName", name[:80], reason)
+    return name
+
+
+def check_labels(name: str, labels: tuple[tuple[str, str], ...]) -> None:
+    """Raises FleetError for too many, or too long ones."""
+    longest = max((len(text) for label in labels for text in label), default=0)
+    if len(labels) > _LABELS_MAX or longest > _LABEL_MAX:
+        reason = f"it may have {_LABELS_MAX} labels, with keys and values of {_LABEL_MAX} letters"
+        raise FleetError("OverLimit", name, reason)
+
+
+class Catalogue:
+    """The folders below one, which is this process' alone.
+
+    Args:
+        path: Of that folder; it is made where there is none.
+
+    Raises:
+        OSError: It cannot be had.
+        StateLocked: Another manager has it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.abspath(path)
+        make_folder(self.path, _FOLDER_MODE)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)
+        try:
+            take_lock(self._lock)
+        except OSError as exc:
+            os.close(self._lock)
+            raise StateLocked(self.path, f"another manager has it: {exc.strerror}") from exc
+
+    def close(self) -> None:
+        """Another process may have it."""
+        os.close(self._lock)
+
+    def entries(self) -> dict[str, Entry]:
+        """All TPMs by their names; what a crash left of others goes. Raises OSError."""
+        found = {}
+        for name in sorted(os.listdir(self.path)):
+            if name.startswith((_NEW, _OLD)):
+                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+            elif _NAME.fullmatch(name) and os.path.isdir(self.state_of(name)):
+                found[name] = self._entry(name)
+        return found
+
+    def _entry(self, name: str) -> Entry:
+        path = os.path.join(self._of(name), _FILE)
+        try:
+            with open(path, "rb") as file:
+                return _read_entry(file.read(_ENTRY_MAX))
+        except (FileNotFoundError, ValueError, TypeError) as exc:  # no error of the disk's
+            log.error("%s: %s; the TPM is root's, or yours, without labels", path, exc)
+        with contextlib.suppress(OSError):
+            os.replace(path, path + _DAMAGED)
+        entry = Entry(str(uuid.uuid4()), os.geteuid(), None, False, ())
+        self.write(name, entry)
+        return entry
+
+    def write(self, name: str, entry: Entry) -> None:
+        """Replaces what is kept of a TPM, durably. Raises StorageError."""
+        self._write(self._of(name), entry)
+
+    def _write(self, folder: str, entry: Entry) -> None:
+        path = os.path.join(folder, _FILE)
+        with _errors(path):
+            text = json.dumps(entry._asdict(), indent=1) + "\n"
+            write_output(path, text.encode(), _FILE_MODE)
+
+    def _of(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def state_of(self, name: str) -> str:
+        """The folder of its state."""
+        return os.path.join(self._of(name), "state")
+
+    def _snapshot_of(self, name: str, snapshot: str) -> str:
+        return os.path.join(self._of(name), "snapshots", check_name(snapshot))
+
+    def need_snapshot(self, name: str, snapshot: str) -> str:
+        """The folder of a copy of that. Raises FleetError."""
+        folder = self._snapshot_of(name, snapshot)
+        if not os.path.isdir(folder):
+            raise FleetError("NoSuchTpm", name, f"it has no snapshot {snapshot}")
+        return folder
+
+    def begin(self, entry: Entry) -> str:
+        """A folder for the state of a TPM that is yet to be. Raises StorageError."""
+        state = os.path.join(self._of(_NEW + entry.id), "state")
+        with _errors(state):
+            make_folder(state, _FOLDER_MODE)
+        return state
+
+    def give_up(self, entry: Entry) -> None:
+        """That TPM is not to be."""
+        shutil.rmtree(self._of(_NEW + entry.id), ignore_errors=True)
+
+    def finish(self, name: str, entry: Entry) -> None:
+        """That TPM is there from now on, durably. Raises StorageError."""
+        new = self._of(_NEW + entry.id)
+        self._write(new, entry)
+        with _errors(self._of(name)):
+            self._flush(new)
+            self._rename(new, self._of(name))
+
+    def rename(self, name: str, new_name: str) -> None:
+        """It has another name from now on, durably. Raises StorageError."""
+        with _errors(self._of(name)):
+            self._rename(self._of(name), self._of(new_name))
+
+    def remove(self, name: str, entry: Entry) -> None:
+        """It is no more, durably, with all that was its. Raises StorageError."""
+        old = self._of(_OLD + entry.id)
+        with _errors(self._of(name)):
+            self._rename(self._of(name), old)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def make_snapshot(self, name: str, snapshot: str) -> str:
+        """The folder for a copy. Raises FleetError where there is one, StorageError."""
+        folder = self._snapshot_of(name, snapshot)
+        if os.path.lexists(folder):
+            raise FleetError("TpmExists", name, f"it has a snapshot {snapshot}")
+        with _errors(folder):
+            make_folder(folder, _FOLDER_MODE)
+            self._flush(os.path.dirname(folder))
+            self._flush(self._of(name))
+        return folder
+
+    def _rename(self, old: str, new: str) -> None:
+        os.rename(old, new)  # nobody else makes one of that name, and an old one is not empty
+        self._flush(self.path)
+
+    @staticmethod
+    def _flush(folder: str) -> None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flush_folder(fd)
+        finally:
+            os.close(fd)
+
+
+def _read_entry(text: bytes) -> Entry:
+    found = Entry(**json.loads(text))
+    labels = tuple((str(key), str(value)) for key, value in found.labels)
+    if not isinstance(found.owner, int) or not isinstance(found.profile, str | None):
+        raise TypeError("a value is of another kind")
+    return found._replace(id=str(uuid.UUID(found.id)), labels=labels)
+
+
+@contextlib.contextmanager
+def _errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StorageError(path, exc.strerror or str(exc)) from exc

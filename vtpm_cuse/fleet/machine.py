@@ -1,0 +1,461 @@
+"""One TPM of a fleet: off, asleep, awake in a worker, or failed.
+
+Asleep it is its descriptors and some bytes, which are handed out once. What its clients send is
+never read here, and what its worker says is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import trio
+
+from vtpm_cuse import faults
+from vtpm_cuse.acquire.sockets import acquire
+from vtpm_cuse.config import SocketAddress, SocketConfig, VtpmConfig
+from vtpm_cuse.errors import (
+    ChannelError,
+    FleetError,
+    StateKeyRejected,
+    StateLocked,
+    StorageError,
+    UsageError,
+    VtpmError,
+)
+from vtpm_cuse.files import make_folder
+from vtpm_cuse.fleet.base import SocketKind, State, Tpm
+from vtpm_cuse.fleet.channel import close_all
+from vtpm_cuse.fleet.messages import Call, Message, Order, Report
+from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
+from vtpm_cuse.fleet.vault import QUICK, Vault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtpm_cuse.acquire.endpoints import Endpoints
+    from vtpm_cuse.fleet.catalogue import Catalogue, Entry
+    from vtpm_cuse.fleet.sleepers import Sleepers
+    from vtpm_cuse.fleet.workers import WorkerProcess, Workers
+
+log = logging.getLogger(__name__)
+
+SOCKETS: Final[dict[SocketKind, str]] = {
+    "data": "data",
+    "control": "data.ctrl",
+    "managed": "managed",
+}
+"""Their names in a TPM's folder: as tpm2-tss has it, the control channel is beside the data's."""
+
+_FOLDER: Final = "tpm"
+_SOCKET_MODE: Final = 0o600
+_FOLDER_MODE: Final = 0o711
+"""Others pass through it to what is theirs."""
+_STOP_SECONDS: Final = 60.0
+"""For what an order takes: a key that is being made is given up at once, a disk may be slow."""
+_AGAIN_SECONDS: Final = 1.0
+_TRIES: Final = 3
+_TEXT_MAX: Final = 1000
+_COMMANDS_MAX: Final = 1 << 32
+"""More than a worker can have executed between two sleeps."""
+
+
+class Surroundings(NamedTuple):
+    """What all TPMs of a manager share.
+
+    Attributes:
+        run: The folder for sockets.
+        idle: Seconds without a command after which a TPM sleeps.
+        changed: Called with one that is not as it was.
+    """
+
+    catalogue: Catalogue
+    workers: Workers
+    sleepers: Sleepers[Machine]
+    nursery: trio.Nursery
+    run: str
+    idle: float
+    changed: Callable[[Machine], None]
+
+
+class Machine:
+    """One TPM; who changes it has its `turn`.
+
+    Attributes:
+        name: It may be changed while the TPM is stopped.
+        entry: What is kept of it on the disk.
+        state: See `base.State`.
+        turn: One change at a time.
+    """
+
+    def __init__(self, name: str, entry: Entry, surroundings: Surroundings) -> None:
+        self.name = name
+        self.entry = entry
+        self.state: State = "stopped"
+        self.turn = trio.Lock()
+        self._all = surroundings
+        self._failure = ""
+        self._generation = 0
+        self._commands = 0
+        self._wakes = 0
+        self._used: float | None = None
+        self._vault: Vault | None = None
+        self._endpoints: Endpoints | None = None
+        self._worker: WorkerProcess | None = None
+        self._serving = trio.Event()
+        self._saved = b""
+        self._connections: tuple[int, ...] = ()
+        self._watch_data = True
+
+    def described(self) -> Tpm:
+        """It as it is now."""
+        return Tpm(
+            self.name,
+            self.entry.id,
+            self.entry.owner,
+            self.state,
+            "socket",
+            {kind: os.path.join(self._folder, file) for kind, file in SOCKETS.items()},
+            self._generation,
+            self._used,
+            self._commands,
+            self._wakes,
+            self._worker.pid if self._worker else None,
+            self._failure,
+            self.entry.labels,
+        )
+
+    @property
+    def _folder(self) -> str:
+        return os.path.join(self._all.run, _FOLDER, self.name)
+
+    def _become(self, state: State) -> None:
+        if state != self.state:
+            self.state = state
+            self._all.changed(self)
+
+    def refusal(self, reason: str) -> FleetError:
+        """Why something cannot be done now."""
+        return FleetError("Busy", self.name, reason)
+
+    def need_stopped(self) -> None:
+        """Raises FleetError."""
+        if self.state != "stopped":
+            raise self.refusal(f"it is {self.state}; stop it first")
+
+    # -- what is asked for --------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Powers it on. Raises FleetError; it is stopped then."""
+        self.need_stopped()
+        self._become("starting")
+        try:
+            self._vault = vault = Vault(self._all.catalogue.state_of(self.name))
+            await trio.to_thread.run_sync(vault.lock)
+            await trio.to_thread.run_sync(vault.forget_volatile)
+            self._endpoints = self._listen()
+            failure = await self._serve(ON)
+        except (VtpmError, OSError) as exc:
+            self._power_off()
+            raise translated(self.name, exc) from exc
+        if failure:  # it is failed now, and has not been on
+            self._power_off()
+            raise FleetError("StateDamaged", self.name, failure)
+
+    async def stop(self) -> None:
+        """Shuts it down in order, and powers it off. Raises FleetError."""
+        while self.state not in {"stopped", "failed"}:
+            await self.wake()
+            await self._ask(Order.STOP)
+        if self.state == "failed":
+            if self._worker is not None:
+                self._worker.kill()
+                await self._worker.ended.wait()
+            self._power_off()
+
+    async def reset(self) -> None:
+        """Powers it off and on, also after a failure. Raises FleetError."""
+        if self.state == "stopped":
+            raise self.refusal("it is stopped; start it")
+        report = None
+        for _ in range(_TRIES):  # it may be about to fall asleep
+            await self._awake()
+            if (report := await self._ask(Order.RESET)) is not None:
+                break
+        if report is not Report.DONE:
+            raise FleetError("StateDamaged", self.name, self._failure)
+
+    async def hibernate(self) -> None:
+        """Puts it to sleep. Raises FleetError."""
+        if self.state == "awake" and await self._ask(Order.SLEEP) is Report.BUSY:
+            raise self.refusal("a client is in the middle of something")
+        if self.state != "asleep":
+            raise self.refusal(f"it is {self.state}")
+
+    async def wake(self) -> None:
+        """Gives it a process. Raises FleetError."""
+        if self.state not in {"asleep", "awake"}:
+            raise self.refusal(f"it is {self.state}")
+        await self._awake()
+
+    async def _awake(self) -> None:
+        if self._worker is None:
+            try:
+                await self._serve(RESUME if self._saved else OFF)
+            except (VtpmError, OSError) as exc:
+                raise translated(self.name, exc) from exc
+
+    async def wake_for_client(self) -> None:
+        """As something has come for it; where that is not to be, it comes again."""
+        async with self.turn:
+            if self._worker is not None or self._endpoints is None:
+                return
+            self._used = time.time()
+            try:
+                await self._awake()
+            except FleetError as exc:
+                log.error("%s", exc)
+                await trio.sleep(_AGAIN_SECONDS)
+                self._watch()
+
+    async def _ask(self, order: Order) -> Report | None:
+        """What the worker answers; nothing where it has ended, as it has to by a STOP."""
+        worker = self._worker
+        if worker is None:
+            return None
+        report = None
+        with trio.move_on_after(_STOP_SECONDS) as scope:
+            report = await worker.ask(order)
+            if order is Order.STOP:
+                await worker.ended.wait()
+        if scope.cancelled_caught:
+            log.error("%s: its process does not answer", self.name)
+            worker.kill()
+            await worker.ended.wait()
+        return report
+
+    # -- its process ------------------------------------------------------------------------------
+
+    def _listen(self) -> Endpoints:
+        make_folder(self._folder, _FOLDER_MODE, umask=False)
+        own = self.entry.owner == os.geteuid()
+        data, control, managed = (
+            SocketAddress(
+                "unixio",
+                path=os.path.join(self._folder, file),
+                mode=_SOCKET_MODE,
+                uid=None if own else self.entry.owner,
+            )
+            for file in SOCKETS.values()
+        )
+        return acquire(SocketConfig(VtpmConfig(), data, control, managed))
+
+    def _listeners(self) -> tuple[int, ...]:
+        found = self._endpoints
+        listeners = (
+            (found.data_listener, found.control_listener, found.managed_listener) if found else ()
+        )
+        return tuple(one.fileno() for one in listeners if one is not None)
+
+    async def _serve(self, mode: int) -> str:
+        """Has a worker go on with it; returns why it does not begin to.
+
+        Raises:
+            VtpmError: There is no worker to be had; nothing has happened.
+            OSError: The same.
+        """
+        if (vault := self._vault) is None:
+            raise self.refusal("it is off")
+        worker = await self._all.workers.take()
+        # From here on the volatile state is used up, whatever happens.
+        saved, self._saved = self._saved, b""
+        connections, self._connections = self._connections, ()
+        listeners = self._listeners()
+        self._all.sleepers.forget((*listeners, *connections))
+        self._worker, self._serving = worker, trio.Event()
+        self._generation += 1
+        self._wakes += mode == RESUME
+        if self.state != "failed":
+            self._become("starting")
+            self._failure = ""
+        self._all.nursery.start_soon(self._attend, worker, vault)
+        order = Message(
+            Order.SERVE,
+            Task(self._all.idle, saved=saved).pack(),
+            flags=mode,
+            descriptors=(*listeners, *connections),
+        )
+        with contextlib.suppress(OSError):  # it has ended, which is seen elsewhere
+            await worker.orders.send(order)
+        close_all(connections)
+        await self._serving.wait()
+        return self._failure if self._worker is None else ""
+
+    async def _attend(self, worker: WorkerProcess, vault: Vault) -> None:
+        """From its birth to its end."""
+        message: Message | None = None
+        failure = "its process has ended"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep, worker, vault, self._on_load)
+                try:
+                    message = await self._hear(worker)
+                except (ChannelError, OSError) as exc:
+                    failure = f"its process was ended, for it has said {exc}"
+                nursery.cancel_scope.cancel()
+        finally:
+            self._worker = None
+            self._used = time.time()
+            try:
+                self._end_of(message, failure, vault)
+            finally:
+                worker.end()
+                self._serving.set()
+
+    async def _hear(self, worker: WorkerProcess) -> Message | None:
+        """The last message of a worker. Raises ChannelError."""
+        while (message := await worker.orders.receive()) is not None:
+            if message.kind is Report.ASLEEP and self._serving.is_set():
+                return message
+            close_all(message.descriptors)
+            match message.kind:
+                case Report.SERVING if not self._serving.is_set():
+                    if self.state != "failed":
+                        self._become("awake")
+                    self._serving.set()
+                case Report.STOPPED | Report.FAILED if not self._serving.is_set():
+                    return message
+                case Report.STOPPED:
+                    return message
+                case Report.FAILED:
+                    self._failure = said_by(message)
+                    worker.answer(Report.FAILED)
+                case Report.DONE | Report.BUSY:
+                    worker.answer(Report(message.kind))
+                case _:
+                    raise ChannelError(f"a message of kind {message.kind}")
+        return None
+
+    def _on_load(self) -> None:
+        """The permanent state is read: one that has failed is powered on again."""
+        if self.state == "failed" and self._serving.is_set():
+            self._failure = ""
+            self._become("awake")
+
+    def _end_of(self, message: Message | None, failure: str, vault: Vault) -> None:
+        """What it is behind the end of its process."""
+        if message is not None and message.kind is Report.ASLEEP:
+            if not vault.closed and all(map(_is_connection, message.descriptors)):
+                self._sleep(message)
+                return
+            close_all(message.descriptors)
+            failure = "its process has handed over what is no connection"
+        if vault.closed or (message is not None and message.kind is Report.STOPPED):
+            self._power_off()
+            return
+        again = self.state == "failed"
+        self._failure = failure if message is None else said_by(message)
+        log.error("%s: %s; it waits for a reset", self.name, self._failure)
+        self._become("failed")
+        if again:
+            self._all.nursery.start_soon(self._watch_later)
+        else:
+            self._watch()
+
+    def _sleep(self, message: Message) -> None:
+        self._saved, self._connections = message.body, message.descriptors
+        self._watch_data = bool(message.flags & WATCH_DATA)
+        self._commands += min(message.number, _COMMANDS_MAX)
+        self._generation += 1
+        if self.state != "failed":
+            self._become("asleep")
+        self._watch()
+
+    def _watch(self) -> None:
+        listeners = self._listeners()
+        watched = (*(listeners if self._watch_data else listeners[1:]), *self._connections)
+        self._all.sleepers.forget(watched)
+        try:
+            self._all.sleepers.watch(watched, self)
+        except OSError as exc:  # the kernel has no room for it now
+            log.error("%s: nothing can wake it for a while: %s", self.name, exc.strerror)
+            self._all.nursery.start_soon(self._watch_later)
+
+    async def _watch_later(self) -> None:
+        await trio.sleep(_AGAIN_SECONDS)
+        async with self.turn:
+            if self._worker is None and self._endpoints is not None:
+                self._watch()
+
+    def _power_off(self) -> None:
+        """Nothing is left of it but what is on the disk."""
+        self._all.sleepers.forget((*self._listeners(), *self._connections))
+        close_all(self._connections)
+        self._connections, self._saved, self._watch_data = (), b"", True
+        if self._endpoints is not None:
+            self._endpoints.close()
+            self._endpoints = None
+            with contextlib.suppress(OSError):
+                os.rmdir(self._folder)
+        if self._vault is not None:
+            self._vault.close()
+            self._vault = None
+        self._failure = ""
+        self._become("stopped")
+
+
+async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None]) -> None:
+    """Answers what a worker asks of its state, until it ends; whoever asks for more is ended."""
+    try:
+        while (request := await worker.calls.receive()) is not None:
+            close_all(request.descriptors)
+            if request.kind in QUICK:
+                answer = vault.answer_untrusted(request)
+                if request.kind is Call.LOAD and request.number == 0:
+                    on_load()
+            else:
+                answer = await trio.to_thread.run_sync(vault.answer_untrusted, request)
+            await worker.calls.send(answer)
+    except ChannelError as exc:
+        log.error("The process %d was ended, for it has asked for %s", worker.pid, exc)
+        worker.kill()
+    except OSError:  # it has ended
+        pass
+
+
+def translated(name: str, exc: Exception) -> FleetError:
+    """What went wrong, in the words of a fleet."""
+    if isinstance(exc, FleetError):
+        return exc
+    said = faults.sentence(exc)
+    match exc:
+        case StateLocked():
+            return FleetError("Busy", name, said)
+        case StateKeyRejected():
+            return FleetError("KeyRejected", name, said)
+        case StorageError():
+            return FleetError("StateDamaged", name, said)
+        case UsageError():
+            return FleetError("Busy", name, said)
+    return FleetError("OverLimit", name, said)
+
+
+def said_by(message: Message) -> str:
+    """The text of a worker's message, as far as anybody wants to read."""
+    return message.body[:_TEXT_MAX].decode(errors="replace")
+
+
+def _is_connection(fd: int) -> bool:
+    """Whether it is a connected socket; of nothing else is anything asked here, which may wait."""
+    own = os.dup(fd)
+    try:
+        found = socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        return False
+    with found:
+        return not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

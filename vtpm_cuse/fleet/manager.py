@@ -1,0 +1,340 @@
+"""The manager: all TPMs of one catalogue, each under its name (implements `base.Fleet`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import uuid
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import trio
+
+from vtpm_cuse.errors import FleetError, UsageError, VtpmError
+from vtpm_cuse.files import make_folder
+from vtpm_cuse.fleet.base import Event, Spec, Tpm
+from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
+from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
+from vtpm_cuse.fleet.making import make, manufacture
+from vtpm_cuse.fleet.sleepers import Sleepers
+from vtpm_cuse.fleet.vault import Vault
+from vtpm_cuse.fleet.workers import SPARE, Workers
+from vtpm_cuse.storage.base import PERMANENT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from typing import Literal
+
+    from vtpm_cuse.fleet.base import Identity
+
+OWNER_MAX: Final = 1024
+"""TPMs of one owner."""
+_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_RUN_MODE: Final = 0o711
+_EVENTS_MAX: Final = 1024
+"""That one who watches may be behind; then it is told no more."""
+_AT_ONCE: Final = 4
+"""TPMs that are shut down side by side in the end."""
+
+
+class Settings(NamedTuple):
+    """How a manager works.
+
+    Attributes:
+        state: The folder of its TPMs.
+        run: The folder of their sockets.
+        idle: Seconds without a command after which a TPM sleeps.
+        level: Of the log.
+        owner_max: TPMs that one user may have.
+        spare: Blank workers that wait.
+        messages: The descriptor that workers write messages to, if any.
+        group: Whose members may ask it, besides its user and root.
+    """
+
+    state: str
+    run: str
+    idle: float = 1.0
+    level: int = 1
+    owner_max: int = OWNER_MAX
+    spare: int = SPARE
+    messages: int | None = 2
+    group: int | None = None
+
+
+@contextlib.asynccontextmanager
+async def managed(settings: Settings) -> AsyncIterator[Manager]:
+    """A manager, while it is entered; behind it, all TPMs have been shut down in order.
+
+    Who wants to end it cancels what is within, and not what is around it.
+
+    Raises:
+        VtpmError: It cannot begin.
+        OSError: The same.
+    """
+    make_folder(settings.run, _RUN_MODE, umask=False)
+    with contextlib.ExitStack() as undo:
+        catalogue = Catalogue(settings.state)
+        undo.callback(catalogue.close)
+        sleepers: Sleepers[Machine] = Sleepers()
+        undo.callback(sleepers.close)
+        async with trio.open_nursery() as nursery:
+            workers = Workers(nursery, settings.level, settings.messages, settings.spare)
+            manager = Manager(settings, catalogue, workers, sleepers, nursery)
+            try:
+                await workers.start()
+                nursery.start_soon(manager.wake_sleepers)
+                yield manager
+            finally:
+                with trio.CancelScope(shield=True):
+                    await manager.end()
+                workers.close()
+                nursery.cancel_scope.cancel()
+
+
+class Manager:
+    """See `base.Fleet`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalogue: Catalogue,
+        workers: Workers,
+        sleepers: Sleepers[Machine],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._settings = settings
+        self._catalogue = catalogue
+        self._sleepers = sleepers
+        self._nursery = nursery
+        self._naming = trio.Lock()
+        self._watchers: set[trio.MemorySendChannel[Event]] = set()
+        self.workers = workers
+        self._surroundings = Surroundings(
+            *(catalogue, workers, sleepers, nursery, os.path.abspath(settings.run)),
+            *(settings.idle, self._changed),
+        )
+        self._machines = {
+            name: Machine(name, entry, self._surroundings)
+            for name, entry in catalogue.entries().items()
+        }
+
+    async def wake_sleepers(self) -> None:
+        """Wakes whom something comes for, for ever."""
+        while True:
+            for machine in await self._sleepers.next():
+                self._nursery.start_soon(machine.wake_for_client)
+
+    async def end(self) -> None:
+        """Shuts all of them down, in order."""
+        limit = trio.CapacityLimiter(_AT_ONCE)
+
+        async def stop(machine: Machine) -> None:
+            async with limit, machine.turn:
+                with contextlib.suppress(VtpmError):
+                    await machine.stop()
+
+        async with trio.open_nursery() as nursery:
+            for machine in self._machines.values():
+                nursery.start_soon(stop, machine)
+        for watcher in self._watchers:
+            watcher.close()
+
+    # -- what is asked for --------------------------------------------------------------------
+
+    async def create(self, spec: Spec) -> Tpm:
+        """Makes a TPM, stopped."""
+        async with self._naming:
+            name = self._need_vacant(spec.name)
+            check_labels(name, spec.labels)
+            theirs = [one for one in self._machines.values() if one.entry.owner == spec.owner]
+            if len(theirs) >= self._settings.owner_max:
+                raise FleetError("OverLimit", name, f"its owner has {len(theirs)} TPMs already")
+            entry = Entry(
+                str(uuid.uuid4()), spec.owner, spec.profile, spec.manufactured, spec.labels
+            )
+            try:
+                state = self._catalogue.begin(entry)
+                if spec.manufactured:
+                    await manufacture(state, spec.profile)
+                else:
+                    await make(self.workers, state, spec.profile)
+                await self._off(lambda: self._catalogue.finish(name, entry))
+            except UsageError as exc:
+                raise FleetError("StateDamaged", name, str(exc)) from exc
+            except (VtpmError, OSError) as exc:
+                raise translated(name, exc) from exc
+            finally:
+                self._catalogue.give_up(entry)
+            machine = self._machines[name] = Machine(name, entry, self._surroundings)
+            self._tell("created", machine)
+            return machine.described()
+
+    async def start(self, name: str) -> Tpm:
+        """Powers it on."""
+        async with self._mine(name) as machine:
+            await machine.start()
+            return machine.described()
+
+    async def stop(self, name: str) -> Tpm:
+        """Shuts it down, and powers it off."""
+        async with self._mine(name) as machine:
+            await machine.stop()
+            return machine.described()
+
+    async def reset(self, name: str) -> Tpm:
+        """Powers it off and on."""
+        async with self._mine(name) as machine:
+            await machine.reset()
+            return machine.described()
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        """Deletes it with all that is its."""
+        async with self._mine(name) as machine:
+            if force:
+                await machine.stop()
+            machine.need_stopped()
+            await self._off(lambda: self._catalogue.remove(machine.name, machine.entry))
+            del self._machines[machine.name]
+            self._tell("removed", machine)
+
+    async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
+        """Those of *names*, or all."""
+        await trio.lowlevel.checkpoint()
+        wanted = sorted(self._machines) if names is None else names
+        return [self._one(name).described() for name in wanted]
+
+    async def describe(self, name: str) -> Tpm:
+        """That one."""
+        await trio.lowlevel.checkpoint()
+        return self._one(name).described()
+
+    async def update(
+        self,
+        name: str,
+        new_name: str | None = None,
+        labels: tuple[tuple[str, str], ...] | None = None,
+    ) -> Tpm:
+        """Another name, other labels."""
+        async with self._naming, self._mine(name) as machine:
+            if labels is not None:
+                check_labels(machine.name, labels)
+                entry = machine.entry._replace(labels=labels)
+                await self._off(lambda: self._catalogue.write(machine.name, entry))
+                machine.entry = entry
+            if new_name is not None and new_name != machine.name:
+                machine.need_stopped()
+                old, new = machine.name, self._need_vacant(new_name)
+                await self._off(lambda: self._catalogue.rename(old, new))
+                machine.name = new
+                self._machines[new] = self._machines.pop(old)
+            self._changed(machine)
+            return machine.described()
+
+    async def snapshot(self, name: str, snapshot: str) -> None:
+        """Keeps a copy of its permanent state."""
+        async with self._mine(name) as machine:
+            machine.need_stopped()
+
+            def copy() -> None:
+                folder = self._catalogue.make_snapshot(machine.name, snapshot)
+                _copy(self._catalogue.state_of(machine.name), folder)
+
+            await self._off(copy)
+
+    async def restore(self, name: str, snapshot: str) -> Tpm:
+        """Goes back to a copy."""
+        async with self._mine(name) as machine:
+            machine.need_stopped()
+
+            def copy() -> None:
+                folder = self._catalogue.need_snapshot(machine.name, snapshot)
+                _copy(folder, self._catalogue.state_of(machine.name))
+
+            await self._off(copy)
+            return machine.described()
+
+    async def clone(self, name: str, new_name: str, identity: Identity = "new") -> Tpm:
+        """Another by the same recipe."""
+        entry = self._one(name).entry
+        if identity == "same":
+            reason = "the TPM with these seeds and keys is there: two would be one to others"
+            raise FleetError("TpmExists", name, reason)
+        return await self.create(
+            Spec(new_name, entry.owner, entry.profile, entry.manufactured, entry.labels)
+        )
+
+    async def hibernate(self, name: str) -> Tpm:
+        """Puts it to sleep."""
+        async with self._mine(name) as machine:
+            await machine.hibernate()
+            return machine.described()
+
+    async def wake(self, name: str) -> Tpm:
+        """Gives it a process."""
+        async with self._mine(name) as machine:
+            await machine.wake()
+            return machine.described()
+
+    def watch(self) -> trio.MemoryReceiveChannel[Event]:
+        """What happens from now on."""
+        send, receive = trio.open_memory_channel[Event](_EVENTS_MAX)
+        self._watchers.add(send)
+        return receive
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def _one(self, name: str) -> Machine:
+        """Which has this name or this id."""
+        found = self._machines.get(name)
+        if found is None:
+            found = next((one for one in self._machines.values() if one.entry.id == name), None)
+        if found is None:
+            raise FleetError("NoSuchTpm", check_name(name), "there is no such TPM")
+        return found
+
+    @contextlib.asynccontextmanager
+    async def _mine(self, name: str) -> AsyncIterator[Machine]:
+        """That TPM, for one who changes it."""
+        machine = self._one(name)
+        async with machine.turn:
+            if self._machines.get(machine.name) is not machine:
+                raise FleetError("NoSuchTpm", name, "there is no such TPM any more")
+            yield machine
+
+    def _need_vacant(self, name: str) -> str:
+        if check_name(name) in self._machines:
+            raise FleetError("TpmExists", name, "there is such a TPM already")
+        if _ID.fullmatch(name):
+            raise FleetError("BadName", name, "this may be the id of another one")
+        return name
+
+    @staticmethod
+    async def _off(job: Callable[[], None]) -> None:
+        """Does what waits for the disk; errors are a fleet's."""
+        try:
+            await trio.to_thread.run_sync(job)
+        except (VtpmError, OSError) as exc:
+            raise translated("the catalogue", exc) from exc
+
+    def _changed(self, machine: Machine) -> None:
+        self._tell("changed", machine)
+
+    def _tell(self, kind: Literal["created", "changed", "removed"], machine: Machine) -> None:
+        event = Event(kind, machine.described())
+        for watcher in tuple(self._watchers):
+            try:
+                watcher.send_nowait(event)
+            except (trio.WouldBlock, trio.BrokenResourceError):
+                watcher.close()
+                self._watchers.discard(watcher)
+
+
+def _copy(source: str, target: str) -> None:
+    """The permanent state; under both locks. Raises VtpmError."""
+    with contextlib.ExitStack() as undo:
+        vaults = [Vault(source), Vault(target)]
+        for vault in vaults:
+            undo.callback(vault.close)
+            vault.lock()
+        blob = vaults[0].blobs.load(PERMANENT)
+        vaults[1].blobs.replace_all({PERMANENT: blob})

@@ -1,0 +1,118 @@
+"""What serves one TPM, and its volatile state, as bytes: from one worker to the next.
+
+The manager keeps them unread. Descriptors are numbers of those that come along; the three first
+ones are the listeners. The bytes are JSON and nothing that could run.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.proto.control import SavedControlStream
+from vtpm_cuse.proto.places import SavedPlace
+from vtpm_cuse.resmgr.saved import (
+    SavedConnection,
+    SavedManager,
+    SavedObject,
+    SavedSession,
+    SavedSessions,
+)
+from vtpm_cuse.serve.connections import SavedControl, SavedData
+from vtpm_cuse.serve.managed_sockets import SavedManaged, SavedManagedSockets
+from vtpm_cuse.serve.sockets import SavedSockets
+from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
+from vtpm_cuse.vtpm.saved import SavedVtpm
+from vtpm_cuse.wire.tpm2_handles import CommandAttributes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+LISTENERS: Final = 3
+"""Data, control, managed."""
+
+
+class SavedTpm(NamedTuple):
+    """Both halves."""
+
+    sockets: SavedSockets
+    vtpm: SavedVtpm
+
+
+_KINDS: Final[dict[str, type[Any]]] = {
+    kind.__name__: kind
+    for kind in (
+        *(SavedTpm, SavedSockets, SavedData, SavedControl, SavedControlStream, SavedPlace),
+        *(SavedManagedSockets, SavedManaged, SavedClients, SavedClient, Peer, SavedManager),
+        *(SavedConnection, SavedObject, SavedSession, SavedSessions, CommandAttributes, SavedVtpm),
+    )
+}
+
+
+def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
+    """The bytes, and the descriptors behind the listeners."""
+    found: list[int] = []
+
+    def number(fd: int) -> int:
+        found.append(fd)
+        return LISTENERS + len(found) - 1
+
+    sockets = _renumbered(saved.sockets, number, (0, 1, 2))
+    text = json.dumps(_plain(saved._replace(sockets=sockets)), separators=(",", ":"))
+    return text.encode(), tuple(found)
+
+
+def unpacked(data: bytes, descriptors: Sequence[int]) -> SavedTpm:
+    """The reverse; *descriptors* has the listeners first. Raises ChannelError."""
+    try:
+        saved = _value(json.loads(data))
+        sockets = _renumbered(saved.sockets, descriptors.__getitem__, descriptors[:LISTENERS])
+        found: SavedTpm = saved._replace(sockets=sockets)
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise ChannelError(f"no saved TPM: {exc}") from exc
+    return found
+
+
+def _renumbered(
+    saved: SavedSockets, number: Callable[[int], int], listeners: Sequence[int]
+) -> SavedSockets:
+    def data(one: SavedData) -> SavedData:
+        return one._replace(fd=number(one.fd))
+
+    managed = saved.managed
+    return saved._replace(
+        data_listener=listeners[0],
+        control_listener=listeners[1],
+        only=saved.only and data(saved.only),
+        accepted=saved.accepted and data(saved.accepted),
+        passed=tuple(map(data, saved.passed)),
+        controls=tuple(one._replace(fd=number(one.fd)) for one in saved.controls),
+        managed=managed
+        and managed._replace(
+            listener=listeners[2],
+            connections=tuple(one._replace(data=data(one.data)) for one in managed.connections),
+        ),
+    )
+
+
+# Any: what JSON has.
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, bytes):
+        return {"": b64encode(value).decode()}
+    if isinstance(value, tuple):
+        fields = [_plain(one) for one in value]
+        return {type(value).__name__: fields} if type(value) is not tuple else fields
+    return value
+
+
+def _value(plain: Any) -> Any:  # noqa: ANN401
+    if isinstance(plain, list):
+        return tuple(map(_value, plain))
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, content),) = plain.items()
+    if not kind:
+        return b64decode(content)
+    return _KINDS[kind](*map(_value, content))

@@ -1,0 +1,111 @@
+"""A worker's store: what libtpms stores goes to the manager, and is durable when that answers.
+
+Meanwhile the worker waits in libtpms' callback, so no response leaves before.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse import errors
+from vtpm_cuse.errors import ChannelError, StorageError
+from vtpm_cuse.fleet.messages import Answer, Call, Message
+from vtpm_cuse.storage.base import BLOB_NAMES, WithoutBackup
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vtpm_cuse.fleet.channel import BlockingChannel
+
+_KINDS: Final[dict[str, type[StorageError]]] = {
+    kind.__name__: kind
+    for kind in (
+        *(errors.StorageError, errors.StateMissing, errors.StateLocked, errors.StateNoRoom),
+        *(errors.StateDamaged, errors.StateKeyRejected),
+    )
+}
+
+
+def described(exc: StorageError) -> bytes:
+    """A failure as it goes over the channel."""
+    return json.dumps([type(exc).__name__, *exc.args]).encode()
+
+
+class MessageStore(WithoutBackup):
+    """Implements `storage.base.StateStore`; the lock is the manager's, who has it at the start."""
+
+    def __init__(self, channel: BlockingChannel) -> None:
+        self._channel = channel
+        self._turn = threading.Lock()
+        self._locked = True
+        self._closed = False
+
+    def load(self, name: str) -> bytes:
+        """Returns the blob."""
+        return self._ask(Call.LOAD, name)
+
+    def store(self, name: str, blob: bytes) -> None:
+        """Replaces the blob, durably."""
+        self._ask(Call.STORE, name, blob)
+
+    def delete(self, name: str, *, must_exist: bool = False) -> None:
+        """Removes the blob."""
+        self._ask(Call.DELETE, name, flags=must_exist)
+
+    def replace_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Nobody replaces a TPM who serves it."""
+        raise StorageError("the state", "a worker does not replace it")
+
+    def refresh(self) -> None:
+        """The manager's folder is the one that it opened."""
+
+    def lock(self) -> None:
+        """As the manager says, after an `unlock`."""
+        if not self._locked:
+            self._ask(Call.LOCK)
+            self._locked = True
+
+    def unlock(self) -> None:
+        """Another host may have the state."""
+        self._ask(Call.UNLOCK)
+        self._locked = False
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each blob."""
+        found: dict[str, int] = json.loads(self._ask(Call.SIZES))
+        return found
+
+    def remains(self) -> str:
+        """What is left without a permanent state."""
+        return self._ask(Call.REMAINS).decode()
+
+    def where(self, name: str) -> str:
+        """Just the name: a worker knows no path."""
+        return name
+
+    def remedy(self, _name: str) -> str:
+        """What a manager has."""
+        return "nothing was changed; restore a snapshot of the TPM, or put back a copy of its state"
+
+    def close(self) -> None:
+        """The TPM is off, in order; again is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._ask(Call.CLOSE)
+
+    def _ask(self, call: Call, name: str = "", body: bytes = b"", flags: int = 0) -> bytes:
+        number = BLOB_NAMES.index(name) if name else 0
+        try:
+            with self._turn:
+                self._channel.send(Message(call, body, flags, number))
+                answer = self._channel.receive()
+        except (OSError, ChannelError) as exc:
+            raise StorageError(name or "the state", f"the manager does not answer: {exc}") from exc
+        if answer is None:
+            raise StorageError(name or "the state", "the manager has ended")
+        if answer.kind is Answer.DONE:
+            return answer.body
+        kind, *arguments = json.loads(answer.body)
+        raise _KINDS[kind](*arguments)

@@ -1,0 +1,116 @@
+"""The state of one TPM, for its worker: what that asks for is checked here, and done.
+
+Payloads come without a key, in the header that a worker gives them; how they are kept is the
+manager's business alone.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.errors import BlobError, ChannelError, StateDamaged, StateMissing, StorageError
+from vtpm_cuse.fleet.messages import Answer, Call, Message
+from vtpm_cuse.fleet.store import described
+from vtpm_cuse.storage.base import BLOB_NAMES, OWNER_MODE, PERMANENT
+from vtpm_cuse.storage.sealed import SealedStore
+from vtpm_cuse.storage.stores import open_store
+from vtpm_cuse.wire.blob import (
+    BLOB_SIZE_MAX,
+    BlobFlag,
+    BlobTag,
+    find_tlv_untrusted,
+    is_payload,
+    split_header_untrusted,
+    tlv,
+    with_header,
+)
+from vtpm_cuse.wire.ptm import PtmResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+QUICK: Final = frozenset({Call.LOAD, Call.SIZES, Call.REMAINS, Call.LOCK})
+"""What flushes nothing."""
+
+
+class Vault:
+    """One TPM's state.
+
+    Args:
+        folder: Where it is; it is there.
+        may_begin: A TPM that is not there is to be made. Else it is missing, and that is a fault.
+
+    Attributes:
+        closed: The TPM has been shut down in order, and its state given up.
+    """
+
+    def __init__(self, folder: str, *, may_begin: bool = False) -> None:
+        self.blobs = open_store(f"dir://{folder}", tpm2=True, mode=OWNER_MODE)
+        self._sealed = SealedStore(self.blobs)
+        self._may_begin = may_begin
+        self.closed = False
+
+    def lock(self) -> None:
+        """For as long as it is on. Raises StorageError."""
+        self.closed = False
+        self.blobs.lock()
+
+    def forget_volatile(self) -> None:
+        """A start after a time without power is a cold one. Raises StorageError."""
+        self.blobs.delete(BLOB_NAMES[1])
+
+    def close(self) -> None:
+        """Others may have it."""
+        self.closed = True
+        self.blobs.close()
+
+    def answer_untrusted(self, request: Message) -> Message:
+        """What a worker gets for *request*. Raises ChannelError for what no worker asks for."""
+        if not isinstance(request.kind, Call) or request.descriptors:
+            raise ChannelError("no request of a store")
+        if request.number >= len(BLOB_NAMES):
+            raise ChannelError(f"a blob of number {request.number}")
+        if self.closed and request.kind is not Call.CLOSE:
+            raise ChannelError("a request behind the end")
+        name = BLOB_NAMES[request.number]
+        calls: dict[Call, Callable[[], bytes | None]] = {
+            Call.LOAD: lambda: self._load(name),
+            Call.STORE: lambda: self._store(name, request.body),
+            Call.DELETE: lambda: self._delete(name, must_exist=bool(request.flags)),
+            Call.SIZES: lambda: json.dumps(self.blobs.sizes()).encode(),
+            Call.REMAINS: lambda: self.blobs.remains().encode(),
+            Call.LOCK: self.blobs.lock,
+            Call.UNLOCK: self.blobs.unlock,
+            Call.CLOSE: self.close,
+        }
+        try:
+            return Message(Answer.DONE, calls[request.kind]() or b"")
+        except StorageError as exc:
+            return Message(Answer.FAILED, described(exc))
+
+    def _load(self, name: str) -> bytes:
+        try:
+            payload = self._sealed.load(name)
+        except StateMissing as exc:
+            if name == PERMANENT and not self._may_begin:
+                raise StateDamaged(exc.path, "is missing", PtmResult.TPM_FAIL) from exc
+            raise
+        return with_header(BlobFlag(0), tlv(BlobTag.DATA, payload))
+
+    def _store(self, name: str, blob: bytes) -> None:
+        payload = None
+        if len(blob) <= BLOB_SIZE_MAX:
+            try:
+                payload = find_tlv_untrusted(split_header_untrusted(blob)[1], BlobTag.DATA)
+            except BlobError as exc:
+                raise ChannelError(str(exc)) from exc
+        if payload is None or not is_payload(name, payload):
+            raise ChannelError(f"what is to be stored as {name} is no such state")
+        self._sealed.store(name, payload)
+        self._may_begin = False
+
+    def _delete(self, name: str, *, must_exist: bool) -> None:
+        if name == PERMANENT:
+            raise ChannelError("the permanent state is to be deleted")
+        self._sealed.delete(name, must_exist=must_exist)

@@ -1,0 +1,193 @@
+"""A blank process that becomes one TPM, for as long as somebody uses it.
+
+Forked from the zygote, it goes into its sandbox, waits for the one TPM that it will ever serve, and
+ends with it: what libtpms and Python leave in memory, nobody else's TPM comes into. It opens no
+path. Descriptors, state and volatile state are given to it, and go back when the TPM sleeps.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from vtpm_cuse import faults
+from vtpm_cuse.acquire.endpoints import Endpoints
+from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
+from vtpm_cuse.errors import ChannelError, EngineError, TpmUnavailable, VtpmError
+from vtpm_cuse.fleet.channel import BlockingChannel, Channel
+from vtpm_cuse.fleet.messages import Message, Order, Report
+from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
+from vtpm_cuse.fleet.store import MessageStore
+from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, WATCH_DATA, Task
+from vtpm_cuse.serve.connections import adopted
+from vtpm_cuse.serve.sockets import SocketServer
+from vtpm_cuse.serve.worker import Worker
+from vtpm_cuse.service.compose import make_vtpm_on, power_on
+from vtpm_cuse.service.confine import sandbox
+from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.wire.tpm import TpmSu
+
+if TYPE_CHECKING:
+    import socket
+
+    from vtpm_cuse.serve.sockets import SavedSockets
+    from vtpm_cuse.service.confine.seccomp import Filter
+    from vtpm_cuse.vtpm.vtpm import Vtpm
+
+log = logging.getLogger(__name__)
+
+_LOOKS: Final = 4
+"""How often a worker looks, in the time after which a TPM that nobody uses sleeps."""
+
+
+def run(orders: socket.socket, calls: socket.socket, rules: Filter | None) -> None:
+    """Lives, in a process of its own; returns when that is to end."""
+    trio.run(_live, Channel(orders), BlockingChannel(calls), rules)
+
+
+async def _live(orders: Channel, calls: BlockingChannel, rules: Filter | None) -> None:
+    worker = sandbox.enter(ProcessConfig(), None, rules, Worker)
+    try:
+        order = await orders.receive()
+        if order is not None and order.kind is Order.SERVE:
+            await _serve(order, orders, MessageStore(calls), worker)
+    except (ChannelError, OSError) as exc:
+        log.warning("The manager has gone: %s", exc)
+    finally:
+        worker.close()
+
+
+async def _serve(order: Message, orders: Channel, store: MessageStore, worker: Worker) -> None:
+    task = Task.unpack(order.body)
+    profile = None if task.profile is None else ProfileConfig(task.profile)
+    startup = StartupConfig(not_need_init=order.flags != OFF, startup="clear")
+    config = VtpmConfig(tpm2=True, startup=startup, profile=profile)
+    saved = unpacked(task.saved, order.descriptors) if order.flags == RESUME else None
+    try:
+        vtpm = make_vtpm_on(config, store)
+        if saved is not None:
+            vtpm.resume(saved.vtpm)
+        else:
+            power_on(vtpm, config)
+            if order.flags == MAKE:
+                vtpm.close()
+    except VtpmError as exc:
+        await orders.send(_failed(exc))
+        return
+    if order.flags == MAKE:
+        await orders.send(Message(Report.STOPPED))
+        return
+    await orders.send(Message(Report.SERVING))
+    server = _Served(vtpm, orders, worker, task.idle)
+    if saved is None:
+        server.take(order.descriptors)
+    await server.serve(None if saved is None else saved.sockets)
+
+
+def _failed(exc: VtpmError) -> Message:
+    said = exc.reason if isinstance(exc, TpmUnavailable) else faults.sentence(exc)
+    return Message(Report.FAILED, said.encode())
+
+
+class _Served:
+    """The TPM while it is here."""
+
+    def __init__(self, vtpm: Vtpm, orders: Channel, worker: Worker, idle: float) -> None:
+        self._vtpm = vtpm
+        self._orders = orders
+        self._worker = worker
+        self._idle = idle
+        self._endpoints = Endpoints(passed_too=True)
+        self._saved: SavedSockets | None = None
+        self._asked = Order.STOP
+        self._gone = False
+
+    def take(self, listeners: tuple[int, ...]) -> None:
+        """The listeners of a TPM that has no client yet."""
+        endpoints = self._endpoints
+        endpoints.data_listener, endpoints.control_listener, endpoints.managed_listener = map(
+            adopted, listeners
+        )
+
+    async def serve(self, saved: SavedSockets | None) -> None:
+        """Until it sleeps or ends."""
+        while True:
+            ptm = PtmService(self._vtpm, self._vtpm.close)
+            async with trio.open_nursery() as nursery:
+                server = SocketServer(nursery, self._endpoints, ptm, self._worker)
+                if saved is None:
+                    server.start()
+                else:
+                    server.resume(saved)
+                nursery.start_soon(self._attend, server, nursery.cancel_scope)
+            if self._gone:
+                return
+            saved, self._saved = self._saved, None
+            if saved is None:
+                break
+            if self._asked is Order.RESET:
+                await self._orders.send(self._reset())
+            elif await self._fell_asleep(saved):
+                return
+            self._endpoints = Endpoints(passed_too=True)
+        lost = self._vtpm.state_lost
+        self._vtpm.close()
+        report = Message(Report.FAILED, b"another process has its state")
+        await self._orders.send(report if lost else Message(Report.STOPPED))
+
+    async def _attend(self, server: SocketServer, scope: trio.CancelScope) -> None:
+        """Obeys, and finds out when nobody uses the TPM."""
+        looks, seen = 0, -1
+        while True:
+            order: Message | None = None
+            with trio.move_on_after(self._idle / _LOOKS) as waited:
+                order = await self._orders.receive()
+            if waited.cancelled_caught:
+                looks = looks + 1 if seen == self._vtpm.commands else 0
+                seen = self._vtpm.commands
+                if looks < _LOOKS or not await self._suspend(server, Order.SLEEP):
+                    continue
+                return
+            if order is None or order.kind is Order.STOP:
+                self._gone = order is None
+                scope.cancel()
+                return
+            if await self._suspend(server, order.kind):
+                return
+            await self._orders.send(Message(Report.BUSY))
+
+    async def _suspend(self, server: SocketServer, order: object) -> bool:
+        """Whether it has ended what serves, for the sake of *order*."""
+        if order is Order.RESET:
+            self._saved = await server.suspend()
+        elif order is Order.SLEEP and self._vtpm.at_rest:
+            self._saved = server.suspend_at_rest()
+        if self._saved is None:
+            return False
+        self._asked = Order.RESET if order is Order.RESET else Order.SLEEP
+        return True
+
+    def _reset(self) -> Message:
+        vtpm = self._vtpm
+        try:
+            vtpm.start()
+            vtpm.startup(TpmSu.TPM_SU_CLEAR)
+        except VtpmError as exc:  # it is off, and says so to whoever asks
+            return _failed(exc)
+        return Message(Report.DONE)
+
+    async def _fell_asleep(self, sockets: SavedSockets) -> bool:
+        try:
+            saved = self._vtpm.suspend()
+        except EngineError as exc:  # it runs on
+            log.warning("The TPM stays awake: %s", exc)
+            await self._orders.send(Message(Report.BUSY))
+            return False
+        data, descriptors = packed(SavedTpm(sockets, saved))
+        waits = sockets.accepted is not None and sockets.accepted.known
+        flags = 0 if waits else WATCH_DATA
+        commands = self._vtpm.commands
+        await self._orders.send(Message(Report.ASLEEP, data, flags, commands, descriptors))
+        return True

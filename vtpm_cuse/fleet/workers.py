@@ -1,0 +1,227 @@
+"""The manager's side of its processes: a zygote, a few blank workers, those that serve."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections import deque
+from typing import Final
+
+import trio
+
+from vtpm_cuse.client.child import program_environment, program_words
+from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.fleet.channel import Channel, close_all
+from vtpm_cuse.fleet.messages import Message, Order, Report
+from vtpm_cuse.programs import start_program
+
+log = logging.getLogger(__name__)
+
+SPARE: Final = 2
+"""Blank workers that wait: a TPM wakes in a third of the time of a fork."""
+_TRIES: Final = 3
+_ZYGOTE: Final = "vtpm_cuse.fleet.zygote"
+"""A program of its own: nothing of this process' memory is in a worker."""
+_AGAIN_SECONDS: Final = 1.0
+
+
+class WorkerProcess:
+    """A worker, as its manager has it.
+
+    Attributes:
+        pid: Of its process.
+        orders: Where it is told what to do, and reports.
+        calls: Where it asks for its state.
+        ended: Set when nothing more will come of it.
+    """
+
+    def __init__(self, pid: int, held: int, orders: Channel, calls: Channel) -> None:
+        self.pid = pid
+        self.orders = orders
+        self.calls = calls
+        self.ended = trio.Event()
+        self._held = held
+        self._answer: Report | None = None
+        self._answered = trio.Event()
+
+    @property
+    def alive(self) -> bool:
+        """Of a blank one, which says nothing: whether its end of the channel is there."""
+        with socket.socket(fileno=os.dup(self.orders.fileno())) as end:
+            try:
+                return end.recv(1, socket.MSG_PEEK) != b""
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+
+    async def ask(self, order: Order) -> Report | None:
+        """DONE, BUSY or FAILED, as it answers; None when it has ended, or put its TPM to sleep."""
+        self._answer, self._answered = None, trio.Event()
+        if not self.ended.is_set():
+            with contextlib.suppress(OSError):  # its end is on its way here
+                await self.orders.send(Message(order))
+            await self._answered.wait()
+        return self._answer
+
+    def answer(self, report: Report | None) -> None:
+        """What `ask` waits for."""
+        self._answer = report
+        self._answered.set()
+
+    def kill(self) -> None:
+        """It is no more, whatever it wants; who attends to it finds its end."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._held, signal.SIGKILL)
+
+    def end(self) -> None:
+        """`kill`, and gives up what belongs to it; once nobody waits for its channels."""
+        if self._held >= 0:
+            self.kill()
+            os.close(self._held)
+            self._held = -1
+        self.orders.close()
+        self.calls.close()
+        self.ended.set()
+        self.answer(self._answer)
+
+
+class Workers:
+    """Makes them; what runs is in the caller's nursery.
+
+    Args:
+        nursery: Where blank ones are made, ahead of time.
+        level: Of the log.
+        messages: The descriptor that they write it to, if any.
+        spare: How many blank ones wait.
+    """
+
+    def __init__(
+        self, nursery: trio.Nursery, level: int, messages: int | None, spare: int = SPARE
+    ) -> None:
+        self._nursery = nursery
+        self._level = level
+        self._messages = subprocess.DEVNULL if messages is None else messages
+        self._most = spare
+        self._blank: deque[WorkerProcess] = deque()
+        self._turn = trio.Lock()
+        self._filling = False
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+
+    @property
+    def zygote_pid(self) -> int | None:
+        """Of the zygote, while there is one."""
+        return self._zygote.pid if self._zygote else None
+
+    async def start(self) -> None:
+        """Has the first ones ready. Raises ChannelError, OSError."""
+        self._blank.append(await self._forked())
+        self._fill()
+
+    async def take(self) -> WorkerProcess:
+        """A blank one. Raises ChannelError when there is none to be had, OSError."""
+        while self._blank:
+            found = self._blank.popleft()
+            if found.alive:
+                self._fill()
+                return found
+            found.end()
+        found = await self._forked()
+        self._fill()
+        return found
+
+    def close(self) -> None:
+        """Ends those that are blank, and the zygote."""
+        self._most = 0
+        while self._blank:
+            self._blank.popleft().end()
+        self._forget_zygote()
+
+    def _fill(self) -> None:
+        if not self._filling and len(self._blank) < self._most:
+            self._filling = True
+            self._nursery.start_soon(self._fill_up)
+
+    async def _fill_up(self) -> None:
+        try:
+            while len(self._blank) < self._most:
+                found = await self._forked()
+                if len(self._blank) < self._most:
+                    self._blank.append(found)
+                else:
+                    found.end()
+        except (ChannelError, OSError) as exc:  # who needs one tries again, and hears of it
+            log.error("No worker can be made ahead of time: %s", exc)
+            await trio.sleep(_AGAIN_SECONDS)
+        finally:
+            self._filling = False
+
+    async def _forked(self) -> WorkerProcess:
+        async with self._turn:
+            for _ in range(_TRIES):
+                channel = self._channel or await self._start_zygote()
+                if (found := await _fork(channel)) is not None:
+                    return found
+                log.warning("The process that workers are forked from has ended")
+                self._forget_zygote()
+        raise ChannelError("no worker can be started")
+
+    async def _start_zygote(self) -> Channel:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            words = [*program_words(_ZYGOTE), str(theirs.fileno()), str(self._level)]
+            self._zygote = start_program(
+                words,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._messages,
+                env=program_environment(),
+                start_new_session=True,
+            )
+        self._channel = channel = Channel(ours)
+        ready: Message | None = None
+        with contextlib.suppress(OSError):
+            ready = await channel.receive()
+        if ready is None or ready.kind is not Report.READY:
+            self._forget_zygote()
+            raise ChannelError("the process that workers are forked from does not start")
+        return channel
+
+    def _forget_zygote(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._zygote is not None:
+            self._zygote.kill()
+            self._zygote.wait()
+            self._zygote = None
+
+
+async def _fork(channel: Channel) -> WorkerProcess | None:
+    """A worker; None where the zygote is no more."""
+    orders, their_orders = socket.socketpair()
+    calls, their_calls = socket.socketpair()
+    ends = their_orders.fileno(), their_calls.fileno()
+    with contextlib.ExitStack() as undo:
+        undo.callback(orders.close)
+        undo.callback(calls.close)
+        try:
+            with trio.CancelScope(shield=True):  # else its answer would be the next one's
+                with their_orders, their_calls:
+                    await channel.send(Message(Order.FORK, descriptors=ends))
+                answer = await channel.receive()
+        except (OSError, ChannelError):
+            return None
+        if answer is None:
+            return None
+        if answer.kind is not Report.DONE or len(answer.descriptors) != 1:
+            close_all(answer.descriptors)
+            return None
+        undo.pop_all()
+    return WorkerProcess(answer.number, answer.descriptors[0], Channel(orders), Channel(calls))

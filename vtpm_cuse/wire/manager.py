@@ -1,0 +1,160 @@
+"""The interface of the manager of many TPMs, org.vtpmcuse.Manager, declared once."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+from vtpm_cuse.wire.varlink import Failure, Interface, Method, Nothing
+
+State = Literal["stopped", "asleep", "awake", "starting", "failed"]
+Identity = Literal["new", "same"]
+Happened = Literal["created", "changed", "removed"]
+
+
+class Tpm(NamedTuple):
+    """A TPM of the manager's.
+
+    Attributes:
+        name: What it is called, which can change.
+        id: A UUID that no other TPM has had.
+        owner: Number of the user it belongs to.
+        state: What it does.
+        interface: How clients reach it: "socket". (Libraries read no enum of one word.)
+        sockets: Absolute paths of the Unix sockets "data", "control" and "managed".
+        generation: Rises whenever it is given to another process.
+        counters: "commands" it was given, and "wakes".
+        labels: What its owner has written beside it.
+        failure: Why it has failed; else empty.
+        last_used: Of its last command, in seconds since 1970.
+        pid: The process that serves it, while it is awake.
+    """
+
+    name: str
+    id: str
+    owner: int
+    state: State
+    interface: str
+    sockets: dict[str, str]
+    generation: int
+    counters: dict[str, int]
+    labels: dict[str, str]
+    failure: str
+    last_used: float | None = None
+    pid: int | None = None
+
+
+class Event(NamedTuple):
+    """What has happened to a TPM, and what it is now, or was last."""
+
+    kind: Happened
+    tpm: Tpm
+
+
+class Create(NamedTuple):
+    """A TPM that is to be: for its owner, by default who asks."""
+
+    name: str
+    owner: int | None = None
+    profile: str | None = None
+    labels: dict[str, str] | None = None
+
+
+class Named(NamedTuple):
+    """Which TPM, by its name or its id."""
+
+    name: str
+
+
+class Remove(NamedTuple):
+    """Which TPM has to go, even if it is in use."""
+
+    name: str
+    force: bool | None = None
+
+
+class Listed(NamedTuple):
+    """Which TPM, by default all."""
+
+    name: str | None = None
+
+
+class Update(NamedTuple):
+    """What is to become of a TPM's name, and of its labels, all of them."""
+
+    name: str
+    new_name: str | None = None
+    labels: dict[str, str] | None = None
+
+
+class Kept(NamedTuple):
+    """A TPM, and the name of a snapshot of it."""
+
+    name: str
+    snapshot: str
+
+
+class Clone(NamedTuple):
+    """A TPM like another: by the same recipe, or with the same seeds."""
+
+    name: str
+    new_name: str
+    identity: Identity | None = None
+
+
+class OfTpm(NamedTuple):
+    """A TPM, as it is now."""
+
+    tpm: Tpm
+
+
+class OfTpms(NamedTuple):
+    """The next of the TPMs; nothing where there is none."""
+
+    tpm: Tpm | None = None
+
+
+class OfEvent(NamedTuple):
+    """The next event; nothing in the first reply, from which on none is missed."""
+
+    event: Event | None = None
+
+
+class Why(NamedTuple):
+    """Which TPM it is about, and the reason, half a sentence."""
+
+    tpm: str
+    reason: str
+
+
+MANAGER: Final = Interface(
+    "org.vtpmcuse.Manager",
+    "Many virtual TPMs of one host.",
+    (Tpm, Event),
+    (
+        Method("Create", Create, OfTpm, "Makes a TPM, which is stopped."),
+        Method("Start", Named, OfTpm, "Serves it; the first command wakes it."),
+        Method("Stop", Named, OfTpm, "Shuts it down, and serves it no longer."),
+        Method("Reset", Named, OfTpm, "Switches it off and on, as its platform would."),
+        Method("Remove", Remove, Nothing, "Deletes it with its state and its snapshots."),
+        Method("List", Listed, OfTpms, "The caller's TPMs, a reply for each.", more=True),
+        Method("Describe", Named, OfTpm, "What it is now."),
+        Method("Update", Update, OfTpm, "Gives it another name, or other labels."),
+        Method("Snapshot", Kept, Nothing, "Keeps its state under a name."),
+        Method("Restore", Kept, OfTpm, "Gives it the state of a snapshot."),
+        Method("Clone", Clone, OfTpm, "Makes a TPM like it."),
+        Method("Hibernate", Named, OfTpm, "Puts it to sleep before its time."),
+        Method("Wake", Named, OfTpm, "Wakes it before its first command."),
+        Method("Watch", Nothing, OfEvent, "What happens to the caller's TPMs.", more=True),
+    ),
+    (
+        Failure("NoSuchTpm", Why, "There is no TPM, or no snapshot, of this name."),
+        Failure("TpmExists", Why, "There is one of this name already."),
+        Failure("Busy", Why, "It is in a state in which this cannot be done."),
+        Failure("NotOwner", Why, "It belongs to another user."),
+        Failure("StateDamaged", Why, "What is stored of it is damaged."),
+        Failure("KeyRejected", Why, "What is stored of it is encrypted by another key."),
+        Failure("OverLimit", Why, "There are too many already, or it is too large."),
+        Failure("BadName", Why, "No TPM and no snapshot can be called so."),
+        Failure("Failed", Why, "This host does not let the manager do it."),
+    ),
+)
