@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.fleet import UID, Client, blobs_of_one, fleet, in_trio, random_of, started, until
 from tests.support.suspension import SCRIPT, masked
-from vtpm_cuse.errors import FleetError, StorageError
+from tests.support.waiting import PATIENCE_SECONDS
+from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Spec
 
 if TYPE_CHECKING:
@@ -227,6 +229,19 @@ async def test_what_is_on_the_disk_outlives_the_manager(tmp_path: Path) -> None:
         answer = await client.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
         assert tpm.nv_data(answer) == DATA
         assert tpm.pcr_value(await client.ask(tpm.pcr_read(10))) == bytes(32)
+
+
+@in_trio
+async def test_it_ends_while_a_worker_is_being_made(tmp_path: Path) -> None:
+    with trio.fail_after(PATIENCE_SECONDS):
+        async with fleet(tmp_path) as manager:
+            zygote = manager.workers.zygote_pid
+            assert zygote is not None
+            os.kill(zygote, signal.SIGSTOP)
+            (await manager.workers.take()).end()  # from now on one is wanted
+            await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(ChannelError, match="closed"):
+        await manager.workers.take()
 
 
 @in_trio

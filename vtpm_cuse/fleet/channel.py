@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet.messages import Inbox
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vtpm_cuse.fleet.messages import Message
 
 _READ_SIZE: Final = 1 << 16
@@ -82,6 +85,12 @@ class Channel(_Ends):
     def __init__(self, end: socket.socket) -> None:
         super().__init__(end, blocking=False)
 
+    def close(self) -> None:
+        """As above; who waits for it hears of it."""
+        if self.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+        super().close()
+
     async def send(self, message: Message) -> None:
         """Sends all of it. Raises OSError, ChannelError when the channel is closed meanwhile."""
         rest, descriptors = memoryview(message.pack()), list(message.descriptors)
@@ -89,23 +98,33 @@ class Channel(_Ends):
             try:
                 rest = rest[self._send(rest, descriptors) :]
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._socket)
+                with _closing_told():
+                    await trio.lowlevel.wait_writable(self._socket)
         await trio.lowlevel.checkpoint()
 
     async def receive(self) -> Message | None:
-        """The next message, None at the end. Raises ChannelError, OSError."""
+        """The next message, None at the end. Raises OSError, ChannelError, also if it is closed."""
         await trio.lowlevel.checkpoint()
         while (message := self._inbox.next()) is None:
             try:
                 there = self._receive()
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._socket)
+                with _closing_told():
+                    await trio.lowlevel.wait_readable(self._socket)
                 continue
             except ConnectionResetError:
                 there = False
             if not there:
                 return None
         return message
+
+
+@contextlib.contextmanager
+def _closing_told() -> Iterator[None]:
+    try:
+        yield
+    except trio.ClosedResourceError:
+        raise ChannelError("nothing more: the channel was closed") from None
 
 
 def close_all(descriptors: tuple[int, ...]) -> None:

@@ -109,7 +109,7 @@ class Workers:
         self._most = spare
         self._blank: deque[WorkerProcess] = deque()
         self._turn = trio.Lock()
-        self._filling = False
+        self._filling = self._closed = False
         self._zygote: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
 
@@ -137,7 +137,7 @@ class Workers:
 
     def close(self) -> None:
         """Ends those that are blank, and the zygote."""
-        self._most = 0
+        self._most, self._closed = 0, True
         while self._blank:
             self._blank.popleft().end()
         self._forget_zygote()
@@ -156,6 +156,8 @@ class Workers:
                 else:
                     found.end()
         except (ChannelError, OSError) as exc:  # who needs one tries again, and hears of it
+            if self._closed:
+                return
             log.error("No worker can be made ahead of time: %s", exc)
             await trio.sleep(_AGAIN_SECONDS)
         finally:
@@ -164,6 +166,8 @@ class Workers:
     async def _forked(self) -> WorkerProcess:
         async with self._turn:
             for _ in range(_TRIES):
+                if self._closed:
+                    raise ChannelError("all workers are closed")
                 channel = self._channel or await self._start_zygote()
                 if (found := await _fork(channel)) is not None:
                     return found
