@@ -166,11 +166,11 @@ class Workers:
     async def _forked(self) -> WorkerProcess:
         async with self._turn:
             for _ in range(_TRIES):
+                channel = None if self._closed else self._channel or await self._start_zygote()
+                if channel is not None and (found := await _fork(channel)) is not None:
+                    return found
                 if self._closed:
                     raise ChannelError("all workers are closed")
-                channel = self._channel or await self._start_zygote()
-                if (found := await _fork(channel)) is not None:
-                    return found
                 log.warning("The process that workers are forked from has ended")
                 self._forget_zygote()
         raise ChannelError("no worker can be started")
