@@ -227,8 +227,12 @@ def test_an_issuer_without_key_identifier(tmp_path: Path) -> None:
     ).sign(key, hashes.SHA256())  # fmt: skip
     ca.certificate.write_bytes(bare.public_bytes(serialization.Encoding.PEM))
     settings = CaSettings(str(tmp_path), str(ca.key), str(ca.certificate), str(tmp_path / "s"))
-    with pytest.raises(CertificateError, match="no subject key identifier"):
-        LocalCa(settings, PROFILE).check()
+    made = x509.load_der_x509_certificate(issue(LocalCa(settings, PROFILE)))
+    made.verify_directly_issued_by(bare)
+    found = made.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    assert (
+        found.key_identifier == x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest
+    )
 
 
 # -- serial numbers -----------------------------------------------------------------------------

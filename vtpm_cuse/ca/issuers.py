@@ -91,13 +91,11 @@ def origin_of_untrusted(certificate: bytes) -> tuple[bytes, bytes]:
 
 def _contents(certificate: x509.Certificate, path: str) -> tuple[bytes, bytes, _IssuerKey]:
     """Name, key identifier and key; the library looks into them only now."""
+    public = certificate.public_key()
     try:
         key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    except x509.ExtensionNotFound as exc:
-        raise CertificateError(
-            f"The issuer certificate {path}", "it has no subject key identifier"
-        ) from exc
-    public = certificate.public_key()
+    except x509.ExtensionNotFound:  # one made by hand; RFC 5280, 4.2.1.2, has it of the key then
+        key_id = x509.SubjectKeyIdentifier.from_public_key(public)
     if isinstance(public, rsa.RSAPublicKey | ec.EllipticCurvePublicKey) or is_hashless(public):
         return certificate.subject.public_bytes(), key_id.digest, public
     raise CertificateError(path, "its key is no RSA, elliptic curve, EdDSA or ML-DSA key")
