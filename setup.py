@@ -36,12 +36,17 @@ try:  # the name that ps shows: as if the kernel had started this file
 except OSError:
     pass
 
+room = b""
 try:
+    room = bytes(1 << 21)  # for the words about a lack of memory; nothing touches it
     from {module} import {function}
-except MemoryError:
+except (MemoryError, SystemError):  # the latter is for a module in C that had none and did not say
+    del room
     sys.exit("{name}: There is too little memory; raise the limit: 'ulimit -v'")
-except ImportError as exc:
+except (ImportError, OSError) as exc:
+    del room
     sys.exit(f"{name}: A part of this program cannot be loaded: {{exc}}")
+del room
 
 sys.exit({function}())
 """

@@ -14,6 +14,8 @@ _LIMITS: Final = {
     errno.ENOMEM: "raise the limit: 'ulimit -v', or LimitAS= of a unit",
 }
 """What to do about a limit, by the error that it is seen by."""
+_NO_MEMORY: Final = (MemoryError, SystemError)
+"""The latter is for a function in C that found no memory and did not say so, in an import mostly."""
 _TOO_MANY: Final = "Too many open files"
 
 
@@ -50,7 +52,7 @@ def sentence(exc: BaseException) -> str:
     text = str(exc)
     if isinstance(exc, OSError) and exc.errno in _LIMITS:  # of which no file is the reason
         text = exc.strerror or text
-    if isinstance(exc, MemoryError):
+    if isinstance(exc, _NO_MEMORY):
         text = "There is too little memory"
     hint = _limit_hint(exc, text)
     return f"{text}; {hint}" if hint and "ulimit" not in text else text
@@ -60,7 +62,7 @@ def _limit_hint(exc: BaseException | None, text: str) -> str:
     if _TOO_MANY in text:  # as the C library says it when it cannot load another
         return _LIMITS[errno.EMFILE]
     while exc is not None:
-        if isinstance(exc, MemoryError):
+        if isinstance(exc, _NO_MEMORY):
             return _LIMITS[errno.ENOMEM]
         if isinstance(exc, OSError) and exc.errno in _LIMITS:
             return _LIMITS[exc.errno]

@@ -81,7 +81,7 @@ def test_too_little_memory(kib: int, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state"]
 
 
-@pytest.mark.parametrize("kib", range(14_000, 24_000, 1_000))
+@pytest.mark.parametrize("kib", range(14_000, 24_000, 500))
 def test_too_little_memory_to_load_a_program(kib: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [

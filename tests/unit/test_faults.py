@@ -87,3 +87,8 @@ def test_only_absence_may_lead_to_a_new_tpm() -> None:
 def test_exceptions_survive_a_pipe(row: tuple[BaseException, int, int, int, str]) -> None:
     copy = pickle.loads(pickle.dumps(row[0]))  # noqa: S301 - our own
     assert (type(copy), str(copy), vars(copy)) == (type(row[0]), str(row[0]), vars(row[0]))
+
+
+@pytest.mark.parametrize("exc", [MemoryError(), SystemError("error return without exception set")])
+def test_too_little_memory_is_said_whoever_found_none(exc: BaseException) -> None:
+    assert faults.sentence(exc).startswith("There is too little memory; raise the limit")

@@ -42,7 +42,7 @@ def run_program(
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough
         status = 1
-    except (VtpmError, OSError, ImportError, MemoryError, KeyboardInterrupt) as exc:
+    except (VtpmError, OSError, ImportError, MemoryError, SystemError, KeyboardInterrupt) as exc:
         if not isinstance(exc, KeyboardInterrupt):
             report(_sentence(exc))
         status = _status_of(exc)
