@@ -221,8 +221,8 @@ def main() -> int:
         _check_all(suite)
         _prepare_lab()
         # Two halves of one machine, each for one processor.
-        with suite.tests_beside(*_native_tests([])):
-            suite.tests(*_kernel_tests(["tests/kernel"]))
+        with suite.tests_beside(*_kernel_tests(["tests/kernel"])):
+            suite.tests(*_native_tests([]))
             _unstable_tests(suite)
         return suite.end()
     if native or not kernel:
