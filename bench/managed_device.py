@@ -52,7 +52,7 @@ class Device:
 def _managed(folder: Path) -> Iterator[Path]:
     folder.mkdir()
     words = [str(PROGRAMS / "swtpm-cuse"), "-n", NAME, "--tpm2", "--tpmstate", f"dir={folder}"]
-    words += ["--flags", "startup-clear", f"--resource-manager={NAME}rm", "--daemon"]
+    words += ["--flags", "startup-clear", f"--resource-manager={NAME}rm"]
     subprocess.run([*words, "--pid", f"file={folder}/pid"], check=True)
     path = Path("/dev") / f"{NAME}rm"
     while not path.exists():
