@@ -165,12 +165,11 @@ def test_which_manager(
     monkeypatch.delenv("VTPM_MANAGER")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     own = tmp_path / "vtpm" / "manager.sock"
-    monkeypatch.setattr(os, "geteuid", lambda: OTHER_USER)
     assert default_path() == "/run/vtpm/manager.sock"
     own.parent.mkdir()
     own.touch()
     assert default_path() == str(own)
-    monkeypatch.setattr(os, "geteuid", lambda: 0)  # whose variable may be left of another user
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER_USER)  # the variable is left of another user
     assert default_path() == "/run/vtpm/manager.sock"
 
 

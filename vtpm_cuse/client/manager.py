@@ -36,16 +36,16 @@ _READ_SIZE: Final = 1 << 16
 
 
 def default_path() -> str:
-    """Where the manager is: as VTPM_MANAGER says, else the user's own if there is one.
+    """Where the manager is: as VTPM_MANAGER says, else the user's own if there is one, else root's.
 
-    Root's own is the system's. Nobody need answer there.
+    The variable of another user's session says nothing: its socket is not this user's. Nobody need
+    answer there.
     """
     if found := os.environ.get(VARIABLE):
         return found
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.geteuid():
-        own = os.path.join(runtime, "vtpm", _NAME)
-        if os.path.exists(own):
+    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", ""), "vtpm", _NAME)
+    with contextlib.suppress(OSError):
+        if os.path.isabs(own) and os.stat(own).st_uid == os.geteuid():
             return own
     return os.path.join(_SYSTEM, _NAME)
 
