@@ -173,7 +173,7 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     words = [*sockets(folder), "--tpm2", "--tpmstate", f"dir={tmp_path}"]
     code = "trap '' INT TERM; exec \"$@\""
     process = start("/bin/sh", "-c", code, "sh", PROGRAMS / "swtpm", *words)
-    assert as_soon_as((folder / "c").exists, process)
+    assert as_soon_as(partial(s.listens, folder / "c"), process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     with s.connect(folder / "c") as client:

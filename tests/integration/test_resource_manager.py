@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -199,7 +200,7 @@ def test_a_process_that_connects_anew_for_each_command(tpm: Path, tmp_path: Path
     path = tmp_path / "anew"
     words = ("--managed", f"type=unixio,path={path},per-process")
     with Managed(tpm, tmp_path / "one", *words) as server:
-        wait_until(path.exists, "it listens", process=server.process)
+        wait_until(partial(s.listens, path), "it listens", process=server.process)
         server.address = path
 
         def ask(command: bytes) -> bytes:

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -174,14 +173,9 @@ def started(folder: Path, *, state: Path | None = None) -> s.Server:
         state=state,
     )
     made.data_address, made.control_address = data, control
-    wait_until(lambda: _listens(control), "the control socket", process=made.process)
+    wait_until(lambda: s.listens(control), "the control socket", process=made.process)
     assert made.request(s.GET_CAPABILITY, size=8)
     return made
-
-
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
 
 
 @pytest.mark.parametrize("form", ["file={}", "fd={}"])
@@ -201,7 +195,7 @@ def test_who_takes_over_the_tpm_cannot_have_others_killed_by_the_pid_file(
             pass_fds=[file.fileno()],
             env={**s.environment(), "PID_FILE": str(pid_file)},
         ) as process:
-            wait_until(lambda: _listens(data), "the socket", process=process)
+            wait_until(lambda: s.listens(data), "the socket", process=process)
             wait_until(lambda: pid_file.read_text() == str(process.pid), "the process id")
             process.terminate()
             assert process.stderr is not None
@@ -323,7 +317,7 @@ def test_no_device_is_held_and_nothing_comes_from_standard_input(tmp_path: Path)
             env=s.environment(),
         ) as process,
     ):
-        wait_until(lambda: _listens(tmp_path / "c"), "the socket", process=process)
+        wait_until(lambda: s.listens(tmp_path / "c"), "the socket", process=process)
         wait_until(lambda: is_filtered(process.pid), "the sandbox", process=process)
         held = open_files(process.pid)
         process.kill()
@@ -363,7 +357,7 @@ def test_a_terminal_is_written_to_and_not_read(more: tuple[str, ...], tmp_path: 
             stderr=terminal,
             env=s.environment(),
         ) as process:
-            wait_until(lambda: _listens(tmp_path / "c"), "the socket", process=process)
+            wait_until(lambda: s.listens(tmp_path / "c"), "the socket", process=process)
             wait_until(lambda: is_filtered(process.pid), "the sandbox", process=process)
             held = open_files(process.pid)
             name = os.ttyname(terminal)

@@ -9,12 +9,13 @@ import signal
 import stat
 import subprocess
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import pytest
 
 from tests.support.programs import module_of
-from tests.support.sockets import environment
+from tests.support.sockets import environment, listens
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError
@@ -51,7 +52,8 @@ class Daemon:
         return self._log.read()
 
     def wait_for_it(self) -> None:
-        wait_until(self.path.exists, "the manager", process=self.process, log=self.folder / "log")
+        listening = partial(listens, self.path)
+        wait_until(listening, "the manager", process=self.process, log=self.folder / "log")
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from tests.support.commands import (
     nv_read,
     nv_write,
 )
+from tests.support.sockets import listens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,7 +186,7 @@ def systemd(cuse: None) -> Iterator[Systemd]:
         )
     )
     bus = Path("/run/systemd/private")
-    wait_until(bus.exists, "systemd listens", process=started.process)
+    wait_until(partial(listens, bus), "systemd listens", process=started.process)
     assert started.systemctl("is-system-running", "--wait", status=None) == "running\n"
     yield started
     started.process.kill()  # and with it all that it runs

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from tests.qemu.guest import Shell
+from tests.support.sockets import listens
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class Emulator:
             [*BOUND, *command], stdin=subprocess.DEVNULL, pass_fds=pass_fds
         )
         wait_until(
-            self.control.exists,
+            partial(listens, self.control),
             f"the control socket of {command}",
             process=self.process,
             log=self.log,

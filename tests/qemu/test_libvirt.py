@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import uuid
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,7 @@ from tests.qemu.fleet import BOOT_SECONDS, CRB2, TIS1
 from tests.qemu.guest import Shell
 from tests.qemu.machine import OURS, PATIENCE_SECONDS, Emulator
 from tests.support.files import open_files
+from tests.support.sockets import listens
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class Libvirt:
             )
         self._socket = folder / "XDG_RUNTIME_DIR/libvirt/libvirt-sock"
         wait_until(
-            self._socket.exists,
+            partial(listens, self._socket),
             "the socket of libvirtd",
             process=self._daemon,
             log=folder / "libvirtd.log",

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -140,7 +141,7 @@ def abrmd_daemon(
         quiet = {"env": env, "stdout": log, "stderr": log}
         serving = ("dbus-daemon", f"--config-file={config}", "--nofork")
         daemon = stack.enter_context(_running(*serving, **quiet))
-        wait_until(bus.exists, "the bus is there", process=daemon, log=folder / "log")
+        wait_until(partial(s.listens, bus), "the bus is there", process=daemon, log=folder / "log")
         managing = (ABRMD, "--session", "--allow-root", tcti, *words)
         yield stack.enter_context(_running(*managing, **quiet)), env
 

@@ -179,6 +179,14 @@ def connect(address: Path | int) -> Client:
     return Client(made)
 
 
+def listens(path: Path) -> bool:
+    """Whether a Unix socket of this name takes connections; its name is there a moment before."""
+    accepts = 0x10000  # __SO_ACCEPTCON of the kernel's list
+    lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
+    rows = (line.split(maxsplit=7) for line in lines[1:])
+    return any(int(row[3], 16) & accepts and row[7:] == [str(path)] for row in rows)
+
+
 def readable(connection: socket.socket | int, seconds: float = 0) -> bool:
     """Whether something, or the end, has come, or comes within *seconds*."""
     return bool(select.select([connection], [], [], seconds)[0])
