@@ -142,6 +142,7 @@ def _check_all(suite: Suite) -> None:
     suite.check("ruff format", _PYTHON, "-m", "ruff", "format", "--check", ".", *pythons)
     suite.check("mypy", *strict)
     suite.check("mypy, helpers", *strict, "--scripts-are-modules", *pythons)
+    suite.check("handbook", _PYTHON, "-m", "tools.handbook", str(CACHE / "handbook-pages"))
     suite.check("shellcheck", "shellcheck", *_scripts("/sh", " sh", "bash"))
 
 

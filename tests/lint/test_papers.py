@@ -14,7 +14,9 @@ from tests.support.attacks import STILL
 
 ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = ROOT / "tests"
-PAPERS: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAPERS: Final = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/handbook").glob("*.md")]
+)
 NAMED: Final = re.compile(r"([\w/]+\.py)::(\w+)")
 """A test, by its file below tests/ and its name."""
 

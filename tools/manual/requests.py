@@ -110,6 +110,15 @@ def requests_page(date: str, source: str) -> str:
     return str(page)
 
 
+def rows() -> str:
+    """The requests as a table of the handbook."""
+    lines = ["| request | command | ioctl | what it is for |", "|---|---|---|---|"]
+    for command, spec in PTM_SPECS.items():
+        ioctl = f"0x{spec.ioctl(command):08x}"
+        lines.append(f"| {command.name} | {command + 1} | {ioctl} | {_PURPOSES[command]} |")
+    return "\n".join(lines)
+
+
 def _fields(structure: type[WireStruct]) -> str:
     names = []
     for name, kind in inspect.get_annotations(structure).items():
