@@ -52,6 +52,7 @@ complete -c vtpm -n '__fish_seen_subcommand_from run' -l trace -r -F -d 'write t
 complete -c vtpm -n '__fish_seen_subcommand_from trace' -l json -f -d 'print an object for each command, on a line of its own'
 complete -c vtpm -n '__fish_seen_subcommand_from clone create hibernate reset restore show snapshot start stop wake' -l json -f -d 'print an object, the TPM as it is then'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l owner -x -a '(__fish_complete_users)' -d 'the user that it is for, by name or number'
+complete -c vtpm -n '__fish_seen_subcommand_from create' -l manufactured -f -d 'with endorsement keys, their certificates, a platform certificate and PCR banks, as the manager\'s swtpm_setup.conf says'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l profile -x -d 'libtpms\' profile, as JSON or by a name'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l label -x -d 'to be kept beside it, for people and scripts'
 complete -c vtpm -n '__fish_seen_subcommand_from ls' -l json -f -d 'print an array of objects'

@@ -58,9 +58,10 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.confine": frozenset({"config", "errors", "files", "service.process"})
     | {"storage.base", "storage.modes"},
     "service.process": frozenset({"config", "errors", "files"}),
+    "service.keys": frozenset({"config", "service.confine", "storage"}),
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
-    | {"config", "engine", "engine.base", "service.confine", "service.process", "storage"}
+    | {"config", "engine", "engine.base", "service.keys", "service.process", "storage"}
     | {"storage.base", "storage.sealed", "vtpm", "wire"},
     "service.life": LIFE
     | {"acquire", "files", "serve", "service.compose", "service.remover", "vtpm", "wire"},
@@ -80,7 +81,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": ERRORS
     | {"acquire", "client", "config", "files", "fleet.api", "fleet.base", "programs", "proto"}
-    | {"resmgr", "serve", "service.compose"}
+    | {"manufacture", "resmgr", "serve", "service.compose"}
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
     "fleet.base": frozenset(),

@@ -15,7 +15,7 @@ import trio
 
 from tests.support import commands as tpm
 from tests.support.sockets import u32
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.fleet.channel import Channel, close_all
 from vtpm_cuse.fleet.manager import Manager, Settings, managed
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import SocketKind, State, Tpm
+    from vtpm_cuse.fleet.pool import Pool
 
 LAZY: Final = 3600.0
 """Seconds: no TPM sleeps but when it is told to."""
@@ -85,6 +86,11 @@ async def until(manager: Manager, name: str, state: State) -> None:
         async for event in events:
             if (event.tpm.name, event.tpm.state) == (name, state):
                 break
+
+
+async def filled(pool: Pool, most: int) -> None:
+    """Waits until so many manufactured TPMs wait."""
+    await trio.to_thread.run_sync(wait_until, lambda: pool.waiting >= most, "a full pool")
 
 
 def blobs_of_one() -> dict[str, bytes]:

@@ -16,7 +16,17 @@ import trio.testing
 from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support import sockets as s
-from tests.support.fleet import UID, Client, blobs_of_one, fleet, in_trio, random_of, started, until
+from tests.support.fleet import (
+    UID,
+    Client,
+    blobs_of_one,
+    filled,
+    fleet,
+    in_trio,
+    random_of,
+    started,
+    until,
+)
 from tests.support.suspension import SCRIPT, masked
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
@@ -292,9 +302,12 @@ async def test_a_tpm_has_certificates_if_that_is_asked_for(
         f"create_certs_tool_config = {tmp_path}/swtpm-localca.conf\nactive_pcr_banks = sha256\n"
     )
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    async with fleet(tmp_path) as manager:
-        await manager.create(Spec("one", UID, manufactured=True))
-        client = await Client.of(await manager.start("one"))
-        # TPM2_NV_ReadPublic of the RSA endorsement key's certificate
-        read = await client.ask(tpm.tpm2(0x169, s.u32(0x01C00002)))
-        assert tpm.code_of(read) == 0
+    async with fleet(tmp_path, pool=1) as manager:
+        # One that is made while it is waited for, and one of the pool's.
+        for name in ("one", "two"):
+            made = await manager.create(Spec(name, UID, manufactured=True))
+            client = await Client.of(await manager.start(name))
+            read = await client.ask(tpm.nv_read(0x01C00002, 512))  # of the RSA endorsement key
+            assert made.id.encode() in tpm.nv_data(read)
+            await filled(manager._pool, 1)
+        assert sorted(os.listdir(tmp_path / "state")) == [".lock", "one", "two"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.cli.words.commandline import CommandLine
 
 _IDLE_MAX: Final = 86_400
+_POOL_MAX: Final = 1024
 _SOCKET: Final = options_of(InterfaceName.SOCKET)
 
 PROGRAM: Final = Program(
@@ -29,6 +30,12 @@ PROGRAM: Final = Program(
             "idle",
             "seconds without a command after which a TPM sleeps, by default 1",
             metavar="SECONDS",
+        ),
+        Option(
+            "pool",
+            "how many manufactured TPMs are made ahead of time, when nothing else is to be done; by "
+            "default 2, once somebody has wanted one",
+            metavar="NUMBER",
         ),
         Option(
             "group", "members of this group may ask it, each for TPMs of his own", metavar="GROUP"
@@ -64,6 +71,7 @@ PROGRAM: Final = Program(
             "XDG_STATE_HOME", "With --user, its folder vtpm has the TPMs; default: ~/.local/state."
         ),
         Term("XDG_RUNTIME_DIR", "With --user, its folder vtpm has the sockets."),
+        Term("XDG_CONFIG_HOME", "Where swtpm_setup finds its configuration; see swtpm_setup(8)."),
         Term("NOTIFY_SOCKET", "Where a service manager waits for it to be ready."),
     ),
     files=(
@@ -71,7 +79,7 @@ PROGRAM: Final = Program(
         Term("/run/vtpm/manager.sock", "Where vtpm(8) and others ask it, in varlink."),
         Term("/run/vtpm/tpm/NAME", "Its sockets: data, data.ctrl, managed."),
     ),
-    see_also=("vtpm(8)", "swtpm_socket(8)"),
+    see_also=("vtpm(8)", "swtpm_socket(8)", "swtpm_setup(8)"),
 )
 
 
@@ -98,6 +106,7 @@ def _serve(line: CommandLine) -> int:
             level=settings.log_config(line).level,
             messages=next(iter(logs.descriptors()), None),
             group=line.group("group"),
+            pool=line.number("pool", _POOL_MAX) if line.has("pool") else None,
         )
         return daemon.run(found, notify.connect(), held)
     finally:

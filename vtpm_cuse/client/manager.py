@@ -97,6 +97,7 @@ class Manager:
         owner: int | None = None,
         profile: str | None = None,
         labels: Mapping[str, str] | None = None,
+        manufactured: bool = False,
     ) -> Tpm:
         """Makes a TPM, which is stopped.
 
@@ -105,8 +106,10 @@ class Manager:
             owner: Number of the user that it is for; for another one than oneself as root alone.
             profile: libtpms' JSON, or a name for it.
             labels: To be kept beside it.
+            manufactured: It has endorsement keys, their certificates, and one of the platform.
         """
-        given = manager.Create(name, owner, profile, None if labels is None else dict(labels))
+        kept = None if labels is None else dict(labels)
+        given = manager.Create(name, owner, profile, kept, manufactured or None)
         return self._tpm("Create", given)
 
     def start(self, name: str) -> Tpm:

@@ -273,7 +273,7 @@ class _Client:
         if not 0 <= owner < NO_UID:
             raise _bad_parameter("owner")
         labels = tuple((given.labels or {}).items())
-        return Spec(given.name, owner, given.profile, labels=labels)
+        return Spec(given.name, owner, given.profile, bool(given.manufactured), labels)
 
     async def _list(self, given: manager.Listed) -> Iterator[Reply]:
         if given.name is not None:

@@ -139,23 +139,22 @@ class Catalogue:
             raise FleetError("NoSuchTpm", name, f"it has no snapshot {snapshot}")
         return folder
 
-    def begin(self, entry: Entry) -> str:
-        """A folder for the state of a TPM that is yet to be. Raises StorageError."""
-        state = os.path.join(self._of(_NEW + entry.id), "state")
+    def begin(self, number: str) -> str:
+        """A folder for the state of a TPM that is yet to be, by its id. Raises StorageError."""
+        state = os.path.join(self._of(_NEW + number), "state")
         with _errors(state):
             make_folder(state, _FOLDER_MODE)
         return state
 
-    def give_up(self, entry: Entry) -> None:
+    def give_up(self, number: str) -> None:
         """That TPM is not to be."""
-        shutil.rmtree(self._of(_NEW + entry.id), ignore_errors=True)
+        shutil.rmtree(self._of(_NEW + number), ignore_errors=True)
 
     def finish(self, name: str, entry: Entry) -> None:
         """That TPM is there from now on, durably. Raises StorageError."""
         new = self._of(_NEW + entry.id)
-        self._write(new, entry)
+        self._write(new, entry)  # which puts all names of the folder on the disk
         with _errors(self._of(name)):
-            self._flush(new)
             self._rename(new, self._of(name))
 
     def rename(self, name: str, new_name: str) -> None:

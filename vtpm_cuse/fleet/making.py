@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -14,59 +17,115 @@ from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.tasks import MAKE, Task
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.storage.base import PERMANENT
+from vtpm_cuse.storage.keys import Key
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vtpm_cuse.fleet.workers import Workers
 
 _SETUP: Final = "vtpm_cuse.cli.setup.swtpm_setup"
+_CIPHER: Final = "aes-256-cbc"
+_KEY_SIZE: Final = 32
+_LOWEST: Final = 19
+"""Of nice(2). One of SCHED_IDLE could keep the CA's lock for ever."""
+_SAID_MAX: Final = 1 << 16
 
 
-async def make(workers: Workers, folder: str, profile: str | None) -> None:
-    """Makes a TPM whose state is in *folder*. Raises VtpmError, OSError."""
-    vault = Vault(folder, may_begin=True)
-    vault.lock()
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A TPM with keys and certificates, which name its id: it can become the TPM of that id alone.
+
+    Attributes:
+        id: A UUID.
+        permanent: Its permanent state, as libtpms has it; never shown.
+    """
+
+    id: str
+    permanent: bytes = field(repr=False)
+
+
+async def make(workers: Workers, vault: Vault, profile: str | None) -> None:
+    """Makes a TPM whose state is in *vault*. Raises VtpmError, OSError."""
     message = None
+    worker = await workers.take()
     try:
-        worker = await workers.take()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep, worker, vault, lambda: None)
-                task = Task(0.0, profile)
-                await worker.orders.send(Message(Order.SERVE, task.pack(), flags=MAKE))
-                message = await worker.orders.receive()
-                nursery.cancel_scope.cancel()
-        finally:
-            worker.end()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep, worker, vault, lambda: None)
+            task = Task(0.0, profile)
+            await worker.orders.send(Message(Order.SERVE, task.pack(), flags=MAKE))
+            message = await worker.orders.receive()
+            nursery.cancel_scope.cancel()
     finally:
-        vault.close()
+        worker.end()
     if message is None or message.kind is not Report.STOPPED:
         raise UsageError(said_by(message) if message else "the process that makes it has ended")
-    _need_made(vault)
-
-
-async def manufacture(folder: str, profile: str | None) -> None:
-    """The same by `swtpm_setup`, as its configuration says. Raises VtpmError, OSError."""
-    words = [*program_words(_SETUP), "--tpm2", "--tpm-state", folder, "--not-overwrite"]
-    words += ["--create-ek-cert", "--create-platform-cert"]
-    if profile is not None:
-        words += ["--profile" if profile.lstrip().startswith("{") else "--profile-name", profile]
-    done = await trio.run_process(
-        words,
-        capture_stdout=True,
-        stderr=subprocess.STDOUT,
-        check=False,
-        env=program_environment(),
-        start_new_session=True,
-    )
-    if done.returncode:
-        lines = shown(done.stdout.decode(errors="replace")).strip().splitlines()
-        raise UsageError(f"it cannot be set up: {lines[-1] if lines else 'no reason is given'}")
-    vault = Vault(folder)
-    vault.close()
-    _need_made(vault)
-
-
-def _need_made(vault: Vault) -> None:
     if PERMANENT not in vault.blobs.sizes():
         raise UsageError("it has not been stored")
-    vault.close()
+
+
+async def manufacture(folder: str, number: str, profile: str | None, *, patient: bool) -> Made:
+    """Makes one by ``swtpm_setup``, as its configuration says.
+
+    Args:
+        folder: An empty one. What comes into it is encrypted, and nobody has the key afterwards.
+        number: The UUID that its certificates are to name.
+        profile: libtpms' JSON, or a name for it.
+        patient: All others on this host come first.
+
+    Raises:
+        VtpmError: It cannot be made.
+        OSError: The same.
+    """
+    key = Key(os.urandom(_KEY_SIZE))
+    with _memory() as secret, _memory() as said:
+        os.write(secret, key.secret.hex().encode())
+        os.lseek(secret, 0, os.SEEK_SET)
+        words = [*program_words(_SETUP), "--tpm2", "--tpm-state", folder, "--not-overwrite"]
+        words += ["--create-ek-cert", "--create-platform-cert", "--vmid", number]
+        words += ["--keyfile-fd", str(secret), "--cipher", _CIPHER]
+        if profile is not None:
+            is_json = profile.lstrip().startswith("{")
+            words += ["--profile" if is_json else "--profile-name", profile]
+        process = await trio.lowlevel.open_process(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=program_environment(),
+            pass_fds=(secret,),
+            start_new_session=True,
+        )
+        if patient:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST)
+        status = await _end_of(process)
+        if status:
+            text = os.pread(said, _SAID_MAX, 0).decode(errors="replace")
+            lines = shown(text).strip().splitlines()
+            raise UsageError(f"it cannot be set up: {lines[-1] if lines else 'no reason is given'}")
+    vault = Vault(folder, key)
+    try:
+        return Made(number, await trio.to_thread.run_sync(vault.permanent))
+    finally:
+        vault.close()
+
+
+async def _end_of(process: trio.Process) -> int:
+    """Its exit status; one that nobody waits for any more is ended."""
+    try:
+        return await process.wait()
+    finally:
+        with trio.CancelScope(shield=True):
+            process.kill()
+            await process.wait()
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[int]:
+    """A file that has no name."""
+    fd = os.memfd_create("vtpmd")
+    try:
+        yield fd
+    finally:
+        os.close(fd)

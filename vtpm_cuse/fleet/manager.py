@@ -15,17 +15,19 @@ from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import Event, Spec, Tpm
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
 from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
-from vtpm_cuse.fleet.making import make, manufacture
+from vtpm_cuse.fleet.making import make
+from vtpm_cuse.fleet.pool import Pool
 from vtpm_cuse.fleet.sleepers import Sleepers
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.fleet.workers import SPARE, Workers
 from vtpm_cuse.storage.base import PERMANENT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from typing import Literal
 
     from vtpm_cuse.fleet.base import Identity
+    from vtpm_cuse.fleet.making import Made
 
 OWNER_MAX: Final = 1024
 """TPMs of one owner."""
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
         idle: Seconds without a command after which a TPM sleeps.
         level: Of the log.
         owner_max: TPMs that one user may have.
+        pool: Manufactured TPMs that are made ahead; None for a few, once somebody has wanted one.
         spare: Blank workers that wait.
         messages: The descriptor that workers write messages to, if any.
         group: Whose members may ask it, besides its user and root.
@@ -56,6 +59,7 @@ class Settings(NamedTuple):
     idle: float = 1.0
     level: int = 1
     owner_max: int = OWNER_MAX
+    pool: int | None = None
     spare: int = SPARE
     messages: int | None = 2
     group: int | None = None
@@ -106,7 +110,8 @@ class Manager:
         self._catalogue = catalogue
         self._sleepers = sleepers
         self._nursery = nursery
-        self._naming = trio.Lock()
+        self._coming: dict[str, int | None] = {}
+        self._pool = Pool(catalogue, nursery, settings.pool)
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
         self.workers = workers
         self._surroundings = Surroundings(
@@ -143,31 +148,38 @@ class Manager:
 
     async def create(self, spec: Spec) -> Tpm:
         """Makes a TPM, stopped."""
-        async with self._naming:
-            name = self._need_vacant(spec.name)
-            check_labels(name, spec.labels)
-            theirs = [one for one in self._machines.values() if one.entry.owner == spec.owner]
-            if len(theirs) >= self._settings.owner_max:
-                raise FleetError("OverLimit", name, f"its owner has {len(theirs)} TPMs already")
-            entry = Entry(
-                str(uuid.uuid4()), spec.owner, spec.profile, spec.manufactured, spec.labels
-            )
+        name = spec.name
+        check_labels(name, spec.labels)
+        with self._reserved(name, spec.owner):
+            self._need_room(name, spec.owner)
             try:
-                state = self._catalogue.begin(entry)
-                if spec.manufactured:
-                    await manufacture(state, spec.profile)
-                else:
-                    await make(self.workers, state, spec.profile)
-                await self._off(lambda: self._catalogue.finish(name, entry))
+                made = await self._pool.take(spec.profile) if spec.manufactured else None
+                number = made.id if made else str(uuid.uuid4())
+                entry = Entry(number, spec.owner, spec.profile, spec.manufactured, spec.labels)
+                return await self._new(name, entry, made)
             except UsageError as exc:
                 raise FleetError("StateDamaged", name, str(exc)) from exc
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
+
+    async def _new(self, name: str, entry: Entry, made: Made | None) -> Tpm:
+        """One that is *made*, or is made here, with its folder. Raises VtpmError, OSError."""
+        try:
+            vault = Vault(self._catalogue.begin(entry.id), may_begin=True)
+            try:
+                vault.lock()
+                if made is None:
+                    await make(self.workers, vault, entry.profile)
+                else:
+                    await trio.to_thread.run_sync(vault.begin, made.permanent)
             finally:
-                self._catalogue.give_up(entry)
-            machine = self._machines[name] = Machine(name, entry, self._surroundings)
-            self._tell("created", machine)
-            return machine.described()
+                vault.close()
+            await trio.to_thread.run_sync(self._catalogue.finish, name, entry)
+        finally:
+            self._catalogue.give_up(entry.id)
+        machine = self._machines[name] = Machine(name, entry, self._surroundings)
+        self._tell("created", machine)
+        return machine.described()
 
     async def start(self, name: str) -> Tpm:
         """Powers it on."""
@@ -215,7 +227,7 @@ class Manager:
         labels: tuple[tuple[str, str], ...] | None = None,
     ) -> Tpm:
         """Another name, other labels."""
-        async with self._naming, self._mine(name) as machine:
+        async with self._mine(name) as machine:
             if labels is not None:
                 check_labels(machine.name, labels)
                 entry = machine.entry._replace(labels=labels)
@@ -223,10 +235,11 @@ class Manager:
                 machine.entry = entry
             if new_name is not None and new_name != machine.name:
                 machine.need_stopped()
-                old, new = machine.name, self._need_vacant(new_name)
-                await self._off(lambda: self._catalogue.rename(old, new))
-                machine.name = new
-                self._machines[new] = self._machines.pop(old)
+                old, new = machine.name, new_name
+                with self._reserved(new):
+                    await self._off(lambda: self._catalogue.rename(old, new))
+                    machine.name = new
+                    self._machines[new] = self._machines.pop(old)
             self._changed(machine)
             return machine.described()
 
@@ -301,12 +314,29 @@ class Manager:
                 raise FleetError("NoSuchTpm", name, "there is no such TPM any more")
             yield machine
 
-    def _need_vacant(self, name: str) -> str:
-        if check_name(name) in self._machines:
+    def _need_room(self, name: str, owner: int) -> None:
+        """Raises FleetError where this owner had as many as he may, before the one that comes."""
+        count = sum(one.entry.owner == owner for one in self._machines.values())
+        if count + [*self._coming.values()].count(owner) > self._settings.owner_max:
+            raise FleetError("OverLimit", name, f"its owner has {count} TPMs already")
+
+    @contextlib.contextmanager
+    def _reserved(self, name: str, owner: int | None = None) -> Iterator[None]:
+        """While something gets this name, nothing else does. Raises FleetError.
+
+        Args:
+            name: Of nothing yet.
+            owner: Of a TPM that is made.
+        """
+        if check_name(name) in self._machines or name in self._coming:
             raise FleetError("TpmExists", name, "there is such a TPM already")
         if _ID.fullmatch(name):
             raise FleetError("BadName", name, "this may be the id of another one")
-        return name
+        self._coming[name] = owner
+        try:
+            yield
+        finally:
+            del self._coming[name]
 
     @staticmethod
     async def _off(job: Callable[[], None]) -> None:

@@ -30,6 +30,8 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.storage.keys import Key
+
 QUICK: Final = frozenset({Call.LOAD, Call.SIZES, Call.REMAINS, Call.LOCK})
 """What flushes nothing."""
 
@@ -39,15 +41,16 @@ class Vault:
 
     Args:
         folder: Where it is; it is there.
+        key: Encrypts what is kept; a worker never sees it.
         may_begin: A TPM that is not there is to be made. Else it is missing, and that is a fault.
 
     Attributes:
         closed: The TPM has been shut down in order, and its state given up.
     """
 
-    def __init__(self, folder: str, *, may_begin: bool = False) -> None:
+    def __init__(self, folder: str, key: Key | None = None, *, may_begin: bool = False) -> None:
         self.blobs = open_store(f"dir://{folder}", tpm2=True, mode=OWNER_MODE)
-        self._sealed = SealedStore(self.blobs)
+        self._sealed = SealedStore(self.blobs, key)
         self._may_begin = may_begin
         self.closed = False
 
@@ -59,6 +62,15 @@ class Vault:
     def forget_volatile(self) -> None:
         """A start after a time without power is a cold one. Raises StorageError."""
         self.blobs.delete(BLOB_NAMES[1])
+
+    def permanent(self) -> bytes:
+        """The permanent state, decrypted. Raises StorageError."""
+        return self._sealed.load(PERMANENT)
+
+    def begin(self, permanent: bytes) -> None:
+        """A TPM that is to be has this permanent state. Raises StorageError."""
+        self._sealed.store(PERMANENT, permanent)
+        self._may_begin = False
 
     def close(self) -> None:
         """Others may have it."""

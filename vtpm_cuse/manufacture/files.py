@@ -8,7 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.ca import configfile
-from vtpm_cuse.ca.settings import CONFIG_NAME, OPTIONS_NAME, STATE_FOLDER, machine_maker
+from vtpm_cuse.ca.settings import (
+    CONFIG_NAME,
+    OPTIONS_NAME,
+    STATE_FOLDER,
+    CaSettings,
+    machine_maker,
+)
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.files import make_folder, write_output
 
@@ -80,6 +86,25 @@ class ConfigFile:
     def value(self, name: str) -> str | None:
         """The value of a setting; None where there is none, or nothing in it."""
         return self._settings.get(name) or None
+
+
+def deciding_files() -> tuple[str, ...]:
+    """The files that decide what a set-up without options makes, and who signs its certificates.
+
+    Raises:
+        UsageError: One of them cannot be read.
+    """
+    setup = configfile.find(_SETUP_FILE, os.environ, "--config")
+    config = ConfigFile.load(setup, configfile.user_name())
+    ca = config.value("create_certs_tool_config")
+    options = config.value("create_certs_tool_options")
+    found = (
+        setup,
+        ca or configfile.find(CONFIG_NAME, os.environ, "--configfile"),
+        options or configfile.find(OPTIONS_NAME, os.environ, "--optsfile"),
+        CaSettings.load(ca, os.environ).issuer_certificate,
+    )
+    return tuple(path for path in found if path is not None)
 
 
 def create_config_files(how: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from vtpm_cuse.engine.callbacks import uninterrupted
 from vtpm_cuse.engine.libtpms import LibtpmsEngine, supported_versions
 from vtpm_cuse.errors import TpmUnavailable, UsageError
+from vtpm_cuse.service.keys import open_key
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.storage.sealed import SealedStore
@@ -142,16 +143,7 @@ def _make_store(config: VtpmConfig) -> SealedStore | None:
 
 
 def _key(source: KeySource | None) -> Key | None:
-    if source is None:
-        return None
-    from vtpm_cuse.service.confine import secrecy
-    from vtpm_cuse.storage.keys import read_key
-
-    secrecy.hide_process()  # before the key is in memory
-    key = read_key(source)
-    secrecy.keep_from_swap(key.secret)
-    key.load_cipher()
-    return key
+    return None if source is None else open_key(source)
 
 
 def power_on(vtpm: Vtpm, config: VtpmConfig) -> bool:

@@ -51,12 +51,17 @@ class Event(NamedTuple):
 
 
 class Create(NamedTuple):
-    """A TPM that is to be: for its owner, by default who asks."""
+    """A TPM that is to be: for its owner, by default who asks.
+
+    Attributes:
+        manufactured: With endorsement keys, their certificates, and one of the platform.
+    """
 
     name: str
     owner: int | None = None
     profile: str | None = None
     labels: dict[str, str] | None = None
+    manufactured: bool | None = None
 
 
 class Named(NamedTuple):

@@ -19,6 +19,11 @@ PROGRAM: Final = Program(
     "make a TPM of the manager's",
     (
         Option("owner", "the user that it is for, by name or number", metavar="USER"),
+        Option(
+            "manufactured",
+            "with endorsement keys, their certificates, a platform certificate and PCR banks, as "
+            "the manager's swtpm_setup.conf says",
+        ),
         Option("profile", "libtpms' profile, as JSON or by a name", metavar="PROFILE"),
         Option(
             "label",
@@ -34,14 +39,18 @@ PROGRAM: Final = Program(
         "Makes a TPM 2.0, which is stopped. It is for the user who asks, who with root and the user "
         "of the manager alone sees it and can do something to it; only these can make one for "
         "somebody else.",
+        "The certificates of one that is manufactured have its id, as vtpm show prints it, as common "
+        "name: the name can change, and the id never does. The manager has some ready, so it need "
+        "not be waited for (see --pool in vtpmd(8)), but for one of another profile.",
     ),
     examples=(
         Example("", "vtpm create web1 && vtpm start web1"),
         Example("", "vtpm create --label vm=7 web2"),
+        Example("With keys and certificates", "vtpm create --manufactured web3"),
     ),
     exits=EXITS,
     environment=ENVIRONMENT,
-    see_also=("vtpm(8)", "vtpm_start(8)", "vtpm_clone(8)", "vtpm_rm(8)"),
+    see_also=("vtpm(8)", "vtpm_start(8)", "vtpm_clone(8)", "vtpm_rm(8)", "swtpm_setup(8)"),
 )
 
 
@@ -61,6 +70,7 @@ def _run(line: CommandLine) -> int:
             owner=owner,
             profile=line.value("profile"),
             labels=labels or None,
+            manufactured=line.has("manufactured"),
         ),
     )
     return tell(line, tpm)

@@ -1,0 +1,118 @@
+"""Manufactured TPMs that wait: each handed out once, none of an earlier configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+
+from tests.support.fleet import filled, in_trio
+from vtpm_cuse.errors import UsageError
+from vtpm_cuse.fleet import pool as pool_module
+from vtpm_cuse.fleet.catalogue import Catalogue
+from vtpm_cuse.fleet.making import Made
+from vtpm_cuse.fleet.pool import POOL, Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Factory:
+    """Stands for the set-up.
+
+    Attributes:
+        patient: Of all that were asked for, whether they could wait.
+        fails: Nothing can be made.
+    """
+
+    def __init__(self) -> None:
+        self.patient: list[bool] = []
+        self.fails = False
+
+    async def manufacture(
+        self, _folder: str, number: str, profile: str | None, *, patient: bool
+    ) -> Made:
+        """See `fleet.making`."""
+        await trio.lowlevel.checkpoint()
+        self.patient.append(patient)
+        if self.fails:
+            raise UsageError("no CA")
+        return Made(number, f"{len(self.patient)} {profile}".encode())
+
+
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Factory:
+    """With a configuration of its own."""
+    found = Factory()
+    monkeypatch.setattr(pool_module, "manufacture", found.manufacture)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return found
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
+    found = Catalogue(str(tmp_path / "state"))
+    yield found
+    found.close()
+
+
+@in_trio
+async def test_each_is_handed_out_once_and_made_ahead(
+    factory: Factory, catalogue: Catalogue
+) -> None:
+    async with trio.open_nursery() as nursery:
+        pool = Pool(catalogue, nursery, 3)
+        await filled(pool, 3)
+        made: list[Made] = []
+
+        async def take() -> None:
+            made.append(await pool.take(None))
+
+        async with trio.open_nursery() as all_at_once:
+            for _ in range(8):
+                all_at_once.start_soon(take)
+        await filled(pool, 3)
+    assert len({one.id for one in made}) == len({one.permanent for one in made}) == 8
+    assert factory.patient[:3] == [True] * 3
+
+
+@in_trio
+async def test_none_waits_before_the_first_is_wanted(
+    factory: Factory, catalogue: Catalogue
+) -> None:
+    async with trio.open_nursery() as nursery:
+        pool = Pool(catalogue, nursery, None)
+        await trio.testing.wait_all_tasks_blocked()
+        assert factory.patient == []
+        assert (await pool.take("another")).permanent == b"1 another"
+        await filled(pool, POOL)
+        # One of another profile is never the pool's.
+        assert (await pool.take("another")).permanent == b"4 another"
+        assert (await pool.take(None)).permanent == b"2 None"
+
+
+@in_trio
+async def test_a_change_of_the_configuration_counts_at_once(
+    factory: Factory, catalogue: Catalogue, tmp_path: Path
+) -> None:
+    async with trio.open_nursery() as nursery:
+        pool = Pool(catalogue, nursery, 2)
+        await filled(pool, 2)
+        (tmp_path / "swtpm_setup.conf").write_text("create_certs_tool = swtpm_localca\n")
+        assert (await pool.take(None)).permanent == b"3 None"
+        assert factory.patient[2] is False
+
+
+@in_trio
+async def test_a_failure_is_told_to_who_wants_one(factory: Factory, catalogue: Catalogue) -> None:
+    factory.fails = True
+    async with trio.open_nursery() as nursery:
+        pool = Pool(catalogue, nursery, 2)
+        with pytest.raises(UsageError, match="no CA"):
+            await pool.take(None)
+        factory.fails = False
+        await pool.take(None)
+        await filled(pool, 2)
