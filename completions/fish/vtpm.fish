@@ -54,6 +54,7 @@ complete -c vtpm -n '__fish_seen_subcommand_from clone create hibernate reset re
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l owner -x -a '(__fish_complete_users)' -d 'the user that it is for, by name or number'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l manufactured -f -d 'with endorsement keys, their certificates, a platform certificate and PCR banks, as the manager\'s swtpm_setup.conf says'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l profile -x -d 'libtpms\' profile, as JSON or by a name'
+complete -c vtpm -n '__fish_seen_subcommand_from create' -l key -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= credential= pwdfile= mode= format= kdf=\\"")' -d 'where the manager finds the key that encrypts what is stored of it'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l label -x -d 'to be kept beside it, for people and scripts'
 complete -c vtpm -n '__fish_seen_subcommand_from ls' -l json -f -d 'print an array of objects'
 complete -c vtpm -n '__fish_seen_subcommand_from rm' -l force -f -d 'even if it is in use'

@@ -81,11 +81,11 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": ERRORS
     | {"acquire", "client", "config", "files", "fleet.api", "fleet.base", "programs", "proto"}
-    | {"manufacture", "resmgr", "serve", "service.compose"}
+    | {"manufacture", "resmgr", "serve", "service.compose", "service.keys"}
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
-    "fleet.base": frozenset(),
-    "fleet.api": ERRORS | {"acquire", "fleet.base", "wire"},
+    "fleet.base": frozenset({"config"}),
+    "fleet.api": ERRORS | {"acquire", "config", "fleet.base", "wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),

@@ -16,8 +16,9 @@ import trio
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from tests.support.waiting import wait_until
 from vtpm_cuse.client.manager import default_path
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError
-from vtpm_cuse.fleet.base import Event
+from vtpm_cuse.fleet.base import Event, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,8 +60,8 @@ def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:
     )
     assert run("create", "--owner", str(OTHER_USER), "web2")[0] == 0
     assert fleet.specs == [
-        ("web1", os.geteuid(), "null", False, (("vm", "7"), ("note", "a=b"))),
-        ("web2", OTHER_USER, None, False, ()),
+        Spec("web1", os.geteuid(), "null", labels=(("vm", "7"), ("note", "a=b"))),
+        Spec("web2", OTHER_USER),
     ]
     for verb, state in {
         "start": "asleep",
@@ -85,6 +86,23 @@ def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:
     assert (status, err, json.loads(out)["name"]) == (0, "", "web2")
     assert fleet.asked[-2:] == [("remove", "web1", False), ("remove", "web2", True)]
     assert set(fleet.tpms) == {"web3"}
+
+
+def test_what_is_made_with_it(
+    run: Run, fleet: FakeFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    key = "file=web1.key,format=binary,mode=aes-256-cbc"
+    assert run("create", "--manufactured", "--key", key, "web1")[0] == 0
+    assert run("create", "--key", "credential=tpm", "web2")[0] == 0
+    file = KeySource(str(tmp_path / "web1.key"), mode="aes-256-cbc", format="binary")
+    assert fleet.specs == [
+        Spec("web1", os.geteuid(), manufactured=True, key=file),
+        Spec("web2", os.geteuid(), key=KeySource(credential="tpm")),
+    ]
+    for wrong in ("mode=aes-cbc", "file=a,credential=b", "fd=3", "remove=1"):
+        assert run("create", "--key", wrong, "web3")[0] == 1
+    assert len(fleet.specs) == 2
 
 
 def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
@@ -113,6 +131,7 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
         "counters": {"commands": 5, "wakes": 2},
         "labels": {},
         "failure": "crash\x1b[2J",
+        "encrypted": False,
         "lastUsed": 0.0,
         "pid": 17,
     }

@@ -29,8 +29,11 @@ from tests.support.fleet import (
 )
 from tests.support.suspension import SCRIPT, masked
 from tests.support.waiting import PATIENCE_SECONDS
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Spec
+from vtpm_cuse.storage.keys import Key
+from vtpm_cuse.wire.blob import BlobFlag, BlobTag, is_payload, split_header_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -239,6 +242,41 @@ async def test_what_is_on_the_disk_outlives_the_manager(tmp_path: Path) -> None:
         answer = await client.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
         assert tpm.nv_data(answer) == DATA
         assert tpm.pcr_value(await client.ask(tpm.pcr_read(10))) == bytes(32)
+
+
+@pytest.mark.parametrize("damage", [None, b"another key of 32 byte that fits", b"short"])
+@in_trio
+async def test_a_key_is_where_it_was_and_nowhere_else(tmp_path: Path, damage: bytes | None) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(secret := os.urandom(32))
+    key = KeySource(str(file), mode="aes-256-cbc", format="binary")
+    async with fleet(tmp_path) as manager:
+        assert (await manager.create(Spec("one", UID, key=key))).encrypted
+        await manager.clone("one", "two")
+    for name in ("one", "two"):
+        folder = tmp_path / "state" / name
+        assert secret not in (folder / "tpm.json").read_bytes()
+        blob = (folder / "state" / "tpm2-00.permall").read_bytes()
+        assert b"\xab\x36\x47\x23" not in blob
+        header, body = split_header_untrusted(blob)
+        assert header.flags == BlobFlag.ENCRYPTED | BlobFlag.KEY_256BIT
+        plain = Key(secret).unseal_untrusted(BlobTag.ENCRYPTED_DATA, BlobTag.IV_DATA, body)
+        assert is_payload("permall", plain)
+    async with fleet(tmp_path) as manager:
+        client = await Client.of(await manager.start("one"))
+        assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
+        await manager.stop("one")
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage)
+        with pytest.raises(FleetError) as refused:
+            await manager.start("one")
+        assert refused.value.fault == "KeyRejected"
+        with pytest.raises(FleetError) as refused:
+            await manager.create(Spec("three", UID, key=key._replace(mode="rot13")))
+        assert refused.value.fault == "KeyRejected"
+        file.write_bytes(secret)
+        assert (await manager.start("one")).state in {"awake", "asleep"}
 
 
 @in_trio

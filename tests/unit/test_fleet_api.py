@@ -17,8 +17,9 @@ from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError, StorageError
 from vtpm_cuse.fleet import api
-from vtpm_cuse.fleet.base import Event
+from vtpm_cuse.fleet.base import Event, Spec
 from vtpm_cuse.wire import varlink
+from vtpm_cuse.wire.manager import Key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -133,7 +134,7 @@ def test_a_tpm_is_made_used_and_removed(fleet: FakeFleet, path: Path) -> None:
 
     with_manager(fleet, path, use)
     (spec,) = fleet.specs
-    assert spec == ("web1", os.geteuid(), "null", False, (("vm", "7"),))
+    assert spec == Spec("web1", os.geteuid(), "null", labels=(("vm", "7"),))
     assert ("clone", "web1", "web2", "same") in fleet.asked
     assert ("remove", "web1", True) in fleet.asked
     assert ("remove", "web3", False) in fleet.asked
@@ -233,6 +234,7 @@ def test_others_see_and_manage_their_own_alone(
         lambda manager: manager.clone("theirs", "mine2"),
         lambda manager: manager.create("mine2", owner=OTHER_USER + 1),
         lambda manager: manager.create("mine2", owner=0),
+        lambda manager: manager.create("mine2", key=Key(file="/etc/shadow")),
     ]
 
     def use(manager: Manager) -> None:
@@ -381,6 +383,20 @@ def test_the_service_tells_of_itself(fleet: FakeFleet, path: Path) -> None:
             {"parameters": {"name": "b", "owner": -1}},
             "InvalidParameter",
             {"parameter": "owner"},
+        ),
+        *(
+            (
+                f"{MANAGER}.Create",
+                {"parameters": {"name": "b", "key": key}},
+                "InvalidParameter",
+                {"parameter": wrong},
+            )
+            for key, wrong in (
+                ({}, "key"),
+                ({"file": "/a", "credential": "a"}, "key"),
+                ({"file": "a"}, "key.file"),
+                ({"fd": 3}, "key.fd"),
+            )
         ),
         (f"{MANAGER}.List", {}, "ExpectedMore", {}),
         (f"{MANAGER}.Watch", {}, "ExpectedMore", {}),

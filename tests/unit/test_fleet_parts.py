@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -200,7 +201,16 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
     found.close()
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"id": 1}', b'{"x": 1}', None])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(b"", b"{", b"[]", b'{"id": 1}', b'{"x": 1}', None),
+        *(
+            json.dumps({**ENTRY._asdict(), "key": key}).encode()
+            for key in ({"file": 1}, {"fd": "3"}, {"file": "/a", "remove": "true"}, "file=/a")
+        ),
+    ],
+)
 def test_a_damaged_description_costs_no_tpm(catalogue: Catalogue, damage: bytes | None) -> None:
     path = os.path.join(catalogue.path, "one", "tpm.json")
     os.unlink(path)

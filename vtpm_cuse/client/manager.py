@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar, get_args
 from vtpm_cuse.client.connect import connect_unix
 from vtpm_cuse.errors import FleetError, FleetFault, FrontendError, MessageError, VarlinkError
 from vtpm_cuse.wire import manager, varlink
-from vtpm_cuse.wire.manager import MANAGER, Event, Identity, Tpm
+from vtpm_cuse.wire.manager import MANAGER, Event, Identity, Key, Tpm
 from vtpm_cuse.wire.varlink import BadParameter, Call, Messages, Reply, from_json, to_json
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Manager:
         profile: str | None = None,
         labels: Mapping[str, str] | None = None,
         manufactured: bool = False,
+        key: Key | None = None,
     ) -> Tpm:
         """Makes a TPM, which is stopped.
 
@@ -107,9 +108,10 @@ class Manager:
             profile: libtpms' JSON, or a name for it.
             labels: To be kept beside it.
             manufactured: It has endorsement keys, their certificates, and one of the platform.
+            key: Where the manager finds the key that encrypts what is stored of it.
         """
         kept = None if labels is None else dict(labels)
-        given = manager.Create(name, owner, profile, kept, manufactured or None)
+        given = manager.Create(name, owner, profile, kept, manufactured or None, key)
         return self._tpm("Create", given)
 
     def start(self, name: str) -> Tpm:

@@ -19,6 +19,7 @@ import trio
 
 from vtpm_cuse import __version__
 from vtpm_cuse.acquire.peers import NO_UID, Credentials
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.base import Spec
@@ -273,7 +274,23 @@ class _Client:
         if not 0 <= owner < NO_UID:
             raise _bad_parameter("owner")
         labels = tuple((given.labels or {}).items())
-        return Spec(given.name, owner, given.profile, bool(given.manufactured), labels)
+        key = self._key(given.name, given.key)
+        return Spec(given.name, owner, given.profile, bool(given.manufactured), labels, key)
+
+    def _key(self, name: str, given: manager.Key | None) -> KeySource | None:
+        """Raises FleetError for those who could not read it, and VarlinkError."""
+        if given is None:
+            return None
+        if not self._asker.manages_all:  # the manager reads it, and it would tell them of files
+            reason = "only root, and the user of the manager, can say where a key is"
+            raise FleetError("NotOwner", name, reason)
+        paths = [path for path in (given.file, given.pwdfile) if path is not None]
+        if len([*paths, *filter(None, [given.credential])]) != 1:
+            raise _bad_parameter("key")
+        if not all(map(os.path.isabs, paths)):
+            raise _bad_parameter("key.file" if given.file else "key.pwdfile")
+        found = {field: text for field, text in given._asdict().items() if text is not None}
+        return KeySource(**found)
 
     async def _list(self, given: manager.Listed) -> Iterator[Reply]:
         if given.name is not None:
@@ -364,6 +381,7 @@ def _shown(tpm: Tpm) -> manager.Tpm:
         {"commands": tpm.commands, "wakes": tpm.wakes},
         dict(tpm.labels),
         tpm.failure,
+        tpm.encrypted,
         tpm.last_used,
         tpm.pid,
     )

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from vtpm_cuse.config import KeySource
+
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 """Off; on, without a process; on, in a process of its own; on the way there; lost until a reset."""
 SocketKind = Literal["data", "control", "managed"]
@@ -16,13 +18,17 @@ Identity = Literal["new", "same"]
 
 
 class Spec(NamedTuple):
-    """A TPM to be made: ``owner`` is a uid, ``profile`` libtpms' JSON or a name for it."""
+    """A TPM to be made: ``owner`` is a uid, ``profile`` libtpms' JSON or a name for it.
+
+    ``key`` is where the key is kept that encrypts its state; it is read there at every start.
+    """
 
     name: str
     owner: int
     profile: str | None = None
     manufactured: bool = False
     labels: tuple[tuple[str, str], ...] = ()
+    key: KeySource | None = None
 
 
 class Tpm(NamedTuple):
@@ -31,7 +37,8 @@ class Tpm(NamedTuple):
     ``id`` is a UUID and never changes; ``sockets`` are absolute paths; ``generation`` counts its
     sleeps and power-ups; ``last_used`` is seconds since 1970, None before the first use;
     ``commands`` and ``wakes`` count since the manager began; ``pid`` is that of its process while
-    it has one; ``failure`` says what happened to one that is failed, and is empty otherwise.
+    it has one; ``failure`` says what happened to one that is failed, and is empty otherwise;
+    what is stored of one that is ``encrypted`` needs its key.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Tpm(NamedTuple):
     pid: int | None
     failure: str
     labels: tuple[tuple[str, str], ...] = ()
+    encrypted: bool = False
 
 
 class Event(NamedTuple):
@@ -65,7 +73,7 @@ class Fleet(Protocol):
     """
 
     async def create(self, spec: Spec) -> Tpm:
-        """Make a TPM, stopped. OverLimit, TpmExists, BadName."""
+        """Make a TPM, stopped. OverLimit, TpmExists, BadName, KeyRejected."""
 
     async def start(self, name: str) -> Tpm:
         """Power it on, cold. Busy unless stopped; StateDamaged, KeyRejected."""

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import uuid
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
 from vtpm_cuse.files import flush_folder, make_folder, write_output
 from vtpm_cuse.storage.locking import take_lock
@@ -33,18 +34,20 @@ _LOCK: Final = ".lock"
 _FOLDER_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _ENTRY_MAX: Final = 1 << 16
+_KEY: Final = frozenset({"file", "pwdfile", "credential", "mode", "format", "kdf"})
 _LABELS_MAX: Final = 64
 _LABEL_MAX: Final = 256
 
 
 class Entry(NamedTuple):
-    """What is kept of a TPM besides its state; see `base.Spec`."""
+    """What is kept of a TPM besides its state; see `base.Spec`. No key is, but where one is."""
 
     id: str
     owner: int
     profile: str | None
     manufactured: bool
     labels: tuple[tuple[str, str], ...]
+    key: KeySource | None = None
 
 
 def check_name(name: str) -> str:
@@ -119,7 +122,7 @@ class Catalogue:
     def _write(self, folder: str, entry: Entry) -> None:
         path = os.path.join(folder, _FILE)
         with _errors(path):
-            text = json.dumps(entry._asdict(), indent=1) + "\n"
+            text = json.dumps(_kept(entry), indent=1) + "\n"
             write_output(path, text.encode(), _FILE_MODE)
 
     def _of(self, name: str) -> str:
@@ -193,12 +196,26 @@ class Catalogue:
             os.close(fd)
 
 
+# Any: JSON.
+def _kept(entry: Entry) -> dict[str, Any]:
+    found = entry._asdict()
+    if (key := found.pop("key")) is not None:
+        defaults = KeySource._field_defaults
+        found["key"] = {name: of for name, of in key._asdict().items() if of != defaults[name]}
+    return found
+
+
 def _read_entry(text: bytes) -> Entry:
     found = Entry(**json.loads(text))
     labels = tuple((str(key), str(value)) for key, value in found.labels)
     if not isinstance(found.owner, int) or not isinstance(found.profile, str | None):
         raise TypeError("a value is of another kind")
-    return found._replace(id=str(uuid.UUID(found.id)), labels=labels)
+    key: Any = found.key
+    if key is not None:
+        if not dict(key).keys() <= _KEY or not all(isinstance(of, str) for of in key.values()):
+            raise TypeError("where its key is, is no such place")
+        key = KeySource(**key)
+    return found._replace(id=str(uuid.UUID(found.id)), labels=labels, key=key)
 
 
 @contextlib.contextmanager

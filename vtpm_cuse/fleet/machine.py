@@ -127,6 +127,7 @@ class Machine:
             self._worker.pid if self._worker else None,
             self._failure,
             self.entry.labels,
+            self.entry.key is not None,
         )
 
     @property
@@ -154,9 +155,7 @@ class Machine:
         self.need_stopped()
         self._become("starting")
         try:
-            self._vault = vault = Vault(self._all.catalogue.state_of(self.name))
-            await trio.to_thread.run_sync(vault.lock)
-            await trio.to_thread.run_sync(vault.forget_volatile)
+            await trio.to_thread.run_sync(self._open_vault)
             self._endpoints = self._listen()
             failure = await self._serve(ON)
         except (VtpmError, OSError) as exc:
@@ -239,6 +238,14 @@ class Machine:
         return report
 
     # -- its process ------------------------------------------------------------------------------
+
+    def _open_vault(self) -> None:
+        """Its state is for nobody else. Raises StorageError."""
+        folder = self._all.catalogue.state_of(self.name)
+        self._vault = vault = Vault.of(folder, self.entry.key)
+        vault.lock()
+        vault.permanent()  # a wrong key is one, before a worker takes it for damage
+        vault.forget_volatile()
 
     def _listen(self) -> Endpoints:
         make_folder(self._folder, _FOLDER_MODE, umask=False)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
@@ -155,7 +156,9 @@ class Manager:
             try:
                 made = await self._pool.take(spec.profile) if spec.manufactured else None
                 number = made.id if made else str(uuid.uuid4())
-                entry = Entry(number, spec.owner, spec.profile, spec.manufactured, spec.labels)
+                entry = Entry(
+                    *(number, spec.owner, spec.profile, spec.manufactured, spec.labels, spec.key)
+                )
                 return await self._new(name, entry, made)
             except UsageError as exc:
                 raise FleetError("StateDamaged", name, str(exc)) from exc
@@ -165,7 +168,10 @@ class Manager:
     async def _new(self, name: str, entry: Entry, made: Made | None) -> Tpm:
         """One that is *made*, or is made here, with its folder. Raises VtpmError, OSError."""
         try:
-            vault = Vault(self._catalogue.begin(entry.id), may_begin=True)
+            folder = self._catalogue.begin(entry.id)
+            vault = await trio.to_thread.run_sync(
+                partial(Vault.of, folder, entry.key, may_begin=True)
+            )
             try:
                 vault.lock()
                 if made is None:
@@ -273,7 +279,9 @@ class Manager:
             reason = "the TPM with these seeds and keys is there: two would be one to others"
             raise FleetError("TpmExists", name, reason)
         return await self.create(
-            Spec(new_name, entry.owner, entry.profile, entry.manufactured, entry.labels)
+            Spec(
+                new_name, *(entry.owner, entry.profile, entry.manufactured, entry.labels, entry.key)
+            )
         )
 
     async def hibernate(self, name: str) -> Tpm:

@@ -9,10 +9,22 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.errors import BlobError, ChannelError, StateDamaged, StateMissing, StorageError
+from vtpm_cuse.errors import (
+    BlobError,
+    ChannelError,
+    StateDamaged,
+    StateKeyRejected,
+    StateMissing,
+    StorageError,
+    UsageError,
+)
+from vtpm_cuse.faults import sentence
+from vtpm_cuse.files import open_to_read
 from vtpm_cuse.fleet.messages import Answer, Call, Message
 from vtpm_cuse.fleet.store import described
+from vtpm_cuse.service.keys import open_key
 from vtpm_cuse.storage.base import BLOB_NAMES, OWNER_MODE, PERMANENT
+from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.wire.blob import (
@@ -30,6 +42,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vtpm_cuse.config import KeySource
     from vtpm_cuse.storage.keys import Key
 
 QUICK: Final = frozenset({Call.LOAD, Call.SIZES, Call.REMAINS, Call.LOCK})
@@ -53,6 +66,15 @@ class Vault:
         self._sealed = SealedStore(self.blobs, key)
         self._may_begin = may_begin
         self.closed = False
+
+    @classmethod
+    def of(cls, folder: str, source: KeySource | None, *, may_begin: bool = False) -> Vault:
+        """With the key that is kept there. Raises StateKeyRejected where it cannot be had."""
+        try:
+            key = None if source is None else _key_at(source)
+        except (UsageError, OSError) as exc:
+            raise StateKeyRejected(folder, sentence(exc), PtmResult.TPM_KEYNOTFOUND) from exc
+        return cls(folder, key, may_begin=may_begin)
 
     def lock(self) -> None:
         """For as long as it is on. Raises StorageError."""
@@ -126,3 +148,16 @@ class Vault:
         if name == PERMANENT:
             raise ChannelError("the permanent state is to be deleted")
         self._sealed.delete(name, must_exist=must_exist)
+
+
+def _key_at(source: KeySource) -> Key:
+    """Of a file, so that nobody waits for it. Raises UsageError, OSError."""
+    allowed = {"mode": CIPHER_KEY_SIZES, "format": KEY_FORMATS, "kdf": KDFS}
+    for name, known in allowed.items():
+        if getattr(source, name) not in known:
+            raise UsageError(f"the {name} of its key is none of {', '.join(known)}")
+    if source.file is not None:
+        source = source._replace(file=None, fd=open_to_read(source.file))
+    elif source.pwdfile is not None:
+        source = source._replace(pwdfile=None, pwdfd=open_to_read(source.pwdfile))
+    return open_key(source)

@@ -25,6 +25,7 @@ class Tpm(NamedTuple):
         counters: "commands" it was given, and "wakes".
         labels: What its owner has written beside it.
         failure: Why it has failed; else empty.
+        encrypted: Whether what is stored of it is.
         last_used: Of its last command, in seconds since 1970.
         pid: The process that serves it, while it is awake.
     """
@@ -39,6 +40,7 @@ class Tpm(NamedTuple):
     counters: dict[str, int]
     labels: dict[str, str]
     failure: str
+    encrypted: bool
     last_used: float | None = None
     pid: int | None = None
 
@@ -50,11 +52,32 @@ class Event(NamedTuple):
     tpm: Tpm
 
 
+class Key(NamedTuple):
+    """Where the manager reads a key, whenever it needs it: a file, a passphrase's, a credential.
+
+    Attributes:
+        file: Absolute path of a file with the key.
+        pwdfile: Absolute path of a file with a passphrase.
+        credential: Name of a file in the manager's credentials directory, with the key.
+        mode: The cipher, by default "aes-128-cbc".
+        format: Of the key, "hex" by default, or "binary".
+        kdf: For a passphrase, "pbkdf2" by default, or "sha512".
+    """
+
+    file: str | None = None
+    pwdfile: str | None = None
+    credential: str | None = None
+    mode: str | None = None
+    format: str | None = None
+    kdf: str | None = None
+
+
 class Create(NamedTuple):
     """A TPM that is to be: for its owner, by default who asks.
 
     Attributes:
         manufactured: With endorsement keys, their certificates, and one of the platform.
+        key: Encrypts what is stored of it.
     """
 
     name: str
@@ -62,6 +85,7 @@ class Create(NamedTuple):
     profile: str | None = None
     labels: dict[str, str] | None = None
     manufactured: bool | None = None
+    key: Key | None = None
 
 
 class Named(NamedTuple):
@@ -134,7 +158,7 @@ class Why(NamedTuple):
 MANAGER: Final = Interface(
     "org.vtpmcuse.Manager",
     "Many virtual TPMs of one host.",
-    (Tpm, Event),
+    (Tpm, Event, Key),
     (
         Method("Create", Create, OfTpm, "Makes a TPM, which is stopped."),
         Method("Start", Named, OfTpm, "Serves it; the first command wakes it."),
@@ -157,7 +181,7 @@ MANAGER: Final = Interface(
         Failure("Busy", Why, "It is in a state in which this cannot be done."),
         Failure("NotOwner", Why, "It belongs to another user."),
         Failure("StateDamaged", Why, "What is stored of it is damaged."),
-        Failure("KeyRejected", Why, "What is stored of it is encrypted by another key."),
+        Failure("KeyRejected", Why, "Its key cannot be had, or is not the one that it needs."),
         Failure("OverLimit", Why, "There are too many already, or it is too large."),
         Failure("BadName", Why, "No TPM and no snapshot can be called so."),
         Failure("Failed", Why, "This host does not let the manager do it."),

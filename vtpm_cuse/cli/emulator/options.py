@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.cli.words.keys import KEY
 from vtpm_cuse.cli.words.table import InterfaceName, Kind, Option, SubOption
 
 if TYPE_CHECKING:
@@ -39,19 +40,6 @@ def _address(*, default_type: str) -> tuple[SubOption, ...]:
         SubOption("gid", "group of the path", Kind.GID, "GID"),
     )
 
-
-_KEY: Final = (
-    SubOption("file", "file that holds the key", metavar="PATH"),
-    SubOption("fd", "descriptor to read the key from", Kind.INT, "FD"),
-    SubOption("credential", "systemd credential that holds the key", metavar="NAME"),
-    SubOption("keyring", "user key in a kernel keyring that holds the key", metavar="DESC"),
-    SubOption("pwdfile", "file that holds a passphrase", metavar="PATH"),
-    SubOption("pwdfd", "descriptor to read a passphrase from", Kind.INT, "FD"),
-    SubOption("mode", "aes-128-cbc (the default), aes-cbc or aes-256-cbc", metavar="CIPHER"),
-    SubOption("format", "hex (the default) or binary", metavar="FORMAT"),
-    SubOption("kdf", "pbkdf2 (the default) or sha512", metavar="KDF"),
-    SubOption("remove", "remove the key or passphrase file after it was read", Kind.BOOL),
-)
 
 _TPMSTATE: Final = (
     SubOption("dir", "directory of the state files", metavar="DIR"),
@@ -378,8 +366,8 @@ OPTIONS: Final[Sequence[Option]] = (
             SubOption("fd", "open descriptor of a file", Kind.INT, "FD"),
         ),
     ),
-    Option("key", "key that encrypts the state files", noun="key", subs=_KEY),
-    Option("migration-key", "key that encrypts state blobs on their way", noun="key", subs=_KEY),
+    Option("key", "key that encrypts the state files", noun="key", subs=KEY),
+    Option("migration-key", "key that encrypts state blobs on their way", noun="key", subs=KEY),
     Option(
         "migration",
         "how the state comes and goes in a migration",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, EXITS, OPTIONS, ask, operands, tell
 from vtpm_cuse.cli.words.front import run_command
+from vtpm_cuse.cli.words.keys import KEY
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vtpm_cuse.cli.words.commandline import CommandLine
+    from vtpm_cuse.wire.manager import Key
+
+_KEY: Final = frozenset({"file", "pwdfile", "credential", "mode", "format", "kdf"})
 
 PROGRAM: Final = Program(
     "vtpm create",
@@ -25,6 +30,12 @@ PROGRAM: Final = Program(
             "the manager's swtpm_setup.conf says",
         ),
         Option("profile", "libtpms' profile, as JSON or by a name", metavar="PROFILE"),
+        Option(
+            "key",
+            "where the manager finds the key that encrypts what is stored of it",
+            noun="key",
+            subs=tuple(sub for sub in KEY if sub.name in _KEY),
+        ),
         Option(
             "label",
             "to be kept beside it, for people and scripts",
@@ -42,10 +53,19 @@ PROGRAM: Final = Program(
         "The certificates of one that is manufactured have its id, as vtpm show prints it, as common "
         "name: the name can change, and the id never does. The manager has some ready, so it need "
         "not be waited for (see --pool in vtpmd(8)), but for one of another profile.",
+        "A key is read by the manager, each time the TPM is started, from the file or from the "
+        "credential that the manager was given by systemd; it remembers where that is, and no key. "
+        "Without it, the TPM cannot be started. Only root and the manager's user can say where it "
+        "is.",
     ),
     examples=(
         Example("", "vtpm create web1 && vtpm start web1"),
         Example("", "vtpm create --label vm=7 web2"),
+        Example(
+            "Encrypted",
+            "head -c 32 /dev/urandom >web4.key\n"
+            "vtpm create --key file=web4.key,format=binary,mode=aes-256-cbc web4",
+        ),
         Example("With keys and certificates", "vtpm create --manufactured web3"),
     ),
     exits=EXITS,
@@ -71,9 +91,23 @@ def _run(line: CommandLine) -> int:
             profile=line.value("profile"),
             labels=labels or None,
             manufactured=line.has("manufactured"),
+            key=_key(line),
         ),
     )
     return tell(line, tpm)
+
+
+def _key(line: CommandLine) -> Key | None:
+    """Raises UsageError."""
+    from vtpm_cuse.wire.manager import Key
+
+    if (given := line.subs("key")) is None:
+        return None
+    texts = {name: given.text(name) for name in _KEY}
+    for name in ("file", "pwdfile"):
+        if (path := texts[name]) is not None:
+            texts[name] = os.path.abspath(path)
+    return Key(**texts)
 
 
 def _label(text: str) -> tuple[str, str]:

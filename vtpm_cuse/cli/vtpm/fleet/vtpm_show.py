@@ -70,6 +70,8 @@ def _rows(tpm: Tpm) -> Iterator[tuple[str, str]]:
         yield "process", str(tpm.pid)
     yield from tpm.sockets.items()
     yield "generation", str(tpm.generation)
+    if tpm.encrypted:
+        yield "state files", "encrypted"
     for name, count in tpm.counters.items():
         yield name, str(count)
     yield "last used", when(tpm.last_used)
