@@ -172,15 +172,16 @@ def test_doctor_sees_them(system: System) -> None:
 
 def test_units_and_profiles_name_what_is_there(system: System) -> None:
     said = system.say("""
-        cat /usr/lib/systemd/system/swtpm-*@.service /etc/apparmor.d/abstractions/vtpm-cuse
-        for program in $(sed -n 's/^ExecStart=\\([^ ]*\\).*/\\1/p' /usr/lib/systemd/system/swtpm-*@*)
+        units="/usr/lib/systemd/system/swtpm-*@.service /usr/lib/systemd/*/vtpmd.service"
+        cat $units /etc/apparmor.d/abstractions/vtpm-cuse
+        for program in $(sed -n 's/^ExecStart=\\([^ ]*\\).*/\\1/p' $units)
         do test -x "$program" && "$program" --version >/dev/null; done
         apparmor_parser --skip-kernel-load --skip-cache /etc/apparmor.d/vtpm-cuse
-        getent passwd vtpm-cuse; test -d /etc/vtpm-cuse
+        getent passwd vtpm-cuse; getent passwd vtpmd; test -d /etc/vtpm-cuse
     """)
-    assert said.count("\nExecPaths=/usr/bin/env /usr/lib/vtpm-cuse /usr/bin/python3\n") == 3
+    assert said.count("\nExecPaths=/usr/bin/env /usr/lib/vtpm-cuse /usr/bin/python3\n") == 4
     assert "/usr/local/lib/vtpm-cuse" not in said
-    assert "/usr/local/bin/swtpm" not in said
+    assert "/usr/local/bin/" not in said
 
 
 def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: System) -> None:

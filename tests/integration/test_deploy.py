@@ -27,7 +27,7 @@ def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Programs to place, as "./setup deploy" builds them, but with nothing in them."""
     path = tmp_path_factory.mktemp("built") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
-    for name in ("swtpm", "swtpm-cuse"):
+    for name in ("swtpm", "swtpm-cuse", "vtpm", "vtpmd"):
         (path / "bin" / name).write_text(f"#!{path}/bin/python\nimport one\nprint('{name} runs')\n")
         (path / "bin" / name).chmod(0o755)
     (next((path / "lib").glob("python3*/site-packages")) / "one.py").write_text("x = 1\n")
@@ -93,7 +93,13 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
         "swtpm-cuse@.service",
         "swtpm-resource-manager@.service",
         "swtpm-vtpm-proxy@.service",
+        "vtpmd.service",
+        "vtpmd.socket",
     }
+    for unit in ("system", "user"):
+        text = (local / f"lib/systemd/{unit}/vtpmd.service").read_text()
+        (started,) = re.findall(r"^ExecStart=(\S+)", text, re.MULTILINE)
+        assert (system / started[1:]).resolve() == local / "lib/vtpm-cuse/venv/bin/vtpmd"
     assert (local / "include/swtpm/tpm_ioctl.h").is_file()
     assert (local / "share/man/man8/swtpm-cuse.8").resolve().name == "swtpm_cuse.8"
     assert (local / "share/bash-completion/completions/swtpm").resolve().is_file()
@@ -391,12 +397,17 @@ def test_a_deployment_that_broke_off_can_be_taken_out(system: Path, venv: Path) 
 
 @pytest.mark.parametrize(
     ("unit", "exposure"),
-    [("swtpm-cuse@", 5), ("swtpm-vtpm-proxy@", 10), ("swtpm-resource-manager@", 5)],
+    [
+        ("swtpm-cuse@.service", 5),
+        ("swtpm-vtpm-proxy@.service", 10),
+        ("swtpm-resource-manager@.service", 5),
+        ("vtpmd.service", 15),
+    ],
 )
 def test_units_are_hardened(unit: str, exposure: int, tmp_path: Path) -> None:
     """The score of systemd-analyze in tenths: 0 is a sealed box, 100 no protection."""
-    instance = tmp_path / f"{unit}x.service"
-    shutil.copy(ROOT / f"deploy/systemd/{unit}.service", instance)
+    instance = tmp_path / unit.replace("@", "@x")
+    shutil.copy(ROOT / "deploy/systemd" / unit, instance)
     command = ["systemd-analyze", "security", "--no-pager", "--offline=true"]
     done = subprocess.run([*command, f"--threshold={exposure}", instance], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")

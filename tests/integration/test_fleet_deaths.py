@@ -92,8 +92,41 @@ def test_the_manager_has_no_engine_and_a_worker_nothing_else(tmp_path: Path) -> 
     with life(tmp_path, 3600.0) as (manager, told):
         maps = Path(f"/proc/{manager.pid}/maps").read_text(encoding="utf-8")
         assert "libtpms" not in maps
-        found = status_of(told["worker"])
-        assert (found["Seccomp"], found["NoNewPrivs"]) == ("2", "1")
-        assert int(found["CapEff"], 16) == int(found["CapPrm"], 16) == 0
+        worker = status_of(told["worker"])
+        for found in (worker, status_of(int(worker["PPid"]))):  # and the zygote
+            assert (found["Seccomp"], found["NoNewPrivs"]) == ("2", "1")
+            assert int(found["CapEff"], 16) == int(found["CapPrm"], 16) == 0
+            users = set(found["Uid"].split())
+            assert len(users) == 1
+            assert (users == {str(os.geteuid())}) == (os.geteuid() != 0)  # of root's, somebody else
+            assert not found["Groups"] or os.geteuid() != 0
         opened = {os.readlink(entry) for entry in Path(f"/proc/{told['worker']}/fd").iterdir()}
         assert not [name for name in opened if name.startswith(str(tmp_path))]
+
+
+ZYGOTES: Final = """
+import ctypes, os, socket
+from vtpm_cuse.service.confine import seccomp
+number = ctypes.CDLL("libseccomp.so.2").seccomp_syscall_resolve_name(b"clone")
+libc = ctypes.CDLL(None)
+seccomp.make_filter("kill", sockets=True, hands_over=True, forks=True).load()
+"""
+
+
+@pytest.mark.parametrize(
+    ("attempt", "status"),
+    [
+        ("os._exit(os.waitstatus_to_exitcode(os.waitpid(os.fork() or os._exit(7), 0)[1]))", 7),
+        ("os.execv('/bin/true', ['true'])", -signal.SIGSYS),
+        ("socket.socket()", -signal.SIGSYS),
+        ("libc.unshare(0x20000)", -signal.SIGSYS),
+        # A process with a name space of its own: there is no such call.
+        ("os._exit(7 if libc.syscall(number, 0x20000011, 0, 0, 0, 0) == -1 else 1)", 7),
+    ],
+    ids=["fork", "program", "socket", "unshare", "clone"],
+)
+def test_what_forks_workers_can_do_little_else(attempt: str, status: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ZYGOTES + attempt], env={**os.environ, "PYTHONPATH": str(TREE)}
+    )
+    assert done.returncode == status

@@ -14,9 +14,12 @@ import pytest
 
 from tests.support import sockets as s
 from tests.support.commands import get_random
+from tests.support.programs import module_of
 from tests.support.waiting import PATIENCE_SECONDS
+from vtpm_cuse.client.manager import Manager
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _AS_PASSED: Final = """
@@ -71,6 +74,20 @@ def test_no_manager_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert "Could not reach the service manager" in server.log_text()
 
 
+def started(
+    names: str, listeners: Sequence[socket.socket], *words: str, stderr: int | None = None
+) -> subprocess.Popen[bytes]:
+    """A program of Python's that is given listening sockets."""
+    fds = [sock.fileno() for sock in listeners]
+    return subprocess.Popen(
+        [sys.executable, "-c", _AS_PASSED, names, ",".join(map(str, fds)), *words],
+        stdin=subprocess.DEVNULL,
+        stderr=stderr,
+        pass_fds=fds,
+        env=s.environment(),
+    )
+
+
 def passed(
     tmp_path: Path, names: str, *words: str, stderr: int | None = None
 ) -> subprocess.Popen[bytes]:
@@ -78,18 +95,8 @@ def passed(
     (tmp_path / "state").mkdir()
     with ExitStack() as stack:
         listeners = [stack.enter_context(s.listener(tmp_path / name)) for name in ("data", "ctrl")]
-        fds = [sock.fileno() for sock in listeners]
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-c", _AS_PASSED, names, ",".join(map(str, fds))),
-                *(*s.OURS[1:], "socket", "--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}"),
-                *(*s.RUNNING, *words),
-            ],
-            stdin=subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=fds,
-            env=s.environment(),
-        )
+        server = (*s.OURS[1:], "socket", "--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}")
+        return started(names, listeners, *server, *s.RUNNING, *words, stderr=stderr)
 
 
 def test_passed_sockets(tmp_path: Path) -> None:
@@ -119,6 +126,24 @@ def test_passed_sockets_that_do_not_fit(
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert said.decode().startswith(f"swtpm: {reason}")
+
+
+def test_a_manager_of_many_is_asked_on_a_passed_socket(
+    manager: socket.socket, tmp_path: Path
+) -> None:
+    code = f"import sys; from {module_of('vtpmd')} import main; sys.exit(main())"
+    words = ("-c", code, "--state", str(tmp_path / "state"), "--run", str(tmp_path / "run"))
+    path = tmp_path / "manager.sock"
+    with manager, s.listener(path) as listener:
+        process = started("manager", [listener], *words, stderr=subprocess.PIPE)
+        with process, Manager(str(path)) as asking:
+            assert asking.list() == []
+            assert manager.recv(100) == b"READY=1"
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, path.is_socket()) == (0, True)
+    assert set(os.listdir(tmp_path / "run")) <= {"tpm"}
+    assert all(line.startswith("vtpmd: ") for line in said.decode().splitlines())
 
 
 def test_sockets_passed_to_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

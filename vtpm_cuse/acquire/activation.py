@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import UsageError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _FIRST_FD: Final = 3
 _DIGITS_MAX: Final = 9
-NAMES: Final = ("data", "ctrl")
+EMULATORS: Final = ("data", "ctrl")
+MANAGERS: Final = ("manager",)
 
 
-def passed_sockets() -> dict[str, int]:
-    """Descriptors by name, "data" or "ctrl"; none if nobody passed any to this process.
+def passed_sockets(known: Sequence[str] = EMULATORS) -> dict[str, int]:
+    """Descriptors by the names *known*; none if nobody passed any to this process.
 
     Raises:
         UsageError: One of them has another name, or a name comes twice.
@@ -27,10 +31,10 @@ def passed_sockets() -> dict[str, int]:
     found: dict[str, int] = {}
     for number in range(int(count)):
         name = names[number] if number < len(names) else ""
-        if name not in NAMES or name in found:
+        if name not in known or name in found:
             raise UsageError(
                 f"The socket '{name}' of LISTEN_FDS cannot be used",
-                hint="each needs a name of its own: FileDescriptorName=data or =ctrl",
+                hint=f"each needs a name of its own: FileDescriptorName={' or ='.join(known)}",
             )
         found[name] = _FIRST_FD + number
     return found

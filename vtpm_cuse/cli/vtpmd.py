@@ -47,8 +47,8 @@ PROGRAM: Final = Program(
         "sockets: for commands (data), for PTM requests (data.ctrl), and for clients of its "
         "resource manager (managed). While nobody uses it, it sleeps: it has no process, and "
         "clients stay connected. What comes from one wakes it.",
-        "Each TPM that is awake has a process of its own, in a sandbox that can open no path. What "
-        "it stores goes to the manager, which puts it on the disk before the client is answered. "
+        "Each TPM that is awake has a process of its own, in a sandbox that can open no path, and "
+        "of root's manager as the user vtpmd, or nobody. What it stores goes to the manager, which puts it on the disk before the client is answered. "
         "The manager reads nothing of what clients send.",
         "It is asked on a Unix socket, manager.sock in the folder of the sockets: by root and its "
         "own user about all TPMs, by members of --group about those that are theirs.",
@@ -73,6 +73,10 @@ PROGRAM: Final = Program(
         Term("XDG_RUNTIME_DIR", "With --user, its folder vtpm has the sockets."),
         Term("XDG_CONFIG_HOME", "Where swtpm_setup finds its configuration; see swtpm_setup(8)."),
         Term("NOTIFY_SOCKET", "Where a service manager waits for it to be ready."),
+        Term(
+            "LISTEN_FDS, LISTEN_FDNAMES",
+            "A socket called manager that a service manager has opened: it is asked there.",
+        ),
     ),
     files=(
         Term("/var/lib/vtpm/NAME", "A TPM of root's manager: tpm.json, its state, its snapshots."),

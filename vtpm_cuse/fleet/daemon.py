@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vtpm_cuse import faults
+from vtpm_cuse.acquire import activation
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.sockets import listen
 from vtpm_cuse.config import SocketAddress
@@ -70,10 +71,14 @@ async def _live(settings: Settings, service: ServiceManager, held: HeldSignals) 
 
 @contextlib.contextmanager
 def _listener(settings: Settings) -> Iterator[trio.SocketListener]:
-    """Where it is asked: by its own user, and by the members of a group. Raises UsageError."""
+    """Where it is asked: by its own user, and by the members of a group. Raises UsageError.
+
+    Who has started it may have opened this, for whom he likes; then the path stays, too.
+    """
+    passed = activation.passed_sockets(activation.MANAGERS).get("manager")
     path = os.path.join(os.path.abspath(settings.run), SOCKET)
     mode = _OWN if settings.group is None else _OWN_AND_GROUP
     endpoints = Endpoints()
     with contextlib.closing(endpoints):
-        address = SocketAddress("unixio", path=path, mode=mode, gid=settings.group)
+        address = SocketAddress("unixio", fd=passed, path=path, mode=mode, gid=settings.group)
         yield trio.SocketListener(trio.socket.from_stdlib_socket(listen(endpoints, address)))

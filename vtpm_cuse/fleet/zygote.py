@@ -1,7 +1,8 @@
 """The process that workers are forked from: everything imported, and nothing of any TPM.
 
 It has one thread, no descriptor but its channel, no secret, and may open no path. It is started as
-a program of its own, so nothing of the manager's memory is in it.
+a program of its own, so nothing of the manager's memory is in it. Of root's manager it is not
+root: it is a user who owns nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.config import LogConfig
-from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.config import Exits, LogConfig, User
+from vtpm_cuse.errors import ChannelError, UsageError
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.service.confine import capabilities, landlock, seccomp, secrecy
+from vtpm_cuse.service.confine import capabilities, landlock, privileges, seccomp, secrecy
 from vtpm_cuse.service.confine.preload import import_all
 from vtpm_cuse.service.process import logs
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The manager ends who is to end: a terminal or a service manager tells all of them."""
+_ACCOUNTS: Final = ("vtpmd", "nobody")
+"""As whom root's TPMs are served: the first that this system has."""
 _FILES_MAX: Final = 1024
 _CHILD: Final = {signal.SIGCHLD}
 
@@ -48,7 +51,7 @@ def main() -> None:
 
     _ = worker
     rules = seccomp.make_filter("kill", sockets=True, hands_over=True)
-    _confine()
+    _confine(seccomp.make_filter("kill", sockets=True, hands_over=True, forks=True))
     signal.signal(signal.SIGCHLD, _reap)
     gc.collect()
     gc.freeze()
@@ -59,7 +62,9 @@ def main() -> None:
             _fork(message, channel, rules)
 
 
-def _confine() -> None:
+def _confine(rules: Filter | None) -> None:
+    if os.geteuid() == 0:
+        privileges.become(_account(), Exits())
     secrecy.hide_process()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # A worker looks at every number, for no folder shows it which are taken.
@@ -71,6 +76,15 @@ def _confine() -> None:
         landlock.restrict({})
     except landlock.LandlockMissing as exc:
         log.warning("There is no Landlock, so files are not out of a TPM's reach: %s", exc)
+    if rules is not None:
+        rules.load()
+
+
+def _account() -> User:
+    for name in _ACCOUNTS:
+        with contextlib.suppress(UsageError):
+            return privileges.find_user(name)._replace(groups=())
+    raise UsageError(f"There is none of these users: {', '.join(_ACCOUNTS)}")
 
 
 def _reap(_number: int, _frame: object) -> None:

@@ -55,13 +55,14 @@ def run_emulator(
 
 def run_server(table: Program, words: Sequence[str], name: str, serve: Serve) -> int:
     """As `run_emulator`, of a program that has no TPM of its own to tell of."""
-    logs.configure(LogConfig())
+    unasked = LogConfig(prefix=f"{table.name.split()[0]}: ")
+    logs.configure(unasked)
 
     def run() -> int:
         line = CommandLine(table, words, name)
         if _has_told(line, name):
             return 0
-        logs.configure(settings.log_config(line))
+        logs.configure(settings.log_config(line, unasked))
         return serve(line)
 
     return run_program(run, log.error, clears_up=False)

@@ -350,11 +350,11 @@ def _kept_in(state: StateConfig, *, tpm2: bool) -> tuple[bool, str]:
         store.close()
 
 
-def log_config(line: CommandLine) -> LogConfig:
-    """``--log``. Raises UsageError."""
+def log_config(line: CommandLine, unasked: LogConfig | None = None) -> LogConfig:
+    """``--log``, or *unasked* without it. Raises UsageError."""
     given = line.subs("log")
     if given is None:
-        return LogConfig()
+        return unasked or LogConfig()
     path = given.text("file")
     return LogConfig(
         path=path if path in {None, "-"} else absolute_path(path),

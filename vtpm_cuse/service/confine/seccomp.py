@@ -57,6 +57,15 @@ _SOCKETS: Final = "accept accept4 recvmsg shutdown getsockname getpeername"
 _HANDS_OVER: Final = "sendmsg"
 """Of those who are one of many, each for a while, and give back what they served."""
 
+_FORKS: Final = (
+    # processes, and the descriptors that mean them
+    "fork wait4 pidfd_open "
+    # the beginning of what is forked: its loop, and the sandbox that it goes into
+    "socketpair epoll_create1 eventfd2 pipe2 umask prctl capget capset seccomp prlimit64 setrlimit "
+    "getrlimit landlock_create_ruleset landlock_add_rule landlock_restrict_self"
+)
+"""Of those whom others are forked from."""
+
 _DEADLY: Final = (
     # other programs and processes
     "execve execveat fork vfork clone ptrace process_vm_readv process_vm_writev kcmp "
@@ -156,6 +165,15 @@ _WITH_ARGUMENTS: Final[_WithArguments] = (
     *((name, (_none_of(2, _PROT_EXEC),)) for name in ("mmap", "mmap2", "mprotect")),
 )
 
+_NAME_SPACES: Final = 0x7E02_0080  # CLONE_NEW*, linux/sched.h
+_FORKS_WITH_ARGUMENTS: Final[_WithArguments] = (
+    # clone3, whose arguments nobody can see, is not there, and is not asked for again.
+    ("clone", (_none_of(0, _NAME_SPACES),)),
+    *(
+        ("setsockopt", (_is(1, socket.SOL_SOCKET), _is(2, buffer)))
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF)
+    ),
+)
 _SOCKETS_WITH_ARGUMENTS: Final[_WithArguments] = (
     ("setsockopt", (_is(1, socket.IPPROTO_TCP), _is(2, socket.TCP_NODELAY))),
     ("getsockopt", (_is(1, socket.SOL_SOCKET),)),
@@ -245,7 +263,9 @@ class _Rules:
             raise _refused(os.strerror(-result))
 
 
-def make_filter(action: SeccompAction, *, sockets: bool, hands_over: bool = False) -> Filter | None:
+def make_filter(
+    action: SeccompAction, *, sockets: bool, hands_over: bool = False, forks: bool = False
+) -> Filter | None:
     """The filter, made while its library can still be opened; none for the action "none".
 
     With "log" nothing is refused: what "kill" would refuse is in the kernel's audit log.
@@ -254,6 +274,7 @@ def make_filter(action: SeccompAction, *, sockets: bool, hands_over: bool = Fals
         action: What becomes of other calls.
         sockets: Whether there are sockets to accept clients on.
         hands_over: Whether descriptors go back to who has given them.
+        forks: Whether processes are forked, who then load a filter of their own.
 
     Raises:
         FrontendError: There is no libseccomp.
@@ -262,15 +283,24 @@ def make_filter(action: SeccompAction, *, sockets: bool, hands_over: bool = Fals
         return None
     kill = action == "kill"
     rules = _Rules(_ERRNO | errno.ENOSYS if kill else _LOG, _KILL_PROCESS if kill else _LOG)
-    more = f"{_SOCKETS if sockets else ''} {_HANDS_OVER if hands_over else ''}"
-    for name in (_ALLOWED + " " + more).split():
-        rules.add(_ALLOW, name)
-    for name, arguments in _WITH_ARGUMENTS + (_SOCKETS_WITH_ARGUMENTS if sockets else ()):
-        rules.add(_ALLOW, name, *arguments)
+    kinds = (
+        (True, _ALLOWED, _WITH_ARGUMENTS),
+        (sockets, _SOCKETS, _SOCKETS_WITH_ARGUMENTS),
+        (hands_over, _HANDS_OVER, ()),
+        (forks, _FORKS, _FORKS_WITH_ARGUMENTS),
+    )
+    allowed: set[str] = set()
+    for wanted, names, with_arguments in kinds:
+        if wanted:
+            for name in names.split():
+                rules.add(_ALLOW, name)
+            for name, arguments in with_arguments:
+                rules.add(_ALLOW, name, *arguments)
+            allowed.update(names.split(), (name for name, _ in with_arguments))
     for request in _IOCTLS:
         rules.add(_ALLOW, "ioctl", _is(1, request))
     if kill:
-        for name in _DEADLY.split():
+        for name in set(_DEADLY.split()) - allowed:
             rules.add(_KILL_PROCESS, name)
     return rules.finish()
 
