@@ -44,52 +44,7 @@ UNITS = Path("/etc/systemd/system")
 SECRET = b"kept over a restart"
 TRANSIENT_USERS = range(61184, 65520)  # systemd's numbers for DynamicUser=
 VENV = Path("/usr/local/lib/vtpm-cuse/venv")
-
-# What one instance might do to another, each a way that works for root. Says which of them worked.
-PROBE = """\
-import json, os, pathlib, signal, stat, sys
-other, pid, major, minor = sys.argv[1], *map(int, sys.argv[2:])
-own = pathlib.Path(os.environ["STATE_DIRECTORY"])
-permall = f"vtpm-cuse/{other}/tpm2-00.permall"
-
-def read(path):
-    with open(path, "rb") as file:
-        file.read(1)
-
-def use(path):
-    os.close(os.open(path, os.O_RDWR))
-
-def make_node():
-    os.mknod(own / "node", stat.S_IFCHR | 0o600, os.makedev(major, minor))
-    use(own / "node")
-
-ways = {
-    "its own state": lambda: (own / "mine").write_text("x"),
-    "state": lambda: read(f"/var/lib/private/{permall}"),
-    "state by its link": lambda: read(f"/var/lib/{permall}"),
-    "state through the process": lambda: read(f"/proc/{pid}/root/var/lib/private/{permall}"),
-    "state, written": lambda: use(f"/var/lib/private/{permall}"),
-    "key": lambda: read(f"/etc/vtpm-cuse/{other}.key"),
-    "key in a folder": lambda: read(f"/etc/vtpm-cuse/{other}/key"),
-    "key through the process": lambda: read(f"/proc/{pid}/root/etc/vtpm-cuse/{other}.key"),
-    "settings": lambda: read(f"/etc/vtpm-cuse/{other}.env"),
-    "credential": lambda: read(f"/run/credentials/swtpm-cuse@{other}.service/state.key"),
-    "device": lambda: use(f"/dev/{other}"),
-    "device by a node of its own": make_node,
-    "signal": lambda: os.kill(pid, 0),
-    "signal by pidfd": lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 0),
-    "memory": lambda: use(f"/proc/{pid}/mem"),
-    "environment": lambda: read(f"/proc/{pid}/environ"),
-}
-worked = []
-for name, way in ways.items():
-    try:
-        way()
-    except OSError:
-        continue
-    worked.append(name)
-(own / "worked").write_text(json.dumps([worked, list(ways)]))
-"""
+INTRUDER = Path(__file__).with_name("intruder.py")
 
 # Not ours, slow, or at odds with a file tree that the lab's own process 1 set up.
 MASKED = (
@@ -423,9 +378,9 @@ def neighbour(systemd: Systemd) -> Iterator[str]:
 
 
 def probe(neighbour: str, systemd: Systemd) -> list[str]:
-    """The command line of PROBE."""
-    program = VENV / "probe.py"
-    program.write_text(PROBE)
+    """The command line of the intruder."""
+    program = VENV / "intruder.py"
+    program.write_text(INTRUDER.read_text())
     number = device_of(neighbour).stat().st_rdev
     numbers = (systemd.show(neighbour, "MainPID"), os.major(number), os.minor(number))
     words = [f"{VENV}/bin/python3", "-I", program, device_of(neighbour).name, *numbers]
@@ -544,15 +499,37 @@ def test_the_proxys_unit_is_a_tpm_of_the_kernels(systemd: Systemd) -> None:
     wait_until(lambda: not plain.exists(), "the kernel takes them away")
 
 
+def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
+    """Its TPMs are served by an account that owns nothing, and are there after a restart."""
+    (SETTINGS / "vtpmd.env").write_text("VTPMD_OPTIONS=--log level=1 --idle 600\n")
+    systemd.systemctl("start", "vtpmd.socket")
+    try:
+        systemd.call("vtpm", "create", "one")
+        for _ in range(2):
+            told = json.loads(systemd.call("vtpm", "start", "one", "--json").stdout)
+            tcti = ("-T", f"swtpm:path={told['sockets']['data']}")
+            done = systemd.call("tpm2_getrandom", *tcti, "--hex", "4")
+            assert len(done.stdout.strip()) == 8
+            status = systemd.call("cat", f"/proc/{told['pid']}/status").stdout
+            worker = pwd.getpwnam("vtpmd").pw_uid
+            assert re.findall(r"^Uid:\t(\d+)", status, re.MULTILINE) == [str(worker)]
+            systemd.systemctl("stop", "vtpmd.service")
+    finally:
+        systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")
+    said = systemd.call("journalctl", "--no-pager", "-t", "vtpmd").stdout
+    assert "TPMs are in /var/lib/vtpm" in said
+
+
 def test_units_are_without_fault(systemd: Systemd) -> None:
-    names = ("swtpm-cuse@vtpm0.service", "swtpm-vtpm-proxy@a.service")
+    instances = ("swtpm-cuse@vtpm0.service", "swtpm-vtpm-proxy@a.service")
+    names = (*instances, "vtpmd.service", "vtpmd.socket")
     done = systemd.call("systemd-analyze", "verify", "--man=no", *names)
     assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_units_as_systemd_has_them_are_hardened(systemd: Systemd) -> None:
     """In tenths, as for the files that they are made of."""
-    for unit, exposure in (("swtpm-cuse@vtpm0", 5), ("swtpm-vtpm-proxy@a", 10)):
+    for unit, exposure in (("swtpm-cuse@vtpm0", 5), ("swtpm-vtpm-proxy@a", 10), ("vtpmd", 15)):
         words = ("security", "--no-pager", f"--threshold={exposure}", f"{unit}.service")
         systemd.call("systemd-analyze", *words)
 
