@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from tests.support.programs import module_of
-from tests.support.sockets import environment, listens
+from tests.support.sockets import connect, environment, listens
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError
@@ -92,6 +92,9 @@ def test_from_its_start_to_its_next(tmp_path: Path) -> None:
             assert next(event for event in events if event.tpm.state == "asleep").tpm.pid is None
             assert re.fullmatch("[0-9a-f]{16}", random_bytes(tpm.sockets["managed"]))
             assert manager.describe("web1").counters["commands"] >= 2
+            with connect(tmp_path / "run/metrics") as monitoring:
+                monitoring.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+                assert re.search(rb"\nvtpm_wake_seconds_count [1-9]", monitoring.rest())
             with Daemon(tmp_path) as second:
                 assert second.process.wait(PATIENCE_SECONDS) == 1
                 assert "Traceback" not in second.said

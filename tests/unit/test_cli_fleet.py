@@ -128,7 +128,7 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
         "interface": "socket",
         "sockets": {kind: f"/run/vtpm/web2/{kind}" for kind in ("data", "control", "managed")},
         "generation": 0,
-        "counters": {"commands": 5, "wakes": 2},
+        "counters": {"commands": 5, "wakes": 2, "sleeps": 0, "failures": 0},
         "labels": {},
         "failure": "crash\x1b[2J",
         "encrypted": False,
@@ -289,3 +289,11 @@ def test_a_refusal_of_another_kind_is_said_as_it_is(run: Run, fleet: FakeFleet) 
     )
     fleet.trouble = OSError(28, "No space left on device")
     assert run("wake", "web1")[2] == "vtpm wake: [Errno 28] No space left on device\n"
+
+
+def test_metrics_of_what_the_manager_lists(run: Run, fleet: FakeFleet) -> None:
+    fleet.add("web1", os.geteuid())
+    status, text, said = run("metrics")
+    assert (status, said) == (0, "")
+    assert f'vtpm_state{{tpm="web1",owner="{os.geteuid()}",state="stopped"}} 1\n' in text
+    assert text.endswith("\n# EOF\n")

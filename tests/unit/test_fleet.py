@@ -110,6 +110,8 @@ async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> 
                 assert event.tpm.pid is None
                 assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
         assert states[:4] == ["stopped", "starting", "awake", "asleep"]
+        assert event.tpm.sleeps == 2
+        assert sum(manager.wake_times.counts) == event.tpm.wakes == 1
         # Half a command keeps it awake.
         await client.send(tpm.get_random(8)[:5])
         await until(manager, "one", "awake")
@@ -188,7 +190,7 @@ async def test_a_dead_worker_is_a_failed_tpm_until_a_reset(tmp_path: Path, way: 
         answer = await later.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
         assert tpm.nv_data(answer) == DATA
         after = await manager.describe("one")
-        assert (after.state, after.failure) == ("awake", "")
+        assert (after.state, after.failure, after.failures) == ("awake", "", 1)
 
 
 @in_trio

@@ -115,7 +115,7 @@ def test_a_tpm_is_made_used_and_removed(fleet: FakeFleet, path: Path) -> None:
         assert made == manager.describe("web1") == manager.describe(made.id)
         assert (made.name, made.owner, made.state) == ("web1", os.geteuid(), "stopped")
         assert made.labels == {"vm": "7"}
-        assert made.counters == {"commands": 0, "wakes": 0}
+        assert made.counters == dict.fromkeys(("commands", "wakes", "sleeps", "failures"), 0)
         assert made.sockets["managed"] == "/run/vtpm/web1/managed"
         assert manager.start("web1").state == "asleep"
         assert manager.wake("web1").state == "awake"

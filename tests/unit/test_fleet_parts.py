@@ -42,6 +42,7 @@ from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
 from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
 from vtpm_cuse.wire.layout import HOST
+from vtpm_cuse.wire.metrics import Histogram
 from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
 if TYPE_CHECKING:
@@ -259,6 +260,7 @@ class Stage:
             Surroundings(
                 *(catalogue, cast("Workers", self), self.sleepers, nursery, str(run), LAZY),
                 lambda _: None,
+                Histogram(),
             ),
         )
 

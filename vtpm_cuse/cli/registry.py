@@ -38,6 +38,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.fleet.vtpm_create",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_hibernate",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_ls",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_metrics",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_reset",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_restore",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_rm",

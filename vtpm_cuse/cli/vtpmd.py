@@ -40,6 +40,11 @@ PROGRAM: Final = Program(
         Option(
             "group", "members of this group may ask it, each for TPMs of his own", metavar="GROUP"
         ),
+        Option(
+            "metrics-file",
+            "write every 15 seconds what the TPMs do, for node_exporter's textfile collector",
+            metavar="PATH",
+        ),
         *(option for option in _SOCKET if option.name in {"log", "help", "version"}),
     ),
     description=(
@@ -81,6 +86,7 @@ PROGRAM: Final = Program(
     files=(
         Term("/var/lib/vtpm/NAME", "A TPM of root's manager: tpm.json, its state, its snapshots."),
         Term("/run/vtpm/manager.sock", "Where vtpm(8) and others ask it, in varlink."),
+        Term("/run/vtpm/metrics", "What its TPMs do, in OpenMetrics, by HTTP on a Unix socket."),
         Term("/run/vtpm/tpm/NAME", "Its sockets: data, data.ctrl, managed."),
     ),
     see_also=("vtpm(8)", "swtpm_socket(8)", "swtpm_setup(8)"),
@@ -111,6 +117,7 @@ def _serve(line: CommandLine) -> int:
             messages=next(iter(logs.descriptors()), None),
             group=line.group("group"),
             pool=line.number("pool", _POOL_MAX) if line.has("pool") else None,
+            metrics_file=line.value("metrics-file"),
         )
         return daemon.run(found, notify.connect(), held)
     finally:

@@ -232,9 +232,9 @@ class _Client:
             case "GetInterfaceDescription", varlink.Asked(name):
                 return varlink.Described(_interface(name).description)
             case "Create", manager.Create():
-                return manager.OfTpm(_shown(await self._fleet.create(self._spec(given))))
+                return manager.OfTpm(as_told(await self._fleet.create(self._spec(given))))
             case "Describe", manager.Named(name):
-                return manager.OfTpm(_shown(await self._own(name)))
+                return manager.OfTpm(as_told(await self._own(name)))
             case "Remove", manager.Remove(name, force):
                 await self._fleet.remove((await self._own(name)).id, force=bool(force))
                 return varlink.Nothing()
@@ -252,7 +252,7 @@ class _Client:
                 tpm = await self._fleet.clone(key, new_name, identity or "new")
             case _:
                 tpm = await self._changes[method](key)
-        return manager.OfTpm(_shown(tpm))
+        return manager.OfTpm(as_told(tpm))
 
     async def _own(self, name: str) -> Tpm:
         """One that the client manages.
@@ -301,7 +301,7 @@ class _Client:
         if not found:
             return iter([Reply({})])
         return (
-            Reply(to_json(manager.OfTpms(_shown(tpm))), continues=number < last)
+            Reply(to_json(manager.OfTpms(as_told(tpm))), continues=number < last)
             for number, tpm in enumerate(found)
         )
 
@@ -310,7 +310,7 @@ class _Client:
             yield Reply({}, continues=True)
             async for event in events:
                 if self._asker.manages(event.tpm.owner):
-                    told = manager.Event(event.kind, _shown(event.tpm))
+                    told = manager.Event(event.kind, as_told(event.tpm))
                     yield Reply(to_json(manager.OfEvent(told)), continues=True)
         yield Reply({})
 
@@ -368,7 +368,7 @@ def _refusal(exc: Exception) -> Reply:
     return Reply(to_json(why), error=f"{MANAGER.name}.{name}")
 
 
-def _shown(tpm: Tpm) -> manager.Tpm:
+def as_told(tpm: Tpm) -> manager.Tpm:
     """As the wire has it."""
     return manager.Tpm(
         tpm.name,
@@ -378,7 +378,12 @@ def _shown(tpm: Tpm) -> manager.Tpm:
         tpm.interface,
         {str(kind): path for kind, path in tpm.sockets.items()},
         tpm.generation,
-        {"commands": tpm.commands, "wakes": tpm.wakes},
+        {
+            "commands": tpm.commands,
+            "wakes": tpm.wakes,
+            "sleeps": tpm.sleeps,
+            "failures": tpm.failures,
+        },
         dict(tpm.labels),
         tpm.failure,
         tpm.encrypted,

@@ -36,9 +36,9 @@ class Tpm(NamedTuple):
 
     ``id`` is a UUID and never changes; ``sockets`` are absolute paths; ``generation`` counts its
     sleeps and power-ups; ``last_used`` is seconds since 1970, None before the first use;
-    ``commands`` and ``wakes`` count since the manager began; ``pid`` is that of its process while
-    it has one; ``failure`` says what happened to one that is failed, and is empty otherwise;
-    what is stored of one that is ``encrypted`` needs its key.
+    ``commands``, ``wakes``, ``sleeps`` and ``failures`` count since the manager began; ``pid`` is
+    that of its process while it has one; ``failure`` says what happened to one that is failed, and
+    is empty otherwise; what is stored of one that is ``encrypted`` needs its key.
     """
 
     name: str
@@ -55,6 +55,8 @@ class Tpm(NamedTuple):
     failure: str
     labels: tuple[tuple[str, str], ...] = ()
     encrypted: bool = False
+    sleeps: int = 0
+    failures: int = 0
 
 
 class Event(NamedTuple):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.fleet.catalogue import Catalogue, Entry
     from vtpm_cuse.fleet.sleepers import Sleepers
     from vtpm_cuse.fleet.workers import WorkerProcess, Workers
+    from vtpm_cuse.wire.metrics import Histogram
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Surroundings(NamedTuple):
         run: The folder for sockets.
         idle: Seconds without a command after which a TPM sleeps.
         changed: Called with one that is not as it was.
+        wake_times: Of wakes, as seconds.
     """
 
     catalogue: Catalogue
@@ -80,6 +82,7 @@ class Surroundings(NamedTuple):
     run: str
     idle: float
     changed: Callable[[Machine], None]
+    wake_times: Histogram
 
 
 class Machine:
@@ -101,7 +104,7 @@ class Machine:
         self._failure = ""
         self._generation = 0
         self._commands = 0
-        self._wakes = 0
+        self._wakes = self._sleeps = self._failures = 0
         self._used: float | None = None
         self._vault: Vault | None = None
         self._endpoints: Endpoints | None = None
@@ -128,6 +131,8 @@ class Machine:
             self._failure,
             self.entry.labels,
             self.entry.key is not None,
+            self._sleeps,
+            self._failures,
         )
 
     @property
@@ -137,6 +142,7 @@ class Machine:
     def _become(self, state: State) -> None:
         if state != self.state:
             self.state = state
+            self._failures += state == "failed"
             self._all.changed(self)
 
     def refusal(self, reason: str) -> FleetError:
@@ -277,6 +283,7 @@ class Machine:
         """
         if (vault := self._vault) is None:
             raise self.refusal("it is off")
+        begin = trio.current_time()
         worker = await self._all.workers.take()
         # From here on the volatile state is used up, whatever happens.
         saved, self._saved = self._saved, b""
@@ -300,6 +307,8 @@ class Machine:
             await worker.orders.send(order)
         close_all(connections)
         await self._serving.wait()
+        if mode == RESUME and self._worker is not None:
+            self._all.wake_times.observe(trio.current_time() - begin)
         return self._failure if self._worker is None else ""
 
     async def _attend(self, worker: WorkerProcess, vault: Vault) -> None:
@@ -378,6 +387,7 @@ class Machine:
         self._watch_data = bool(message.flags & WATCH_DATA)
         self._commands += min(message.number, _COMMANDS_MAX)
         self._generation += 1
+        self._sleeps += 1
         if self.state != "failed":
             self._become("asleep")
         self._watch()

@@ -22,6 +22,7 @@ from vtpm_cuse.fleet.sleepers import Sleepers
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.fleet.workers import SPARE, Workers
 from vtpm_cuse.storage.base import PERMANENT
+from vtpm_cuse.wire.metrics import Histogram
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -53,6 +54,7 @@ class Settings(NamedTuple):
         spare: Blank workers that wait.
         messages: The descriptor that workers write messages to, if any.
         group: Whose members may ask it, besides its user and root.
+        metrics_file: Tells what its TPMs do, for a collector.
     """
 
     state: str
@@ -64,6 +66,7 @@ class Settings(NamedTuple):
     spare: int = SPARE
     messages: int | None = 2
     group: int | None = None
+    metrics_file: str | None = None
 
 
 @contextlib.asynccontextmanager
@@ -115,9 +118,10 @@ class Manager:
         self._pool = Pool(catalogue, nursery, settings.pool)
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
         self.workers = workers
+        self.wake_times = Histogram()
         self._surroundings = Surroundings(
             *(catalogue, workers, sleepers, nursery, os.path.abspath(settings.run)),
-            *(settings.idle, self._changed),
+            *(settings.idle, self._changed, self.wake_times),
         )
         self._machines = {
             name: Machine(name, entry, self._surroundings)

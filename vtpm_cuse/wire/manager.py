@@ -22,7 +22,7 @@ class Tpm(NamedTuple):
         interface: How clients reach it: "socket". (Libraries read no enum of one word.)
         sockets: Absolute paths of the Unix sockets "data", "control" and "managed".
         generation: Rises whenever it is given to another process.
-        counters: "commands" it was given, and "wakes".
+        counters: "commands" it was given, "wakes", "sleeps" and "failures".
         labels: What its owner has written beside it.
         failure: Why it has failed; else empty.
         encrypted: Whether what is stored of it is.

@@ -47,6 +47,7 @@ PROGRAM: Final = Program(
         Subcommand("create", "make a TPM", f"{_MANAGER}.vtpm_create"),
         Subcommand("hibernate", "put a TPM to sleep", f"{_MANAGER}.vtpm_hibernate"),
         Subcommand("ls", "the TPMs of the manager", f"{_MANAGER}.vtpm_ls"),
+        Subcommand("metrics", "figures about the TPMs", f"{_MANAGER}.vtpm_metrics"),
         Subcommand("reset", "switch a TPM off and on", f"{_MANAGER}.vtpm_reset"),
         Subcommand("restore", "give a TPM the state of a snapshot", f"{_MANAGER}.vtpm_restore"),
         Subcommand("rm", "delete a TPM, for good", f"{_MANAGER}.vtpm_rm"),
