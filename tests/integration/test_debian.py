@@ -11,6 +11,7 @@ from typing import Final
 
 import pytest
 
+from tests.support import unstable
 from tests.support.unstable import ROOT
 from tools.package import copy_tracked, day_of_release
 from vtpm_cuse import PEER_VERSION, __version__
@@ -25,17 +26,17 @@ SYSTEM: Final = {
     "LC_ALL": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
 }
-# A system of its own over this one, whose files it only reads; all that changes is in "upper".
+# A system of its own over another, whose files it only reads; all that changes is in "upper".
 ENTER: Final = """
 mount --make-rprivate /
-mount -t overlay -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" overlay "$1/system"
+mount -t overlay -o "lowerdir=$3,upperdir=$1/upper,workdir=$1/work" overlay "$1/system"
 cd "$1/system"
 mount -t proc proc proc
 mount --rbind /dev dev
 mount -t tmpfs tmpfs run
 mount -t tmpfs tmpfs tmp
 mount --bind "$2" mnt
-shift 2
+shift 3
 exec chroot . /bin/sh -ec "$@"
 """
 # Where the package manager and what it starts note what they did.
@@ -49,11 +50,12 @@ def is_new(name: str) -> bool:
 
 
 class System:
-    """A Debian with this machine's packages, Debian's swtpm among them, and with ours beside it."""
+    """A Debian with the packages of *below*, Debian's swtpm among them, and with ours beside it."""
 
-    def __init__(self, folder: Path, debs: Path) -> None:
+    def __init__(self, folder: Path, debs: Path, below: Path = Path("/")) -> None:
         self._folder = folder
         self._debs = debs
+        self._below = below
         for name in ("upper", "work", "system"):
             (folder / name).mkdir()
 
@@ -61,7 +63,7 @@ class System:
         """A script of sh in there, that ends at the first error."""
         alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
         return subprocess.run(
-            [*alone, "sh", "-ec", ENTER, "sh", self._folder, self._debs, script],
+            [*alone, "sh", "-ec", ENTER, "sh", self._folder, self._debs, self._below, script],
             env={**SYSTEM, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -209,3 +211,19 @@ def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: S
     assert len(ca) >= 4
     folders = {str(path) for name in (STATE, KEY) for path in Path(name).parents}
     assert system.changed() - ca == {STATE, KEY} | set(filter(is_new, folders))
+
+
+def test_the_same_packages_are_for_the_newest_debian(debs: Path, tmp_path: Path) -> None:
+    """With its Python and libraries, and in the place of its C suite."""
+    if not unstable.is_ready():
+        pytest.skip(unstable.REASON)
+    newest = System(tmp_path, debs, unstable.FOLDER)
+    newest.install(*PACKAGES)
+    random, versions = newest.say("""
+        vtpm run -- tpm2_getrandom --hex 8; echo
+        swtpm --version; swtpm-cuse --version; vtpm --version
+    """).split("\n", 1)
+    assert len(bytes.fromhex(random)) == 8
+    assert versions.count(f"(vtpm-cuse {__version__})") == 3
+    newest.say(f"apt-get purge -y {' '.join(PACKAGES)}")
+    assert newest.run("vtpm --version").returncode == 127
