@@ -85,7 +85,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},
     "fleet.base": frozenset({"config"}),
-    "fleet.api": ERRORS | {"acquire", "config", "fleet.base", "wire"},
+    "fleet.api": ERRORS | {"acquire", "config", "fleet.archives", "fleet.base", "wire"},
+    "fleet.archives": frozenset({"errors", "fleet.base", "wire"}),
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
@@ -97,7 +98,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.swtpm_bios": WORDS | {"cli.bios_steps", "client", "service.confine", "wire"},
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
-    "cli.vtpm": WORDS | {"cli.controls", "client", "lab", "programs", "wire"},
+    "cli.vtpm": WORDS | {"cli.controls", "client", "files", "lab", "programs", "wire"},
     "cli.setup": WORDS
     | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},

@@ -12,13 +12,13 @@ import trio
 
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.fleet import api
-from vtpm_cuse.fleet.base import Event, Tpm
+from vtpm_cuse.fleet.base import Bundle, Event, Spec, Tpm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
-    from vtpm_cuse.fleet.base import Fleet, Identity, Spec, State
+    from vtpm_cuse.fleet.base import Fleet, Identity, State
 
 OTHER_USER = 4242
 
@@ -28,6 +28,8 @@ class FakeFleet:
 
     Attributes:
         trouble: Raised by a wake.
+        bundles: What was imported.
+        state: Of all that are exported.
         before_list: Called before each list.
         token: Of the event loop that serves it, for a test in another thread.
     """
@@ -37,6 +39,8 @@ class FakeFleet:
     def __init__(self) -> None:
         self.tpms: dict[str, Tpm] = {}
         self.specs: list[Spec] = []
+        self.bundles: list[Bundle] = []
+        self.state = b"state"
         self.asked: list[tuple[object, ...]] = []
         self.trouble: Exception | None = None
         self.before_list: Callable[[], None] | None = None
@@ -124,6 +128,14 @@ class FakeFleet:
     async def clone(self, name: str, new_name: str, identity: Identity = "new") -> Tpm:
         tpm = self._become(name, "stopped", "clone", new_name, identity)
         return self.add(new_name, tpm.owner)
+
+    async def export(self, name: str) -> Bundle:
+        tpm = self._become(name, "stopped", "export")
+        return Bundle(tpm.id, Spec(tpm.name, tpm.owner, labels=tpm.labels), self.state)
+
+    async def take_in(self, bundle: Bundle) -> Tpm:
+        self.bundles.append(bundle)
+        return await self.create(bundle.spec)
 
     async def hibernate(self, name: str) -> Tpm:
         return self._become(name, "asleep", "hibernate")

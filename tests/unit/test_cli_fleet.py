@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import os
 import pty
+import stat
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from tests.support.waiting import wait_until
 from vtpm_cuse.client.manager import default_path
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError
-from vtpm_cuse.fleet.base import Event, Spec
+from vtpm_cuse.fleet.base import Bundle, Event, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,6 +107,41 @@ def test_what_is_made_with_it(
     assert len(fleet.specs) == 2
 
 
+def test_a_tpm_goes_through_a_file(
+    run: Run, fleet: FakeFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tpm = fleet.add("web1", os.geteuid(), vm="7")
+    path = tmp_path / "web1.vtpm"
+    assert run("export", "web1", str(path)) == (0, "", "")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    text = path.read_text()
+    assert run("export", "web1", "-") == (0, text, "")
+    status, _, said = run("export", "web1", str(path))
+    assert (status, "File exists" in said, path.read_text()) == (1, True, text)
+    for source in (str(path), "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert run("import", "--key", "credential=tpm", source, "web2") == (
+            *(0, "web2: stopped\n", ""),
+        )
+        spec = Spec("web2", os.geteuid(), labels=(("vm", "7"),), key=KeySource(credential="tpm"))
+        assert fleet.bundles.pop() == Bundle(tpm.id, spec, fleet.state)
+        assert run("rm", "web2")[0] == 0
+    status, _, said = run("import", str(path))
+    assert (status, said) == (1, "vtpm import: web1: there is one already; choose another name\n")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"format": 7}', "\0"])
+def test_what_is_no_archive_is_not_sent(
+    run: Run, fleet: FakeFleet, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "web1.vtpm"
+    path.write_text(text)
+    status, out, said = run("import", str(path))
+    assert (status, out) == (1, "")
+    assert said.startswith(f"vtpm import: {path} is no archive of a TPM: ")
+    assert fleet.bundles == []
+
+
 def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
     assert run("ls") == (0, "NAME  STATE  OWNER  PID  COMMANDS  WAKES  USED\n", "")
     assert run("ls", "--json") == (0, "[]\n", "")
@@ -150,6 +187,9 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
         (["start"], "Name one TPM"),
         (["show", "web1", "web2"], "Name one TPM"),
         (["snapshot", "web1"], "Name the TPM and the snapshot"),
+        (["clone", "--identity", "x", "a", "b"], "'x' of --identity is none of new, same"),
+        (["export", "web1"], "Name the TPM and the file"),
+        (["import"], "Name the file, and perhaps what the TPM is to be called"),
         (["clone", "web1"], "Name the TPM and what the new one is to be called"),
         (["create", "b", "--label", "x"], "'x' is no label; write it as KEY=VALUE"),
         (["create", "b", "--owner", "no-such-user"], "User 'no-such-user' does not exist."),

@@ -31,7 +31,7 @@ from tests.support.suspension import SCRIPT, masked
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
-from vtpm_cuse.fleet.base import Spec
+from vtpm_cuse.fleet.base import Bundle, Spec
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, is_payload, split_header_untrusted
 
@@ -279,6 +279,38 @@ async def test_a_key_is_where_it_was_and_nowhere_else(tmp_path: Path, damage: by
         assert refused.value.fault == "KeyRejected"
         file.write_bytes(secret)
         assert (await manager.start("one")).state in {"awake", "asleep"}
+
+
+@in_trio
+async def test_a_tpm_goes_to_another_manager_as_it_is(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("00" * 16)
+    async with fleet(tmp_path / "here") as manager, fleet(tmp_path / "there") as other:
+        _, _ = await _with_data(manager, "one")
+        with pytest.raises(FleetError, match="awake"):
+            await manager.export("one")
+        await manager.stop("one")
+        bundle = await manager.export("one")
+        refusals: dict[str, tuple[Manager, Bundle]] = {
+            "TpmExists": (manager, bundle._replace(spec=bundle.spec._replace(name="two"))),
+            "BadName": (other, bundle._replace(spec=bundle.spec._replace(name="../one"))),
+            "StateDamaged": (other, bundle._replace(state=bundle.state[:-1])),
+            "KeyRejected": (
+                other,
+                bundle._replace(spec=bundle.spec._replace(key=KeySource(str(key)))),
+            ),
+        }
+        for fault, (asked, wrong) in refusals.items():
+            with pytest.raises(FleetError) as refused:
+                await asked.take_in(wrong)
+            assert refused.value.fault == fault
+        assert await other.list() == []
+        assert os.listdir(tmp_path / "there" / "state") == [".lock"]
+        taken = await other.take_in(bundle)
+        assert (taken.id, taken.state) == (bundle.id, "stopped")
+        client = await Client.of(await other.start("one"))
+        answer = await client.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))
+        assert tpm.nv_data(answer) == DATA
 
 
 @in_trio

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
@@ -17,9 +18,10 @@ from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError, StorageError
 from vtpm_cuse.fleet import api
+from vtpm_cuse.fleet.archives import STATE_MAX
 from vtpm_cuse.fleet.base import Event, Spec
 from vtpm_cuse.wire import varlink
-from vtpm_cuse.wire.manager import Key
+from vtpm_cuse.wire.manager import Archive, Key
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -212,6 +214,59 @@ def test_what_is_no_manager_is_no_traceback(path: Path, answer: bytes) -> None:
                     manager.describe("web1")
 
 
+ARCHIVE: Final = Archive(
+    *("vtpm-cuse TPM", 1, "6c1dd2ba-9d67-4fb1-8f4c-9a5a35d6e9f4", "web1", False, {"vm": "7"}),
+    "c3RhdGU=",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"format": "tar"}, "StateDamaged"),
+        ({"version": 2}, "StateDamaged"),
+        ({"id": "../../etc"}, "StateDamaged"),
+        ({"id": ARCHIVE.id.upper()}, "StateDamaged"),
+        ({"id": f"{{{ARCHIVE.id}}}"}, "StateDamaged"),
+        ({"permall": "c3RhdGU"}, "StateDamaged"),
+        ({"permall": "c3Rh dGU="}, "StateDamaged"),
+        ({"permall": "ä"}, "StateDamaged"),
+        ({"permall": "AAAA" * (STATE_MAX // 3 + 1)}, "OverLimit"),
+    ],
+)
+def test_an_archive_that_is_none_is_refused(
+    fleet: FakeFleet, path: Path, change: dict[str, Any], fault: str
+) -> None:
+    def use(manager: Manager) -> None:
+        with pytest.raises(FleetError) as refused:
+            manager.import_tpm(ARCHIVE._replace(**change))
+        assert refused.value.fault == fault
+        assert fleet.bundles == []
+        assert manager.import_tpm(ARCHIVE, name="web2").labels == {"vm": "7"}
+
+    with_manager(fleet, path, use)
+
+
+def test_what_is_exported_can_be_imported_and_is_never_logged(
+    fleet: FakeFleet, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    fleet.add("web1")
+    fleet.state = bytes(STATE_MAX)
+
+    def use(manager: Manager) -> None:
+        archive = manager.export("web1")
+        assert manager.import_tpm(archive, name="web2").name == "web2"
+        assert fleet.bundles.pop().state == fleet.state
+        assert archive.permall[:99] not in caplog.text
+        assert "Import of 'web2'" in caplog.text
+        fleet.state += b"x"
+        with pytest.raises(FleetError, match="more than"):
+            manager.export("web1")
+
+    with_manager(fleet, path, use)
+
+
 # -- whose TPM it is ----------------------------------------------------------------------
 
 
@@ -232,6 +287,9 @@ def test_others_see_and_manage_their_own_alone(
         lambda manager: manager.snapshot("theirs", "s"),
         lambda manager: manager.restore("theirs", "s"),
         lambda manager: manager.clone("theirs", "mine2"),
+        lambda manager: manager.export("theirs"),
+        lambda manager: manager.import_tpm(ARCHIVE, owner=OTHER_USER + 1),
+        lambda manager: manager.import_tpm(ARCHIVE, key=Key(file="/etc/shadow")),
         lambda manager: manager.create("mine2", owner=OTHER_USER + 1),
         lambda manager: manager.create("mine2", owner=0),
         lambda manager: manager.create("mine2", key=Key(file="/etc/shadow")),

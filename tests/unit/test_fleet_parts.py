@@ -7,13 +7,23 @@ import json
 import os
 import random
 import socket
+import tempfile
 from typing import TYPE_CHECKING, Final, cast
 
 import pytest
 import trio
 
 from tests.support.fleet import LAZY, UID, Puppet, in_trio
-from vtpm_cuse.errors import ChannelError, FleetError, StateLocked, StateMissing, StorageError
+from vtpm_cuse.config import KeySource
+from vtpm_cuse.errors import (
+    ChannelError,
+    FleetError,
+    StateDamaged,
+    StateKeyRejected,
+    StateLocked,
+    StateMissing,
+    StorageError,
+)
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_name
 from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.machine import Machine, Surroundings
@@ -38,6 +48,7 @@ from vtpm_cuse.resmgr.saved import SavedManager, SavedSessions
 from vtpm_cuse.serve.connections import SavedControl, SavedData
 from vtpm_cuse.serve.managed_sockets import SavedManaged, SavedManagedSockets
 from vtpm_cuse.serve.sockets import SavedSockets
+from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
 from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
@@ -186,6 +197,35 @@ def test_what_no_worker_asks_for_is_not_done(tmp_path: Path, lie: Message) -> No
         _asked(vault, Call.STORE, BLOB)
 
 
+def test_a_state_from_elsewhere_is_checked_before_it_is_kept(tmp_path: Path) -> None:
+    def folder() -> str:
+        return tempfile.mkdtemp(dir=tmp_path)
+
+    def taken(key: Key | None, blob: bytes) -> bytes:
+        where = folder()
+        vault = Vault(where, key, may_begin=True)
+        try:
+            vault.begin_with_untrusted(blob)
+        except StorageError:
+            assert os.listdir(where) == []
+            raise
+        return vault.permanent()
+
+    key = Key(bytes(32))
+    origin = Vault(folder(), key, may_begin=True)
+    origin.begin(PERMALL)
+    sealed = origin.blobs.load("permall")
+    assert PERMALL not in sealed
+    assert taken(key, sealed) == taken(None, BLOB) == PERMALL
+    for wrong, blob in ((None, sealed), (Key(b"1" * 32), sealed), (Key(bytes(16)), BLOB)):
+        with pytest.raises(StateKeyRejected):
+            taken(wrong, blob)
+    other = with_header(BlobFlag(0), tlv(BlobTag.DATA, b"another thing"))
+    for blob in (b"", BLOB[:-1], BLOB + b"x", other):
+        with pytest.raises(StateDamaged):
+            taken(None, blob)
+
+
 # -- the catalogue ------------------------------------------------------------------------
 
 
@@ -225,6 +265,15 @@ def test_a_damaged_description_costs_no_tpm(catalogue: Catalogue, damage: bytes 
     vault = Vault(catalogue.state_of("one"))
     assert _asked(vault, Call.LOAD).body == BLOB
     vault.close()
+
+
+def test_a_description_that_would_not_be_read_is_not_written(catalogue: Catalogue) -> None:
+    with pytest.raises(FleetError, match="too long"):
+        catalogue.write("one", ENTRY._replace(profile="x" * (1 << 16)))
+    assert catalogue.entries()["one"] == ENTRY
+    key = KeySource(pwdfile="/a", kdf="sha512")
+    catalogue.write("one", ENTRY._replace(key=key))
+    assert catalogue.entries()["one"] == ENTRY._replace(key=key)
 
 
 def test_what_a_crash_left_is_no_tpm(catalogue: Catalogue) -> None:

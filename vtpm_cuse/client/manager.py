@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar, get_args
 from vtpm_cuse.client.connect import connect_unix
 from vtpm_cuse.errors import FleetError, FleetFault, FrontendError, MessageError, VarlinkError
 from vtpm_cuse.wire import manager, varlink
-from vtpm_cuse.wire.manager import MANAGER, Event, Identity, Key, Tpm
+from vtpm_cuse.wire.manager import MANAGER, Archive, Event, Identity, Key, Tpm
 from vtpm_cuse.wire.varlink import BadParameter, Call, Messages, Reply, from_json, to_json
 
 if TYPE_CHECKING:
@@ -157,6 +157,29 @@ class Manager:
     def clone(self, name: str, new_name: str, *, identity: Identity = "new") -> Tpm:
         """Makes a TPM like it: by the same recipe, or with the "same" seeds and keys."""
         return self._tpm("Clone", manager.Clone(name, new_name, identity))
+
+    def export(self, name: str) -> Archive:
+        """A copy of a stopped TPM, with all its secrets; see `import_tpm`."""
+        return self._ask("Export", manager.Named(name), manager.OfArchive).archive
+
+    def import_tpm(
+        self,
+        archive: Archive,
+        *,
+        name: str | None = None,
+        owner: int | None = None,
+        key: Key | None = None,
+    ) -> Tpm:
+        """Has the manager take a TPM that was exported, and is nowhere else now.
+
+        Args:
+            archive: What `export` gave.
+            name: What it is to be called, by default as it was.
+            owner: As for `create`.
+            key: Where the key is that its state was encrypted with.
+        """
+        given = manager.Import(archive.name if name is None else name, archive, owner, key)
+        return self._tpm("Import", given)
 
     def hibernate(self, name: str) -> Tpm:
         """Puts it to sleep before its time."""

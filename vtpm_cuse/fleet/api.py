@@ -22,6 +22,7 @@ from vtpm_cuse.acquire.peers import NO_UID, Credentials
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
+from vtpm_cuse.fleet.archives import packed, unpacked_untrusted
 from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.wire import manager, varlink
 from vtpm_cuse.wire.manager import MANAGER
@@ -241,6 +242,13 @@ class _Client:
             case "Snapshot", manager.Kept(name, snapshot):
                 await self._fleet.snapshot((await self._own(name)).id, snapshot)
                 return varlink.Nothing()
+            case "Import", manager.Import(name, archive, owner, place):
+                bundle = unpacked_untrusted(name, self._owner(name, owner), archive)
+                spec = bundle.spec._replace(key=self._key(name, place))
+                return manager.OfTpm(_shown(await self._fleet.take_in(bundle._replace(spec=spec))))
+            case "Export", manager.Named(name):
+                exported = await self._fleet.export((await self._own(name)).id)
+                return manager.OfArchive(packed(exported))
         key = (await self._own(given.name)).id
         match given:
             case manager.Update(_, new_name, labels):
@@ -267,12 +275,17 @@ class _Client:
             raise FleetError("NotOwner", name, "it belongs to another user")
         return tpm
 
-    def _spec(self, given: manager.Create) -> Spec:
-        owner = self._asker.uid if given.owner is None else given.owner
+    def _owner(self, name: str, given: int | None) -> int:
+        """Whom one is for. Raises FleetError, VarlinkError."""
+        owner = self._asker.uid if given is None else given
         if not self._asker.manages(owner):
-            raise FleetError("NotOwner", given.name, "for another user, only root makes a TPM")
+            raise FleetError("NotOwner", name, "for another user, only root makes a TPM")
         if not 0 <= owner < NO_UID:
             raise _bad_parameter("owner")
+        return owner
+
+    def _spec(self, given: manager.Create) -> Spec:
+        owner = self._owner(given.name, given.owner)
         labels = tuple((given.labels or {}).items())
         key = self._key(given.name, given.key)
         return Spec(given.name, owner, given.profile, bool(given.manufactured), labels, key)

@@ -31,6 +31,14 @@ class Spec(NamedTuple):
     key: KeySource | None = None
 
 
+class Bundle(NamedTuple):
+    """A TPM outside of a manager: ``state`` is its permanent state, as it is in a file, secret."""
+
+    id: str
+    spec: Spec
+    state: bytes
+
+
 class Tpm(NamedTuple):
     """One TPM as it is now.
 
@@ -111,6 +119,12 @@ class Fleet(Protocol):
 
     async def clone(self, name: str, new_name: str, identity: Identity = "new") -> Tpm:
         """Make another by the same recipe; ``same`` seeds are for a stopped one only."""
+
+    async def export(self, name: str) -> Bundle:
+        """Give a copy of it. Busy unless stopped."""
+
+    async def take_in(self, bundle: Bundle) -> Tpm:
+        """Have that TPM, stopped. As `create`; TpmExists also for its id, StateDamaged."""
 
     async def hibernate(self, name: str) -> Tpm:
         """Put it to sleep now. Busy while a client is in the middle of something."""

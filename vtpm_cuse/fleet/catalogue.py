@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
 from vtpm_cuse.files import flush_folder, make_folder, write_output
+from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.storage.locking import take_lock
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ class Entry(NamedTuple):
     manufactured: bool
     labels: tuple[tuple[str, str], ...]
     key: KeySource | None = None
+
+    @classmethod
+    def of(cls, number: str, spec: Spec) -> Entry:
+        """Of a TPM with that id."""
+        return cls(number, spec.owner, spec.profile, spec.manufactured, spec.labels, spec.key)
+
+    def spec(self, name: str) -> Spec:
+        """By which it, or one like it, is made."""
+        return Spec(name, self.owner, self.profile, self.manufactured, self.labels, self.key)
 
 
 def check_name(name: str) -> str:
@@ -121,8 +131,10 @@ class Catalogue:
 
     def _write(self, folder: str, entry: Entry) -> None:
         path = os.path.join(folder, _FILE)
+        text = json.dumps(_kept(entry), indent=1) + "\n"
+        if len(text) > _ENTRY_MAX:
+            raise FleetError("OverLimit", entry.id, "its profile and its labels are too long")
         with _errors(path):
-            text = json.dumps(_kept(entry), indent=1) + "\n"
             write_output(path, text.encode(), _FILE_MODE)
 
     def _of(self, name: str) -> str:

@@ -13,10 +13,10 @@ import trio
 
 from vtpm_cuse.errors import FleetError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
-from vtpm_cuse.fleet.base import Event, Spec, Tpm
+from vtpm_cuse.fleet.base import Bundle, Event, Spec, Tpm
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
 from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
-from vtpm_cuse.fleet.making import make
+from vtpm_cuse.fleet.making import Made, make
 from vtpm_cuse.fleet.pool import Pool
 from vtpm_cuse.fleet.sleepers import Sleepers
 from vtpm_cuse.fleet.vault import Vault
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from vtpm_cuse.fleet.base import Identity
-    from vtpm_cuse.fleet.making import Made
 
 OWNER_MAX: Final = 1024
 """TPMs of one owner."""
@@ -160,17 +159,25 @@ class Manager:
             try:
                 made = await self._pool.take(spec.profile) if spec.manufactured else None
                 number = made.id if made else str(uuid.uuid4())
-                entry = Entry(
-                    *(number, spec.owner, spec.profile, spec.manufactured, spec.labels, spec.key)
-                )
-                return await self._new(name, entry, made)
+                return await self._new(name, Entry.of(number, spec), made)
             except UsageError as exc:
                 raise FleetError("StateDamaged", name, str(exc)) from exc
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
 
-    async def _new(self, name: str, entry: Entry, made: Made | None) -> Tpm:
-        """One that is *made*, or is made here, with its folder. Raises VtpmError, OSError."""
+    async def take_in(self, bundle: Bundle) -> Tpm:
+        """Has a TPM that was exported, stopped."""
+        name, spec = bundle.spec.name, bundle.spec
+        check_labels(name, spec.labels)
+        with self._reserved(name, spec.owner), self._reserved_id(name, bundle.id):
+            self._need_room(name, spec.owner)
+            try:
+                return await self._new(name, Entry.of(bundle.id, spec), bundle)
+            except (VtpmError, OSError) as exc:
+                raise translated(name, exc) from exc
+
+    async def _new(self, name: str, entry: Entry, given: Made | Bundle | None) -> Tpm:
+        """One that is *given*, or is made here, with its folder. Raises VtpmError, OSError."""
         try:
             folder = self._catalogue.begin(entry.id)
             vault = await trio.to_thread.run_sync(
@@ -178,10 +185,13 @@ class Manager:
             )
             try:
                 vault.lock()
-                if made is None:
-                    await make(self.workers, vault, entry.profile)
-                else:
-                    await trio.to_thread.run_sync(vault.begin, made.permanent)
+                match given:
+                    case None:
+                        await make(self.workers, vault, entry.profile)
+                    case Made(permanent=permanent):
+                        await trio.to_thread.run_sync(vault.begin, permanent)
+                    case Bundle(state=state):
+                        await trio.to_thread.run_sync(vault.begin_with_untrusted, state)
             finally:
                 vault.close()
             await trio.to_thread.run_sync(self._catalogue.finish, name, entry)
@@ -282,11 +292,18 @@ class Manager:
         if identity == "same":
             reason = "the TPM with these seeds and keys is there: two would be one to others"
             raise FleetError("TpmExists", name, reason)
-        return await self.create(
-            Spec(
-                new_name, *(entry.owner, entry.profile, entry.manufactured, entry.labels, entry.key)
-            )
-        )
+        return await self.create(entry.spec(new_name))
+
+    async def export(self, name: str) -> Bundle:
+        """A copy of it, for another place."""
+        async with self._mine(name) as machine:
+            machine.need_stopped()
+            folder = self._catalogue.state_of(machine.name)
+            try:
+                state = await trio.to_thread.run_sync(_read, folder)
+            except (VtpmError, OSError) as exc:
+                raise translated(machine.name, exc) from exc
+            return Bundle(machine.entry.id, machine.entry.spec(machine.name), state)
 
     async def hibernate(self, name: str) -> Tpm:
         """Puts it to sleep."""
@@ -350,6 +367,19 @@ class Manager:
         finally:
             del self._coming[name]
 
+    @contextlib.contextmanager
+    def _reserved_id(self, name: str, number: str) -> Iterator[None]:
+        """While one comes that has an id already. Raises FleetError where there is that TPM."""
+        there = next((one.name for one in self._machines.values() if one.entry.id == number), None)
+        if there is not None or number in self._coming:
+            reason = f"it is there already, as {there}" if there else "it is on its way already"
+            raise FleetError("TpmExists", name, reason)
+        self._coming[number] = None
+        try:
+            yield
+        finally:
+            del self._coming[number]
+
     @staticmethod
     async def _off(job: Callable[[], None]) -> None:
         """Does what waits for the disk; errors are a fleet's."""
@@ -369,6 +399,16 @@ class Manager:
             except (trio.WouldBlock, trio.BrokenResourceError):
                 watcher.close()
                 self._watchers.discard(watcher)
+
+
+def _read(folder: str) -> bytes:
+    """The permanent state as it is in its file; under its lock. Raises VtpmError."""
+    vault = Vault(folder)
+    try:
+        vault.lock()
+        return vault.blobs.load(PERMANENT)
+    finally:
+        vault.close()
 
 
 def _copy(source: str, target: str) -> None:

@@ -64,6 +64,7 @@ class Vault:
     def __init__(self, folder: str, key: Key | None = None, *, may_begin: bool = False) -> None:
         self.blobs = open_store(f"dir://{folder}", tpm2=True, mode=OWNER_MODE)
         self._sealed = SealedStore(self.blobs, key)
+        self._key = key
         self._may_begin = may_begin
         self.closed = False
 
@@ -93,6 +94,15 @@ class Vault:
         """A TPM that is to be has this permanent state. Raises StorageError."""
         self._sealed.store(PERMANENT, permanent)
         self._may_begin = False
+
+    def begin_with_untrusted(self, blob: bytes) -> None:
+        """The same of a permanent state as a file has it, by the same key. Raises StorageError."""
+        aside = open_store("mem://", tpm2=True)
+        aside.store(PERMANENT, blob)
+        permanent = SealedStore(aside, self._key).load(PERMANENT)
+        if not is_payload(PERMANENT, permanent):
+            raise StateDamaged(PERMANENT, "is no state of a TPM", PtmResult.TPM_FAIL)
+        self.begin(permanent)
 
     def close(self) -> None:
         """Others may have it."""

@@ -45,6 +45,30 @@ class Tpm(NamedTuple):
     pid: int | None = None
 
 
+class Archive(NamedTuple):
+    """A TPM outside of a manager, with all its secrets.
+
+    Attributes:
+        format: "vtpm-cuse TPM".
+        version: 1.
+        id: Its UUID.
+        name: What it was called.
+        manufactured: As it was made.
+        labels: What its owner has written beside it.
+        permall: Its permanent state: the C suite's file tpm2-00.permall, in base64.
+        profile: As it was made.
+    """
+
+    format: str
+    version: int
+    id: str
+    name: str
+    manufactured: bool
+    labels: dict[str, str]
+    permall: str
+    profile: str | None = None
+
+
 class Event(NamedTuple):
     """What has happened to a TPM, and what it is now, or was last."""
 
@@ -130,6 +154,21 @@ class Clone(NamedTuple):
     identity: Identity | None = None
 
 
+class Import(NamedTuple):
+    """What a TPM is to be called that was exported, and as for one that is to be."""
+
+    name: str
+    archive: Archive
+    owner: int | None = None
+    key: Key | None = None
+
+
+class OfArchive(NamedTuple):
+    """A TPM for another place."""
+
+    archive: Archive
+
+
 class OfTpm(NamedTuple):
     """A TPM, as it is now."""
 
@@ -158,7 +197,7 @@ class Why(NamedTuple):
 MANAGER: Final = Interface(
     "org.vtpmcuse.Manager",
     "Many virtual TPMs of one host.",
-    (Tpm, Event, Key),
+    (Tpm, Event, Key, Archive),
     (
         Method("Create", Create, OfTpm, "Makes a TPM, which is stopped."),
         Method("Start", Named, OfTpm, "Serves it; the first command wakes it."),
@@ -171,6 +210,8 @@ MANAGER: Final = Interface(
         Method("Snapshot", Kept, Nothing, "Keeps its state under a name."),
         Method("Restore", Kept, OfTpm, "Gives it the state of a snapshot."),
         Method("Clone", Clone, OfTpm, "Makes a TPM like it."),
+        Method("Export", Named, OfArchive, "A copy of it, for another manager."),
+        Method("Import", Import, OfTpm, "Has a TPM that was exported, which is stopped."),
         Method("Hibernate", Named, OfTpm, "Puts it to sleep before its time."),
         Method("Wake", Named, OfTpm, "Wakes it before its first command."),
         Method("Watch", Nothing, OfEvent, "What happens to the caller's TPMs.", more=True),

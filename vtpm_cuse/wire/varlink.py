@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Value = TypeVar("Value")
 
-CALL_MAX: Final = 1 << 16
+CALL_MAX: Final = 1 << 19
 REPLY_MAX: Final = 1 << 20
 """Bytes of a message, the NUL left out: a reply may show what several calls have set."""
 _END: Final = b"\0"

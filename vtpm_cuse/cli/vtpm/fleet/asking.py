@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from vtpm_cuse.cli.words.front import run_command
+from vtpm_cuse.cli.words.keys import KEY
 from vtpm_cuse.cli.words.table import Option, Program, Term
 from vtpm_cuse.errors import FleetError, UsageError, shown
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.client.manager import Manager
-    from vtpm_cuse.wire.manager import Event, Tpm
+    from vtpm_cuse.wire.manager import Archive, Event, Key, Tpm
 
     Answer = TypeVar("Answer")
 
@@ -23,6 +25,14 @@ SOCKET: Final = Option(
 )
 HELP: Final = Option("help", "print this help and end", letter="h")
 OPTIONS: Final = (SOCKET, Option("json", "print an object, the TPM as it is then"), HELP)
+_KEY: Final = ("file", "pwdfile", "credential", "mode", "format", "kdf")
+OWNER: Final = Option("owner", "the user that it is for, by name or number", metavar="USER")
+KEY_OPTION: Final = Option(
+    "key",
+    "where the manager finds the key that encrypts what is stored of it",
+    noun="key",
+    subs=tuple(sub for sub in KEY if sub.name in _KEY),
+)
 NAME: Final = Term("NAME", "the TPM, or its id")
 SNAPSHOT: Final = Term("SNAPSHOT", "what the copy is called")
 EXITS: Final = (
@@ -95,13 +105,26 @@ def change(
     return run_command(table, words, program, work)
 
 
+def key_of(line: CommandLine) -> Key | None:
+    """What `KEY_OPTION` says; a path is one of this process'. Raises UsageError."""
+    from vtpm_cuse.wire.manager import Key
+
+    if (given := line.subs("key")) is None:
+        return None
+    texts = {name: given.text(name) for name in _KEY}
+    for name in ("file", "pwdfile"):
+        if (path := texts[name]) is not None:
+            texts[name] = os.path.abspath(path)
+    return Key(**texts)
+
+
 def tell(line: CommandLine, tpm: Tpm) -> int:
     """Prints what a TPM is now; returns the exit status."""
     print(as_json(tpm) if line.has("json") else shown(f"{tpm.name}: {tpm.failure or tpm.state}"))
     return 0
 
 
-def as_json(value: Tpm | Event) -> str:
+def as_json(value: Tpm | Event | Archive) -> str:
     """As the manager's interface has it."""
     from vtpm_cuse.wire.varlink import to_json
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, EXITS, OPTIONS, ask, operands, tell
+from vtpm_cuse.cli.vtpm.fleet.asking import (
+    ENVIRONMENT,
+    EXITS,
+    KEY_OPTION,
+    OPTIONS,
+    OWNER,
+    ask,
+    key_of,
+    operands,
+    tell,
+)
 from vtpm_cuse.cli.words.front import run_command
-from vtpm_cuse.cli.words.keys import KEY
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
 
@@ -15,27 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vtpm_cuse.cli.words.commandline import CommandLine
-    from vtpm_cuse.wire.manager import Key
-
-_KEY: Final = frozenset({"file", "pwdfile", "credential", "mode", "format", "kdf"})
 
 PROGRAM: Final = Program(
     "vtpm create",
     "make a TPM of the manager's",
     (
-        Option("owner", "the user that it is for, by name or number", metavar="USER"),
+        OWNER,
         Option(
             "manufactured",
             "with endorsement keys, their certificates, a platform certificate and PCR banks, as "
             "the manager's swtpm_setup.conf says",
         ),
         Option("profile", "libtpms' profile, as JSON or by a name", metavar="PROFILE"),
-        Option(
-            "key",
-            "where the manager finds the key that encrypts what is stored of it",
-            noun="key",
-            subs=tuple(sub for sub in KEY if sub.name in _KEY),
-        ),
+        KEY_OPTION,
         Option(
             "label",
             "to be kept beside it, for people and scripts",
@@ -91,23 +91,10 @@ def _run(line: CommandLine) -> int:
             profile=line.value("profile"),
             labels=labels or None,
             manufactured=line.has("manufactured"),
-            key=_key(line),
+            key=key_of(line),
         ),
     )
     return tell(line, tpm)
-
-
-def _key(line: CommandLine) -> Key | None:
-    """Raises UsageError."""
-    from vtpm_cuse.wire.manager import Key
-
-    if (given := line.subs("key")) is None:
-        return None
-    texts = {name: given.text(name) for name in _KEY}
-    for name in ("file", "pwdfile"):
-        if (path := texts[name]) is not None:
-            texts[name] = os.path.abspath(path)
-    return Key(**texts)
 
 
 def _label(text: str) -> tuple[str, str]:
