@@ -12,7 +12,7 @@ import trio
 
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.fleet import api
-from vtpm_cuse.fleet.base import Bundle, Event, Spec, Tpm
+from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -136,6 +136,9 @@ class FakeFleet:
     async def take_in(self, bundle: Bundle) -> Tpm:
         self.bundles.append(bundle)
         return await self.create(bundle.spec)
+
+    async def logs(self, name: str) -> Sequence[Note]:
+        return [Note(0.0, f"{(await self.describe(name)).name} was \x1b[2Jmade")]
 
     async def hibernate(self, name: str) -> Tpm:
         return self._become(name, "asleep", "hibernate")

@@ -10,6 +10,7 @@ import pty
 import stat
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,8 @@ import trio
 
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from tests.support.waiting import wait_until
+from vtpm_cuse.cli import vtpmd
+from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.client.manager import default_path
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError
@@ -128,6 +131,28 @@ def test_a_tpm_goes_through_a_file(
         assert run("rm", "web2")[0] == 0
     status, _, said = run("import", str(path))
     assert (status, said) == (1, "vtpm import: web1: there is one already; choose another name\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [
+        ([], {}),
+        (["--quota", "tpms=0"], {"tpms": 0}),
+        (["--quota", "mib=3,tpms=5"], {"tpms": 5, "bytes": 3 << 20}),
+    ],
+)
+def test_what_a_user_may_have(words: list[str], limits: dict[str, int]) -> None:
+    assert vtpmd._limits(CommandLine(vtpmd.PROGRAM, words)) == limits
+
+
+def test_logs(run: Run, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.add("web1")
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    assert run("logs", "web1") == (0, "1970-01-01 00:00:00 web1 was \\u001b[2Jmade\n", "")
+    assert json.loads(run("logs", "--json", "web1")[1]) == [
+        {"time": 0.0, "text": "web1 was \x1b[2Jmade"}
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"format": 7}', "\0"])

@@ -32,6 +32,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Bundle, Spec
+from vtpm_cuse.fleet.quota import Limits
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, is_payload, split_header_untrusted
 
@@ -191,6 +192,8 @@ async def test_a_dead_worker_is_a_failed_tpm_until_a_reset(tmp_path: Path, way: 
         assert tpm.nv_data(answer) == DATA
         after = await manager.describe("one")
         assert (after.state, after.failure, after.failures) == ("awake", "", 1)
+        told = [note.text for note in await manager.logs("one")]
+        assert told == ["created", "started", "failed: its process has ended", "started"]
 
 
 @in_trio
@@ -328,7 +331,7 @@ async def test_it_ends_while_a_worker_is_being_made(tmp_path: Path) -> None:
 
 @in_trio
 async def test_copies_names_and_limits(tmp_path: Path) -> None:
-    async with fleet(tmp_path, owner_max=2) as manager:
+    async with fleet(tmp_path, limits=Limits(tpms=2)) as manager:
         _, client = await _with_data(manager, "one")
         with pytest.raises(FleetError, match="awake") as refused:
             await manager.snapshot("one", "before")
@@ -359,6 +362,33 @@ async def test_copies_names_and_limits(tmp_path: Path) -> None:
         await manager.remove("first", force=True)
         assert [one.name for one in await manager.list()] == ["second"]
         assert sorted(os.listdir(tmp_path / "state")) == [".lock", "second"]
+
+
+@in_trio
+async def test_copies_have_room_until_their_owner_has_none(tmp_path: Path) -> None:
+    async with fleet(tmp_path, limits=Limits(bytes=6000)) as manager:
+        await manager.create(Spec("one", UID))
+        await manager.create(Spec("other", UID + 1))
+        made = 0
+
+        async def fill() -> None:
+            nonlocal made
+            while made < 9:
+                await manager.snapshot("one", f"s{made}")
+                made += 1
+
+        with pytest.raises(FleetError, match="bytes with their snapshots") as refused:
+            await fill()
+        assert refused.value.fault == "OverLimit"
+        assert made == len(os.listdir(tmp_path / "state" / "one" / "snapshots")) > 0
+        with pytest.raises(FleetError, match="bytes with their snapshots"):
+            await manager.create(Spec("two", UID))
+        await manager.snapshot("other", "s")
+        told = [note.text for note in await manager.logs("one")]
+        assert told == ["created", *(f"snapshot s{number} was made" for number in range(made))]
+        await manager.remove("one")
+        await manager.create(Spec("one", UID))
+        assert [note.text for note in await manager.logs("one")] == ["created"]
 
 
 @in_trio

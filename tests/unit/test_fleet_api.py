@@ -288,6 +288,7 @@ def test_others_see_and_manage_their_own_alone(
         lambda manager: manager.restore("theirs", "s"),
         lambda manager: manager.clone("theirs", "mine2"),
         lambda manager: manager.export("theirs"),
+        lambda manager: manager.logs("theirs"),
         lambda manager: manager.import_tpm(ARCHIVE, owner=OTHER_USER + 1),
         lambda manager: manager.import_tpm(ARCHIVE, key=Key(file="/etc/shadow")),
         lambda manager: manager.create("mine2", owner=OTHER_USER + 1),

@@ -39,6 +39,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.fleet.vtpm_export",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_hibernate",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_import",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_logs",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_ls",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_metrics",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_reset",

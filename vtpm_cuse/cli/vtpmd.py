@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.emulator import settings
 from vtpm_cuse.cli.emulator.options import options_of
 from vtpm_cuse.cli.emulator.run import run_server
-from vtpm_cuse.cli.words.table import Example, InterfaceName, Option, Program, Term
+from vtpm_cuse.cli.words.table import (
+    Example,
+    InterfaceName,
+    Kind,
+    Option,
+    Program,
+    SubOption,
+    Term,
+)
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +44,20 @@ PROGRAM: Final = Program(
             "how many manufactured TPMs are made ahead of time, when nothing else is to be done; by "
             "default 2, once somebody has wanted one",
             metavar="NUMBER",
+        ),
+        Option(
+            "quota",
+            "what one user may have",
+            noun="quota",
+            subs=(
+                SubOption("tpms", "TPMs, by default 1024", Kind.UINT, "NUMBER"),
+                SubOption(
+                    "mib",
+                    "MiB of all of them with their snapshots, by default 1024",
+                    Kind.UINT,
+                    "NUMBER",
+                ),
+            ),
         ),
         Option(
             "group", "members of this group may ask it, each for TPMs of his own", metavar="GROUP"
@@ -108,6 +130,7 @@ def _serve(line: CommandLine) -> int:
         import_trio()
         from vtpm_cuse.fleet import daemon
         from vtpm_cuse.fleet.manager import Settings
+        from vtpm_cuse.fleet.quota import Limits
 
         found = Settings(
             line.value("state") or _state_folder(line),
@@ -115,6 +138,7 @@ def _serve(line: CommandLine) -> int:
             idle=line.number("idle", _IDLE_MAX) or 1,
             level=settings.log_config(line).level,
             messages=next(iter(logs.descriptors()), None),
+            limits=Limits(**_limits(line)),
             group=line.group("group"),
             pool=line.number("pool", _POOL_MAX) if line.has("pool") else None,
             metrics_file=line.value("metrics-file"),
@@ -122,6 +146,14 @@ def _serve(line: CommandLine) -> int:
         return daemon.run(found, notify.connect(), held)
     finally:
         held.release()
+
+
+def _limits(line: CommandLine) -> dict[str, int]:
+    """Those that are given."""
+    given = line.subs("quota")
+    tpms, mib = (given.integer("tpms"), given.integer("mib")) if given else (None, None)
+    found = {"tpms": tpms, "bytes": None if mib is None else mib << 20}
+    return {name: most for name, most in found.items() if most is not None}
 
 
 def _state_folder(line: CommandLine) -> str:

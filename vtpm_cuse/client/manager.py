@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar, get_args
 from vtpm_cuse.client.connect import connect_unix
 from vtpm_cuse.errors import FleetError, FleetFault, FrontendError, MessageError, VarlinkError
 from vtpm_cuse.wire import manager, varlink
-from vtpm_cuse.wire.manager import MANAGER, Archive, Event, Identity, Key, Tpm
+from vtpm_cuse.wire.manager import MANAGER, Archive, Event, Identity, Key, Note, Tpm
 from vtpm_cuse.wire.varlink import BadParameter, Call, Messages, Reply, from_json, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Answer = TypeVar("Answer")
 
@@ -188,6 +188,10 @@ class Manager:
     def wake(self, name: str) -> Tpm:
         """Wakes it before its first command."""
         return self._tpm("Wake", manager.Named(name))
+
+    def logs(self, name: str) -> Sequence[Note]:
+        """What has happened to it since the manager has begun, the newest last."""
+        return self._ask("Logs", manager.Named(name), manager.OfNotes).notes
 
     def watch(self) -> Iterator[Event]:
         """What happens to the caller's TPMs, from the return of this method on.

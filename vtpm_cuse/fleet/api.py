@@ -246,6 +246,9 @@ class _Client:
                 bundle = unpacked_untrusted(name, self._owner(name, owner), archive)
                 spec = bundle.spec._replace(key=self._key(name, place))
                 return manager.OfTpm(_shown(await self._fleet.take_in(bundle._replace(spec=spec))))
+            case "Logs", manager.Named(name):
+                notes = await self._fleet.logs((await self._own(name)).id)
+                return manager.OfNotes([manager.Note(*note) for note in notes])
             case "Export", manager.Named(name):
                 exported = await self._fleet.export((await self._own(name)).id)
                 return manager.OfArchive(packed(exported))
@@ -328,7 +331,7 @@ class _Client:
         yield Reply({})
 
 
-_TELLING: Final = frozenset({"GetInfo", "GetInterfaceDescription", "Describe"})
+_TELLING: Final = frozenset({"GetInfo", "GetInterfaceDescription", "Describe", "Logs"})
 
 
 def _understood(call: Call) -> tuple[Method, NamedTuple]:

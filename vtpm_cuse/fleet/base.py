@@ -67,6 +67,13 @@ class Tpm(NamedTuple):
     failures: int = 0
 
 
+class Note(NamedTuple):
+    """Something that was done with a TPM, or that has happened to it, in seconds since 1970."""
+
+    time: float
+    text: str
+
+
 class Event(NamedTuple):
     """Something happened to a TPM, which is ``tpm`` afterwards, or was before it was removed."""
 
@@ -131,6 +138,9 @@ class Fleet(Protocol):
 
     async def wake(self, name: str) -> Tpm:
         """Give it a process now. Busy if it is off."""
+
+    async def logs(self, name: str) -> Sequence[Note]:
+        """What has happened to it since the manager has begun, the newest last."""
 
     def watch(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """What happens from this call on; it ends for who takes it too slowly."""

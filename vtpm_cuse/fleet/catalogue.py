@@ -195,6 +195,15 @@ class Catalogue:
             self._flush(self._of(name))
         return folder
 
+    def size_of(self, name: str) -> int:
+        """Bytes of all that is kept of a TPM; of what is no more, none."""
+        total = 0
+        for folder, _, files in os.walk(self._of(name)):
+            for file in files:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(folder, file)).st_size
+        return total
+
     def _rename(self, old: str, new: str) -> None:
         os.rename(old, new)  # nobody else makes one of that name, and an old one is not empty
         self._flush(self.path)

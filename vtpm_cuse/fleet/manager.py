@@ -13,11 +13,13 @@ import trio
 
 from vtpm_cuse.errors import FleetError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
-from vtpm_cuse.fleet.base import Bundle, Event, Spec, Tpm
+from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
+from vtpm_cuse.fleet.history import History
 from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
 from vtpm_cuse.fleet.making import Made, make
 from vtpm_cuse.fleet.pool import Pool
+from vtpm_cuse.fleet.quota import Limits, Quota
 from vtpm_cuse.fleet.sleepers import Sleepers
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.fleet.workers import SPARE, Workers
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.fleet.base import Identity
 
-OWNER_MAX: Final = 1024
-"""TPMs of one owner."""
 _ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _RUN_MODE: Final = 0o711
 _EVENTS_MAX: Final = 1024
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
         run: The folder of their sockets.
         idle: Seconds without a command after which a TPM sleeps.
         level: Of the log.
-        owner_max: TPMs that one user may have.
+        limits: What one user may have.
         pool: Manufactured TPMs that are made ahead; None for a few, once somebody has wanted one.
         spare: Blank workers that wait.
         messages: The descriptor that workers write messages to, if any.
@@ -60,7 +60,7 @@ class Settings(NamedTuple):
     run: str
     idle: float = 1.0
     level: int = 1
-    owner_max: int = OWNER_MAX
+    limits: Limits = Limits()
     pool: int | None = None
     spare: int = SPARE
     messages: int | None = 2
@@ -113,6 +113,8 @@ class Manager:
         self._catalogue = catalogue
         self._sleepers = sleepers
         self._nursery = nursery
+        self._quota = Quota(catalogue, settings.limits)
+        self._history = History()
         self._coming: dict[str, int | None] = {}
         self._pool = Pool(catalogue, nursery, settings.pool)
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
@@ -155,7 +157,7 @@ class Manager:
         name = spec.name
         check_labels(name, spec.labels)
         with self._reserved(name, spec.owner):
-            self._need_room(name, spec.owner)
+            await self._need_room(name, spec.owner)
             try:
                 made = await self._pool.take(spec.profile) if spec.manufactured else None
                 number = made.id if made else str(uuid.uuid4())
@@ -170,7 +172,7 @@ class Manager:
         name, spec = bundle.spec.name, bundle.spec
         check_labels(name, spec.labels)
         with self._reserved(name, spec.owner), self._reserved_id(name, bundle.id):
-            self._need_room(name, spec.owner)
+            await self._need_room(name, spec.owner)
             try:
                 return await self._new(name, Entry.of(bundle.id, spec), bundle)
             except (VtpmError, OSError) as exc:
@@ -198,6 +200,7 @@ class Manager:
         finally:
             self._catalogue.give_up(entry.id)
         machine = self._machines[name] = Machine(name, entry, self._surroundings)
+        self._history.note(entry.id, "imported" if isinstance(given, Bundle) else "created")
         self._tell("created", machine)
         return machine.described()
 
@@ -227,6 +230,8 @@ class Manager:
             machine.need_stopped()
             await self._off(lambda: self._catalogue.remove(machine.name, machine.entry))
             del self._machines[machine.name]
+            self._history.forget(machine.entry.id)
+            self._quota.changed(machine.entry.id)
             self._tell("removed", machine)
 
     async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
@@ -260,6 +265,7 @@ class Manager:
                     await self._off(lambda: self._catalogue.rename(old, new))
                     machine.name = new
                     self._machines[new] = self._machines.pop(old)
+                self._history.note(machine.entry.id, f"renamed from {old} to {new}")
             self._changed(machine)
             return machine.described()
 
@@ -267,12 +273,15 @@ class Manager:
         """Keeps a copy of its permanent state."""
         async with self._mine(name) as machine:
             machine.need_stopped()
+            self._quota.changed(machine.entry.id)  # it was on, since somebody has looked
+            await self._quota.need_room(name, machine.entry.owner, self._machines.values())
 
             def copy() -> None:
                 folder = self._catalogue.make_snapshot(machine.name, snapshot)
                 _copy(self._catalogue.state_of(machine.name), folder)
 
             await self._off(copy)
+            self._history.note(machine.entry.id, f"snapshot {snapshot} was made")
 
     async def restore(self, name: str, snapshot: str) -> Tpm:
         """Goes back to a copy."""
@@ -284,6 +293,7 @@ class Manager:
                 _copy(folder, self._catalogue.state_of(machine.name))
 
             await self._off(copy)
+            self._history.note(machine.entry.id, f"snapshot {snapshot} was restored")
             return machine.described()
 
     async def clone(self, name: str, new_name: str, identity: Identity = "new") -> Tpm:
@@ -303,6 +313,7 @@ class Manager:
                 state = await trio.to_thread.run_sync(_read, folder)
             except (VtpmError, OSError) as exc:
                 raise translated(machine.name, exc) from exc
+            self._history.note(machine.entry.id, "exported")
             return Bundle(machine.entry.id, machine.entry.spec(machine.name), state)
 
     async def hibernate(self, name: str) -> Tpm:
@@ -316,6 +327,11 @@ class Manager:
         async with self._mine(name) as machine:
             await machine.wake()
             return machine.described()
+
+    async def logs(self, name: str) -> Sequence[Note]:
+        """What has happened to it."""
+        await trio.lowlevel.checkpoint()
+        return self._history.of(self._one(name).entry.id)
 
     def watch(self) -> trio.MemoryReceiveChannel[Event]:
         """What happens from now on."""
@@ -343,11 +359,10 @@ class Manager:
                 raise FleetError("NoSuchTpm", name, "there is no such TPM any more")
             yield machine
 
-    def _need_room(self, name: str, owner: int) -> None:
-        """Raises FleetError where this owner had as many as he may, before the one that comes."""
-        count = sum(one.entry.owner == owner for one in self._machines.values())
-        if count + [*self._coming.values()].count(owner) > self._settings.owner_max:
-            raise FleetError("OverLimit", name, f"its owner has {count} TPMs already")
+    async def _need_room(self, name: str, owner: int) -> None:
+        """For one that has its name, and is yet to be. Raises FleetError."""
+        coming = [*self._coming.values()].count(owner)
+        await self._quota.need_room(name, owner, self._machines.values(), coming)
 
     @contextlib.contextmanager
     def _reserved(self, name: str, owner: int | None = None) -> Iterator[None]:
@@ -393,6 +408,8 @@ class Manager:
 
     def _tell(self, kind: Literal["created", "changed", "removed"], machine: Machine) -> None:
         event = Event(kind, machine.described())
+        if kind == "changed":
+            self._history.see(event.tpm)
         for watcher in tuple(self._watchers):
             try:
                 watcher.send_nowait(event)

@@ -69,6 +69,13 @@ class Archive(NamedTuple):
     profile: str | None = None
 
 
+class Note(NamedTuple):
+    """What has happened to a TPM, and when, in seconds since 1970."""
+
+    time: float
+    text: str
+
+
 class Event(NamedTuple):
     """What has happened to a TPM, and what it is now, or was last."""
 
@@ -169,6 +176,12 @@ class OfArchive(NamedTuple):
     archive: Archive
 
 
+class OfNotes(NamedTuple):
+    """What has happened, the newest last."""
+
+    notes: list[Note]
+
+
 class OfTpm(NamedTuple):
     """A TPM, as it is now."""
 
@@ -197,7 +210,7 @@ class Why(NamedTuple):
 MANAGER: Final = Interface(
     "org.vtpmcuse.Manager",
     "Many virtual TPMs of one host.",
-    (Tpm, Event, Key, Archive),
+    (Tpm, Event, Key, Archive, Note),
     (
         Method("Create", Create, OfTpm, "Makes a TPM, which is stopped."),
         Method("Start", Named, OfTpm, "Serves it; the first command wakes it."),
@@ -214,6 +227,7 @@ MANAGER: Final = Interface(
         Method("Import", Import, OfTpm, "Has a TPM that was exported, which is stopped."),
         Method("Hibernate", Named, OfTpm, "Puts it to sleep before its time."),
         Method("Wake", Named, OfTpm, "Wakes it before its first command."),
+        Method("Logs", Named, OfNotes, "What has happened to it since the manager has begun."),
         Method("Watch", Nothing, OfEvent, "What happens to the caller's TPMs.", more=True),
     ),
     (

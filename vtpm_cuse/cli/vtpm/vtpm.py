@@ -48,6 +48,7 @@ PROGRAM: Final = Program(
         Subcommand("export", "write a TPM into a file", f"{_MANAGER}.vtpm_export"),
         Subcommand("hibernate", "put a TPM to sleep", f"{_MANAGER}.vtpm_hibernate"),
         Subcommand("import", "take a TPM from a file", f"{_MANAGER}.vtpm_import"),
+        Subcommand("logs", "what has happened to a TPM", f"{_MANAGER}.vtpm_logs"),
         Subcommand("ls", "the TPMs of the manager", f"{_MANAGER}.vtpm_ls"),
         Subcommand("metrics", "figures about the TPMs", f"{_MANAGER}.vtpm_metrics"),
         Subcommand("reset", "switch a TPM off and on", f"{_MANAGER}.vtpm_reset"),

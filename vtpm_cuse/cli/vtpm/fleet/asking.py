@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.cli.words.commandline import CommandLine
     from vtpm_cuse.client.manager import Manager
-    from vtpm_cuse.wire.manager import Archive, Event, Key, Tpm
+    from vtpm_cuse.wire.manager import Archive, Event, Key, Note, Tpm
 
     Answer = TypeVar("Answer")
 
@@ -124,7 +124,7 @@ def tell(line: CommandLine, tpm: Tpm) -> int:
     return 0
 
 
-def as_json(value: Tpm | Event | Archive) -> str:
+def as_json(value: Tpm | Event | Archive | Note) -> str:
     """As the manager's interface has it."""
     from vtpm_cuse.wire.varlink import to_json
 
