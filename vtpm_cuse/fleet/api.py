@@ -245,7 +245,7 @@ class _Client:
             case "Import", manager.Import(name, archive, owner, place):
                 bundle = unpacked_untrusted(name, self._owner(name, owner), archive)
                 spec = bundle.spec._replace(key=self._key(name, place))
-                return manager.OfTpm(_shown(await self._fleet.take_in(bundle._replace(spec=spec))))
+                return manager.OfTpm(as_told(await self._fleet.take_in(bundle._replace(spec=spec))))
             case "Logs", manager.Named(name):
                 notes = await self._fleet.logs((await self._own(name)).id)
                 return manager.OfNotes([manager.Note(*note) for note in notes])
