@@ -32,8 +32,9 @@ complete -c vtpm -n '__fish_seen_subcommand_from clients flush' -l unix -r -F -d
 complete -c vtpm -n '__fish_seen_subcommand_from clients' -l handles -f -d 'list every object and session, too'
 complete -c vtpm -n '__fish_seen_subcommand_from clients' -l json -f -d 'print an object with all of it'
 complete -c vtpm -n '__fish_seen_subcommand_from clients doctor env flush rc run trace clone create export hibernate import logs ls metrics reset restore rm show snapshot start stop top wake watch' -s h -l help -f -d 'print this help and end'
-complete -c vtpm -n '__fish_seen_subcommand_from doctor env rc run clone create export hibernate logs ls metrics reset restore rm show snapshot start stop top wake watch' -f
+complete -c vtpm -n '__fish_seen_subcommand_from doctor rc run create ls metrics top watch' -f
 complete -c vtpm -n '__fish_seen_subcommand_from doctor' -l json -f -d 'print the findings as JSON, for scripts'
+complete -c vtpm -n '__fish_seen_subcommand_from env clone export hibernate logs reset restore rm show snapshot start stop wake' -f -a '(vtpm ls --names 2>/dev/null)'
 complete -c vtpm -n '__fish_seen_subcommand_from env' -l shell -f -d 'print commands for a shell: eval "$(vtpm env --shell)"'
 complete -c vtpm -n '__fish_seen_subcommand_from env' -l json -f -d 'print an object'
 complete -c vtpm -n '__fish_seen_subcommand_from env' -l list -f -d 'print those of vtpm run, a line each: name, version, process id'
@@ -62,6 +63,7 @@ complete -c vtpm -n '__fish_seen_subcommand_from create' -l profile -x -d 'libtp
 complete -c vtpm -n '__fish_seen_subcommand_from create import' -l key -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= credential= pwdfile= mode= format= kdf=\\"")' -d 'where the manager finds the key that encrypts what is stored of it'
 complete -c vtpm -n '__fish_seen_subcommand_from create' -l label -x -d 'to be kept beside it, for people and scripts'
 complete -c vtpm -n '__fish_seen_subcommand_from logs ls' -l json -f -d 'print an array of objects'
+complete -c vtpm -n '__fish_seen_subcommand_from ls' -l names -f -d 'print their names alone, a line each'
 complete -c vtpm -n '__fish_seen_subcommand_from rm' -l force -f -d 'even if it is in use'
 complete -c vtpm -n '__fish_seen_subcommand_from rm' -l json -f -d 'print an object, what it was last'
 complete -c vtpm -n '__fish_seen_subcommand_from top' -l interval -x -d 'seconds between two looks, by default 2'

@@ -9,12 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tools.manual.completions import names
 from tools.manual.pages import links, pages
 from vtpm_cuse.cli.swtpm_ioctl import PROGRAM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[2]
 COMPLETIONS = ROOT / "completions"
@@ -138,6 +142,20 @@ def zsh(line: str) -> set[str]:
 @pytest.mark.parametrize(("line", "offers"), CASES)
 def test_zsh_completes(line: str, offers: set[str]) -> None:
     assert zsh(line) == offers
+
+
+@pytest.mark.parametrize("shell", [bash, fish, zsh], ids=["bash", "fish", "zsh"])
+def test_names_of_tpms_are_offered(
+    shell: Callable[[str], set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vtpm = tmp_path / "vtpm"
+    vtpm.write_text(
+        '#!/bin/sh\n[ "$*" = "ls --names" ] && printf "web1\\nweb2\\n\\$(false)\\nx\\n"\n'
+    )
+    vtpm.chmod(0o700)
+    monkeypatch.setitem(PLAIN, "PATH", f"{tmp_path}:{PLAIN['PATH']}")
+    assert shell("vtpm start w") == {"web1", "web2"}
+    assert shell("vtpm create w") == set()
 
 
 def test_zsh_knows_every_program() -> None:

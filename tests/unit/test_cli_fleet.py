@@ -170,6 +170,7 @@ def test_what_is_no_archive_is_not_sent(
 def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
     assert run("ls") == (0, "NAME  STATE  OWNER  PID  COMMANDS  WAKES  USED\n", "")
     assert run("ls", "--json") == (0, "[]\n", "")
+    assert run("ls", "--names") == (0, "", "")
     fleet.add("web1", os.geteuid(), vm="7")
     fleet.tpms["web2"] = fleet.add("web2")._replace(
         state="failed", failure="crash\x1b[2J", pid=17, last_used=0.0, commands=5, wakes=2
@@ -179,6 +180,7 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
     assert (status, err, head.split()[0]) == (0, "", "NAME")
     assert first.split() == ["web1", "stopped", getpass.getuser(), "-", "0", "0", "never"]
     assert second.split()[:6] == ["web2", "failed", str(OTHER_USER), "17", "5", "2"]
+    assert run("ls", "--names") == (0, "web1\nweb2\n", "")
     listed = json.loads(run("ls", "--json")[1])
     assert [one["name"] for one in listed] == ["web1", "web2"]
     assert json.loads(run("show", "--json", "web2")[1]) == listed[1]

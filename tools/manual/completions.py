@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.cli.registry import program_of, programs
-from vtpm_cuse.cli.words.table import Kind
+from vtpm_cuse.cli.words.table import Kind, TpmTerm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,10 @@ _MADE: Final = '# Made by "python -m tools.manual": change the tables, not this 
 
 
 class Value(NamedTuple):
-    """What may follow: "words" (*choices*), "keys" (*choices*), "files", "dirs", "users", "any"."""
+    """What may follow: "words" (*choices*), "keys" (*choices*), or one of those without choices.
+
+    These are "files", "dirs", "users", "tpms" (of the manager's) and "any".
+    """
 
     kind: str
     choices: tuple[str, ...] = ()
@@ -90,6 +93,8 @@ def _sub_value(sub: SubOption) -> Value:
 def _operand(program: Program) -> Value:
     if program.subcommands:
         return Value("words", tuple(sub.name for sub in program.subcommands))
+    if any(isinstance(term, TpmTerm) for term in program.operands):
+        return Value("tpms")
     return next((_value(term.name) for term in program.operands), Value("any"))
 
 
@@ -141,6 +146,12 @@ _vtpm_cuse() {
     files) mapfile -t COMPREPLY < <(compgen -f -- "$rest") ;;
     dirs) mapfile -t COMPREPLY < <(compgen -d -- "$rest") ;;
     users) mapfile -t COMPREPLY < <(compgen -u -- "$rest") ;;
+    tpms)
+        local tpm
+        while read -r tpm; do # compgen would expand what a name has
+            [[ $tpm == "$rest"* ]] && COMPREPLY+=("$tpm")
+        done < <(vtpm ls --names 2>/dev/null)
+        ;;
     words* | keys*) mapfile -t COMPREPLY < <(compgen -W "${value#* }" -- "$rest") ;;
     esac
     [[ $value == files || $value == dirs ]] && compopt -o filenames 2>/dev/null
@@ -195,6 +206,15 @@ def _bash_value(value: Value) -> str:
 # zsh
 
 
+_ZSH_TPMS: Final = """\
+_vtpm_cuse_tpms() {
+    local -a tpms=(${(f)"$(_call_program tpms vtpm ls --names 2>/dev/null)"})
+    compadd -a tpms
+}
+
+"""
+
+
 def _zsh() -> str:
     functions, cases, known = [], [], set()
     for name, context, program in _commands():
@@ -205,7 +225,7 @@ def _zsh() -> str:
             functions.append(_zsh_function(function, program))
     tops = " ".join(f"'{name}'" for name, context, _ in _commands() if context)
     return (
-        f"#compdef {' '.join(names())}\n{_MADE}\n{''.join(functions)}"
+        f"#compdef {' '.join(names())}\n{_MADE}\n{_ZSH_TPMS}{''.join(functions)}"
         "_vtpm_cuse() {\n"
         "    local name=${service:t} context=''\n"
         f"    local -a contexts=({tops})\n"
@@ -269,7 +289,13 @@ def _zsh_keys(helper: str, option: Option) -> str:
 
 
 def _zsh_action(value: Value) -> str:
-    plain = {"files": "_files", "dirs": "_files -/", "users": "_users", "any": " "}
+    plain = {
+        "files": "_files",
+        "dirs": "_files -/",
+        "users": "_users",
+        "tpms": "_vtpm_cuse_tpms",
+        "any": " ",
+    }
     return plain.get(value.kind) or f"({' '.join(value.choices)})"
 
 
@@ -304,8 +330,11 @@ def _fish(name: str) -> str:
 def _fish_lines(program: Program) -> Iterator[str]:
     for sub in program.subcommands:
         yield f" -f -a {sub.name} -d {_fish_text(sub.help)}"
-    if _operand(program).kind == "any":
+    operand = _operand(program)
+    if operand.kind == "any":
         yield " -f"
+    if operand.kind == "tpms":
+        yield " -f -a '(vtpm ls --names 2>/dev/null)'"
     for option in program.available:
         yield f"{_fish_words(option)}{_fish_value(option)} -d {_fish_text(option.help)}"
 

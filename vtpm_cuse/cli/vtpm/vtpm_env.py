@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, HELP, SOCKET, ask
 from vtpm_cuse.cli.words.front import run_command
-from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.cli.words.table import Example, Option, Program, Term, TpmTerm
 from vtpm_cuse.errors import FrontendError, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ PROGRAM: Final = Program(
     ),
     usage=("[options] [NAME]",),
     operands=(
-        Term("NAME", "what vtpm run or vtpm create calls it; without it, the only one of vtpm run"),
+        TpmTerm(
+            "NAME", "what vtpm run or vtpm create calls it; without it, the only one of vtpm run"
+        ),
     ),
     description=(
         "Prints the environment variables by which clients find a TPM of this user's, as vtpm run "

@@ -134,6 +134,10 @@ class Term(NamedTuple):
     text: str
 
 
+class TpmTerm(Term):
+    """An operand that stands for a TPM of the manager's: a shell offers the names of all."""
+
+
 class Subcommand(NamedTuple):
     """A first word that chooses a program: *module* has its ``main(words, program)``."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.keys import KEY
-from vtpm_cuse.cli.words.table import Option, Program, Term
+from vtpm_cuse.cli.words.table import Option, Program, Term, TpmTerm
 from vtpm_cuse.errors import FleetError, UsageError, shown
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ KEY_OPTION: Final = Option(
     noun="key",
     subs=tuple(sub for sub in KEY if sub.name in _KEY),
 )
-NAME: Final = Term("NAME", "the TPM, or its id")
+NAME: Final = TpmTerm("NAME", "the TPM, or its id")
 SNAPSHOT: Final = Term("SNAPSHOT", "what the copy is called")
 EXITS: Final = (
     Term("0", "It is done."),

@@ -8,6 +8,7 @@ from vtpm_cuse.cli.vtpm.fleet.asking import ENVIRONMENT, HELP, SOCKET, as_json, 
 from vtpm_cuse.cli.vtpm.fleet.words import table
 from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
+from vtpm_cuse.errors import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 PROGRAM: Final = Program(
     "vtpm ls",
     "the TPMs of the manager",
-    (SOCKET, Option("json", "print an array of objects"), HELP),
+    (
+        Option("names", "print their names alone, a line each"),
+        SOCKET,
+        Option("json", "print an array of objects"),
+        HELP,
+    ),
     usage=("[options]",),
     description=(
         "Prints a line for each TPM of the user's, and for root and the manager's own user for "
@@ -27,6 +33,7 @@ PROGRAM: Final = Program(
     ),
     examples=(
         Example("", "vtpm ls"),
+        Example("Each of them", "vtpm ls --names | xargs -rn1 vtpm stop"),
         Example(
             "Those that have failed",
             "vtpm ls --json | jq -r '.[] | select(.state == \"failed\") | .name'",
@@ -47,6 +54,8 @@ def _run(line: CommandLine) -> int:
     tpms = ask(line, lambda manager: manager.list())
     if line.has("json"):
         print(f"[{', '.join(map(as_json, tpms))}]")
+    elif line.has("names"):
+        print("".join(f"{shown(tpm.name)}\n" for tpm in tpms), end="")
     else:
         print(*table(tpms), sep="\n")
     return 0
