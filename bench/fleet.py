@@ -4,7 +4,8 @@
 
 In one process with the manager: what is measured is what a client of a socket sees. Memory is the
 kernel's proportional set size (PSS), which divides what processes share. The round trip of a TPM that
-is awake is beside that of a `swtpm socket` of ours, in the column of the C suite.
+is awake is beside that of a `swtpm socket` of ours, in the column of the C suite; so is, of one that is
+manufactured, the time without a pool.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ROUND_TRIPS: Final = 500
 WAKES: Final = 100
 AWAKE: Final = 10
 LAZY: Final = 3600.0
+POOL: Final = 8
 
 
 def answered(connection: socket.socket) -> float:
@@ -109,6 +111,31 @@ async def measure(report: Report, folder: Path, sleepers: int) -> None:
             await _wakes(report, manager, clients)
             await _awake(report, manager, clients)
             await _round_trips(report, folder, clients["t0"])
+    await _manufactured(report, folder)
+
+
+async def _manufactured(report: Report, folder: Path) -> None:
+    """From the pool, and beside it without one, in the column of the C suite; by a CA in *folder*."""
+    ca = folder / "ca"
+    (folder / "swtpm-localca.conf").write_text(
+        f"statedir = {ca}\nsigningkey = {ca}/key.pem\nissuercert = {ca}/cert.pem\n"
+    )
+    (folder / "swtpm_setup.conf").write_text("create_certs_tool = swtpm_localca\n")
+    os.environ["XDG_CONFIG_HOME"] = str(folder)
+    medians = []
+    for most in (POOL, 0):
+        state, run = folder / f"state{most}", folder / f"run{most}"
+        async with managed(Settings(str(state), str(run), pool=most)) as manager:
+            times = []
+            for number in range(POOL):
+                # So nothing is made while it is measured.
+                while manager.pool.waiting < most:  # noqa: ASYNC110 - nobody else waits for it
+                    await trio.sleep(0.05)
+                begun = time.perf_counter()
+                await manager.create(Spec(f"m{number}", os.geteuid(), manufactured=True))
+                times.append((time.perf_counter() - begun) * 1000)
+        medians.append(percentile(times, 0.5))
+    report.add("create, manufactured, from the pool: p50", "ms", *medians)
 
 
 async def _wakes(report: Report, manager: Manager, clients: dict[str, socket.socket]) -> None:

@@ -411,5 +411,5 @@ async def test_a_tpm_has_certificates_if_that_is_asked_for(
             client = await Client.of(await manager.start(name))
             read = await client.ask(tpm.nv_read(0x01C00002, 512))  # of the RSA endorsement key
             assert made.id.encode() in tpm.nv_data(read)
-            await filled(manager._pool, 1)
+            await filled(manager.pool, 1)
         assert sorted(os.listdir(tmp_path / "state")) == [".lock", "one", "two"]

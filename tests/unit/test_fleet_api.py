@@ -399,6 +399,24 @@ def test_varlinks_own_library_understands_it(fleet: FakeFleet, path: Path) -> No
     with_manager(fleet, path, use)
 
 
+def test_many_replies_come_each_whole_and_in_order(fleet: FakeFleet, path: Path) -> None:
+    names = [f"tpm{number:03}" for number in range(3 * api._TOGETHER + 1)]
+    for name in names:
+        fleet.add(name)
+
+    async def use(raw: Raw) -> None:
+        await raw.say(f"{MANAGER}.List", more=True)
+        replies = [await raw.hear() for _ in names]
+        assert [reply["parameters"]["tpm"]["name"] for reply in replies] == names
+        assert [reply.get("continues", False) for reply in replies] == [
+            *(True,) * (len(names) - 1),
+            False,
+        ]
+        assert (await raw.ask(f"{MANAGER}.Describe", parameters={"name": names[0]}))["parameters"]
+
+    with_raw(fleet, path, use)
+
+
 def test_the_service_tells_of_itself(fleet: FakeFleet, path: Path) -> None:
     async def use(raw: Raw) -> None:
         info = (await raw.ask(f"{SERVICE}.GetInfo"))["parameters"]

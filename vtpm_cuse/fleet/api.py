@@ -13,6 +13,7 @@ import logging
 import os
 from collections import Counter
 from contextlib import aclosing
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
@@ -29,7 +30,7 @@ from vtpm_cuse.wire.manager import MANAGER
 from vtpm_cuse.wire.varlink import SERVICE, BadParameter, Messages, Reply, from_json, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from vtpm_cuse.fleet.base import Fleet, Tpm
     from vtpm_cuse.wire.varlink import Call, Method
@@ -43,6 +44,8 @@ PATIENCE_SECONDS: Final = 10.0
 """For the rest of a message, and for a client to read."""
 
 _READ_SIZE: Final = 16384
+_TOGETHER: Final = 64
+"""Of one call's replies; between them, others get their turn."""
 _PAUSE_SECONDS: Final = 0.1
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _ROOT: Final = 0
@@ -163,10 +166,11 @@ class _Client:
             await self._answer(call)
             await trio.lowlevel.checkpoint()  # for the others, where nothing had to be waited for
 
-    async def send(self, reply: Reply) -> None:
+    async def send(self, *replies: Reply) -> None:
         """Raises trio.TooSlowError, trio.BrokenResourceError."""
+        data = b"".join(map(varlink.encode_reply, replies))
         with trio.fail_after(PATIENCE_SECONDS):
-            await self._stream.send_all(varlink.encode_reply(reply))
+            await self._stream.send_all(data)
 
     async def _next(self) -> bytes | None:
         """A message; None at the end. A client may be silent between two for as long as it likes."""
@@ -200,31 +204,35 @@ class _Client:
         async with aclosing(self._replies(call)) as replies:
             while True:
                 try:
-                    reply = await anext(replies)
+                    some = await anext(replies)
                 except StopAsyncIteration:
                     return
                 except Exception as exc:  # whatever it is, the other clients are served
-                    reply = _refusal(exc)
+                    some = (_refusal(exc),)
                 if not call.oneway:
-                    await self.send(reply)
+                    await self.send(*some)
 
-    async def _replies(self, call: Call) -> AsyncGenerator[Reply, None]:
-        """What *call* is answered, unless this raises: then `_refusal` says it."""
+    async def _replies(self, call: Call) -> AsyncGenerator[Sequence[Reply], None]:
+        """What *call* is answered, unless this raises: then `_refusal` says it.
+
+        Replies that are there together come together: to send each costs more than to make it.
+        """
         method, given = _understood(call)
         if isinstance(given, manager.Listed):
-            for reply in await self._list(given):
-                yield reply
+            replies = await self._list(given)
+            while some := tuple(islice(replies, _TOGETHER)):
+                yield some
         elif call.method == _WATCH:
             async with aclosing(self._watch()) as events:
                 async for reply in events:
-                    yield reply
+                    yield (reply,)
         else:
             with trio.CancelScope(shield=True):  # what has been begun is done, in the end, too
                 answer = await self._do(method.name, given)
             if method.name not in _TELLING:
                 about = given[0]  # of all methods that change something, a name
                 log.info("%s of %r, for user %d, process %d", method.name, about, *self._asker)
-            yield Reply(to_json(answer))
+            yield (Reply(to_json(answer)),)
 
     async def _do(self, method: str, given: Any) -> NamedTuple:  # noqa: ANN401  # what it takes
         match method, given:

@@ -36,6 +36,8 @@ _ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _RUN_MODE: Final = 0o711
 _EVENTS_MAX: Final = 1024
 """That one who watches may be behind; then it is told no more."""
+_AT_A_TIME: Final = 256
+"""TPMs that are described before others get their turn."""
 _AT_ONCE: Final = 4
 """TPMs that are shut down side by side in the end."""
 
@@ -116,7 +118,7 @@ class Manager:
         self._quota = Quota(catalogue, settings.limits)
         self._history = History()
         self._coming: dict[str, int | None] = {}
-        self._pool = Pool(catalogue, nursery, settings.pool)
+        self.pool = Pool(catalogue, nursery, settings.pool)
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
         self.workers = workers
         self.wake_times = Histogram()
@@ -159,7 +161,7 @@ class Manager:
         with self._reserved(name, spec.owner):
             await self._need_room(name, spec.owner)
             try:
-                made = await self._pool.take(spec.profile) if spec.manufactured else None
+                made = await self.pool.take(spec.profile) if spec.manufactured else None
                 number = made.id if made else str(uuid.uuid4())
                 return await self._new(name, Entry.of(number, spec), made)
             except UsageError as exc:
@@ -236,9 +238,15 @@ class Manager:
 
     async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
         """Those of *names*, or all."""
-        await trio.lowlevel.checkpoint()
-        wanted = sorted(self._machines) if names is None else names
-        return [self._one(name).described() for name in wanted]
+        machines = [
+            self._one(name) for name in (sorted(self._machines) if names is None else names)
+        ]
+        found: list[Tpm] = []
+        for machine in machines:
+            if not len(found) % _AT_A_TIME:
+                await trio.lowlevel.checkpoint()  # who wakes a TPM does not wait for all of them
+            found.append(machine.described())
+        return found
 
     async def describe(self, name: str) -> Tpm:
         """That one."""

@@ -10,8 +10,9 @@ left out, whose default is None.
 from __future__ import annotations
 
 import json
-import math
+import re
 import types
+from collections.abc import Callable
 from functools import cache
 from typing import (
     TYPE_CHECKING,
@@ -29,11 +30,12 @@ from typing import (
 from vtpm_cuse.errors import MessageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 # Any: JSON, and annotations at run time.
 Json = dict[str, Any]
 Value = TypeVar("Value")
+Reader = Callable[[Any], Any]
 
 CALL_MAX: Final = 1 << 19
 REPLY_MAX: Final = 1 << 20
@@ -142,12 +144,12 @@ class Messages:
 
 def _encoded(message: Json) -> bytes:
     """NUL is escaped in JSON as all control characters are; so is what is not ASCII here."""
-    return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + _END
+    return _ENCODER.encode(message).encode() + _END
 
 
 def _decoded(message: bytes) -> Json:
     try:
-        found = json.loads(message.decode("utf-8"), parse_constant=_no_number)
+        found = _DECODER.decode(message.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise MessageError("A message is no JSON") from exc
     if not isinstance(found, dict):
@@ -157,6 +159,10 @@ def _decoded(message: bytes) -> Json:
 
 def _no_number(word: str) -> float:
     raise ValueError(word)
+
+
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _parameters(found: Json) -> Json:
@@ -206,13 +212,13 @@ def from_json(kind: Callable[..., Value], found: Json, *, strict: bool = True) -
     Raises:
         BadParameter: It is not of this type.
     """
-    known = _fields(kind)
+    known = _readers(kind, strict=strict)
     if strict and (unknown := found.keys() - known.keys()):
         raise BadParameter(min(unknown))
     values = {}
-    for name, (field, annotation) in known.items():
+    for name, (field, read) in known.items():
         try:
-            values[field] = _read(annotation, found.get(name), strict=strict)
+            values[field] = read(found.get(name))
         except BadParameter as exc:
             raise BadParameter(f"{name}.{exc.name}") from None
         except ValueError as exc:
@@ -226,12 +232,22 @@ def _fields(kind: Callable[..., object]) -> dict[str, tuple[str, Any]]:
     return {_wire_name(name): (name, hint) for name, hint in get_type_hints(kind).items()}
 
 
+@cache
+def _readers(kind: Callable[..., object], *, strict: bool) -> dict[str, tuple[str, Reader]]:
+    """Name on the wire to name in Python and what checks a value."""
+    fields = _fields(kind).items()
+    return {name: (field, _reader(hint, strict=strict)) for name, (field, hint) in fields}
+
+
+@cache
 def _wire_name(name: str) -> str:
     first, *others = name.split("_")
     return first + "".join(map(str.capitalize, others))
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
+    if type(value) in _BASIC:
+        return value
     if isinstance(value, tuple):
         return to_json(value)  # type: ignore[arg-type]  # lists are lists, other tuples are named
     if isinstance(value, list):
@@ -241,33 +257,89 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def _read(annotation: Any, value: Any, *, strict: bool) -> Any:  # noqa: ANN401
-    """Raises ValueError."""
+def _reader(annotation: Any, *, strict: bool) -> Reader:  # noqa: ANN401
+    """What gives the value that JSON says, and raises ValueError where it is none."""
     optional, kind = _optional(annotation)
-    if value is None and optional:
-        return None
-    origin = get_origin(kind)
-    if origin is Literal and value in get_args(kind) and isinstance(value, str):
-        return value
-    if kind is float and type(value) in {int, float} and abs(value) <= _INT_MAX:
+    origin, of = get_origin(kind), get_args(kind)
+    read: Reader
+    if origin is Literal:
+        read = _checked(lambda value: isinstance(value, str) and value in of)
+    elif origin is list:
+        read = _list_reader(_reader(of[0], strict=strict))
+    elif origin is dict:
+        read = _dict_reader(_reader(of[1], strict=strict))
+    elif _is_named(kind):
+        read = _named_reader(kind, strict=strict)
+    else:
+        read = _BASIC_READERS[kind]
+    if optional:
+        return lambda value: None if value is None else read(value)
+    return read
+
+
+def _checked(fits: Callable[[Any], bool]) -> Reader:
+    def read(value: Any) -> Any:  # noqa: ANN401
+        if fits(value):
+            return value
+        raise _another_type()
+
+    return read
+
+
+def _list_reader(part: Reader) -> Reader:
+    def read(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, list):
+            return list(map(part, value))
+        raise _another_type()
+
+    return read
+
+
+def _dict_reader(part: Reader) -> Reader:
+    def read(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, dict) and all(map(_is_text, value)):
+            return {name: part(of) for name, of in value.items()}
+        raise _another_type()
+
+    return read
+
+
+def _named_reader(kind: Callable[..., Value], *, strict: bool) -> Reader:
+    def read(value: Any) -> Value:  # noqa: ANN401
+        if isinstance(value, dict):
+            return from_json(kind, value, strict=strict)
+        raise _another_type()
+
+    return read
+
+
+def _read_float(value: Any) -> float:  # noqa: ANN401
+    if type(value) in {int, float} and abs(value) <= _INT_MAX:
         return float(value)
-    if kind in _BASIC and type(value) is kind and _fits(value):
-        return value
-    if origin is list and isinstance(value, list):
-        return [_read(get_args(kind)[0], part, strict=strict) for part in value]
-    if origin is dict and isinstance(value, dict) and all(map(_fits, value)):
-        of = get_args(kind)[1]
-        return {name: _read(of, part, strict=strict) for name, part in value.items()}
-    if _is_named(kind) and isinstance(value, dict):
-        return from_json(kind, value, strict=strict)
-    raise ValueError("another type")
+    raise _another_type()
 
 
-def _fits(value: str | float) -> bool:
-    """JSON has numbers without end, and halves of surrogate pairs that no file can keep."""
-    if isinstance(value, str):
-        return not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return math.isfinite(value) and -_INT_MAX - 1 <= value <= _INT_MAX
+def _another_type() -> ValueError:
+    return ValueError("another type")
+
+
+def _is_text(value: Any) -> bool:  # noqa: ANN401
+    """JSON has halves of surrogate pairs, that no file can keep."""
+    return type(value) is str and not _SURROGATE.search(value)
+
+
+def _is_int(value: Any) -> bool:  # noqa: ANN401
+    """JSON has numbers without end."""
+    return type(value) is int and -_INT_MAX - 1 <= value <= _INT_MAX
+
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_BASIC_READERS: Final[dict[type, Reader]] = {
+    str: _checked(_is_text),
+    int: _checked(_is_int),
+    bool: _checked(lambda value: type(value) is bool),
+    float: _read_float,
+}
 
 
 def _optional(annotation: Any) -> tuple[bool, Any]:  # noqa: ANN401
