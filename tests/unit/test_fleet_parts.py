@@ -25,7 +25,7 @@ from vtpm_cuse.errors import (
     StorageError,
 )
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_name
-from vtpm_cuse.fleet.channel import Channel
+from vtpm_cuse.fleet.channel import BlockingChannel, Channel
 from vtpm_cuse.fleet.machine import Machine, Surroundings
 from vtpm_cuse.fleet.messages import (
     BODY_MAX,
@@ -40,6 +40,7 @@ from vtpm_cuse.fleet.messages import (
 )
 from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
 from vtpm_cuse.fleet.sleepers import Sleepers
+from vtpm_cuse.fleet.store import MessageStore
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.proto.control import SavedControlStream
@@ -48,6 +49,7 @@ from vtpm_cuse.resmgr.saved import SavedManager, SavedSessions
 from vtpm_cuse.serve.connections import SavedControl, SavedData
 from vtpm_cuse.serve.managed_sockets import SavedManaged, SavedManagedSockets
 from vtpm_cuse.serve.sockets import SavedSockets
+from vtpm_cuse.storage.base import PERMANENT
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
 from vtpm_cuse.vtpm.saved import SavedVtpm
@@ -168,6 +170,27 @@ def test_a_state_that_has_gone_is_no_new_tpm(tmp_path: Path) -> None:
     assert _asked(new, Call.STORE, BLOB).kind is Answer.DONE
     assert _asked(new, Call.LOAD).body == BLOB
     new.close()
+
+
+def test_a_state_that_is_open_takes_two_descriptors(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    vault = Vault(str(tmp_path))
+    vault.lock()
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 2
+    vault.close()
+
+
+def test_a_worker_asks_for_no_state_that_came_along_until_it_has_begun() -> None:
+    end, ours = socket.socketpair()
+    ours.close()
+    store = MessageStore(BlockingChannel(end), BLOB)
+    assert [store.load(PERMANENT), store.load(PERMANENT)] == [BLOB, BLOB]
+    with pytest.raises(StorageError, match="manager"):
+        store.load("volatilestate")
+    store.forget()
+    with pytest.raises(StorageError, match="manager"):
+        store.load(PERMANENT)
+    end.close()
 
 
 @pytest.mark.parametrize(
@@ -302,6 +325,7 @@ class Stage:
 
     def __init__(self, catalogue: Catalogue, run: Path, nursery: trio.Nursery) -> None:
         self.puppets: list[Puppet] = []
+        self.refills = 0
         self.sleepers: Sleepers[Machine] = Sleepers()
         self.one = Machine(
             "one",
@@ -319,6 +343,10 @@ class Stage:
         self.puppets.append(Puppet())
         return self.puppets[-1].worker
 
+    def refill(self) -> None:
+        """As `Workers` does."""
+        self.refills += 1
+
     async def started(self, begin: Callable[[], object]) -> Puppet:
         """What the next puppet is told; it says that it serves."""
         async with trio.open_nursery() as nursery:
@@ -330,7 +358,9 @@ class Stage:
             told = await puppet.orders.receive()
             assert told is not None
             puppet.told = told
+            assert self.refills == count  # another one takes a processor from this one
             await puppet.orders.send(Message(Report.SERVING))
+        assert self.refills == len(self.puppets)
         return puppet
 
 
@@ -359,14 +389,14 @@ async def test_what_was_saved_is_given_out_once(catalogue: Catalogue, tmp_path: 
         assert stage.one.state == "asleep"
         puppet = await stage.started(stage.one.wake)
         assert puppet.told.flags == RESUME
-        assert Task.unpack(puppet.told.body).saved == b"volatile"
+        assert Task.unpack(puppet.told.body)[2:] == (b"volatile", BLOB)
         puppet.process.kill()
         puppet.orders.close()
         await puppet.worker.ended.wait()
         assert stage.one.state == "failed"
         puppet = await stage.started(stage.one.wake_for_client)
         assert puppet.told.flags == OFF
-        assert Task.unpack(puppet.told.body).saved == b""
+        assert Task.unpack(puppet.told.body)[2:] == (b"", b"")
 
 
 @in_trio

@@ -20,6 +20,7 @@ from vtpm_cuse.errors import FleetError, StateLocked, StorageError
 from vtpm_cuse.files import flush_folder, make_folder, write_output
 from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.storage.locking import take_lock
+from vtpm_cuse.storage.reserve import Reserve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +83,10 @@ class Catalogue:
     Args:
         path: Of that folder; it is made where there is none.
 
+    Attributes:
+        path: The same, absolute.
+        reserve: Of all stores that stay open in it.
+
     Raises:
         OSError: It cannot be had.
         StateLocked: Another manager has it.
@@ -89,6 +94,7 @@ class Catalogue:
 
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
+        self.reserve = Reserve()
         make_folder(self.path, _FOLDER_MODE)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)

@@ -248,7 +248,7 @@ class Machine:
     def _open_vault(self) -> None:
         """Its state is for nobody else. Raises StorageError."""
         folder = self._all.catalogue.state_of(self.name)
-        self._vault = vault = Vault.of(folder, self.entry.key)
+        self._vault = vault = Vault.of(folder, self.entry.key, reserve=self._all.catalogue.reserve)
         vault.lock()
         vault.permanent()  # a wrong key is one, before a worker takes it for damage
         vault.forget_volatile()
@@ -284,6 +284,7 @@ class Machine:
         if (vault := self._vault) is None:
             raise self.refusal("it is off")
         begin = trio.current_time()
+        permanent = b"" if mode == OFF else vault.permanent_blob()
         worker = await self._all.workers.take()
         # From here on the volatile state is used up, whatever happens.
         saved, self._saved = self._saved, b""
@@ -299,7 +300,7 @@ class Machine:
         self._all.nursery.start_soon(self._attend, worker, vault)
         order = Message(
             Order.SERVE,
-            Task(self._all.idle, saved=saved).pack(),
+            Task(self._all.idle, saved=saved, permanent=permanent).pack(),
             flags=mode,
             descriptors=(*listeners, *connections),
         )
@@ -307,6 +308,7 @@ class Machine:
             await worker.orders.send(order)
         close_all(connections)
         await self._serving.wait()
+        self._all.workers.refill()
         if mode == RESUME and self._worker is not None:
             self._all.wake_times.observe(trio.current_time() - begin)
         return self._failure if self._worker is None else ""

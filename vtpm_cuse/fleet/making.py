@@ -58,6 +58,7 @@ async def make(workers: Workers, vault: Vault, profile: str | None) -> None:
             nursery.cancel_scope.cancel()
     finally:
         worker.end()
+        workers.refill()
     if message is None or message.kind is not Report.STOPPED:
         raise UsageError(said_by(message) if message else "the process that makes it has ended")
     if PERMANENT not in vault.blobs.sizes():

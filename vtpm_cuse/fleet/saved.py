@@ -75,6 +75,13 @@ def unpacked(data: bytes, descriptors: Sequence[int]) -> SavedTpm:
     return found
 
 
+def listeners_of(saved: SavedSockets) -> tuple[int, ...]:
+    """Their descriptors; those that there are."""
+    managed = None if saved.managed is None else saved.managed.listener
+    found = saved.data_listener, saved.control_listener, managed
+    return tuple(fd for fd in found if fd is not None)
+
+
 def _renumbered(
     saved: SavedSockets, number: Callable[[int], int], listeners: Sequence[int]
 ) -> SavedSockets:

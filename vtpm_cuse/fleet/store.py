@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse import errors
 from vtpm_cuse.errors import ChannelError, StorageError
 from vtpm_cuse.fleet.messages import Answer, Call, Message
-from vtpm_cuse.storage.base import BLOB_NAMES, WithoutBackup
+from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, WithoutBackup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,21 +34,34 @@ def described(exc: StorageError) -> bytes:
 
 
 class MessageStore(WithoutBackup):
-    """Implements `storage.base.StateStore`; the lock is the manager's, who has it at the start."""
+    """Implements `storage.base.StateStore`; the lock is the manager's, who has it at the start.
 
-    def __init__(self, channel: BlockingChannel) -> None:
+    Args:
+        channel: To the manager.
+        permanent: The permanent state of now, if it came along; `forget` ends that.
+    """
+
+    def __init__(self, channel: BlockingChannel, permanent: bytes = b"") -> None:
         self._channel = channel
+        self._permanent = permanent
         self._turn = threading.Lock()
         self._locked = True
         self._closed = False
 
     def load(self, name: str) -> bytes:
         """Returns the blob."""
+        if self._permanent and name == PERMANENT:
+            return self._permanent
         return self._ask(Call.LOAD, name)
 
     def store(self, name: str, blob: bytes) -> None:
         """Replaces the blob, durably."""
+        self.forget()
         self._ask(Call.STORE, name, blob)
+
+    def forget(self) -> None:
+        """The TPM is on: from now on what it wants is asked for, for it may be another's by then."""
+        self._permanent = b""
 
     def delete(self, name: str, *, must_exist: bool = False) -> None:
         """Removes the blob."""

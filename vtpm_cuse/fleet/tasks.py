@@ -25,19 +25,22 @@ class Task(NamedTuple):
         idle: Seconds without a command after which it sleeps.
         profile: Of a TPM to be made.
         saved: What it goes on from.
+        permanent: The permanent state, as a LOAD gives it; nothing where the worker has to ask.
     """
 
     idle: float
     profile: str | None = None
     saved: bytes = b""
+    permanent: bytes = b""
 
     def pack(self) -> bytes:
         """As a body."""
-        return json.dumps([self.idle, self.profile]).encode() + b"\n" + self.saved
+        head = json.dumps([self.idle, self.profile, len(self.saved)]).encode()
+        return head + b"\n" + self.saved + self.permanent
 
     @classmethod
     def unpack(cls, body: bytes) -> Task:
         """The reverse."""
-        head, _, saved = body.partition(b"\n")
-        idle, profile = json.loads(head)
-        return cls(idle, profile, saved)
+        head, _, states = body.partition(b"\n")
+        idle, profile, size = json.loads(head)
+        return cls(idle, profile, states[:size], states[size:])

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.config import KeySource
     from vtpm_cuse.storage.keys import Key
+    from vtpm_cuse.storage.reserve import Reserve
 
 QUICK: Final = frozenset({Call.LOAD, Call.SIZES, Call.REMAINS, Call.LOCK})
 """What flushes nothing."""
@@ -56,26 +57,41 @@ class Vault:
         folder: Where it is; it is there.
         key: Encrypts what is kept; a worker never sees it.
         may_begin: A TPM that is not there is to be made. Else it is missing, and that is a fault.
+        reserve: Of one that stays open, among many.
 
     Attributes:
         closed: The TPM has been shut down in order, and its state given up.
     """
 
-    def __init__(self, folder: str, key: Key | None = None, *, may_begin: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        key: Key | None = None,
+        *,
+        may_begin: bool = False,
+        reserve: Reserve | None = None,
+    ) -> None:
         self.blobs = open_store(f"dir://{folder}", tpm2=True, mode=OWNER_MODE)
-        self._sealed = SealedStore(self.blobs, key)
+        self._sealed = SealedStore(self.blobs, key, reserve=reserve)
         self._key = key
         self._may_begin = may_begin
         self.closed = False
 
     @classmethod
-    def of(cls, folder: str, source: KeySource | None, *, may_begin: bool = False) -> Vault:
+    def of(
+        cls,
+        folder: str,
+        source: KeySource | None,
+        *,
+        may_begin: bool = False,
+        reserve: Reserve | None = None,
+    ) -> Vault:
         """With the key that is kept there. Raises StateKeyRejected where it cannot be had."""
         try:
             key = None if source is None else _key_at(source)
         except (UsageError, OSError) as exc:
             raise StateKeyRejected(folder, sentence(exc), PtmResult.TPM_KEYNOTFOUND) from exc
-        return cls(folder, key, may_begin=may_begin)
+        return cls(folder, key, may_begin=may_begin, reserve=reserve)
 
     def lock(self) -> None:
         """For as long as it is on. Raises StorageError."""
@@ -108,6 +124,13 @@ class Vault:
         """Others may have it."""
         self.closed = True
         self.blobs.close()
+
+    def permanent_blob(self) -> bytes:
+        """The permanent state as LOAD gives it; nothing where that says what is wrong."""
+        try:
+            return self._load(PERMANENT)
+        except StorageError:
+            return b""
 
     def answer_untrusted(self, request: Message) -> Message:
         """What a worker gets for *request*. Raises ChannelError for what no worker asks for."""

@@ -7,6 +7,7 @@ path. Descriptors, state and volatile state are given to it, and go back when th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Final
 
@@ -16,51 +17,94 @@ from vtpm_cuse import faults
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
 from vtpm_cuse.errors import ChannelError, EngineError, TpmUnavailable, VtpmError
-from vtpm_cuse.fleet.channel import BlockingChannel, Channel
+from vtpm_cuse.fleet import rehearsal
+from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
+from vtpm_cuse.fleet.saved import SavedTpm, listeners_of, packed, unpacked
 from vtpm_cuse.fleet.store import MessageStore
 from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, WATCH_DATA, Task
 from vtpm_cuse.serve.connections import adopted
 from vtpm_cuse.serve.sockets import SocketServer
 from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.service.compose import make_vtpm_on, power_on
-from vtpm_cuse.service.confine import sandbox
+from vtpm_cuse.service.confine import landlock, sandbox
 from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.wire.tpm import TpmSu
 
 if TYPE_CHECKING:
     import socket
 
+    from vtpm_cuse.fleet.rehearsal import Practice
     from vtpm_cuse.serve.sockets import SavedSockets
     from vtpm_cuse.service.confine.seccomp import Filter
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
 log = logging.getLogger(__name__)
 
+_REHEARSALS: Final = 20
+"""So often CPython 3.11 looks at code, and more, before it has all of that in its faster form."""
 _LOOKS: Final = 4
 """How often a worker looks, in the time after which a TPM that nobody uses sleeps."""
 
 
-def run(orders: socket.socket, calls: socket.socket, rules: Filter | None) -> None:
-    """Lives, in a process of its own; returns when that is to end."""
-    trio.run(_live, Channel(orders), BlockingChannel(calls), rules)
+def prepare() -> Practice | None:
+    """In the zygote: does all that a worker does, often, without a TPM; see `rehearsal`.
 
-
-async def _live(orders: Channel, calls: BlockingChannel, rules: Filter | None) -> None:
-    worker = sandbox.enter(ProcessConfig(), None, rules, Worker)
+    Returns:
+        What `run` needs to do the same; None where that is not to be, which costs time alone.
+    """
     try:
-        order = await orders.receive()
-        if order is not None and order.kind is Order.SERVE:
-            await _serve(order, orders, MessageStore(calls), worker)
+        return rehearsal.prepare(_idle, _REHEARSALS)
+    except Exception as exc:
+        log.warning("TPMs wake slowly, for it cannot be rehearsed: %r", exc)
+        return None
+
+
+def run(
+    orders: socket.socket, calls: socket.socket, rules: Filter | None, practice: Practice | None
+) -> None:
+    """Lives, in a process of its own; returns when that is to end."""
+    trio.run(_live, Channel(orders), BlockingChannel(calls), rules, practice)
+
+
+async def _live(
+    orders: Channel, calls: BlockingChannel, rules: Filter | None, practice: Practice | None
+) -> None:
+    if practice is not None:
+        await _rehearse(practice)
+    with contextlib.suppress(landlock.LandlockMissing):  # the zygote has said so
+        landlock.restrict({})  # once more: workers are out of each other's reach, too
+    worker = sandbox.seal(ProcessConfig(), rules, Worker)
+    try:
+        await _obey(orders, calls, worker)
     except (ChannelError, OSError) as exc:
         log.warning("The manager has gone: %s", exc)
     finally:
         worker.close()
 
 
-async def _serve(order: Message, orders: Channel, store: MessageStore, worker: Worker) -> None:
+async def _rehearse(practice: Practice) -> None:
+    try:
+        await rehearsal.wake(_idle, practice)
+    except Exception as exc:  # it is practice
+        log.warning("A worker begins slowly, for it has not rehearsed: %r", exc)
+    practice.listener.close()
+
+
+async def _idle(orders: Channel, calls: BlockingChannel) -> None:
+    """A worker that is given no command that takes long."""
+    await _obey(orders, calls, Worker(begun=False))
+
+
+async def _obey(orders: Channel, calls: BlockingChannel, worker: Worker) -> None:
+    order = await orders.receive()
+    if order is not None and order.kind is Order.SERVE:
+        await _serve(order, orders, calls, worker)
+
+
+async def _serve(order: Message, orders: Channel, calls: BlockingChannel, worker: Worker) -> None:
     task = Task.unpack(order.body)
+    store = MessageStore(calls, task.permanent)
     profile = None if task.profile is None else ProfileConfig(task.profile)
     startup = StartupConfig(not_need_init=order.flags != OFF, startup="clear")
     config = VtpmConfig(tpm2=True, startup=startup, profile=profile)
@@ -79,7 +123,7 @@ async def _serve(order: Message, orders: Channel, store: MessageStore, worker: W
     if order.flags == MAKE:
         await orders.send(Message(Report.STOPPED))
         return
-    await orders.send(Message(Report.SERVING))
+    store.forget()
     server = _Served(vtpm, orders, worker, task.idle)
     if saved is None:
         server.take(order.descriptors)
@@ -102,7 +146,7 @@ class _Served:
         self._endpoints = Endpoints(passed_too=True)
         self._saved: SavedSockets | None = None
         self._asked = Order.STOP
-        self._gone = False
+        self._begun = self._gone = False
 
     def take(self, listeners: tuple[int, ...]) -> None:
         """The listeners of a TPM that has no client yet."""
@@ -123,6 +167,7 @@ class _Served:
                     server.resume(saved)
                 nursery.start_soon(self._attend, server, nursery.cancel_scope)
             if self._gone:
+                self._endpoints.close()
                 return
             saved, self._saved = self._saved, None
             if saved is None:
@@ -139,6 +184,10 @@ class _Served:
 
     async def _attend(self, server: SocketServer, scope: trio.CancelScope) -> None:
         """Obeys, and finds out when nobody uses the TPM."""
+        if not self._begun:
+            self._begun = True
+            await trio.lowlevel.checkpoint()  # what has come is answered first
+            await self._orders.send(Message(Report.SERVING))
         looks, seen = 0, -1
         while True:
             order: Message | None = None
@@ -190,4 +239,6 @@ class _Served:
         flags = 0 if waits else WATCH_DATA
         commands = self._vtpm.commands
         await self._orders.send(Message(Report.ASLEEP, data, flags, commands, descriptors))
+        self._endpoints.close()
+        close_all((*descriptors, *listeners_of(sockets)))
         return True

@@ -121,19 +121,19 @@ class Workers:
     async def start(self) -> None:
         """Has the first ones ready. Raises ChannelError, OSError."""
         self._blank.append(await self._forked())
-        self._fill()
+        self.refill()
 
     async def take(self) -> WorkerProcess:
-        """A blank one. Raises ChannelError when there is none to be had, OSError."""
+        """A blank one; `refill` is for when it has begun. Raises ChannelError, OSError.
+
+        ChannelError: there is none to be had.
+        """
         while self._blank:
             found = self._blank.popleft()
             if found.alive:
-                self._fill()
                 return found
             found.end()
-        found = await self._forked()
-        self._fill()
-        return found
+        return await self._forked()
 
     def close(self) -> None:
         """Ends those that are blank, and the zygote."""
@@ -142,7 +142,8 @@ class Workers:
             self._blank.popleft().end()
         self._forget_zygote()
 
-    def _fill(self) -> None:
+    def refill(self) -> None:
+        """Has blank ones made; not before who has taken one is served, for that takes a processor."""
         if not self._filling and len(self._blank) < self._most:
             self._filling = True
             self._nursery.start_soon(self._fill_up)

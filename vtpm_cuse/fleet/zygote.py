@@ -8,25 +8,29 @@ root: it is a user who owns nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Final
 
-from vtpm_cuse.config import Exits, LogConfig, User
-from vtpm_cuse.errors import ChannelError, UsageError
+from vtpm_cuse.config import Exits, LogConfig, ProcessConfig, User
+from vtpm_cuse.errors import ChannelError, UsageError, VtpmError
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.service.confine import capabilities, landlock, privileges, seccomp, secrecy
+from vtpm_cuse.service.confine import privileges, sandbox, seccomp
 from vtpm_cuse.service.confine.preload import import_all
 from vtpm_cuse.service.process import logs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtpm_cuse.fleet.channel import BlockingChannel
     from vtpm_cuse.service.confine.seccomp import Filter
+
+    Begin = Callable[[socket.socket, socket.socket], None]
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,11 @@ _IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The manager ends who is to end: a terminal or a service manager tells all of them."""
 _ACCOUNTS: Final = ("vtpmd", "nobody")
 """As whom root's TPMs are served: the first that this system has."""
-_FILES_MAX: Final = 1024
+_SMALL_MAX: Final = 480
+"""Bytes in the largest object that CPython has pools for."""
+_ALIGNMENT: Final = 16
+_HOLES: Final = 200
+"""Of each size; 1.5 MiB, all in all, that all workers share."""
 _CHILD: Final = {signal.SIGCHLD}
 
 
@@ -49,33 +57,38 @@ def main() -> None:
     from vtpm_cuse.fleet import worker  # with all that it takes
     from vtpm_cuse.fleet.channel import BlockingChannel
 
-    _ = worker
-    rules = seccomp.make_filter("kill", sockets=True, hands_over=True)
-    _confine(seccomp.make_filter("kill", sockets=True, hands_over=True, forks=True))
+    try:
+        rules = seccomp.make_filter("kill", sockets=True, hands_over=True)
+        own_rules = seccomp.make_filter("kill", sockets=True, hands_over=True, forks=True)
+        practice = worker.prepare()
+        _confine(own_rules)
+    except VtpmError as exc:
+        log.error("%s", exc)
+        sys.exit(1)
+    begin = functools.partial(worker.run, rules=rules, practice=practice)
     signal.signal(signal.SIGCHLD, _reap)
     gc.collect()
+    _filling = _fill_holes()
     gc.freeze()
     channel = BlockingChannel(end)
     with contextlib.suppress(OSError, ChannelError):  # of a manager that is no more
         channel.send(Message(Report.READY))
         while (message := channel.receive()) is not None:
-            _fork(message, channel, rules)
+            _fork(message, channel, begin)
+
+
+def _fill_holes() -> list[bytes]:
+    """For as long as they are kept, a worker's objects are together, in pages that it shares with none.
+
+    Else they would be in what is free of shared pages, each of which is copied for it.
+    """
+    return [bytes(size) for size in range(0, _SMALL_MAX, _ALIGNMENT) for _ in range(_HOLES)]
 
 
 def _confine(rules: Filter | None) -> None:
     if os.geteuid() == 0:
         privileges.become(_account(), Exits())
-    secrecy.hide_process()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # A worker looks at every number, for no folder shows it which are taken.
-    most = min(_FILES_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    capabilities.drop_capabilities([])
-    capabilities.gain_nothing()
-    try:
-        landlock.restrict({})
-    except landlock.LandlockMissing as exc:
-        log.warning("There is no Landlock, so files are not out of a TPM's reach: %s", exc)
+    sandbox.restrict(ProcessConfig(), None)
     if rules is not None:
         rules.load()
 
@@ -93,7 +106,7 @@ def _reap(_number: int, _frame: object) -> None:
             pass
 
 
-def _fork(message: Message, channel: BlockingChannel, rules: Filter | None) -> None:
+def _fork(message: Message, channel: BlockingChannel, begin: Begin) -> None:
     """A worker with the two descriptors; its number, and a descriptor that means it, go back."""
     orders, calls = message.descriptors
     if message.kind is not Order.FORK:
@@ -102,7 +115,7 @@ def _fork(message: Message, channel: BlockingChannel, rules: Filter | None) -> N
     child = os.fork()
     if child == 0:
         channel.close()
-        _become_worker(orders, calls, rules)
+        _become_worker(orders, calls, begin)
     os.close(orders)
     os.close(calls)
     held = os.pidfd_open(child)
@@ -111,14 +124,12 @@ def _fork(message: Message, channel: BlockingChannel, rules: Filter | None) -> N
     os.close(held)
 
 
-def _become_worker(orders: int, calls: int, rules: Filter | None) -> None:
-    from vtpm_cuse.fleet import worker
-
+def _become_worker(orders: int, calls: int, begin: Begin) -> None:
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _CHILD)
-        worker.run(socket.socket(fileno=orders), socket.socket(fileno=calls), rules)
+        begin(socket.socket(fileno=orders), socket.socket(fileno=calls))
         status = 0
     except BaseException:  # the manager hears that it has ended
         log.exception("A worker has failed")

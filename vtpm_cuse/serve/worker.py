@@ -22,15 +22,20 @@ _ABORT_SECONDS: Final = 0.01
 
 
 class Worker:
-    """Runs jobs one after the other; `run` is called from trio, for one job at a time."""
+    """Runs jobs one after the other; `run` is called from trio, for one job at a time.
 
-    def __init__(self) -> None:
+    Args:
+        begun: False for one that there will be no job for: it has no thread.
+    """
+
+    def __init__(self, *, begun: bool = True) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         # Not a daemon: the interpreter must not end below a running libtpms.
         self._rests: tuple[tuple[float, Callable[[], None]], ...] = ()
         self._thread = threading.Thread(target=self._work, name="tpm-worker")
-        self._thread.start()
+        if begun:
+            self._thread.start()
         self._ended = trio.Event()
         self._ended.set()
 

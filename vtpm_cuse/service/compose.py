@@ -11,6 +11,7 @@ from vtpm_cuse.errors import TpmUnavailable, UsageError
 from vtpm_cuse.service.keys import open_key
 from vtpm_cuse.service.process import logs
 from vtpm_cuse.storage.memory import MemoryStore
+from vtpm_cuse.storage.reserve import Reserve
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.storage.stores import open_store
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
@@ -72,7 +73,7 @@ def make_vtpm_in_memory(config: VtpmConfig, blobs: dict[str, bytes]) -> tuple[Vt
 
 
 def make_vtpm_on(config: VtpmConfig, blobs: StateStore) -> Vtpm:
-    """As `make_vtpm`, with its state in *blobs*, whose keeper has the keys."""
+    """As `make_vtpm`, with its state in *blobs*, whose keeper has the keys, and descriptors."""
     return _make_vtpm(config, SealedStore(blobs))
 
 
@@ -139,7 +140,7 @@ def _make_store(config: VtpmConfig) -> SealedStore | None:
         fsync=state.fsync,
         backup=state.backup,
     )
-    return SealedStore(blobs, key, migration_key)
+    return SealedStore(blobs, key, migration_key, reserve=Reserve())
 
 
 def _key(source: KeySource | None) -> Key | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from vtpm_cuse.errors import StorageError
@@ -22,10 +23,20 @@ _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 
 
 class Reserve:
-    """Holds some descriptors, and gives them up for as long as the state needs them."""
+    """Holds some descriptors, and gives them up for as long as the state needs them.
 
-    def __init__(self) -> None:
+    One will do for all states of a process: it is one after the other that needs it.
+
+    Args:
+        spare: How many.
+    """
+
+    def __init__(self, spare: int = _SPARE) -> None:
         self._held: list[int] = []
+        self._spare = spare
+        self._turn = threading.Lock()
+        if not spare:
+            return
         with contextlib.suppress(OSError):
             # Of anything that needs no path: from now on it is only duplicated.
             origin, end = os.pipe()
@@ -42,16 +53,17 @@ class Reserve:
         try:
             return work()
         except StorageError as exc:
-            if getattr(exc.__cause__, "errno", None) not in _NO_DESCRIPTOR:
+            if not self._held or getattr(exc.__cause__, "errno", None) not in _NO_DESCRIPTOR:
                 raise
-        while len(self._held) > 1:
-            os.close(self._held.pop())
-        try:
-            return work()
-        finally:
-            self._fill()
+        with self._turn:
+            while len(self._held) > 1:
+                os.close(self._held.pop())
+            try:
+                return work()
+            finally:
+                self._fill()
 
     def _fill(self) -> None:
         with contextlib.suppress(OSError):
-            while 0 < len(self._held) <= _SPARE:
+            while 0 < len(self._held) <= self._spare:
                 self._held.append(os.dup(self._held[0]))

@@ -39,6 +39,7 @@ class SealedStore:
         key: Encrypts what is stored.
         migration_key: Encrypts what goes to another TPM.
         random: Makes IVs.
+        reserve: Where the process may run out of descriptors.
 
     Attributes:
         last_loaded: The blob that was handed out last: the one at fault when libtpms then refuses
@@ -51,13 +52,14 @@ class SealedStore:
         key: Key | None = None,
         migration_key: Key | None = None,
         random: Callable[[int], bytes] = os.urandom,
+        reserve: Reserve | None = None,
     ) -> None:
         self.blobs = blobs
         self.last_loaded = ""
         self._key = key
         self._migration_key = migration_key
         self._random = random
-        self._reserve = Reserve()
+        self._reserve = reserve or Reserve(0)
 
     @property
     def config_flags(self) -> PtmConfigFlag:

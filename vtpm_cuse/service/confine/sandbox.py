@@ -41,7 +41,12 @@ _FILE: Final = landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE
 _DIRECTORY: Final = _FILE | landlock.READ_DIR | landlock.MAKE_REG | landlock.REMOVE_FILE
 
 
-def _restrict(process: ProcessConfig, state: StateConfig | None) -> None:
+def restrict(process: ProcessConfig, state: StateConfig | None) -> None:
+    """All of `enter` that those have, too, who are forked from this process: it may still fork.
+
+    Raises:
+        FrontendError: The kernel refuses.
+    """
     paths = _state_paths(state)
     files = _give_modes(state)
     try:
@@ -140,7 +145,12 @@ def enter(
     Raises:
         FrontendError: The kernel refuses.
     """
-    _restrict(process, state)
+    restrict(process, state)
+    return seal(process, rules, start_last)
+
+
+def seal(process: ProcessConfig, rules: Filter | None, start_last: Callable[[], T]) -> T:
+    """The rest of `enter`, of a process that is restricted, or was forked from one that is."""
     started = start_last()
     if process.seccomp == "kill":
         _limit(resource.RLIMIT_NPROC, 0)  # no process and no thread more, for who is not root
