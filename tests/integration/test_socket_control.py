@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 CLOCK = tpm.TPM2_READ_CLOCK
 RANDOM = tpm.get_random(8)
 OFF_2 = "80010000000a00000101"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 CLOCK = tpm.TPM2_READ_CLOCK
 RANDOM = tpm.get_random(8)
 TPM12_CAPABILITIES = bytes.fromhex("00c10000001200000065000000060000 0000")

@@ -16,6 +16,8 @@ from tests.support.sockets import RUNNING, Client, Server, u32
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 CLOCK = tpm.TPM2_READ_CLOCK
 RANDOM = tpm.get_random(8)
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 PEER: Final = ("/usr/bin/swtpm",)
 TURNS: Final = (s.OURS, PEER, s.OURS, PEER, PEER, s.OURS)
 PCR: Final = 10

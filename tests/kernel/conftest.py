@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.kernel import harness
 from tests.kernel.harness import STARTED, Server, errno_from, needs, servers
-from tests.kernel.zygote import Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -44,22 +42,6 @@ def serve(cuse: None, tmp_path: Path) -> Iterator[Serve]:
 def module_serve(cuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     """Makes servers (not started yet) that end with the module."""
     yield from servers(tmp_path_factory.mktemp("servers"))
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Starts programs of ours without the price of a new interpreter."""
-    starter = Zygote()
-    yield starter
-    starter.close()
-
-
-@pytest.fixture(scope="module")
-def warm(zygote: Zygote) -> Iterator[None]:
-    """For modules about a device: the programs of ours that they run begin in the zygote."""
-    harness.warm.append(zygote)
-    yield
-    harness.warm.pop()
 
 
 _LOG_TAIL = 4000

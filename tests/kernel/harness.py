@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import pytest
 
-from tests.kernel import zygote
-from tests.support import waiting
+from tests.support import waiting, zygote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from tests.kernel.zygote import Forked, Zygote
+    from tests.support.zygote import Forked
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PROGRAMS: Final = Path(sys.executable).parent
@@ -81,20 +80,6 @@ def seeded(seed: int) -> random.Random:
 # -- programs -----------------------------------------------------------------------------
 
 
-warm: Final[list[Zygote]] = []
-"""What starts our programs meanwhile, see the fixture of this name."""
-
-
-@contextmanager
-def whole_programs() -> Iterator[None]:
-    """In a `warm` module, for what the command line of a process shows."""
-    others, warm[:] = warm[:], []
-    try:
-        yield
-    finally:
-        warm[:] = others
-
-
 @dataclass(frozen=True)
 class Done:
     """A program that has ended."""
@@ -115,8 +100,8 @@ def run(
 ) -> Done:
     """Runs a program and asserts its exit status (None: any)."""
     words = tuple(str(word) for word in argv)
-    if warm and user is None and _is_ours(words[0]):
-        ended, out, err = warm[-1].run(words, stdin, env, cwd)
+    if zygote.warm and user is None and _is_ours(words[0]):
+        ended, out, err = zygote.warm[-1].run(words, stdin, env, cwd)
     else:
         done = subprocess.run(
             words,
@@ -136,8 +121,8 @@ def run(
 
 def popen(*words: str) -> subprocess.Popen[bytes] | Forked:
     """Starts a program with nothing to read, and with pipes behind what it says."""
-    if warm and _is_ours(words[0]):
-        return warm[-1].popen(words)
+    if zygote.warm and _is_ours(words[0]):
+        return zygote.warm[-1].popen(words)
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     return subprocess.Popen(words, stdin=null, stdout=pipe, stderr=pipe)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
 
-    from tests.kernel.zygote import Forked
+    from tests.support.zygote import Forked
 
 SWTPM: Final = str(PROGRAMS / "swtpm")
 LINE: Final = re.compile(r"New TPM device: /dev/tpm([0-9]+) \(major/minor = ([0-9]+)/([0-9]+)\)\n")

@@ -40,7 +40,6 @@ from tests.kernel.harness import (
     u32,
     wait_for_line,
     wait_until,
-    whole_programs,
 )
 from tests.support.commands import (
     NV_INDEX,
@@ -60,6 +59,7 @@ from tests.support.commands import (
     tpm2,
 )
 from tests.support.files import open_files, tmpfs
+from tests.support.zygote import whole_programs
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Serve

@@ -35,18 +35,18 @@ from tests.kernel.harness import (
     wait_child,
     wait_exit,
     wait_readable,
-    whole_programs,
 )
 from tests.kernel.proxy import SWTPM, Proxy, next_number, uevents
 from tests.support import commands as tpm
 from tests.support import sockets as s
+from tests.support.zygote import whole_programs
 from vtpm_cuse.acquire.chardev import ProxyMaker
 from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.kernel.zygote import Zygote
+    from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.usefixtures("warm")
 

@@ -18,6 +18,8 @@ from tests.support.waiting import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.support.zygote import Forked
+
 HERE: Final = Path(__file__).parent
 ABRMD: Final = "/usr/sbin/tpm2-abrmd"
 _CLIENT: Final = (sys.executable, str(HERE / "tabrmd.py"))
@@ -32,14 +34,14 @@ def has_abrmd() -> bool:
     return os.access(ABRMD, os.X_OK) and shutil.which("dbus-daemon") is not None
 
 
-def _descriptors(process: subprocess.Popen[Any]) -> int:
+def _descriptors(process: subprocess.Popen[Any] | Forked) -> int:
     return len(os.listdir(f"/proc/{process.pid}/fd"))
 
 
 class Ours:
     """Connections to a managed socket of *process*."""
 
-    def __init__(self, path: Path, process: subprocess.Popen[Any]) -> None:
+    def __init__(self, path: Path, process: subprocess.Popen[Any] | Forked) -> None:
         self._path, self._process = path, process
         self._there: dict[str, s.Client] = {}
 

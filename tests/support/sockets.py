@@ -14,10 +14,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from tests.support import zygote
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from tests.support.zygote import Forked
 
 TREE: Final = Path(__file__).parents[2]
 OURS: Final = (
@@ -25,6 +28,8 @@ OURS: Final = (
     "-c",
     "import sys; from vtpm_cuse.cli.swtpm import main; sys.exit(main())",
 )
+
+_INSTALLED: Final = str(zygote.PROGRAMS / "swtpm")
 
 GET_CAPABILITY, INIT, SHUTDOWN, GET_TPMESTABLISHED, SET_LOCALITY = 1, 2, 3, 4, 5
 HASH_START, HASH_DATA, HASH_END, CANCEL_TPM_CMD, STORE_VOLATILE = 6, 7, 8, 9, 10
@@ -52,8 +57,13 @@ def run_swtpm(
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """One call that is expected to end by itself."""
+    arguments = ["socket", *map(str, words)]
+    if zygote.warm and program == OURS and not pass_fds:
+        done = zygote.warm[-1].run([_INSTALLED, *arguments], env=env, cwd=cwd)
+        said = [text.decode() for text in done[1:]]
+        return subprocess.CompletedProcess([_INSTALLED, *arguments], done[0], *said)
     return subprocess.run(
-        [*program, "socket", *map(str, words)],
+        [*program, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -207,6 +217,16 @@ def free_ports() -> int:
     raise AssertionError("no free ports")
 
 
+def _start(
+    program: Sequence[str], arguments: Sequence[str], fds: Sequence[int]
+) -> subprocess.Popen[bytes] | Forked:
+    if zygote.warm and program == OURS:
+        return zygote.warm[-1].silent([_INSTALLED, *arguments], fds)
+    return subprocess.Popen(
+        [*program, *arguments], stdin=subprocess.DEVNULL, pass_fds=fds, env=environment()
+    )
+
+
 class Server:
     """A running `swtpm socket`.
 
@@ -240,7 +260,7 @@ class Server:
         self.log = folder / "log"
         self.data_address: Path | int = folder / "data"
         self.control_address: Path | int = folder / "ctrl"
-        arguments = [*program, "socket", *(["--tpm2"] if tpm2 else [])]
+        arguments = ["socket", *(["--tpm2"] if tpm2 else [])]
         arguments += ["--tpmstate", f"dir={self.state}", "--log", f"file={self.log},level=2"]
         with contextlib.ExitStack() as stack:
             fds = list(pass_fds)
@@ -257,12 +277,7 @@ class Server:
                     self.control_address = sock.getsockname()[1]
                 fds.append(sock.fileno())
                 arguments += ["--ctrl", f"type={control},fd={sock.fileno()}"]
-            self.process = subprocess.Popen(
-                [*arguments, *map(str, words)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=fds,
-                env=environment(),
-            )
+            self.process = _start(program, [*arguments, *map(str, words)], fds)
         if control is not None and data == "tcp":
             with self.control() as client:  # once it answers, all its sockets listen
                 assert client.control(GET_CAPABILITY, size=8)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -14,6 +13,17 @@ PATIENCE_SECONDS: Final = 60
 """For tests that would otherwise hang; none depends on it."""
 
 _INTERVAL_SECONDS: Final = 0.001
+
+
+class Process(Protocol):
+    """One that may end."""
+
+    @property
+    def returncode(self) -> int | None:
+        """None before it has ended."""
+
+    def poll(self) -> int | None:
+        """Looks whether it has."""
 
 
 class TooLateError(AssertionError):
@@ -24,7 +34,7 @@ def wait_until(
     condition: Callable[[], bool],
     what: str,
     *,
-    process: subprocess.Popen[Any] | None = None,
+    process: Process | None = None,
     log: Path | None = None,
     seconds: float = PATIENCE_SECONDS,
 ) -> None:

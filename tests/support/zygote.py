@@ -1,18 +1,21 @@
 """Programs of ours, forked from a process that has imported everything.
 
-In the lab an interpreter's start and its imports take seconds. What is about the device is tested by
-programs that begin here; what is about programs, their start and their confinement, by whole ones.
+An interpreter's start and its imports take most of the time of a short test, in the lab seconds.
+What is about a TPM or its device is tested by programs that begin here; what is about programs,
+their start and their confinement, by whole ones.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
 import os
 import pkgutil
+import re
 import select
 import signal
 import socket
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -35,6 +38,9 @@ PATIENCE: Final = 120.0
 """Seconds for anything that must happen; the lab is a dozen times slower than a plain machine."""
 
 _REQUEST_MAX: Final = 1 << 16
+_PASSED_MAX: Final = 64
+_PASSED_FROM: Final = 512
+"""Numbers that no descriptor of a program has, for those that come, until they get their own."""
 _DESCRIPTORS_MAX: Final = 1 << 16
 _STATUS: Final = struct.Struct("=i")
 _NOT_OURS_TO_LOAD: Final = ("vtpm_cuse.lab", "vtpm_cuse.engine._build")
@@ -49,6 +55,13 @@ def entry_points() -> dict[str, str]:
     lines = config["options.entry_points"]["vtpm_cuse.programs"].split("\n")
     pairs = (line.split(" = ") for line in lines if line)
     return {name: module.removesuffix(":main") for name, module in pairs}
+
+
+def _umask() -> int:
+    """That of this process, without a moment in which it is another one."""
+    found = re.search(r"^Umask:\t([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1], 8)
 
 
 class Forked:
@@ -105,6 +118,10 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        """Asks it to end."""
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """At once."""
         self.send_signal(signal.SIGKILL)
@@ -124,7 +141,7 @@ class Zygote:
         self._requests.settimeout(PATIENCE)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.kernel.zygote", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.support.zygote", str(theirs.fileno())],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -144,21 +161,31 @@ class Zygote:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> tuple[int, int]:
         """A process' id, and what its exit status will come from."""
         request = {
             "argv": list(argv),
             "env": {**os.environ, **(env or {})},
             "cwd": str(cwd or Path.cwd()),
+            "fds": [0, 1, 2, *pass_fds],
+            "umask": _umask(),
         }
         status, theirs = os.pipe()
         try:
-            fds = array.array("i", [stdin, stdout, stderr, theirs])
+            fds = array.array("i", [stdin, stdout, stderr, *pass_fds, theirs])
             control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
             self._requests.sendmsg([json.dumps(request).encode()], control)
         finally:
             os.close(theirs)
         return _STATUS.unpack(self._requests.recv(_STATUS.size))[0], status
+
+    def silent(self, argv: Sequence[str], pass_fds: Sequence[int]) -> Forked:
+        """Starts one that has nothing to read and says what it says where the tests do."""
+        with contextlib.ExitStack() as stack:
+            null, *nothing = (stack.enter_context(open(os.devnull, "rb")) for _ in range(3))
+            pid, status = self.begin(argv, null.fileno(), 1, 2, pass_fds=pass_fds)
+        return Forked(pid, status, nothing)
 
     def popen(self, argv: Sequence[str]) -> Forked:
         """Starts one with pipes behind its standard output and error, and nothing to read."""
@@ -195,6 +222,20 @@ class Zygote:
         self._process.wait(PATIENCE)
 
 
+warm: Final[list[Zygote]] = []
+"""What starts our programs meanwhile, see the fixture of this name."""
+
+
+@contextlib.contextmanager
+def whole_programs() -> Iterator[None]:
+    """Among `warm` tests, for what the command line of a process shows."""
+    others, warm[:] = warm[:], []
+    try:
+        yield
+    finally:
+        warm[:] = others
+
+
 # -- the process itself -------------------------------------------------------------------
 
 
@@ -213,13 +254,16 @@ def _load() -> dict[str, str]:
 def _become(modules: Mapping[str, str], request: bytes, fds: Sequence[int]) -> int:
     """The program that is asked for; returns its exit status."""
     asked = json.loads(request)
-    for number, fd in enumerate(fds[:3]):
+    passed = [fcntl.fcntl(fd, fcntl.F_DUPFD, _PASSED_FROM) for fd in fds]
+    os.closerange(0, _PASSED_FROM)
+    for number, fd in zip(asked["fds"], passed, strict=True):
         os.dup2(fd, number)
-    os.closerange(3, _DESCRIPTORS_MAX)
+    os.closerange(_PASSED_FROM, _DESCRIPTORS_MAX)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, "w" if fd else "r") for fd in range(3))
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
+    os.umask(asked["umask"])
     sys.argv = asked["argv"]
     name = Path(sys.argv[0]).name
     Path("/proc/self/comm").write_text(name)
@@ -257,14 +301,14 @@ def _serve(requests: socket.socket) -> None:
                 os.close(fd)
                 os.close(status)
                 continue
-            request, passed, *_ = socket.recv_fds(requests, _REQUEST_MAX, 4)
+            request, passed, *_ = socket.recv_fds(requests, _REQUEST_MAX, _PASSED_MAX)
             if not request:
                 return
             pid = os.fork()
+            *given, status = passed
             if pid == 0:
-                os._exit(_become(modules, request, passed))
-            *standard, status = passed
-            for one in standard:
+                os._exit(_become(modules, request, given))
+            for one in given:
                 os.close(one)
             pidfd = os.pidfd_open(pid)
             children[pidfd] = pid, status
