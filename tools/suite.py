@@ -22,6 +22,8 @@ _DEPLOYED: Final = CACHE / "deployed"
 # Some two times what it takes: a busy machine is no failure, a hang is.
 _SECONDS: Final = "4200"
 _NOTHING_COLLECTED: Final = 5
+_WHOLE_PROGRAMS: Final = "tests/integration"
+"""Two thirds of the native tests, by the time they take."""
 # Once more with the newer libtpms, libffi and Python: engine, state, and what the sandbox takes away.
 _UNSTABLE: Final = (
     *("tests/unit", "tests/fuzz/test_wire.py", "tests/fuzz/test_device.py"),
@@ -34,6 +36,10 @@ _UNSTABLE: Final = (
     ),
     "tests/differential",
 )
+
+
+_Section = tuple[str, Path, "Sequence[str]"]
+"""Of pytest: its name, its report and its command."""
 
 
 class Counts(NamedTuple):
@@ -146,11 +152,11 @@ def _check_all(suite: Suite) -> None:
     suite.check("shellcheck", "shellcheck", *_scripts("/sh", " sh", "bash"))
 
 
-def _native_tests(words: Sequence[str]) -> tuple[str, Path, Sequence[str]]:
+def _native_tests(words: Sequence[str], part: str = "native") -> _Section:
     # Python's own signal for Ctrl-C makes pytest say where a test hangs.
     command = ["timeout", "-s", "INT", "-k", "60", _SECONDS, _PYTHON, "-m", "pytest"]
     others = ("--ignore=tests/kernel", "--ignore=tests/differential")
-    return "native tests", _RESULTS / "native.xml", [*command, *others, *words]
+    return f"{part} tests", _RESULTS / f"{part}.xml", [*command, *others, *words]
 
 
 def _prepare_unstable() -> None:
@@ -175,7 +181,7 @@ def _unstable_tests(suite: Suite) -> None:
         suite.tests("unstable tests", _RESULTS / "unstable.xml", command)
 
 
-def _kernel_tests(words: Sequence[str]) -> tuple[str, Path, Sequence[str]]:
+def _kernel_tests(words: Sequence[str]) -> _Section:
     lab = ["kernel-helpers/lab", "--timeout", _SECONDS, "--scratch", str(_RESULTS)]
     lab += ["--kernel-log", str(_RESULTS / "kernel.log")]
     lab += ["--env", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", "--", _PYTHON, "-m", "pytest"]
@@ -221,9 +227,12 @@ def main() -> int:
     if not sys.argv[1:]:
         _check_all(suite)
         _prepare_lab()
-        # Two halves of one machine, each for one processor.
-        with suite.tests_beside(*_kernel_tests(["tests/kernel"])):
-            suite.tests(*_native_tests([]))
+        # Three for two processors: tests of whole programs wait half of the time.
+        with (
+            suite.tests_beside(*_kernel_tests(["tests/kernel"])),
+            suite.tests_beside(*_native_tests([_WHOLE_PROGRAMS], "integration")),
+        ):
+            suite.tests(*_native_tests([f"--ignore={_WHOLE_PROGRAMS}"]))
             _unstable_tests(suite)
         return suite.end()
     if native or not kernel:

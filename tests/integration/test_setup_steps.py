@@ -150,6 +150,26 @@ def test_a_bad_end_in_spite_of_a_good_report_counts(tmp_path: Path) -> None:
     assert lines[-2:] == ["1 passed, 1 failed, 0 skipped", "1"]
 
 
+def test_parts_beside_each_other_are_all_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each waits for the two others to have begun."""
+    names = ("one", "two", "three")
+
+    def part(name: str) -> tuple[str, Path, list[str]]:
+        others = " && ".join(f"[ -e {tmp_path / other} ]" for other in names)
+        begin = f"touch {tmp_path / name}; until {others}; do sleep 0.01; done"
+        end = f"echo \"<testcase name='{name}'/>\" >${{0#--junitxml=}}"
+        script = f"{begin}; {end}; exit {int(name == 'two')}"
+        return name, tmp_path / f"{name}.xml", ["timeout", "60", "sh", "-c", script]
+
+    suite = Suite(selected=False)
+    with suite.tests_beside(*part("one")), suite.tests_beside(*part("two")):
+        suite.tests(*part("three"))
+    assert suite.end() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "3 passed, 1 failed, 0 skipped"
+
+
 @pytest.mark.parametrize(("selected", "status"), [(True, "0"), (False, "1")])
 def test_nothing_chosen_is_no_failure_of_who_chooses(
     selected: bool, status: str, tmp_path: Path
