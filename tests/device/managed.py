@@ -142,6 +142,8 @@ def test_quotas_are_one_clients(world: World[Client]) -> None:
 def test_a_reset_ends_all_objects_and_no_client(world: World[Client]) -> None:
     with clients(world, 2) as there:
         handles = [opened(client, m.load_external(1)) for client in there]
+        session = opened(there[0], m.start_session())
+        context = m.context_in(there[0].command(m.save(session)))
         assert world.init() == 0
         assert code_of(there[0].command(get_random(8))) == 0x100  # not started
         assert world.init() == 0
@@ -150,6 +152,7 @@ def test_a_reset_ends_all_objects_and_no_client(world: World[Client]) -> None:
             assert objects_of(client) == []
             assert code_of(client.command(m.read_public(handle))) == 0x000B0910
             assert opened(client, m.load_external(2))
+        assert opened(there[1], m.load(context)) == session  # as without a manager
 
 
 def test_sessions_of_an_earlier_life_are_in_nobodys_way(world: World[Client]) -> None:

@@ -87,6 +87,12 @@ def load(context: bytes) -> bytes:
     return tpm2(0x161, context)
 
 
+def context_in(response: bytes) -> bytes:
+    """What `save` gives."""
+    assert code_of(response) == 0, response.hex()
+    return response[10:]
+
+
 def list_handles(first: int, count: int = 254) -> bytes:
     return tpm2(0x17A, u32(1, first, count))
 

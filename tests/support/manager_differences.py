@@ -22,7 +22,7 @@ ABRMD: Final[Mapping[str, tuple[str, ...]]] = {
         *("completed sequence used", "foreign session used", "foreign session saved"),
         *("foreign session in the authorization area", "HMAC session saved by its client"),
         *("saved session used", "session flushed again", "flush of 02000050"),
-        *("use of 80FFFFFF", "use of 03000050", "session that E1 left"),
+        *("use of 80FFFFFF", "use of 03000050"),
     ),
     "a command code that there is not": ("unknown command", "unknown vendor command"),
     "a command without all of its handles": (
@@ -56,7 +56,7 @@ KERNEL: Final[Mapping[str, tuple[str, ...]]] = {
         *("foreign object used", "foreign object saved", "flushed object used"),
         *("completed sequence used", "foreign session used", "foreign session saved"),
         *("foreign session in the authorization area", "HMAC session saved by its client"),
-        *("saved session used", "session loaded twice", "session flushed again"),
+        *("saved session used", "session flushed again"),
         *("flush of 02000050", "use of 80FFFFFF", "use of 03000050"),
     ),
     "the first object's handle": ("flush of 80FFFFFF",),

@@ -148,6 +148,30 @@ def test_neither_swaps_nor_an_audited_clear_end_it(host: Host) -> None:
     assert tpm.code_of(process(m.read_public(keys[0]))) == 0
 
 
+@pytest.mark.parametrize("first", ["manager", "TPM2_Startup"])
+def test_what_the_manager_asks_first_ends_none(blobs: dict[str, bytes], first: str) -> None:
+    """It asks when the TPM is started, before anybody can have such a session."""
+    host = Host(blobs)
+    host.vtpm.start()
+    managed = ManagedVtpm(host.vtpm) if first == "manager" else None
+    assert tpm.code_of(host.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
+    if managed is None:
+        managed = ManagedVtpm(host.vtpm)
+        managed.begin()
+    managed.share()
+    client = managed.connect(Peer("device"))
+    auditor = Auditor(host.vtpm.process)
+    assert auditor.is_exclusive
+    managed.begin()
+    for refused in (m.read_public(0x80000000), m.flush(0x80000000), m.load(bytes(30))):
+        assert tpm.code_of(managed.process(client, refused)) != 0
+    assert m.listed(managed.process(client, m.list_handles(0x80000000))) == []
+    assert auditor.is_exclusive
+    assert tpm.code_of(managed.process(client, m.load_external(1))) == 0
+    assert not auditor.audit() & EXCLUSIVE
+    host.close()
+
+
 def test_it_outlives_a_suspension_and_a_reset_ends_it(host: Host) -> None:
     auditor = Auditor(lambda command: host.vtpm.process(command))
     assert auditor.is_exclusive

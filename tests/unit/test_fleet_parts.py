@@ -125,7 +125,19 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
         return SavedData(fd, "socket", True, b"", None, b"")
 
     manager = SavedManager(
-        *(True, True, False, ((1, CommandAttributes(1, True, False, False)),), 64, 3, 2, 9, 8, 7),
+        *(
+            True,
+            True,
+            True,
+            False,
+            ((1, CommandAttributes(1, True, False, False)),),
+            64,
+            3,
+            2,
+            9,
+            8,
+            7,
+        ),
         *((), SavedSessions(64, 1, (), 2, 3)),
     )
     clients = SavedClients(manager, (SavedClient(1, Peer("unix", "", 5, 0), 2.5, 3.5),))

@@ -302,25 +302,27 @@ class World:
             thing.dead |= thing.of_owner
 
     def reset(self) -> None:
-        """In order, contexts of objects stay good; else none does."""
-        in_order = self._chance.random() < 0.5
+        """In order, contexts of objects stay good, and saved sessions; else none does."""
+        in_order = self._chance.random() < 0.7
         if in_order:
             assert code_of(self._engine.process(tpm.TPM2_SHUTDOWN_STATE)) == 0
+        startups = (tpm.TPM2_STARTUP_STATE, tpm.TPM2_STARTUP_CLEAR)
+        startup = startups[not in_order or self._chance.randrange(2)]
         self.count()
         self._engine.stop()
         self._engine.start()
         self.manager.reset()
-        assert code_of(self.owners[0](tpm.TPM2_STARTUP_CLEAR)) == 0
+        assert code_of(self.owners[0](startup)) == 0
         for owner in self.owners:
             for handle in owner.things:
                 assert code_of(owner(m.read_public(handle))) == NO_OBJECT
             owner.things.clear()
-            for story in owner.stories:
+            for story in [one for one in owner.stories if not (one.context and in_order)]:
+                owner.stories.remove(story)
                 story.context = b""
-            owner.stories.clear()
-        for story in self._abandoned:
+        for story in () if in_order else self._abandoned:
             story.context = b""
-        self._abandoned.clear()
+        self._abandoned = self._abandoned if in_order else []
         for _, thing in () if in_order else self._objects:
             thing.dead = True
         self.resets += 1

@@ -12,6 +12,7 @@ import itertools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import TpmError, WireError
+from vtpm_cuse.resmgr.capability import capability
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
@@ -29,11 +30,9 @@ from vtpm_cuse.wire.tpm import (
 )
 from vtpm_cuse.wire.tpm2_handles import (
     SESSIONS,
-    CapabilityList,
     CommandAttributes,
     Context,
     TpmHt,
-    index_of,
     kind_of,
 )
 
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 _FIRST_OBJECT: Final = 0x8000_0000
 _LAST_OBJECT: Final = 0x80FF_FFFE  # tpm2-tss takes 80FFFFFF for none
-_LIST_MAX: Final = 254
 _VENDOR: Final = 0x2000_0000
 _NO_SESSIONS: Final = b"\x80\x01"
 _TAGS: Final = frozenset({_NO_SESSIONS, b"\x80\x02"})
@@ -93,7 +91,8 @@ class Manager:
 
     Attributes:
         connections: Those that are not closed, by their numbers.
-        alone: Nobody else uses the TPM: what was left in it is flushed at the start.
+        sessions_max: Active sessions that the TPM has.
+        alone: Nobody else uses the TPM: what was left in it is flushed before the first command.
     """
 
     def __init__(
@@ -108,11 +107,11 @@ class Manager:
         self.limits = limits or Limits()
         self._inner = Inner(inner or tpm.process)
         self.alone = alone
-        self._ready = self._resumed = False
+        self._known = self._ready = self._resumed = False
         self._attributes: dict[int, CommandAttributes] = {}
         self._simple: frozenset[bytes] = frozenset()  # codes of commands without handles
         self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
-        self._sessions_max = 0
+        self.sessions_max = 0
         self._numbers = itertools.count(1)
         self.connections: dict[int, Connection] = {}
         self._clock = itertools.count(1)
@@ -131,16 +130,20 @@ class Manager:
         return self._inner.count
 
     def reset(self, *, resumed: bool = False) -> None:
-        """The TPM was reset, or has another state: what clients had is no more.
+        """The TPM has lost power, or has another state: what clients had loaded is no more.
 
-        If it goes on from where another left off (*resumed*), sessions that clients had saved there
-        stay for who has their contexts.
+        Sessions that they have saved are there as long as the TPM has them; if it goes on from
+        where another left off (*resumed*), those that were saved there, for who has their contexts.
         """
-        self._ready, self._resumed = False, resumed
+        self._known = self._ready = False
+        self._resumed = resumed
         for connection in list(self.connections.values()):
             connection.objects.clear()
         self.objects = Objects(self._inner, 0)
-        self.sessions = Sessions(self._inner, 0, 0)
+        if resumed:
+            self.sessions = Sessions(self._inner, 0, 0)
+        else:
+            self.sessions.lose_power()
 
     def drop(self) -> None:
         """Ends what clients have, but not the clients: the TPM's state is about to leave.
@@ -151,33 +154,53 @@ class Manager:
             self.end_objects(connection)
         self.sessions.drop_useless()
 
-    def prepare(self) -> bool:
-        """Asks the TPM what it is like; False while it is not started."""
-        if self._ready:
+    def learn(self) -> bool:
+        """Asks the TPM what it is like; False while it is not started.
+
+        To be called as soon as it is: these questions end an exclusive audit session.
+        """
+        if self._known:
             return True
-        inner, left = self._inner, list[int]()
+        inner = self._inner
         try:
             self._attributes = inner.attributes()
             slots = inner.tpm_property(wire.TPM_PT_HR_TRANSIENT_MIN) or 1
             loaded = inner.tpm_property(wire.TPM_PT_HR_LOADED_MIN) or 1
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
-            self._sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
-            if self.alone:
-                for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24):
-                    for handle in inner.handles(first):
-                        inner.flush(handle)
-                left = inner.handles(TpmHt.POLICY_SESSION << 24)
-                for handle in () if self._resumed else left:
-                    inner.flush(handle)
+            self.sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
+            saved = inner.handles(TpmHt.POLICY_SESSION << 24)
         except TpmError:
             return False
         self.objects = Objects(inner, slots)
-        self.sessions = Sessions(inner, loaded, gap)
-        for handle in left if self._resumed else ():
-            self.sessions.adopt(handle)
+        self.sessions.start(loaded, gap, saved)
+        self.sessions.bound(self.limits.abandoned)
         self._sort_commands()
+        self._known = True
+        return True
+
+    def prepare(self) -> bool:
+        """Before a client's command; False while the TPM is not started."""
+        if self._ready:
+            return True
+        if not self.learn():
+            return False
+        if self.alone:
+            with contextlib.suppress(TpmError):
+                self._sweep()
         self._ready = True
         return True
+
+    def _sweep(self) -> None:
+        """Ends what somebody who is gone has left in the TPM."""
+        inner = self._inner
+        for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24):
+            for handle in inner.handles(first):
+                inner.flush(handle)
+        for handle in inner.handles(TpmHt.POLICY_SESSION << 24):
+            if self._resumed:
+                self.sessions.adopt(handle)
+            elif self.sessions.find(handle) is None:
+                inner.flush(handle)
 
     def _sort_commands(self) -> None:
         self._simple, self._short = (
@@ -194,10 +217,11 @@ class Manager:
         """The manager as plain values; it is not used any more."""
         return SavedManager(
             self.alone,
+            self._known,
             self._ready,
             self._resumed,
             tuple(self._attributes.items()),
-            self._sessions_max,
+            self.sessions_max,
             self.objects.slots,
             next(self._numbers),
             next(self._clock),
@@ -209,8 +233,9 @@ class Manager:
 
     def resume(self, saved: SavedManager) -> None:
         """Goes on where *saved* was suspended; called once, before anything else."""
-        self.alone, self._ready, self._resumed = saved.alone, saved.ready, saved.resumed
-        self._attributes, self._sessions_max = dict(saved.attributes), saved.sessions_max
+        self.alone, self._resumed = saved.alone, saved.resumed
+        self._known, self._ready = saved.known, saved.ready
+        self._attributes, self.sessions_max = dict(saved.attributes), saved.sessions_max
         self._sort_commands()
         self._numbers = itertools.count(saved.next_number)
         self._clock = itertools.count(saved.clock)
@@ -230,7 +255,9 @@ class Manager:
         if self.connections.pop(connection.number, None) is None:
             return
         self.end_objects(connection)
-        self.sessions.abandon(connection.number, self.limits.abandoned)
+        self.sessions.abandon(connection.number)
+        if self._known:  # else the TPM ends none now
+            self.sessions.bound(self.limits.abandoned)
 
     def end_objects(self, connection: Connection) -> None:
         """All that a client has."""
@@ -292,10 +319,7 @@ class Manager:
 
     def _start(self, command: bytes) -> bytes:
         """Of a TPM that is not started, or may be started by this."""
-        response = self.tpm.process(command)
-        if not _failed(response):
-            self.reset()
-        return response
+        return self.tpm.process(command)
 
     def _managed(self, connection: Connection, command: bytes, code: int) -> bytes:
         attributes = self._attributes.get(code)
@@ -307,7 +331,7 @@ class Manager:
             case TpmCc.TPM_CC_ContextLoad:
                 return self._context_load(connection, command, attributes)
             case TpmCc.TPM_CC_GetCapability if question := wire.capability_question(command):
-                return self._capability(connection, command, question)
+                return capability(self, connection, command, question)
         return self._run(connection, command, code, attributes)
 
     def _run(
@@ -449,70 +473,19 @@ class Manager:
         ):
             raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
         self.sessions.make_room(())
-        if found is None or found.foreign:  # of before our time
+        known = found is not None and found.place is Place.SAVED
+        if found is None or not known or found.digest != digest_of(context):  # the TPM knows
             while self._can_help(_code_of(response := self.tpm.process(command)), (), ()):
                 pass
             if not _failed(response):
                 self._note_handle(connection, response, TpmCc.TPM_CC_ContextLoad)
             return response
-        if found.place is not Place.SAVED or found.digest != digest_of(context):
-            raise Refusal(LAYER | TpmRc.TPM_RC_HANDLE_P1)
         try:
             self.sessions.load(found, ())
         except Dead:
             raise Refusal(LAYER | TpmRc.TPM_RC_HANDLE_P1) from None
         found.owner, found.digest, found.used = connection.number, b"", self.now()
         return wire.plain_response(0, found.handle.to_bytes(4, "big"))
-
-    def _capability(
-        self, connection: Connection, command: bytes, question: tuple[int, int, int]
-    ) -> bytes:
-        capability, first, count = question
-        kind = kind_of(first)
-        if capability == wire.TPM_CAP_HANDLES and (kind == TpmHt.TRANSIENT or kind in SESSIONS):
-            listed = self._listed(connection, kind, first)
-            return CapabilityList(
-                len(listed) > min(count, _LIST_MAX),
-                wire.TPM_CAP_HANDLES,
-                tuple(listed[: min(count, _LIST_MAX)]),
-            ).pack()
-        response = self.tpm.process(command)
-        if capability != wire.TPM_CAP_TPM_PROPERTIES or _failed(response):
-            return response
-        found = CapabilityList.of(response, 2)
-        if found is None:
-            return response
-        own = self._properties(connection)
-        words = list(found.words)
-        for at in range(0, len(words), 2):
-            words[at + 1] = own.get(words[at], words[at + 1])
-        return found._replace(words=tuple(words)).pack(2)
-
-    def _listed(self, connection: Connection, kind: int, first: int) -> list[int]:
-        if kind == TpmHt.TRANSIENT:
-            return sorted(handle for handle in connection.objects if handle >= first)
-        sessions = self.sessions.of(connection.number)
-        if kind == TpmHt.HMAC_SESSION:  # the loaded ones, whoever has swapped them out
-            listed = [found.handle for found in sessions if found.place is not Place.SAVED]
-        else:  # the saved ones, as libtpms lists them whatever their kind
-            saved = [found for found in sessions if found.place is Place.SAVED]
-            indices = sorted(found.index for found in [*saved, *self.sessions.of(None)])
-            listed = [TpmHt.HMAC_SESSION << 24 | index for index in indices]
-        return [handle for handle in listed if index_of(handle) >= index_of(first)]
-
-    def _properties(self, connection: Connection) -> dict[int, int]:
-        sessions = self.sessions.of(connection.number)
-        loaded = sum(found.place is not Place.SAVED for found in sessions)
-        most = min(self._sessions_max, self.limits.sessions)
-        return {
-            wire.TPM_PT_ACTIVE_SESSIONS_MAX: most,
-            wire.TPM_PT_CONTEXT_GAP_MAX: 0xFFFF_FFFF,
-            wire.TPM_PT_HR_LOADED: loaded,
-            wire.TPM_PT_HR_LOADED_AVAIL: most - len(sessions),
-            wire.TPM_PT_HR_ACTIVE: len(sessions),
-            wire.TPM_PT_HR_ACTIVE_AVAIL: most - len(sessions),
-            wire.TPM_PT_HR_TRANSIENT_AVAIL: self.limits.objects - len(connection.objects),
-        }
 
 
 class Connection:

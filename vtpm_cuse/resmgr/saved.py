@@ -57,7 +57,8 @@ class SavedManager(NamedTuple):
 
     Attributes:
         alone: Nobody else uses the TPM.
-        ready: Whether the TPM has been asked what it is like.
+        known: Whether the TPM has been asked what it is like.
+        ready: Whether, since then, a client has used it.
         resumed: Whether it went on from where another left off.
         attributes: What it says of each of its commands.
         sessions_max: Sessions that it has.
@@ -71,6 +72,7 @@ class SavedManager(NamedTuple):
     """
 
     alone: bool
+    known: bool
     ready: bool
     resumed: bool
     attributes: tuple[tuple[int, CommandAttributes], ...]

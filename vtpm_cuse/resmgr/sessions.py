@@ -104,6 +104,25 @@ class Sessions:
         self._saved: dict[int, Session] = {}  # the oldest first
         self.evictions = self.refreshes = 0
 
+    def lose_power(self) -> None:
+        """What was loaded is gone; for its owner, what is swapped out is, too."""
+        for found in list(self._by_index.values()):
+            if found.place is Place.LOADED:
+                self.remove(found)
+            elif found.place is Place.SWAPPED:
+                found.owner = None  # `start` ends it
+
+    def start(self, slots: int, gap: int, saved: Collection[int]) -> None:
+        """The TPM is there, with *saved* sessions: only what it still has is, and has an owner."""
+        self.slots, self.gap = slots, gap
+        self.evictions = self.refreshes = 0
+        there = {index_of(handle) for handle in saved}
+        for found in list(self._by_index.values()):
+            if found.index not in there:
+                self.remove(found)
+            elif found.place is Place.SWAPPED:
+                self._drop(found)
+
     def suspend(self) -> SavedSessions:
         """All of them as plain values."""
         loaded = (one for one in self._by_index.values() if one.place is Place.LOADED)
@@ -125,7 +144,8 @@ class Sessions:
     def of(self, owner: int | None) -> list[Session]:
         """Those of a connection, by index; of None, the abandoned ones, the oldest first."""
         if owner is None:
-            return [found for found in self._saved.values() if found.owner is None]
+            saved = self._saved.values()
+            return [one for one in saved if one.owner is None and one.place is Place.SAVED]
         return [found for _, found in sorted(self._by_index.items()) if found.owner == owner]
 
     def add(self, found: Session) -> None:
@@ -267,13 +287,16 @@ class Sessions:
             if found.place is Place.LOADED and found.index not in there:
                 self.remove(found)
 
-    def abandon(self, owner: int, most: int) -> None:
-        """A connection is closed: what it saved may be loaded by others, up to *most* of such."""
+    def abandon(self, owner: int) -> None:
+        """A connection is closed: what it saved may be loaded by others."""
         for found in self.of(owner):
             if found.place is Place.SAVED:
                 found.owner = None
             else:
                 self._drop(found)
+
+    def bound(self, most: int) -> None:
+        """Ends the oldest of the abandoned sessions, but for *most* of them."""
         for found in self.of(None)[: -most or None]:
             self._drop(found)
 

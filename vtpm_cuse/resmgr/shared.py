@@ -73,6 +73,17 @@ class SharedManager(Manager):
         self._others: list[Object] = []
         self.found = (0, 0)
 
+    def learn(self) -> bool:
+        """As there."""
+        if self._known:
+            return True
+        if not super().learn():
+            return False
+        if self._slots:
+            self.objects.slots = min(self.objects.slots, self._slots)
+            self.sessions.slots = min(self.sessions.slots, self._slots)
+        return True
+
     def prepare(self) -> bool:
         """As there, and sees what others have left."""
         if self._ready:
@@ -80,9 +91,6 @@ class SharedManager(Manager):
         if not super().prepare():
             return False
         self.alone = False
-        if self._slots:
-            self.objects.slots = min(self.objects.slots, self._slots)
-            self.sessions.slots = min(self.sessions.slots, self._slots)
         with contextlib.suppress(TpmError):
             self._take_in()
         return True

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def manage(ptm: PtmService, worker: Worker) -> ManagedVtpm:
     """The clients of a vTPM; a borrowed one is looked after, and used, on the worker alone."""
     managed = ptm.managed = ManagedVtpm(ptm.vtpm)
-    if managed.rests:
+    if ptm.vtpm.borrowed:
         worker.run_later(managed.begin)
         worker.rest_by(managed.rests)
+    else:
+        managed.begin()
     return managed

@@ -6,8 +6,8 @@ an answer that nobody fetches is dropped after two minutes, and there are no PTM
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import functools
 import json
 import select
 import time
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtpm_cuse.proto.device import Opener
+    from vtpm_cuse.resmgr.shared import SharedManager
     from vtpm_cuse.vtpm.turn import Turn
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -55,7 +56,6 @@ class ManagedVtpm:
 
     Attributes:
         limits: What clients may have, and how many there may be.
-        begin: To be called first where `rests` says something.
         rests: Of a borrowed TPM, what is to be done in pauses (`borrowed.rests_of`).
     """
 
@@ -65,15 +65,29 @@ class ManagedVtpm:
         self._clients: dict[int, Client] = {}
         self.limits = Limits(**dict(vtpm.options.limits))
         self._manager = Manager(vtpm, inner=vtpm.manage, limits=self.limits)
-        self.begin: Callable[[], None] = lambda: None
         self.rests: borrowed.Rests = ()
+        self._shared: SharedManager | None = None
         if (known := vtpm.options.borrowed) is not None:
-            self._manager = shared = borrowed.manager_of(vtpm, known, self.limits)
-            self.begin = functools.partial(borrowed.begin, shared)
-            self.rests = borrowed.rests_of(shared, known)
+            self._manager = self._shared = borrowed.manager_of(vtpm, known, self.limits)
+            self.rests = borrowed.rests_of(self._shared, known)
         self._starts = vtpm.starts
         self._manager.reset(resumed=vtpm.resumed)
         vtpm.before_snapshot = self._manager.drop
+        vtpm.on_startup = self._on_startup
+
+    def begin(self) -> None:
+        """To be called first: learns what the TPM is like, unless somebody would notice."""
+        if self._shared is not None:
+            borrowed.begin(self._shared)
+            return
+        with contextlib.suppress(DeviceError):
+            self._vtpm.need_quiet()
+            self._manager.learn()
+
+    def _on_startup(self) -> None:
+        self._starts = self._vtpm.starts
+        self._manager.reset(resumed=self._vtpm.resumed)
+        self.begin()
 
     def share(self) -> None:
         """Somebody uses the TPM beside the manager, which then ends nothing that it did not begin."""

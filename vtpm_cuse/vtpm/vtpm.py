@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SUCCESS: Final = bytes(4)
+_STARTUP: Final = TpmCc.TPM_CC_Startup.to_bytes(4, "big")
 _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
 _SET_LOCALITY: Final = TPM_CC_SET_LOCALITY.to_bytes(4, "big")
 _SHA1_THREAD: Final = {
@@ -109,6 +111,7 @@ class Vtpm:
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
+        on_startup: Called when a TPM2_Startup has succeeded, before any other command.
         commands: How many it was given since it was made.
         gone: Why a borrowed TPM is no more, once that is so.
         on_gone: Called then, in the thread that has found it out.
@@ -137,6 +140,7 @@ class Vtpm:
         self.commands = 0
         self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
+        self.on_startup: Callable[[], None] = lambda: None
         self.gone: DeviceGone | None = None
         self.on_gone: Callable[[], None] = lambda: None
 
@@ -319,6 +323,11 @@ class Vtpm:
         code = command_code(command)
         if code == _SET_LOCALITY:
             return self._set_locality_command(command)
+        if code == _STARTUP:
+            answer = self._execute(command)
+            if answer[6:TPM_HEADER_SIZE] == _SUCCESS:
+                self.on_startup()
+            return answer
         if not self.is_long(command) and len(self._known) < _KNOWN_MAX:
             self._known[self._last_header] = command_size(command)
         return self._execute(command)
@@ -383,6 +392,12 @@ class Vtpm:
                 the TPM would lose what a client does in several commands.
             VtpmError: The TPM fails.
         """
+        self.need_quiet()
+        with self._in_locality(0):
+            return self._engine.process(command)
+
+    def need_quiet(self) -> None:
+        """Raises DeviceError where a question of ours would be noticed, as `query` does."""
         if not self.running:
             raise DeviceError(errno.EIO)
         if self.borrowed:  # on the worker it would be one command more of many
@@ -391,8 +406,6 @@ class Vtpm:
         # Any command may update a clock in the state, which may be another process' by now.
         if thread or self._hashing or self._audit.session or self._custody.away:
             raise DeviceError(errno.EBUSY)
-        with self._in_locality(0):
-            return self._engine.process(command)
 
     def cancel(self) -> int:
         """Asks a running command to end early; returns the result code. From any thread."""
