@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import managed as m
+from tests.support.auditor import Auditor
 from tests.support.commands import code_of
 from vtpm_cuse.resmgr.shared import SharedManager
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 FAILURE = bytes.fromhex("80010000000a000b0101")
 RETRY = bytes.fromhex("80010000000a00000922")
-EMPTY = bytes.fromhex("800100000013000000000000000001 00000000".replace(" ", ""))
 LOADED = bytes.fromhex("80010000000e0000000080000000")
 MISSING = bytes.fromhex("80010000000a00000910")
 
@@ -113,6 +113,17 @@ def test_a_sequence_that_somebody_else_ended_is_said_to_be_gone() -> None:
         assert m.listed(client.process(m.list_handles(0x80000000))) == [key]
 
 
+def test_looking_for_what_is_gone_ends_no_exclusive_audit_session() -> None:
+    with shared() as (manager, below):
+        client, other = manager.connect(), manager.connect()
+        sequence = m.opened(client, m.sequence_start())
+        auditor = Auditor(other.process)
+        assert auditor.is_exclusive
+        below.flush(0x80000000)
+        assert code(client, m.sequence_update(sequence, b"a")) == 0x000B0910
+        assert auditor.is_exclusive
+
+
 def test_a_session_that_somebody_else_ended_costs_no_other() -> None:
     with shared() as (manager, below):
         client, other = manager.connect(), manager.connect()
@@ -131,7 +142,7 @@ def test_a_tpm_that_says_so_for_ever_is_believed_in_the_end() -> None:
         def lie(number: int) -> bytes | None:
             """It holds nothing, and yet loads what it is given."""
             assert len(below.asked) < 100
-            return {0x173: MISSING, 0x17A: EMPTY, 0x161: LOADED}.get(number)
+            return {0x173: MISSING, 0x161: LOADED}.get(number)
 
         below.answer = lie
         assert code(client, m.read_public(key)) & 0xFFFF == 0x910

@@ -37,7 +37,7 @@ from vtpm_cuse.wire.tpm2_handles import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from vtpm_cuse.engine.base import Tpm
 
@@ -380,18 +380,16 @@ class Manager:
         self.objects.make_room(used.slots_needed() + scratch, used.objects)
         while True:
             response = self.tpm.process(wire.with_handles(command, used.load_objects()))
-            if not self._can_help(_code_of(response), used.objects, used.sessions):
+            if not self._can_help(_code_of(response), used):
                 return response
 
-    def _can_help(
-        self, code: int, objects: Collection[Object], sessions: Collection[Session]
-    ) -> bool:
+    def _can_help(self, code: int, used: Used | None = None) -> bool:
         """Whether the same command may pass now; a refused one has changed nothing."""
-        if code in NO_ROOM and self.objects.evict(objects):
+        if code in NO_ROOM and self.objects.evict(used.objects if used else ()):
             return True
         match code:
             case TpmRc.TPM_RC_SESSION_MEMORY | TpmRc.TPM_RC_MEMORY:
-                return self.sessions.evict(sessions)
+                return self.sessions.evict(used.sessions if used else ())
             case TpmRc.TPM_RC_CONTEXT_GAP:
                 return self.sessions.refresh_oldest()
             case TpmRc.TPM_RC_SESSION_HANDLES:
@@ -475,7 +473,7 @@ class Manager:
         self.sessions.make_room(())
         known = found is not None and found.place is Place.SAVED
         if found is None or not known or found.digest != digest_of(context):  # the TPM knows
-            while self._can_help(_code_of(response := self.tpm.process(command)), (), ()):
+            while self._can_help(_code_of(response := self.tpm.process(command))):
                 pass
             if not _failed(response):
                 self._note_handle(connection, response, TpmCc.TPM_CC_ContextLoad)

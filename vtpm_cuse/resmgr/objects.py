@@ -80,10 +80,14 @@ class Objects:
 
     def remove(self, found: Object) -> None:
         """The TPM, or its owner, has ended it."""
+        self.lose(found)
+        found.context = None
+
+    def lose(self, found: Object) -> None:
+        """It is not loaded any more, by nobody's doing here; a saved copy is still good."""
         if found.physical is not None:
             self._loaded.pop(found.physical, None)
             found.physical = None
-        found.context = None
 
     def flush(self, found: Object) -> None:
         """Ends it. Raises TpmError."""
@@ -153,15 +157,7 @@ class Objects:
         self._take_slot(found, physical)
         return physical
 
-    def check(self) -> None:
-        """Finds those that somebody else has ended. Raises TpmError."""
-        there = set(self._inner.handles(_FIRST))
-        for physical in [number for number in self._loaded if number not in there]:
-            found = self._loaded.pop(physical)
-            found.physical = None  # a saved copy tells by itself whether it is void
 
-
-_FIRST: Final = 0x8000_0000
 _GONE: Final = frozenset({TpmRc.TPM_RC_REFERENCE_H0, 0x184, 0x1C4, TpmRc.TPM_RC_HANDLE_P1})
 _NOT_NOW: Final = frozenset({TpmRc.TPM_RC_INTEGRITY_P1, 0x1C5})
 """Void for good, or as long as its hierarchy is off."""

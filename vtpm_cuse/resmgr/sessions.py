@@ -17,7 +17,7 @@ from vtpm_cuse.errors import TpmError
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
 from vtpm_cuse.resmgr.saved import SavedSession, SavedSessions
 from vtpm_cuse.wire.tpm import TpmRc
-from vtpm_cuse.wire.tpm2_handles import Context, TpmHt, index_of
+from vtpm_cuse.wire.tpm2_handles import Context, index_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -279,13 +279,6 @@ class Sessions:
         self._note(found, context, found.place)
         self.refreshes += 1
         return True
-
-    def check(self) -> None:
-        """Finds loaded sessions that somebody else has ended. Raises TpmError."""
-        there = {index_of(handle) for handle in self._inner.handles(TpmHt.HMAC_SESSION << 24)}
-        for found in list(self._by_index.values()):
-            if found.place is Place.LOADED and found.index not in there:
-                self.remove(found)
 
     def abandon(self, owner: int) -> None:
         """A connection is closed: what it saved may be loaded by others."""

@@ -21,16 +21,16 @@ from vtpm_cuse.wire.tpm import TpmCc, TpmRc, command_code, response_code
 from vtpm_cuse.wire.tpm2_handles import TpmHt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from vtpm_cuse.engine.base import Tpm
     from vtpm_cuse.resmgr.manager import Connection
+    from vtpm_cuse.resmgr.used import Used
     from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
 _OTHERS: Final = 0
 """No connection has this number."""
 _SHUTDOWN: Final = TpmCc.TPM_CC_Shutdown.to_bytes(4, "big")
-_MISSING: Final = range(TpmRc.TPM_RC_REFERENCE_H0, 0x91F)
 _UNDO_NO_SHUTDOWN: Final = frozenset(
     {TpmCc.TPM_CC_ReadPublic, TpmCc.TPM_CC_StartAuthSession, TpmCc.TPM_CC_ContextLoad}
 )
@@ -168,18 +168,19 @@ class SharedManager(Manager):
         self._looks = _LOOKS_MAX
         return super()._run(connection, command, code, attributes)
 
-    def _can_help(
-        self, code: int, objects: Collection[Object], sessions: Collection[Session]
-    ) -> bool:
-        if code not in _MISSING or not self._looks:
-            return super()._can_help(code, objects, sessions)
+    def _can_help(self, code: int, used: Used | None = None) -> bool:
+        missing = used.named(code) if used is not None and self._looks else None
+        if used is None or missing is None:
+            return super()._can_help(code, used)
         self._looks -= 1
-        try:
-            self.objects.check()
-            self.sessions.check()
-        except TpmError:
-            return False
-        return any(found.physical is None for found in objects)
+        if isinstance(missing, Session):
+            self.sessions.remove(missing)
+        else:
+            self.objects.lose(missing)
+        # Taking all out finds what else has gone, and ends no exclusive audit session.
+        self.rest(sessions=True)
+        used.load_sessions()
+        return not isinstance(missing, Session)
 
     def _note_handle(self, connection: Connection, response: bytes, code: int) -> bytes:
         answer = super()._note_handle(connection, response, code)

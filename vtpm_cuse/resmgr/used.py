@@ -31,7 +31,7 @@ class Used:
         self.objects: list[Object] = []
         self.sessions: list[Session] = []
         self.authorizations: list[Session | None] = []
-        self._places: dict[Session, int] = {}
+        self._named: dict[int, Object | Session] = {}
         for place, handle in enumerate(handles):
             if kind_of(handle) == TpmHt.TRANSIENT:
                 self._use_object(handle, TpmRc.TPM_RC_REFERENCE_H0 + place)
@@ -48,16 +48,21 @@ class Used:
         if found is None:
             raise Refusal(LAYER | code)
         found.used = self._manager.now()
+        self._named[code] = found
         if found not in self.objects:
             self.objects.append(found)
 
     def _use_session(self, handle: int, code: int) -> Session:
         found = self._manager.sessions.refuse_unowned(handle, self._connection.number, code)
         found.used = self._manager.now()
+        self._named[code] = found
         if found not in self.sessions:
             self.sessions.append(found)
-            self._places[found] = code
         return found
+
+    def named(self, code: int) -> Object | Session | None:
+        """What the TPM means by TPM_RC_REFERENCE_*, a place in the command."""
+        return self._named.get(code)
 
     def slots_needed(self) -> int:
         """Objects that are to be loaded, and persistent ones, which take a slot for as long."""
@@ -69,7 +74,8 @@ class Used:
         try:
             self._manager.sessions.load_all(self.sessions)
         except Dead as exc:
-            raise Refusal(LAYER | self._places[exc.args[0]]) from exc
+            places = (code for code, found in self._named.items() if found is exc.args[0])
+            raise Refusal(LAYER | next(places)) from exc
 
     def load_objects(self) -> tuple[int, ...]:
         """The handle area in the TPM's numbers. Raises Refusal."""
