@@ -23,6 +23,7 @@ from tests.support.managed import (
     start_session,
     started_engine,
 )
+from vtpm_cuse.resmgr import view
 from vtpm_cuse.resmgr.manager import Connection, Limits, Manager
 
 if TYPE_CHECKING:
@@ -145,12 +146,14 @@ def test_a_session_of_who_went_while_the_tpm_was_off_is_counted() -> None:
         clients = [manager.connect() for _ in range(4)]
         for client in clients:
             context_in(client.process(save(opened(client, start_session()))))
+            opened(client, start_session())  # one of which is swapped out
         assert tpm.code_of(engine.process(tpm.TPM2_SHUTDOWN_STATE)) == 0
         engine.stop()
         engine.start()
         manager.reset()
         for client in clients:
             client.close()
+        assert len(view.sessions_of(manager, None)) == 4  # the TPM ends none now
         heir = manager.connect()
         assert code(heir, tpm.TPM2_STARTUP_STATE) == 0
         assert len(listed(heir.process(list_handles(0x03000000)))) == 2
