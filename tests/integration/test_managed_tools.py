@@ -61,6 +61,8 @@ def test_a_session_that_flushes_nothing(name: str, tcti: str, tmp_path: Path) ->
 def test_no_program_is_missing() -> None:
     needs(shutil.which("tpm2_getrandom") is not None, "tpm2-tools are missing")
     there = {path.name for path in Path("/usr/bin").glob("tpm2_*")} - NOT_OF_THE_PACKAGE
-    used = set(re.findall(r"\btpm2_\w+", PRELUDE + "".join(SCENARIOS.values())))
+    scripts = (script.replace("\\\n", "").strip() for script in SCENARIOS.values())
+    several = [script for script in scripts if len(script.splitlines()) >= 2]  # steps
+    used = set(re.findall(r"\btpm2_\w+", "\n".join([PRELUDE, *several])))
     assert len(there) > 90
     assert there == used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.device.managed import *  # noqa: F403
+from tests.device.managed import clients, opened
 from tests.device.managed_semantics import *  # noqa: F403
 from tests.device.managed_view import *  # noqa: F403
-from tests.kernel.harness import SWTPM_CUSE, run
+from tests.kernel.harness import SWTPM_CUSE, errno_from, run
+from tests.support import managed as m
+from tests.support.commands import code_of
 from tests.support.managed_device import DeviceWorld
 
 if TYPE_CHECKING:
@@ -33,6 +37,21 @@ def test_both_go_with_the_server(serve: Serve) -> None:
     assert stat.S_ISCHR(os.stat(managed).st_mode)
     server.stop()
     assert not managed.exists()
+
+
+def test_limits_of_a_user_and_of_a_client(serve: Serve) -> None:
+    limits = ("--managed-limits", "clients-of-a-user=2,objects=3,sessions=1")
+    world = DeviceWorld(
+        serve("vtpm7", more=("--resource-manager", *limits)).start(), Path("/dev/vtpmrm7")
+    )
+    with clients(world, 2) as there:
+        assert errno_from(lambda: world.client().__exit__()) == errno.EMFILE
+        for client in there:
+            for number in range(3):
+                opened(client, m.load_external(number))
+            opened(client, m.start_session())
+            assert code_of(client.command(m.load_external(3))) == 0xB0902
+            assert code_of(client.command(m.start_session())) == 0xB0903
 
 
 def test_a_name_that_is_taken(serve: Serve) -> None:

@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.kernel.harness import ROOT, Done, exchange, needs, opened, run, wait_until
+from tests.kernel.harness import ROOT, exchange, needs, opened, run, wait_until
+from tests.kernel.systemd import Systemd
+from tests.support import managed as m
+from tests.support import sockets as s
 from tests.support.commands import (
     NV_INDEX,
     TPM12_STARTUP_CLEAR,
@@ -41,6 +44,7 @@ DEPLOYED = ROOT / ".cache/deployed"
 STATES = Path("/var/lib/vtpm-cuse")
 SETTINGS = Path("/etc/vtpm-cuse")
 UNITS = Path("/etc/systemd/system")
+MANAGERS = Path("/run/swtpm-resource-manager")
 SECRET = b"kept over a restart"
 TRANSIENT_USERS = range(61184, 65520)  # systemd's numbers for DynamicUser=
 VENV = Path("/usr/local/lib/vtpm-cuse/venv")
@@ -57,43 +61,6 @@ TARGET = """\
 Requires=sysinit.target systemd-udevd.service systemd-journald.service
 After=sysinit.target systemd-udevd.service systemd-udev-trigger.service
 """
-
-
-class Systemd:
-    """A running systemd, and commands within it."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until(lambda: bool(children.read_text()), "systemd is started", process=process)
-        self.pid = int(children.read_text())
-
-    def call(self, *words: str, status: int | None = 0) -> Done:
-        enter = ("nsenter", "-t", str(self.pid), "--mount", "--pid", "--cgroup")
-        return run(*enter, *words, status=status)
-
-    def systemctl(self, *words: str, status: int | None = 0) -> str:
-        done = self.call("systemctl", "--no-pager", *words, status=None)
-        if status is not None and done.status != status:
-            log = self.call("journalctl", "--no-pager", "--output=cat", "--lines=30", status=None)
-            pytest.fail(f"{done}\n{log.stdout}")
-        return done.stdout
-
-    def show(self, unit: str, name: str) -> str:
-        return self.systemctl("show", "--value", "-p", name, unit).strip()
-
-    def main_pid(self, unit: str) -> int:
-        """The unit's process, by its number outside."""
-        inside = self.show(unit, "MainPID")
-        for path in Path("/proc").glob("[0-9]*/status"):
-            try:
-                text = path.read_text()
-            except OSError:
-                continue
-            numbers = text.partition("NSpid:")[2].partition("\n")[0].split()
-            if len(numbers) == 2 and numbers[1] == inside:
-                return int(path.parent.name)
-        raise AssertionError(f"{unit} has no process")
 
 
 @pytest.fixture(scope="module")
@@ -497,9 +464,35 @@ def test_the_proxys_unit_is_a_tpm_of_the_kernels(systemd: Systemd) -> None:
             int(re.findall(r"Uid:\t(\d+)", (process / "status").read_text())[0]) in TRANSIENT_USERS
         )
         assert (process / "attr/current").read_text().strip() == "swtpm-vtpm-proxy (enforce)"
+        _manage(systemd, plain)
     finally:
         systemd.systemctl("stop", unit)
     wait_until(lambda: not plain.exists(), "the kernel takes them away")
+
+
+def _manage(systemd: Systemd, tpm: Path) -> None:
+    """The unit of a resource manager: a socket for the group, and who is there, for root to see."""
+    unit, folder = f"swtpm-resource-manager@{tpm.name}.service", MANAGERS / tpm.name
+    control = f"MANAGER_OPTIONS=--ctrl type=unixio,path={folder}/ctrl\n"
+    (SETTINGS / f"{tpm.name}.env").write_text(control)
+    systemd.systemctl("start", unit)
+    try:
+        user, found = pwd.getpwnam("tss"), (folder / "socket").stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (*user[2:4], 0o660)
+        assert folder.stat().st_mode & 0o777 == 0o750
+        assert Path(f"/proc/{systemd.main_pid(unit)}").stat().st_uid == user.pw_uid
+        with s.connect(folder / "socket") as client:
+            keys = [m.handle_of(client.command(m.load_external(number))) for number in range(5)]
+            assert m.listed(client.command(m.list_handles(keys[0]))) == keys
+            words = ("clients", "--json", "--unix", f"{folder}/ctrl")
+            (one,) = json.loads(systemd.call("/usr/local/bin/vtpm", *words).stdout)["clients"]
+            assert [key["handle"] for key in one["objects"]] == keys
+            assert one["uid"] == 0
+    finally:
+        systemd.systemctl("stop", unit)
+    assert not folder.exists()
+    with opened(tpm) as fd:  # as it was
+        assert m.listed(exchange(fd, m.list_handles(0x80000000))) == []
 
 
 def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
@@ -524,15 +517,16 @@ def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
 
 
 def test_units_are_without_fault(systemd: Systemd) -> None:
-    instances = ("swtpm-cuse@vtpm0.service", "swtpm-vtpm-proxy@a.service")
-    names = (*instances, "vtpmd.service", "vtpmd.socket")
+    kinds = ("cuse@vtpm0", "vtpm-proxy@a", "resource-manager@tpm0")
+    names = (*(f"swtpm-{kind}.service" for kind in kinds), "vtpmd.service", "vtpmd.socket")
     done = systemd.call("systemd-analyze", "verify", "--man=no", *names)
     assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_units_as_systemd_has_them_are_hardened(systemd: Systemd) -> None:
     """In tenths, as for the files that they are made of."""
-    for unit, exposure in (("swtpm-cuse@vtpm0", 5), ("swtpm-vtpm-proxy@a", 10), ("vtpmd", 15)):
+    units = {"swtpm-cuse@vtpm0": 5, "swtpm-vtpm-proxy@a": 10, "swtpm-resource-manager@tpm0": 10}
+    for unit, exposure in {**units, "vtpmd": 15}.items():
         words = ("security", "--no-pager", f"--threshold={exposure}", f"{unit}.service")
         systemd.call("systemd-analyze", *words)
 
