@@ -254,6 +254,20 @@ def test_what_others_left_is_counted_and_makes_room_and_comes_back() -> None:
         assert below.handles(0x03000000) == [session & 0xFFFFFF | 0x02000000]
 
 
+def test_one_that_is_in_the_way_of_all_saves_is_named() -> None:
+    with m.started_engine() as engine:
+        below = m.Gapped(engine.process, 0xFF)
+        theirs = m.handle_of(below.process(m.start_session()))
+        assert code_of(below.process(m.save(theirs))) == 0
+        manager, named = SharedManager(below), list[list[int]]()
+        manager.on_gap = named.append
+        client = manager.connect()
+        sessions = [m.opened(client, m.start_session()) for _ in range(5)]
+        answers = [code(client, m.policy_digest(sessions[n % 5])) for n in range(400)]
+        assert {0, 0x901} == set(answers)
+        assert named == [[theirs & 0xFFFFFF | 0x02000000]]
+
+
 def test_it_is_ended_at_the_start_if_so_wanted_and_never_again() -> None:
     with shared(alone=True) as (manager, below):
         below.engine.process(m.load_external(9))

@@ -55,6 +55,8 @@ class SharedManager(Manager):
 
     Attributes:
         found: How many objects and sessions of others were there at the start.
+        on_gap: Called once a start where the TPM can save no session, with the handles of those
+            that others have saved, of which one is too old.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class SharedManager(Manager):
     ) -> None:
         super().__init__(tpm, inner=inner, limits=limits, alone=alone)
         self._slots = slots
-        self._shut = False
+        self._shut = self._gap_said = False
         self._looks = 0
         self._others: list[Object] = []
         self.found = (0, 0)
+        self.on_gap: Callable[[list[int]], None] = lambda _: None
 
     def learn(self) -> bool:
         """As there."""
@@ -127,7 +130,7 @@ class SharedManager(Manager):
     def reset(self, *, resumed: bool = False) -> None:
         """As there."""
         super().reset(resumed=resumed)
-        self._shut = False
+        self._shut = self._gap_said = False
         self._others = []
 
     def rest(self, *, sessions: bool) -> None:
@@ -145,11 +148,23 @@ class SharedManager(Manager):
     def process(self, connection: Connection, command: bytes) -> bytes:
         """As there."""
         if command_code(command) != _SHUTDOWN:
-            return super().process(connection, command)
+            response = super().process(connection, command)
+            if response_code(response) == TpmRc.TPM_RC_CONTEXT_GAP:
+                self._tell_of_gap()
+            return response
         self.rest(sessions=True)  # what is loaded does not outlive what a shutdown announces
         response = super().process(connection, command)
         self._shut = _succeeded(response)
         return response
+
+    def _tell_of_gap(self) -> None:
+        """Nobody here can refresh what others have saved."""
+        if self._gap_said:
+            return
+        self._gap_said = True
+        with contextlib.suppress(TpmError):
+            saved = self._inner.handles(TpmHt.POLICY_SESSION << 24)
+            self.on_gap([one for one in saved if self.sessions.find(one) is None])
 
     def _start(self, command: bytes) -> bytes:
         """Nothing with handles gets past the manager while it does not know the TPM."""

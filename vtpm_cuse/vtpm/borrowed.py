@@ -39,8 +39,18 @@ class Borrowed(NamedTuple):
 def manager_of(vtpm: Vtpm, borrowed: Borrowed, limits: Limits) -> SharedManager:
     """The manager of its clients."""
     slots = _SLOTS_BELOW if borrowed.below_manager else 0
-    return SharedManager(
+    manager = SharedManager(
         vtpm, inner=vtpm.manage, limits=limits, alone=borrowed.flush_all, slots=slots
+    )
+    manager.on_gap = _say_gap
+    return manager
+
+
+def _say_gap(handles: list[int]) -> None:
+    log.warning(
+        "The TPM saves no more sessions before the oldest is used or ended, one of these, which "
+        "others have saved: %s; --flush-all at the start ends them",
+        ", ".join(f"0x{handle:08x}" for handle in handles),
     )
 
 
