@@ -40,17 +40,18 @@ def test_both_go_with_the_server(serve: Serve) -> None:
 
 
 def test_limits_of_a_user_and_of_a_client(serve: Serve) -> None:
-    limits = ("--managed-limits", "clients-of-a-user=2,objects=3,sessions=1")
+    limits = ("--managed-limits", "clients-of-a-user=2,objects=4,sessions=3")
     world = DeviceWorld(
         serve("vtpm7", more=("--resource-manager", *limits)).start(), Path("/dev/vtpmrm7")
     )
     with clients(world, 2) as there:
         assert errno_from(lambda: world.client().__exit__()) == errno.EMFILE
         for client in there:
-            for number in range(3):
+            for number in range(4):
                 opened(client, m.load_external(number))
-            opened(client, m.start_session())
-            assert code_of(client.command(m.load_external(3))) == 0xB0902
+            for _ in range(3):
+                opened(client, m.start_session())
+            assert code_of(client.command(m.load_external(4))) == 0xB0902
             assert code_of(client.command(m.start_session())) == 0xB0903
 
 
