@@ -274,7 +274,8 @@ async def test_a_key_is_where_it_was_and_nowhere_else(tmp_path: Path, damage: by
         file.unlink()
         if damage is not None:
             file.write_bytes(damage)
-        with pytest.raises(FleetError) as refused:
+        said = "HMAC" if damage and len(damage) == len(secret) else f"its key {file}: "
+        with pytest.raises(FleetError, match=said) as refused:
             await manager.start("one")
         assert refused.value.fault == "KeyRejected"
         with pytest.raises(FleetError) as refused:

@@ -18,7 +18,6 @@ from vtpm_cuse.errors import (
     StorageError,
     UsageError,
 )
-from vtpm_cuse.faults import sentence
 from vtpm_cuse.files import open_to_read
 from vtpm_cuse.fleet.messages import Answer, Call, Message
 from vtpm_cuse.fleet.store import described
@@ -87,10 +86,14 @@ class Vault:
         reserve: Reserve | None = None,
     ) -> Vault:
         """With the key that is kept there. Raises StateKeyRejected where it cannot be had."""
+        if source is None:
+            return cls(folder, may_begin=may_begin, reserve=reserve)
         try:
-            key = None if source is None else _key_at(source)
+            key = _key_at(source)
         except (UsageError, OSError) as exc:
-            raise StateKeyRejected(folder, sentence(exc), PtmResult.TPM_KEYNOTFOUND) from exc
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            where = source.file or source.pwdfile or source.credential
+            raise StateKeyRejected(f"its key {where}", reason, PtmResult.TPM_KEYNOTFOUND) from exc
         return cls(folder, key, may_begin=may_begin, reserve=reserve)
 
     def lock(self) -> None:
@@ -115,7 +118,13 @@ class Vault:
         """The same of a permanent state as a file has it, by the same key. Raises StorageError."""
         aside = open_store("mem://", tpm2=True)
         aside.store(PERMANENT, blob)
-        permanent = SealedStore(aside, self._key).load(PERMANENT)
+        try:
+            permanent = SealedStore(aside, self._key).load(PERMANENT)
+        except StateKeyRejected as exc:
+            reason = "is encrypted: name its key"
+            if self._key is not None:
+                reason = "is not encrypted by this key"
+            raise StateKeyRejected("its state", reason, exc.result) from exc
         if not is_payload(PERMANENT, permanent):
             raise StateDamaged(PERMANENT, "is no state of a TPM", PtmResult.TPM_FAIL)
         self.begin(permanent)
@@ -184,11 +193,11 @@ class Vault:
 
 
 def _key_at(source: KeySource) -> Key:
-    """Of a file, so that nobody waits for it. Raises UsageError, OSError."""
+    """The key, for which nobody waits. Raises UsageError, OSError."""
     allowed = {"mode": CIPHER_KEY_SIZES, "format": KEY_FORMATS, "kdf": KDFS}
     for name, known in allowed.items():
         if getattr(source, name) not in known:
-            raise UsageError(f"the {name} of its key is none of {', '.join(known)}")
+            raise UsageError(f"the {name} of a key is one of {', '.join(known)}")
     if source.file is not None:
         source = source._replace(file=None, fd=open_to_read(source.file))
     elif source.pwdfile is not None:
