@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import socket
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
+from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.fleet import api
 from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
+from vtpm_cuse.wire import varlink
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Fleet, Identity, State
@@ -177,3 +180,58 @@ async def served(fleet: Fleet, path: Path) -> AsyncIterator[str]:
         nursery.start_soon(api.serve, fleet, trio.SocketListener(listener))
         yield str(path)
         nursery.cancel_scope.cancel()
+
+
+def with_manager(fleet: FakeFleet, path: Path, use: Callable[[Manager], Any]) -> Any:  # noqa: ANN401
+    """What a client of the package gets."""
+
+    def work() -> Any:  # noqa: ANN401
+        with Manager(str(path)) as manager:
+            return use(manager)
+
+    async def main() -> Any:  # noqa: ANN401
+        async with served(fleet, path):
+            return await trio.to_thread.run_sync(work)
+
+    return trio.run(main)
+
+
+class Raw:
+    """A connection that says what a test says."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._messages = varlink.Messages(varlink.REPLY_MAX)
+
+    async def say(self, method: str, **rest: object) -> None:
+        await self.stream.send_all(json.dumps({"method": method, **rest}).encode() + b"\0")
+
+    async def hear(self) -> dict[str, Any]:
+        """The next reply; empty at the end."""
+        while (message := self._messages.take()) is None:
+            try:
+                data = await self.stream.receive_some()
+            except trio.BrokenResourceError:  # it has not read all that was sent
+                return {}
+            if not data:
+                return {}
+            self._messages.feed(data)
+        found: dict[str, Any] = json.loads(message)
+        return found
+
+    async def ask(self, method: str, **rest: object) -> dict[str, Any]:
+        await self.say(method, **rest)
+        return await self.hear()
+
+
+def with_raw(
+    fleet: FakeFleet,
+    path: Path,
+    use: Callable[[Raw], Awaitable[None]],
+    **run: Any,  # noqa: ANN401
+) -> None:
+    async def main() -> None:
+        async with served(fleet, path) as place, await trio.open_unix_socket(place) as stream:
+            await use(Raw(stream))
+
+    trio.run(main, **run)

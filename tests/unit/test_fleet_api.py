@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 import trio.testing
 import varlink as varlink_client
 
-from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
+from tests.support.fake_fleet import OTHER_USER, FakeFleet, Raw, served, with_manager, with_raw
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError, StorageError
 from vtpm_cuse.fleet import api
-from vtpm_cuse.fleet.archives import STATE_MAX
 from vtpm_cuse.fleet.base import Event, Spec
 from vtpm_cuse.wire import varlink
-from vtpm_cuse.wire.manager import Archive, Key
+from vtpm_cuse.wire.manager import Key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Tpm
@@ -41,61 +38,6 @@ def fleet() -> FakeFleet:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "manager.sock"
-
-
-def with_manager(fleet: FakeFleet, path: Path, use: Callable[[Manager], Any]) -> Any:  # noqa: ANN401
-    """What a client of the package gets."""
-
-    def work() -> Any:  # noqa: ANN401
-        with Manager(str(path)) as manager:
-            return use(manager)
-
-    async def main() -> Any:  # noqa: ANN401
-        async with served(fleet, path):
-            return await trio.to_thread.run_sync(work)
-
-    return trio.run(main)
-
-
-class Raw:
-    """A connection that says what a test says."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
-        self._messages = varlink.Messages(varlink.REPLY_MAX)
-
-    async def say(self, method: str, **rest: object) -> None:
-        await self.stream.send_all(json.dumps({"method": method, **rest}).encode() + b"\0")
-
-    async def hear(self) -> dict[str, Any]:
-        """The next reply; empty at the end."""
-        while (message := self._messages.take()) is None:
-            try:
-                data = await self.stream.receive_some()
-            except trio.BrokenResourceError:  # it has not read all that was sent
-                return {}
-            if not data:
-                return {}
-            self._messages.feed(data)
-        found: dict[str, Any] = json.loads(message)
-        return found
-
-    async def ask(self, method: str, **rest: object) -> dict[str, Any]:
-        await self.say(method, **rest)
-        return await self.hear()
-
-
-def with_raw(
-    fleet: FakeFleet,
-    path: Path,
-    use: Callable[[Raw], Awaitable[None]],
-    **run: Any,  # noqa: ANN401
-) -> None:
-    async def main() -> None:
-        async with served(fleet, path) as place, await trio.open_unix_socket(place) as stream:
-            await use(Raw(stream))
-
-    trio.run(main, **run)
 
 
 @pytest.fixture
@@ -214,59 +156,6 @@ def test_what_is_no_manager_is_no_traceback(path: Path, answer: bytes) -> None:
                     manager.describe("web1")
 
 
-ARCHIVE: Final = Archive(
-    *("vtpm-cuse TPM", 1, "6c1dd2ba-9d67-4fb1-8f4c-9a5a35d6e9f4", "web1", False, {"vm": "7"}),
-    "c3RhdGU=",
-)
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"format": "tar"}, "StateDamaged"),
-        ({"version": 2}, "StateDamaged"),
-        ({"id": "../../etc"}, "StateDamaged"),
-        ({"id": ARCHIVE.id.upper()}, "StateDamaged"),
-        ({"id": f"{{{ARCHIVE.id}}}"}, "StateDamaged"),
-        ({"permall": "c3RhdGU"}, "StateDamaged"),
-        ({"permall": "c3Rh dGU="}, "StateDamaged"),
-        ({"permall": "ä"}, "StateDamaged"),
-        ({"permall": "AAAA" * (STATE_MAX // 3 + 1)}, "OverLimit"),
-    ],
-)
-def test_an_archive_that_is_none_is_refused(
-    fleet: FakeFleet, path: Path, change: dict[str, Any], fault: str
-) -> None:
-    def use(manager: Manager) -> None:
-        with pytest.raises(FleetError) as refused:
-            manager.import_tpm(ARCHIVE._replace(**change))
-        assert refused.value.fault == fault
-        assert fleet.bundles == []
-        assert manager.import_tpm(ARCHIVE, name="web2").labels == {"vm": "7"}
-
-    with_manager(fleet, path, use)
-
-
-def test_what_is_exported_can_be_imported_and_is_never_logged(
-    fleet: FakeFleet, path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    fleet.add("web1")
-    fleet.state = bytes(STATE_MAX)
-
-    def use(manager: Manager) -> None:
-        archive = manager.export("web1")
-        assert manager.import_tpm(archive, name="web2").name == "web2"
-        assert fleet.bundles.pop().state == fleet.state
-        assert archive.permall[:99] not in caplog.text
-        assert "Import of 'web2'" in caplog.text
-        fleet.state += b"x"
-        with pytest.raises(FleetError, match="more than"):
-            manager.export("web1")
-
-    with_manager(fleet, path, use)
-
-
 # -- whose TPM it is ----------------------------------------------------------------------
 
 
@@ -289,8 +178,6 @@ def test_others_see_and_manage_their_own_alone(
         lambda manager: manager.clone("theirs", "mine2"),
         lambda manager: manager.export("theirs"),
         lambda manager: manager.logs("theirs"),
-        lambda manager: manager.import_tpm(ARCHIVE, owner=OTHER_USER + 1),
-        lambda manager: manager.import_tpm(ARCHIVE, key=Key(file="/etc/shadow")),
         lambda manager: manager.create("mine2", owner=OTHER_USER + 1),
         lambda manager: manager.create("mine2", owner=0),
         lambda manager: manager.create("mine2", key=Key(file="/etc/shadow")),

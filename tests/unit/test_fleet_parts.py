@@ -232,6 +232,17 @@ def test_what_no_worker_asks_for_is_not_done(tmp_path: Path, lie: Message) -> No
         _asked(vault, Call.STORE, BLOB)
 
 
+def test_a_worker_gets_its_state_and_no_key(tmp_path: Path) -> None:
+    vault = Vault(str(tmp_path), Key(secret := os.urandom(32)), may_begin=True)
+    for request in (Message(Call.STORE, BLOB), Message(Call.LOAD), Message(Call.SIZES)):
+        answer = vault.answer_untrusted(request)
+        assert answer.kind is Answer.DONE
+        assert secret not in answer.pack()
+        assert request.kind is not Call.LOAD or answer.body == BLOB
+    assert PERMALL not in (tmp_path / "tpm2-00.permall").read_bytes()
+    vault.close()
+
+
 def test_a_state_from_elsewhere_is_checked_before_it_is_kept(tmp_path: Path) -> None:
     def folder() -> str:
         return tempfile.mkdtemp(dir=tmp_path)
