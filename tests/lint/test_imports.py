@@ -80,7 +80,17 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
     "fleet": ERRORS
-    | {"acquire", "client", "config", "files", "fleet.api", "fleet.base", "programs", "proto"}
+    | {
+        "acquire",
+        "acquire.keeper",
+        "client",
+        "config",
+        "files",
+        "fleet.api",
+        "fleet.base",
+        "programs",
+        "proto",
+    }
     | {"manufacture", "resmgr", "serve", "service.compose", "service.keys"}
     | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
     | {"vtpm", "wire"},

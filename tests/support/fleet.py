@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from vtpm_cuse.fleet.base import SocketKind, State, Tpm
+    from vtpm_cuse.fleet.base import Interface, SocketKind, State, Tpm
+    from vtpm_cuse.fleet.opener import MakesDevices
     from vtpm_cuse.fleet.pool import Pool
 
 LAZY: Final = 3600.0
@@ -36,11 +37,15 @@ UID: Final = os.geteuid()
 
 
 @contextlib.asynccontextmanager
-async def fleet(folder: Path, **settings: Any) -> AsyncIterator[Manager]:  # noqa: ANN401
+async def fleet(
+    folder: Path,
+    opener: MakesDevices | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> AsyncIterator[Manager]:
     """A manager whose TPMs sleep when they are told to."""
     found = Settings(str(folder / "state"), str(folder / "run"), **{"idle": LAZY, **settings})
     with trio.fail_after(PATIENCE_SECONDS):
-        async with managed(found) as manager:
+        async with managed(found, opener) as manager:
             yield manager
 
 
@@ -68,9 +73,15 @@ def in_trio(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     return run
 
 
-async def started(manager: Manager, name: str, blobs: dict[str, bytes] | None = None) -> Tpm:
+async def started(
+    manager: Manager,
+    name: str,
+    blobs: dict[str, bytes] | None = None,
+    *,
+    interface: Interface = "socket",
+) -> Tpm:
     """A TPM that is on; of these blobs, if any."""
-    await manager.create(Spec(name, UID))
+    await manager.create(Spec(name, UID, interface=interface))
     if blobs is not None:
         store = open_store(f"dir://{manager._catalogue.state_of(name)}", tpm2=True)
         store.lock()

@@ -63,10 +63,10 @@ def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:
         "web1: stopped\n",
         "",
     )
-    assert run("create", "--owner", str(OTHER_USER), "web2")[0] == 0
+    assert run("create", "--owner", str(OTHER_USER), "--interface", "cuse", "web2")[0] == 0
     assert fleet.specs == [
         Spec("web1", os.geteuid(), "null", labels=(("vm", "7"), ("note", "a=b"))),
-        Spec("web2", OTHER_USER),
+        Spec("web2", OTHER_USER, interface="cuse"),
     ]
     for verb, state in {
         "start": "asleep",
@@ -270,6 +270,14 @@ def test_env_knows_a_tpm_of_the_managers(run: Run, fleet: FakeFleet) -> None:
     assert env["TPM2TOOLS_TCTI"].startswith("cmd:")
     assert env["TPM2TOOLS_TCTI"].endswith(" /run/vtpm/web1/managed")
     assert f"VTPM_PATH={env['VTPM_PATH']}\n" in run("env", "web1")[1]
+    device = fleet.tpms["web1"]._replace(interface="cuse", sockets={}, device="/dev/raw")
+    fleet.tpms["web1"] = device._replace(managed_device="/dev/many")
+    env = json.loads(run("env", "--json", "web1")[1])["env"]
+    assert (env["VTPM_PATH"], env["VTPM_RAW_PATH"]) == ("/dev/many", "/dev/raw")
+    assert env["TPM2TOOLS_TCTI"] == "device:/dev/many"
+    rows = [line.split() for line in run("show", "web1")[1].splitlines()]
+    assert ["device", "/dev/raw"] in rows
+    assert ["managed", "device", "/dev/many"] in rows
     assert run("env", "web2") == (
         1,
         "",

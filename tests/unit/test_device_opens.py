@@ -153,6 +153,40 @@ def test_waiting_requests_of_several_clients_outlive_a_suspension() -> None:
     assert [kernel.replies[unique].body for unique in uniques] == [b"one", b"two"]
 
 
+def test_one_that_takes_over_knows_the_clients_of_the_dead_one() -> None:
+    notes = Notes()
+    kernel = FakeKernel(dead := DeviceSession(notes))
+    first, second, idle = clients(kernel, 3)
+    kernel.session = session = DeviceSession(notes)
+    asks = session.take_over(1 << 32)
+    assert asks == struct.pack("=IiQ", 16, 7, 0)  # FUSE_NOTIFY_RESEND
+    for text, kernel.handle in zip((b"one", b"two"), (first, second), strict=True):
+        kernel.write(text)
+        assert kernel.read().body == text
+    kernel.handle = idle
+    assert kernel.release().error == 0
+    assert notes.released == []
+    (new,) = clients(kernel, 1)
+    assert new == 1 << 32
+    for kernel.handle in (first, second, new):
+        assert kernel.release().error == 0
+    assert notes.released == [b"one", b"two", b""]
+    # Of what it has not taken, it cannot say whether anybody has answered it.
+    notes.held = True
+    clients(kernel, 1)
+    orphan = kernel.start_read()
+    kernel.session = session = DeviceSession(notes)
+    session.take_over(2 << 32)
+    kernel.interrupt(orphan)
+    assert kernel.replies[orphan].error == errno.EINTR
+    saved = session.suspend()
+    resumed = DeviceSession(notes)
+    resumed.resume(saved)
+    assert resumed.suspend() == saved
+    assert saved.first_handle == 2 << 32
+    assert dead.suspend().first_handle == 1
+
+
 # -- suspended at every step --------------------------------------------------------------
 
 

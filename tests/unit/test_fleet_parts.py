@@ -26,6 +26,7 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_name
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel
+from vtpm_cuse.fleet.entrances import DeviceEntrance, SocketEntrance
 from vtpm_cuse.fleet.machine import Machine, Surroundings
 from vtpm_cuse.fleet.messages import (
     BODY_MAX,
@@ -44,14 +45,18 @@ from vtpm_cuse.fleet.store import MessageStore
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.proto.control import SavedControlStream
+from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
 from vtpm_cuse.resmgr.saved import SavedManager, SavedSessions
 from vtpm_cuse.serve.connections import SavedControl, SavedData
+from vtpm_cuse.serve.device import SavedDevice
 from vtpm_cuse.serve.managed_sockets import SavedManaged, SavedManagedSockets
 from vtpm_cuse.serve.sockets import SavedSockets
 from vtpm_cuse.storage.base import PERMANENT
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
+from vtpm_cuse.vtpm.file import SavedBlob, SavedOpen
+from vtpm_cuse.vtpm.managed import SavedManagedOpen
 from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
 from vtpm_cuse.wire.layout import HOST
@@ -159,6 +164,40 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
     for wrong in (b"", b"[]", b'{"os":[]}', b'{"SavedTpm":[1,2]}', text[:-1]):
         with pytest.raises(ChannelError):
             unpacked(wrong, (10, 11, 12, *descriptors))
+
+
+def test_the_clients_of_a_device_go_over_with_their_calls() -> None:
+    blob = SavedBlob(2, 0, b"blob", 1, 3, True)
+    saved = SavedTpm(
+        SavedDevice(
+            (
+                SavedDeviceSession(
+                    7, ((5, 0, SavedOpen(blob, None, b"x")),), (b"read",), ((9, 5),)
+                ),
+                SavedDeviceSession(
+                    *(8, ((6, 1, SavedManagedOpen(3, b"answer", 1.5, True)),), (), ()),
+                    *(("", "\udcff"), ((7, b"text"),), 1 << 32),
+                ),
+            ),
+            b"response",
+            None,
+        ),
+        SavedVtpm("held", False, b"", 0, 4096, b"", False, False, None, (), 0),
+    )
+    text, descriptors = packed(saved)
+    assert descriptors == ()
+    assert unpacked(text, (10, 11)) == saved
+
+
+def test_only_connections_come_back_and_only_from_one_with_sockets(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, open("/dev/null", "rb") as file:
+        sockets = SocketEntrance(str(tmp_path / "one"), UID)
+        assert sockets.takes_back(ours.fileno())
+        assert not any(map(sockets.takes_back, (*sockets.descriptors, file.fileno())))
+        sockets.close()
+        assert not DeviceEntrance(()).takes_back(ours.fileno())
+    assert not (tmp_path / "one").exists()
 
 
 # -- the state ----------------------------------------------------------------------------
@@ -412,14 +451,14 @@ async def test_what_was_saved_is_given_out_once(catalogue: Catalogue, tmp_path: 
         assert stage.one.state == "asleep"
         puppet = await stage.started(stage.one.wake)
         assert puppet.told.flags == RESUME
-        assert Task.unpack(puppet.told.body)[2:] == (b"volatile", BLOB)
+        assert Task.unpack(puppet.told.body)[2:4] == (b"volatile", BLOB)
         puppet.process.kill()
         puppet.orders.close()
         await puppet.worker.ended.wait()
         assert stage.one.state == "failed"
         puppet = await stage.started(stage.one.wake_for_client)
         assert puppet.told.flags == OFF
-        assert Task.unpack(puppet.told.body)[2:] == (b"", b"")
+        assert Task.unpack(puppet.told.body)[2:4] == (b"", b"")
 
 
 @in_trio

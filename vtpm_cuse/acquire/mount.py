@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import re
+import select
 import socket
 import stat
 import subprocess
@@ -52,6 +53,7 @@ class FuseMount:
         self._keeper: Keeper | None = None
         self._lock = -1
         self._made = False
+        self._device = b""
         self.fd = -1
         self._buffer = memoryview(bytearray(READ_BUFFER_SIZE))
         self.buffers = [self._buffer]
@@ -64,14 +66,19 @@ class FuseMount:
         os.set_blocking(fd, False)
         return mount
 
-    def take_folder(self) -> None:
+    def take_folder(self, *, keeper: bool = True) -> None:
         """Makes sure that the folder can be mounted on, and is ours alone from now on.
+
+        Args:
+            keeper: A process of its own unmounts it, however this one ends; else `close` does.
 
         Raises:
             FrontendError: FUSE is not to be had here, or the folder not to be used.
         """
         _check_fuse()
         self._lock = self._locked_folder()
+        if not keeper:
+            return
         # It holds the lock too, so a successor waits for it.
         try:
             self._keeper = Keeper(self._clear_up, {self._lock})
@@ -133,8 +140,9 @@ class FuseMount:
         self.fd = fds[0]
         os.set_inheritable(self.fd, False)  # recv_fds() takes flags, and does nothing with them
         os.set_blocking(self.fd, False)
+        self._device = (_mounted_on(self._folder) or "gone").encode()
         if self._keeper is not None:
-            self._keeper.note((_mounted_on(self._folder) or "gone").encode())
+            self._keeper.note(self._device)
 
     async def answer_init(self) -> None:
         """The first request; once it is answered, clients are served.
@@ -143,6 +151,13 @@ class FuseMount:
             FrontendError: The kernel speaks another protocol.
         """
         await trio.lowlevel.wait_readable(self.fd)
+        self.answer_init_now()
+
+    def answer_init_now(self) -> None:
+        """As above; it is on its way as soon as there is a mount, and is waited for."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll()
         size = os.readv(self.fd, self.buffers)
         os.write(self.fd, init_reply(self._buffer[:size]))
 
@@ -157,6 +172,14 @@ class FuseMount:
         if self._keeper is not None:
             self._keeper.end()
             self._keeper = None
+        elif self._device:
+            self._clear_up(self._device)
+        self._device = b""
+
+    def give_away(self) -> int:
+        """The descriptor, for somebody else to serve; what is mounted is still ours to end."""
+        fd, self.fd = self.fd, -1
+        return fd
 
     def _clear_up(self, device: bytes) -> None:
         """In the keeper, when nobody serves the mount any more: *device* is the number it had."""

@@ -140,6 +140,7 @@ def _serve(line: CommandLine) -> int:
             messages=next(iter(logs.descriptors()), None),
             limits=Limits(**_limits(line)),
             group=line.group("group"),
+            own=line.has("user") or os.geteuid() != 0,
             pool=line.number("pool", _POOL_MAX) if line.has("pool") else None,
             metrics_file=line.value("metrics-file"),
         )

@@ -99,6 +99,7 @@ class Manager:
         labels: Mapping[str, str] | None = None,
         manufactured: bool = False,
         key: Key | None = None,
+        interface: str | None = None,
     ) -> Tpm:
         """Makes a TPM, which is stopped.
 
@@ -109,9 +110,10 @@ class Manager:
             labels: To be kept beside it.
             manufactured: It has endorsement keys, their certificates, and one of the platform.
             key: Where the manager finds the key that encrypts what is stored of it.
+            interface: How clients are to reach it: "socket", which is the default, "fuse" or "cuse".
         """
         kept = None if labels is None else dict(labels)
-        given = manager.Create(name, owner, profile, kept, manufactured or None, key)
+        given = manager.Create(name, owner, profile, kept, manufactured or None, key, interface)
         return self._tpm("Create", given)
 
     def start(self, name: str) -> Tpm:

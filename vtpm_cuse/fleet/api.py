@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from contextlib import aclosing
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import trio
 
@@ -24,7 +24,7 @@ from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.archives import packed, unpacked_untrusted
-from vtpm_cuse.fleet.base import Spec
+from vtpm_cuse.fleet.base import Interface, Spec
 from vtpm_cuse.wire import manager, varlink
 from vtpm_cuse.wire.manager import MANAGER
 from vtpm_cuse.wire.varlink import SERVICE, BadParameter, Messages, Reply, from_json, to_json
@@ -299,7 +299,9 @@ class _Client:
         owner = self._owner(given.name, given.owner)
         labels = tuple((given.labels or {}).items())
         key = self._key(given.name, given.key)
-        return Spec(given.name, owner, given.profile, bool(given.manufactured), labels, key)
+        interface = _interface_of(given.interface)
+        made = bool(given.manufactured)
+        return Spec(given.name, owner, given.profile, made, labels, key, interface)
 
     def _key(self, name: str, given: manager.Key | None) -> KeySource | None:
         """Raises FleetError for those who could not read it, and VarlinkError."""
@@ -340,6 +342,15 @@ class _Client:
 
 
 _TELLING: Final = frozenset({"GetInfo", "GetInterfaceDescription", "Describe", "Logs"})
+
+
+def _interface_of(given: str | None) -> Interface:
+    """Raises VarlinkError."""
+    for interface in get_args(Interface):
+        if given in (None, interface):  # the first is the default
+            found: Interface = interface
+            return found
+    raise _bad_parameter("interface")
 
 
 def _understood(call: Call) -> tuple[Method, NamedTuple]:
@@ -413,4 +424,6 @@ def as_told(tpm: Tpm) -> manager.Tpm:
         tpm.encrypted,
         tpm.last_used,
         tpm.pid,
+        tpm.device,
+        tpm.managed_device,
     )

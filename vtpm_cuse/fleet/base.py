@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 """Off; on, without a process; on, in a process of its own; on the way there; lost until a reset."""
 SocketKind = Literal["data", "control", "managed"]
+Interface = Literal["socket", "fuse", "cuse"]
+"""How clients reach a TPM: by three Unix sockets, two files in a mount, or two character devices."""
 Identity = Literal["new", "same"]
 """Of a clone: a TPM of its own, made by the same recipe, or the same seeds and keys once more."""
 
@@ -29,6 +31,7 @@ class Spec(NamedTuple):
     manufactured: bool = False
     labels: tuple[tuple[str, str], ...] = ()
     key: KeySource | None = None
+    interface: Interface = "socket"
 
 
 class Bundle(NamedTuple):
@@ -42,7 +45,8 @@ class Bundle(NamedTuple):
 class Tpm(NamedTuple):
     """One TPM as it is now.
 
-    ``id`` is a UUID and never changes; ``sockets`` are absolute paths; ``generation`` counts its
+    ``id`` is a UUID and never changes; ``sockets`` are absolute paths, none of one that is a
+    device: ``device`` is its path for one client, ``managed_device`` that for many; ``generation`` counts its
     sleeps and power-ups; ``last_used`` is seconds since 1970, None before the first use;
     ``commands``, ``wakes``, ``sleeps`` and ``failures`` count since the manager began; ``pid`` is
     that of its process while it has one; ``failure`` says what happened to one that is failed, and
@@ -53,7 +57,7 @@ class Tpm(NamedTuple):
     id: str
     owner: int
     state: State
-    interface: Literal["socket"]
+    interface: Interface
     sockets: Mapping[SocketKind, str]
     generation: int
     last_used: float | None
@@ -65,6 +69,8 @@ class Tpm(NamedTuple):
     encrypted: bool = False
     sleeps: int = 0
     failures: int = 0
+    device: str | None = None
+    managed_device: str | None = None
 
 
 class Note(NamedTuple):

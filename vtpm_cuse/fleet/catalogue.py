@@ -13,12 +13,12 @@ import os
 import re
 import shutil
 import uuid
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
 from vtpm_cuse.files import flush_folder, make_folder, write_output
-from vtpm_cuse.fleet.base import Spec
+from vtpm_cuse.fleet.base import Interface, Spec
 from vtpm_cuse.storage.locking import take_lock
 from vtpm_cuse.storage.reserve import Reserve
 
@@ -42,7 +42,10 @@ _LABEL_MAX: Final = 256
 
 
 class Entry(NamedTuple):
-    """What is kept of a TPM besides its state; see `base.Spec`. No key is, but where one is."""
+    """What is kept of a TPM besides its state; see `base.Spec`. No key is, but where one is.
+
+    Of a CUSE device, ``number`` is no other one's, and ``major`` the major number it had last.
+    """
 
     id: str
     owner: int
@@ -50,15 +53,24 @@ class Entry(NamedTuple):
     manufactured: bool
     labels: tuple[tuple[str, str], ...]
     key: KeySource | None = None
+    interface: Interface = "socket"
+    number: int = 0
+    major: int = 0
 
     @classmethod
-    def of(cls, number: str, spec: Spec) -> Entry:
-        """Of a TPM with that id."""
-        return cls(number, spec.owner, spec.profile, spec.manufactured, spec.labels, spec.key)
+    def of(cls, number: str, spec: Spec, device: int = 0) -> Entry:
+        """Of a TPM with that id, whose device, if it is one, has that number."""
+        return cls(
+            *(number, spec.owner, spec.profile, spec.manufactured, spec.labels, spec.key),
+            *(spec.interface, device),
+        )
 
     def spec(self, name: str) -> Spec:
         """By which it, or one like it, is made."""
-        return Spec(name, self.owner, self.profile, self.manufactured, self.labels, self.key)
+        return Spec(
+            *(name, self.owner, self.profile, self.manufactured, self.labels, self.key),
+            self.interface,
+        )
 
 
 def check_name(name: str) -> str:
@@ -86,6 +98,7 @@ class Catalogue:
     Attributes:
         path: The same, absolute.
         reserve: Of all stores that stay open in it.
+        major: A major number that devices of its TPMs have had lately, 0 if none.
 
     Raises:
         OSError: It cannot be had.
@@ -95,6 +108,7 @@ class Catalogue:
     def __init__(self, path: str) -> None:
         self.path = os.path.abspath(path)
         self.reserve = Reserve()
+        self.major = 0
         make_folder(self.path, _FOLDER_MODE)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)
@@ -116,6 +130,7 @@ class Catalogue:
                 shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
             elif _NAME.fullmatch(name) and os.path.isdir(self.state_of(name)):
                 found[name] = self._entry(name)
+                self.major = found[name].major or self.major
         return found
 
     def _entry(self, name: str) -> Entry:
@@ -235,7 +250,10 @@ def _kept(entry: Entry) -> dict[str, Any]:
 def _read_entry(text: bytes) -> Entry:
     found = Entry(**json.loads(text))
     labels = tuple((str(key), str(value)) for key, value in found.labels)
-    if not isinstance(found.owner, int) or not isinstance(found.profile, str | None):
+    numbers = (found.owner, found.number, found.major)
+    if not all(isinstance(one, int) for one in numbers):
+        raise TypeError("a number is something else")
+    if not isinstance(found.profile, str | None) or found.interface not in get_args(Interface):
         raise TypeError("a value is of another kind")
     key: Any = found.key
     if key is not None:

@@ -19,6 +19,7 @@ from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
 from vtpm_cuse.fleet import api, exporter
 from vtpm_cuse.fleet.manager import managed
+from vtpm_cuse.fleet.opener import Opener
 from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process.signals import ending_signals
 from vtpm_cuse.wire import metrics
@@ -42,12 +43,14 @@ _OWN_AND_GROUP: Final = 0o660
 
 def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     """Manages TPMs until it is told to end; returns the exit status."""
+    opener = Opener("fuse" if settings.own else "cuse")  # before there is anything for it to see
     secrecy.hide_process()  # it has the volatile states of all that sleep
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # five and more for each TPM
     status = 0
     try:
-        trio.run(_live, settings, service, held)
+        with opener:
+            trio.run(_live, settings, service, held, opener)
     except* (VtpmError, OSError) as group:
         for exc in _leaves(group):
             log.error("%s", faults.sentence(exc))
@@ -62,10 +65,12 @@ def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
     return found
 
 
-async def _live(settings: Settings, service: ServiceManager, held: HeldSignals) -> None:
+async def _live(
+    settings: Settings, service: ServiceManager, held: HeldSignals, opener: Opener
+) -> None:
     scope = trio.CancelScope()
     with ending_signals(scope.cancel, held.release):
-        async with managed(settings) as manager:
+        async with managed(settings, opener) as manager:
             with scope, _listener(settings) as listener, _metrics(settings) as monitored:
                 log.info("TPMs are in %s, and their sockets in %s.", settings.state, settings.run)
                 async with trio.open_nursery() as nursery:

@@ -9,27 +9,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from vtpm_cuse import faults
-from vtpm_cuse.acquire.sockets import acquire
-from vtpm_cuse.config import SocketAddress, SocketConfig, VtpmConfig
 from vtpm_cuse.errors import (
     ChannelError,
     FleetError,
+    FrontendError,
     StateKeyRejected,
     StateLocked,
     StorageError,
     UsageError,
     VtpmError,
 )
-from vtpm_cuse.files import make_folder
-from vtpm_cuse.fleet.base import SocketKind, State, Tpm
+from vtpm_cuse.fleet.base import State, Tpm
 from vtpm_cuse.fleet.channel import close_all
+from vtpm_cuse.fleet.entrances import SocketEntrance, make_devices, mount_on, places
 from vtpm_cuse.fleet.messages import Call, Message, Order, Report
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 from vtpm_cuse.fleet.vault import QUICK, Vault
@@ -37,25 +35,17 @@ from vtpm_cuse.fleet.vault import QUICK, Vault
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.acquire.endpoints import Endpoints
+    from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.catalogue import Catalogue, Entry
+    from vtpm_cuse.fleet.entrances import Entrance
+    from vtpm_cuse.fleet.opener import MakesDevices
     from vtpm_cuse.fleet.sleepers import Sleepers
     from vtpm_cuse.fleet.workers import WorkerProcess, Workers
     from vtpm_cuse.wire.metrics import Histogram
 
 log = logging.getLogger(__name__)
 
-SOCKETS: Final[dict[SocketKind, str]] = {
-    "data": "data",
-    "control": "data.ctrl",
-    "managed": "managed",
-}
-"""Their names in a TPM's folder: as tpm2-tss has it, the control channel is beside the data's."""
-
 _FOLDER: Final = "tpm"
-_SOCKET_MODE: Final = 0o600
-_FOLDER_MODE: Final = 0o711
-"""Others pass through it to what is theirs."""
 _STOP_SECONDS: Final = 60.0
 """For what an order takes: a key that is being made is given up at once, a disk may be slow."""
 _AGAIN_SECONDS: Final = 1.0
@@ -73,6 +63,7 @@ class Surroundings(NamedTuple):
         idle: Seconds without a command after which a TPM sleeps.
         changed: Called with one that is not as it was.
         wake_times: Of wakes, as seconds.
+        opener: Who makes devices, where that can be done.
     """
 
     catalogue: Catalogue
@@ -83,6 +74,14 @@ class Surroundings(NamedTuple):
     idle: float
     changed: Callable[[Machine], None]
     wake_times: Histogram
+    opener: MakesDevices | None = None
+
+    def need_opener(self, interface: Interface) -> MakesDevices:
+        """Who makes such. Raises FrontendError."""
+        if self.opener is None or self.opener.makes != interface:
+            whose = "Root's manager" if interface == "cuse" else "A user's own manager"
+            raise FrontendError(f"{whose} alone has TPMs with --interface {interface}")
+        return self.opener
 
 
 class Machine:
@@ -107,7 +106,7 @@ class Machine:
         self._wakes = self._sleeps = self._failures = 0
         self._used: float | None = None
         self._vault: Vault | None = None
-        self._endpoints: Endpoints | None = None
+        self._entrance: Entrance | None = None
         self._worker: WorkerProcess | None = None
         self._serving = trio.Event()
         self._saved = b""
@@ -116,13 +115,14 @@ class Machine:
 
     def described(self) -> Tpm:
         """It as it is now."""
+        found = places(self.entry.interface, self.name, self._folder)
         return Tpm(
             self.name,
             self.entry.id,
             self.entry.owner,
             self.state,
-            "socket",
-            {kind: os.path.join(self._folder, file) for kind, file in SOCKETS.items()},
+            self.entry.interface,
+            found.sockets,
             self._generation,
             self._used,
             self._commands,
@@ -133,6 +133,8 @@ class Machine:
             self.entry.key is not None,
             self._sleeps,
             self._failures,
+            found.device,
+            found.managed_device,
         )
 
     @property
@@ -157,15 +159,17 @@ class Machine:
     # -- what is asked for --------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Powers it on. Raises FleetError; it is stopped then."""
+        """Powers it on. Raises FleetError, FrontendError; it is stopped then."""
         self.need_stopped()
         self._become("starting")
         try:
             await trio.to_thread.run_sync(self._open_vault)
-            self._endpoints = self._listen()
+            await self._open_entrance()
             failure = await self._serve(ON)
         except (VtpmError, OSError) as exc:
             self._power_off()
+            if isinstance(exc, FrontendError):
+                raise
             raise translated(self.name, exc) from exc
         if failure:  # it is failed now, and has not been on
             self._power_off()
@@ -173,6 +177,7 @@ class Machine:
 
     async def stop(self) -> None:
         """Shuts it down in order, and powers it off. Raises FleetError."""
+        entrance = self._entrance
         while self.state not in {"stopped", "failed"}:
             await self.wake()
             await self._ask(Order.STOP)
@@ -181,6 +186,8 @@ class Machine:
                 self._worker.kill()
                 await self._worker.ended.wait()
             self._power_off()
+        if entrance is not None:
+            await entrance.gone.wait()
 
     async def reset(self) -> None:
         """Powers it off and on, also after a failure. Raises FleetError."""
@@ -217,7 +224,7 @@ class Machine:
     async def wake_for_client(self) -> None:
         """As something has come for it; where that is not to be, it comes again."""
         async with self.turn:
-            if self._worker is not None or self._endpoints is None:
+            if self._worker is not None or self._entrance is None:
                 return
             self._used = time.time()
             try:
@@ -253,26 +260,28 @@ class Machine:
         vault.permanent()  # a wrong key is one, before a worker takes it for damage
         vault.forget_volatile()
 
-    def _listen(self) -> Endpoints:
-        make_folder(self._folder, _FOLDER_MODE, umask=False)
-        own = self.entry.owner == os.geteuid()
-        data, control, managed = (
-            SocketAddress(
-                "unixio",
-                path=os.path.join(self._folder, file),
-                mode=_SOCKET_MODE,
-                uid=None if own else self.entry.owner,
-            )
-            for file in SOCKETS.values()
+    async def _open_entrance(self) -> None:
+        """Raises FrontendError where there is no device to be had, VtpmError, OSError."""
+        entry = self.entry
+        if entry.interface == "socket":
+            self._entrance = SocketEntrance(self._folder, entry.owner)
+            return
+        opener = self._all.need_opener(entry.interface)
+        if entry.interface == "fuse":
+            self._entrance = await mount_on(opener, self._folder, self._all.nursery)
+            return
+        major = entry.major or self._all.catalogue.major
+        self._entrance, major = await make_devices(
+            opener, self.name, entry.owner, major, entry.number
         )
-        return acquire(SocketConfig(VtpmConfig(), data, control, managed))
+        if major != entry.major:
+            self._all.catalogue.major = major
+            self.entry = entry._replace(major=major)
+            await trio.to_thread.run_sync(self._all.catalogue.write, self.name, self.entry)
 
-    def _listeners(self) -> tuple[int, ...]:
-        found = self._endpoints
-        listeners = (
-            (found.data_listener, found.control_listener, found.managed_listener) if found else ()
-        )
-        return tuple(one.fileno() for one in listeners if one is not None)
+    @property
+    def _ours(self) -> tuple[int, ...]:
+        return () if self._entrance is None else self._entrance.descriptors
 
     async def _serve(self, mode: int) -> str:
         """Has a worker go on with it; returns why it does not begin to.
@@ -289,8 +298,8 @@ class Machine:
         # From here on the volatile state is used up, whatever happens.
         saved, self._saved = self._saved, b""
         connections, self._connections = self._connections, ()
-        listeners = self._listeners()
-        self._all.sleepers.forget((*listeners, *connections))
+        held = (*self._ours, *connections)
+        self._all.sleepers.forget(held)
         self._worker, self._serving = worker, trio.Event()
         self._generation += 1
         self._wakes += mode == RESUME
@@ -300,9 +309,12 @@ class Machine:
         self._all.nursery.start_soon(self._attend, worker, vault)
         order = Message(
             Order.SERVE,
-            Task(self._all.idle, saved=saved, permanent=permanent).pack(),
+            Task(
+                *(self._all.idle, None, saved, permanent),
+                *(self.entry.interface, self.entry.owner, self._generation),
+            ).pack(),
             flags=mode,
-            descriptors=(*listeners, *connections),
+            descriptors=held,
         )
         with contextlib.suppress(OSError):  # it has ended, which is seen elsewhere
             await worker.orders.send(order)
@@ -367,7 +379,8 @@ class Machine:
     def _end_of(self, message: Message | None, failure: str, vault: Vault) -> None:
         """What it is behind the end of its process."""
         if message is not None and message.kind is Report.ASLEEP:
-            if not vault.closed and all(map(_is_connection, message.descriptors)):
+            known = self._entrance
+            if not vault.closed and known and all(map(known.takes_back, message.descriptors)):
                 self._sleep(message)
                 return
             close_all(message.descriptors)
@@ -395,8 +408,9 @@ class Machine:
         self._watch()
 
     def _watch(self) -> None:
-        listeners = self._listeners()
-        watched = (*(listeners if self._watch_data else listeners[1:]), *self._connections)
+        known = self._entrance
+        ours = () if known is None else known.watched(data=self._watch_data)
+        watched = (*ours, *self._connections)
         self._all.sleepers.forget(watched)
         try:
             self._all.sleepers.watch(watched, self)
@@ -407,19 +421,17 @@ class Machine:
     async def _watch_later(self) -> None:
         await trio.sleep(_AGAIN_SECONDS)
         async with self.turn:
-            if self._worker is None and self._endpoints is not None:
+            if self._worker is None and self._entrance is not None:
                 self._watch()
 
     def _power_off(self) -> None:
         """Nothing is left of it but what is on the disk."""
-        self._all.sleepers.forget((*self._listeners(), *self._connections))
+        self._all.sleepers.forget((*self._ours, *self._connections))
         close_all(self._connections)
         self._connections, self._saved, self._watch_data = (), b"", True
-        if self._endpoints is not None:
-            self._endpoints.close()
-            self._endpoints = None
-            with contextlib.suppress(OSError):
-                os.rmdir(self._folder)
+        if self._entrance is not None:
+            self._entrance.close()
+            self._entrance = None
         if self._vault is not None:
             self._vault.close()
             self._vault = None
@@ -466,15 +478,3 @@ def translated(name: str, exc: Exception) -> FleetError:
 def said_by(message: Message) -> str:
     """The text of a worker's message, as far as anybody wants to read."""
     return message.body[:_TEXT_MAX].decode(errors="replace")
-
-
-def _is_connection(fd: int) -> bool:
-    """Whether it is a connected socket; of nothing else is anything asked here, which may wait."""
-    own = os.dup(fd)
-    try:
-        found = socket.socket(fileno=own)
-    except OSError:
-        os.close(own)
-        return False
-    with found:
-        return not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import uuid
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from vtpm_cuse.fleet.base import Identity
+    from vtpm_cuse.fleet.opener import MakesDevices
 
 _ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _RUN_MODE: Final = 0o711
@@ -56,6 +58,7 @@ class Settings(NamedTuple):
         messages: The descriptor that workers write messages to, if any.
         group: Whose members may ask it, besides its user and root.
         metrics_file: Tells what its TPMs do, for a collector.
+        own: It is a user's own: its devices are files in mounts.
     """
 
     state: str
@@ -68,13 +71,15 @@ class Settings(NamedTuple):
     messages: int | None = 2
     group: int | None = None
     metrics_file: str | None = None
+    own: bool = False
 
 
 @contextlib.asynccontextmanager
-async def managed(settings: Settings) -> AsyncIterator[Manager]:
+async def managed(settings: Settings, opener: MakesDevices | None = None) -> AsyncIterator[Manager]:
     """A manager, while it is entered; behind it, all TPMs have been shut down in order.
 
-    Who wants to end it cancels what is within, and not what is around it.
+    Who wants to end it cancels what is within, and not what is around it. Without *opener*, no TPM
+    is a device.
 
     Raises:
         VtpmError: It cannot begin.
@@ -88,7 +93,7 @@ async def managed(settings: Settings) -> AsyncIterator[Manager]:
         undo.callback(sleepers.close)
         async with trio.open_nursery() as nursery:
             workers = Workers(nursery, settings.level, settings.messages, settings.spare)
-            manager = Manager(settings, catalogue, workers, sleepers, nursery)
+            manager = Manager(settings, catalogue, workers, sleepers, nursery, opener)
             try:
                 await workers.start()
                 nursery.start_soon(manager.wake_sleepers)
@@ -110,6 +115,7 @@ class Manager:
         workers: Workers,
         sleepers: Sleepers[Machine],
         nursery: trio.Nursery,
+        opener: MakesDevices | None,
     ) -> None:
         self._settings = settings
         self._catalogue = catalogue
@@ -119,12 +125,13 @@ class Manager:
         self._history = History()
         self._coming: dict[str, int | None] = {}
         self.pool = Pool(catalogue, nursery, settings.pool)
+        self._numbers: set[int] = set()
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
         self.workers = workers
         self.wake_times = Histogram()
         self._surroundings = Surroundings(
             *(catalogue, workers, sleepers, nursery, os.path.abspath(settings.run)),
-            *(settings.idle, self._changed, self.wake_times),
+            *(settings.idle, self._changed, self.wake_times, opener),
         )
         self._machines = {
             name: Machine(name, entry, self._surroundings)
@@ -158,12 +165,12 @@ class Manager:
         """Makes a TPM, stopped."""
         name = spec.name
         check_labels(name, spec.labels)
-        with self._reserved(name, spec.owner):
+        with self._reserved(name, spec.owner), self._number_for(spec) as device:
             await self._need_room(name, spec.owner)
             try:
                 made = await self.pool.take(spec.profile) if spec.manufactured else None
                 number = made.id if made else str(uuid.uuid4())
-                return await self._new(name, Entry.of(number, spec), made)
+                return await self._new(name, Entry.of(number, spec, device), made)
             except UsageError as exc:
                 raise FleetError("StateDamaged", name, str(exc)) from exc
             except (VtpmError, OSError) as exc:
@@ -402,6 +409,30 @@ class Manager:
             yield
         finally:
             del self._coming[number]
+
+    @contextlib.contextmanager
+    def _number_for(self, spec: Spec) -> Iterator[int]:
+        """The first that no device has, nor one that is being made.
+
+        Raises:
+            FrontendError: This manager has no such devices.
+            FleetError: That user cannot have one.
+        """
+        if spec.interface != "socket":
+            self._surroundings.need_opener(spec.interface)
+        if spec.interface == "fuse" and spec.owner != os.geteuid():
+            raise FleetError("NotOwner", spec.name, "a mount is for the manager's user alone")
+        if spec.interface != "cuse":
+            yield 0
+            return
+        devices = (one.entry for one in self._machines.values() if one.entry.interface == "cuse")
+        taken = {entry.number for entry in devices} | self._numbers
+        found = next(number for number in itertools.count() if number not in taken)
+        self._numbers.add(found)
+        try:
+            yield found
+        finally:
+            self._numbers.discard(found)
 
     @staticmethod
     async def _off(job: Callable[[], None]) -> None:

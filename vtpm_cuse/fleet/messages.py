@@ -19,17 +19,20 @@ DESCRIPTORS_MAX: Final = 512
 
 
 class Order(IntEnum):
-    """What the manager tells a worker, and a zygote."""
+    """What the manager tells a worker, a zygote, and an opener."""
 
     FORK = 1
     SERVE = 2
     SLEEP = 3
     STOP = 4
     RESET = 5
+    OPEN = 6
+    MOUNT = 7
+    UNMOUNT = 8
 
 
 class Report(IntEnum):
-    """What a worker tells the manager, and a zygote."""
+    """What a worker tells the manager, a zygote, and an opener."""
 
     READY = 65
     SERVING = 66

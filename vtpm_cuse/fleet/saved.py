@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.proto.control import SavedControlStream
+from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
 from vtpm_cuse.resmgr.saved import (
     SavedConnection,
@@ -21,14 +22,19 @@ from vtpm_cuse.resmgr.saved import (
     SavedSessions,
 )
 from vtpm_cuse.serve.connections import SavedControl, SavedData
+from vtpm_cuse.serve.device import SavedDevice
 from vtpm_cuse.serve.managed_sockets import SavedManaged, SavedManagedSockets
 from vtpm_cuse.serve.sockets import SavedSockets
 from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
+from vtpm_cuse.vtpm.file import SavedBlob, SavedOpen
+from vtpm_cuse.vtpm.managed import SavedManagedOpen
 from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from vtpm_cuse.fleet.serving import SavedServer
 
 LISTENERS: Final = 3
 """Data, control, managed."""
@@ -37,7 +43,7 @@ LISTENERS: Final = 3
 class SavedTpm(NamedTuple):
     """Both halves."""
 
-    sockets: SavedSockets
+    served: SavedServer
     vtpm: SavedVtpm
 
 
@@ -46,6 +52,7 @@ _KINDS: Final[dict[str, type[Any]]] = {
     for kind in (
         *(SavedTpm, SavedSockets, SavedData, SavedControl, SavedControlStream, SavedPlace),
         *(SavedManagedSockets, SavedManaged, SavedClients, SavedClient, Peer, SavedManager),
+        *(SavedDevice, SavedDeviceSession, SavedOpen, SavedBlob, SavedManagedOpen),
         *(SavedConnection, SavedObject, SavedSession, SavedSessions, CommandAttributes, SavedVtpm),
     )
 }
@@ -59,8 +66,8 @@ def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
         found.append(fd)
         return LISTENERS + len(found) - 1
 
-    sockets = _renumbered(saved.sockets, number, (0, 1, 2))
-    text = json.dumps(_plain(saved._replace(sockets=sockets)), separators=(",", ":"))
+    served = _renumbered(saved.served, number, (0, 1, 2))
+    text = json.dumps(_plain(saved._replace(served=served)), separators=(",", ":"))
     return text.encode(), tuple(found)
 
 
@@ -68,23 +75,19 @@ def unpacked(data: bytes, descriptors: Sequence[int]) -> SavedTpm:
     """The reverse; *descriptors* has the listeners first. Raises ChannelError."""
     try:
         saved = _value(json.loads(data))
-        sockets = _renumbered(saved.sockets, descriptors.__getitem__, descriptors[:LISTENERS])
-        found: SavedTpm = saved._replace(sockets=sockets)
+        served = _renumbered(saved.served, descriptors.__getitem__, descriptors[:LISTENERS])
+        found: SavedTpm = saved._replace(served=served)
     except (ValueError, LookupError, TypeError, AttributeError) as exc:
         raise ChannelError(f"no saved TPM: {exc}") from exc
     return found
 
 
-def listeners_of(saved: SavedSockets) -> tuple[int, ...]:
-    """Their descriptors; those that there are."""
-    managed = None if saved.managed is None else saved.managed.listener
-    found = saved.data_listener, saved.control_listener, managed
-    return tuple(fd for fd in found if fd is not None)
-
-
 def _renumbered(
-    saved: SavedSockets, number: Callable[[int], int], listeners: Sequence[int]
-) -> SavedSockets:
+    saved: SavedServer, number: Callable[[int], int], listeners: Sequence[int]
+) -> SavedServer:
+    if isinstance(saved, SavedDevice):  # which has all on its channels
+        return saved
+
     def data(one: SavedData) -> SavedData:
         return one._replace(fd=number(one.fd))
 

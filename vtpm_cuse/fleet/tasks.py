@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from vtpm_cuse.fleet.base import Interface
 
 MAKE: Final = 0
 """The TPM is made, and ends."""
@@ -14,6 +17,8 @@ OFF: Final = 2
 RESUME: Final = 3
 """It goes on from what was saved."""
 
+FUSE_FILES: Final = ("vtpm0", "vtpmrm0")
+"""Those of a TPM that is a mount: the device for one client, and that for many."""
 WATCH_DATA: Final = 1
 """Flag of ASLEEP: a data client that comes is served at once; else it waits for the other's end."""
 
@@ -26,21 +31,28 @@ class Task(NamedTuple):
         profile: Of a TPM to be made.
         saved: What it goes on from.
         permanent: The permanent state, as a LOAD gives it; nothing where the worker has to ask.
+        interface: How its clients come: what descriptors there are.
+        owner: The user whose it is.
+        generation: No process has had it with this number, or with a higher one.
     """
 
     idle: float
     profile: str | None = None
     saved: bytes = b""
     permanent: bytes = b""
+    interface: Interface = "socket"
+    owner: int = 0
+    generation: int = 0
 
     def pack(self) -> bytes:
         """As a body."""
-        head = json.dumps([self.idle, self.profile, len(self.saved)]).encode()
+        numbers = (self.interface, self.owner, self.generation)
+        head = json.dumps([self.idle, self.profile, len(self.saved), *numbers]).encode()
         return head + b"\n" + self.saved + self.permanent
 
     @classmethod
     def unpack(cls, body: bytes) -> Task:
         """The reverse."""
         head, _, states = body.partition(b"\n")
-        idle, profile, size = json.loads(head)
-        return cls(idle, profile, states[:size], states[size:])
+        idle, profile, size, *rest = json.loads(head)
+        return cls(idle, profile, states[:size], states[size:], *rest)

@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vtpm_cuse import faults
-from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
 from vtpm_cuse.errors import ChannelError, EngineError, TpmUnavailable, VtpmError
 from vtpm_cuse.fleet import rehearsal
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.saved import SavedTpm, listeners_of, packed, unpacked
+from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
+from vtpm_cuse.fleet.serving import clients_of, flags_of
 from vtpm_cuse.fleet.store import MessageStore
-from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, WATCH_DATA, Task
-from vtpm_cuse.serve.connections import adopted
-from vtpm_cuse.serve.sockets import SocketServer
+from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, Task
 from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.service.compose import make_vtpm_on, power_on
 from vtpm_cuse.service.confine import landlock, sandbox
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
     import socket
 
     from vtpm_cuse.fleet.rehearsal import Practice
-    from vtpm_cuse.serve.sockets import SavedSockets
+    from vtpm_cuse.fleet.serving import Clients, SavedServer, Server
     from vtpm_cuse.service.confine.seccomp import Filter
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -124,10 +122,8 @@ async def _serve(order: Message, orders: Channel, calls: BlockingChannel, worker
         await orders.send(Message(Report.STOPPED))
         return
     store.forget()
-    server = _Served(vtpm, orders, worker, task.idle)
-    if saved is None:
-        server.take(order.descriptors)
-    await server.serve(None if saved is None else saved.sockets)
+    clients = clients_of(task, order.flags, order.descriptors, worker)
+    await _Served(vtpm, orders, clients, task.idle).serve(None if saved is None else saved.served)
 
 
 def _failed(exc: VtpmError) -> Message:
@@ -138,36 +134,24 @@ def _failed(exc: VtpmError) -> Message:
 class _Served:
     """The TPM while it is here."""
 
-    def __init__(self, vtpm: Vtpm, orders: Channel, worker: Worker, idle: float) -> None:
+    def __init__(self, vtpm: Vtpm, orders: Channel, clients: Clients, idle: float) -> None:
         self._vtpm = vtpm
         self._orders = orders
-        self._worker = worker
+        self._clients = clients
         self._idle = idle
-        self._endpoints = Endpoints(passed_too=True)
-        self._saved: SavedSockets | None = None
+        self._saved: SavedServer | None = None
         self._asked = Order.STOP
         self._begun = self._gone = False
 
-    def take(self, listeners: tuple[int, ...]) -> None:
-        """The listeners of a TPM that has no client yet."""
-        endpoints = self._endpoints
-        endpoints.data_listener, endpoints.control_listener, endpoints.managed_listener = map(
-            adopted, listeners
-        )
-
-    async def serve(self, saved: SavedSockets | None) -> None:
+    async def serve(self, saved: SavedServer | None) -> None:
         """Until it sleeps or ends."""
         while True:
             ptm = PtmService(self._vtpm, self._vtpm.close)
             async with trio.open_nursery() as nursery:
-                server = SocketServer(nursery, self._endpoints, ptm, self._worker)
-                if saved is None:
-                    server.start()
-                else:
-                    server.resume(saved)
+                server = self._clients.serve(nursery, ptm, saved)
                 nursery.start_soon(self._attend, server, nursery.cancel_scope)
             if self._gone:
-                self._endpoints.close()
+                self._clients.close()
                 return
             saved, self._saved = self._saved, None
             if saved is None:
@@ -176,13 +160,13 @@ class _Served:
                 await self._orders.send(self._reset())
             elif await self._fell_asleep(saved):
                 return
-            self._endpoints = Endpoints(passed_too=True)
         lost = self._vtpm.state_lost
         self._vtpm.close()
+        self._clients.close()
         report = Message(Report.FAILED, b"another process has its state")
         await self._orders.send(report if lost else Message(Report.STOPPED))
 
-    async def _attend(self, server: SocketServer, scope: trio.CancelScope) -> None:
+    async def _attend(self, server: Server, scope: trio.CancelScope) -> None:
         """Obeys, and finds out when nobody uses the TPM."""
         if not self._begun:
             self._begun = True
@@ -207,7 +191,7 @@ class _Served:
                 return
             await self._orders.send(Message(Report.BUSY))
 
-    async def _suspend(self, server: SocketServer, order: object) -> bool:
+    async def _suspend(self, server: Server, order: object) -> bool:
         """Whether it has ended what serves, for the sake of *order*."""
         if order is Order.RESET:
             self._saved = await server.suspend()
@@ -227,18 +211,16 @@ class _Served:
             return _failed(exc)
         return Message(Report.DONE)
 
-    async def _fell_asleep(self, sockets: SavedSockets) -> bool:
+    async def _fell_asleep(self, served: SavedServer) -> bool:
         try:
             saved = self._vtpm.suspend()
         except EngineError as exc:  # it runs on
             log.warning("The TPM stays awake: %s", exc)
             await self._orders.send(Message(Report.BUSY))
             return False
-        data, descriptors = packed(SavedTpm(sockets, saved))
-        waits = sockets.accepted is not None and sockets.accepted.known
-        flags = 0 if waits else WATCH_DATA
-        commands = self._vtpm.commands
+        data, descriptors = packed(SavedTpm(served, saved))
+        flags, commands = flags_of(served), self._vtpm.commands
         await self._orders.send(Message(Report.ASLEEP, data, flags, commands, descriptors))
-        self._endpoints.close()
-        close_all((*descriptors, *listeners_of(sockets)))
+        close_all(descriptors)
+        self._clients.close(served)
         return True

@@ -20,6 +20,7 @@ from vtpm_cuse.errors import DeviceError, FrontendError, VtpmError, WireError
 from vtpm_cuse.wire.fuse import (
     FUSE_KERNEL_VERSION,
     FUSE_NOTIFY_POLL,
+    FUSE_NOTIFY_RESEND,
     FUSE_POLL_SCHEDULE_NOTIFY,
     CuseInitIn,
     FuseInHeader,
@@ -113,7 +114,7 @@ class DeviceFile(Protocol[Saved]):
         """An open as it was when it was suspended."""
 
 
-class SavedSession(NamedTuple, Generic[Saved]):
+class SavedDeviceSession(NamedTuple, Generic[Saved]):
     """A session between two requests, as plain values.
 
     Attributes:
@@ -123,6 +124,7 @@ class SavedSession(NamedTuple, Generic[Saved]):
         polls: Poll handles to be notified, each with the open that asked.
         paths: In a mount, what the kernel's node ids stand for, from 0.
         texts: In a mount, handle and content of each open text.
+        first_handle: Opens with lower ones are of a server that has died.
     """
 
     next_handle: int
@@ -131,6 +133,7 @@ class SavedSession(NamedTuple, Generic[Saved]):
     polls: tuple[tuple[int, int], ...]
     paths: tuple[str, ...] = ()
     texts: tuple[tuple[int, bytes], ...] = ()
+    first_handle: int = 1
 
 
 class DeviceSession(Generic[Saved]):
@@ -140,7 +143,7 @@ class DeviceSession(Generic[Saved]):
         self._files = files
         self._opens: dict[int, Open[Saved]] = {}
         self._opened: dict[int, int] = {}  # handle to number of the file
-        self._next_handle = 1
+        self._next_handle = self._first_handle = 1
         self._waiting: dict[int, bytes] = {}
         self._polls: dict[int, int] = {}
         self._handlers: dict[int, Handler] = {
@@ -158,9 +161,9 @@ class DeviceSession(Generic[Saved]):
         """Whether somebody has the device open."""
         return bool(self._opens)
 
-    def suspend(self) -> SavedSession[Saved]:
+    def suspend(self) -> SavedDeviceSession[Saved]:
         """The session as plain values; it is not used any more."""
-        return SavedSession(
+        return SavedDeviceSession(
             self._next_handle,
             tuple(
                 (handle, self._opened[handle], found.suspend())
@@ -168,17 +171,35 @@ class DeviceSession(Generic[Saved]):
             ),
             tuple(self._waiting.values()),
             tuple(self._polls.items()),
+            first_handle=self._first_handle,
         )
 
-    def resume(self, saved: SavedSession[Saved]) -> None:
+    def resume(self, saved: SavedDeviceSession[Saved]) -> None:
         """Goes on where *saved* was suspended; called once, before anything else."""
-        self._next_handle = saved.next_handle
+        self._next_handle, self._first_handle = saved.next_handle, saved.first_handle
         self._opened = {handle: number for handle, number, _ in saved.opens}
         self._opens = {
             handle: self._files[number].resume(found) for handle, number, found in saved.opens
         }
         self._waiting = {unique_of(memoryview(message)): message for message in saved.waiting}
         self._polls = dict(saved.polls)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no call waits for an answer."""
+        return not self._waiting
+
+    def take_over(self, first_handle: int) -> bytes:
+        """Goes on for a server that has died and left nothing; called once, before anything else.
+
+        What it had open is open anew when somebody uses it; its handles are all below
+        *first_handle*. Who waits for an answer of its, may be interrupted.
+
+        Returns:
+            What asks the kernel for the requests that it has not answered; older kernels refuse.
+        """
+        self._next_handle = self._first_handle = first_handle
+        return _OUT.pack(_OUT.size, FUSE_NOTIFY_RESEND, 0)
 
     def receive(self, message: memoryview) -> bytes | None:
         """One kernel request; returns the reply, or None while there is none to give.
@@ -232,10 +253,19 @@ class DeviceSession(Generic[Saved]):
         except VtpmError as exc:
             return error_reply(unique, faults.errno_of(exc))
 
-    def _of(self, handle: int) -> Open[Saved]:
+    def _of(self, handle: int, message: memoryview) -> Open[Saved]:
         found = self._opens.get(handle)
-        if found is None:  # the kernel sends none that it was not given
-            raise DeviceError(errno.EBADF)
+        if found is None:
+            if not 0 < handle < self._first_handle:  # the kernel sends none that it was not given
+                raise DeviceError(errno.EBADF)
+            found = self._new_open(handle, message)
+        return found
+
+    def _new_open(self, handle: int, message: memoryview) -> Open[Saved]:
+        number = self._file_number(message)
+        _, _, _, _, uid, _, pid, *_ = _IN.unpack_from(message)
+        found = self._opens[handle] = self._files[number].open(Opener(uid, pid))
+        self._opened[handle] = number
         return found
 
     # -- requests -------------------------------------------------------------------------
@@ -243,12 +273,12 @@ class DeviceSession(Generic[Saved]):
     def _write(self, message: memoryview, unique: int) -> bytes:
         handle, _, size, *_ = _TRANSFER.unpack_from(message, _IN.size)
         data = bytes(message[_DATA_AT : _DATA_AT + size])
-        self._of(handle).write(data)
+        self._of(handle, message).write(data)
         return _OUT.pack(_WRITE_REPLY_SIZE, 0, unique) + _WRITTEN.pack(len(data), 0)
 
     def _read(self, message: memoryview, unique: int) -> bytes | None:
         handle, _, size, _, _, flags, _ = _TRANSFER.unpack_from(message, _IN.size)
-        data = self._of(handle).read(size, nonblocking=bool(flags & os.O_NONBLOCK))
+        data = self._of(handle, message).read(size, nonblocking=bool(flags & os.O_NONBLOCK))
         return None if data is None else reply_to(unique, data)
 
     def _ioctl(self, message: memoryview, unique: int) -> bytes | None:
@@ -256,22 +286,20 @@ class DeviceSession(Generic[Saved]):
         start = _IN.size + FuseIoctlIn.SIZE
         argument = bytes(message[start : start + request.in_size])
         uid = _IN.unpack_from(message)[4]
-        answer = self._of(request.fh).ioctl(request.cmd, argument, unique, uid)
+        answer = self._of(request.fh, message).ioctl(request.cmd, argument, unique, uid)
         return None if answer is None else reply_to(unique, _IOCTL_DONE + answer)
 
     def _poll(self, message: memoryview, unique: int) -> bytes:
         request = FusePollIn.unpack_untrusted(message[_IN.size :], HOST)
-        events = self._of(request.fh).poll()
+        events = self._of(request.fh, message).poll()
         if request.flags & FUSE_POLL_SCHEDULE_NOTIFY:
             self._polls[request.kh] = request.fh
         return reply_to(unique, FusePollOut(events).pack(HOST))
 
     def _open(self, message: memoryview, unique: int) -> bytes:
-        number = self._file_number(message)
-        _, _, _, _, uid, _, pid, *_ = _IN.unpack_from(message)
-        found = self._files[number].open(Opener(uid, pid))
-        handle = self._take_handle()
-        self._opens[handle], self._opened[handle] = found, number
+        handle = self._next_handle
+        self._new_open(handle, message)
+        self._take_handle()
         return reply_to(unique, FuseOpenOut(handle, _DEVICE_FLAGS).pack(HOST))
 
     def _file_number(self, _message: memoryview) -> int:
@@ -283,7 +311,9 @@ class DeviceSession(Generic[Saved]):
 
     def _release(self, message: memoryview, unique: int) -> bytes:
         handle = handle_of(message)
-        self._of(handle).release()
+        if handle not in self._opens and 0 < handle < self._first_handle:
+            return reply_to(unique, b"")  # nobody has used it since
+        self._of(handle, message).release()
         del self._opens[handle], self._opened[handle]
         self._polls = {kernel: asked for kernel, asked in self._polls.items() if asked != handle}
         return reply_to(unique, b"")
@@ -291,8 +321,8 @@ class DeviceSession(Generic[Saved]):
     def _interrupt(self, message: memoryview, _unique: int) -> bytes | None:
         """The interrupted request ends with EINTR; the interruption itself gets no reply."""
         target = FuseInterruptIn.unpack_untrusted(message[_IN.size :], HOST).unique
-        if self._waiting.pop(target, None) is None:
-            return None
+        if self._waiting.pop(target, None) is None and self._first_handle == 1:
+            return None  # it was answered, or else a server that has died had it
         return error_reply(target, errno.EINTR)
 
 

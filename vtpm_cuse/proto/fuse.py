@@ -47,7 +47,7 @@ from vtpm_cuse.wire.layout import HOST
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vtpm_cuse.proto.device import DeviceFile, Handler, SavedSession
+    from vtpm_cuse.proto.device import DeviceFile, Handler, SavedDeviceSession
 
 _IN = FuseInHeader.compiled(HOST)
 _FIRST_DEVICE_ID: Final = 2
@@ -146,12 +146,12 @@ class FuseSession(DeviceSession[Saved]):
             **dict.fromkeys(_CHANGES, self._refuse),
         }
 
-    def suspend(self) -> SavedSession[Saved]:
+    def suspend(self) -> SavedDeviceSession[Saved]:
         """With what the kernel's node ids stand for, and the texts that are open."""
         texts = tuple(self._open_texts.items())
         return super().suspend()._replace(paths=tuple(self._paths), texts=texts)
 
-    def resume(self, saved: SavedSession[Saved]) -> None:
+    def resume(self, saved: SavedDeviceSession[Saved]) -> None:
         """Goes on where *saved* was suspended; called once, before anything else."""
         super().resume(saved)
         self._paths, self._open_texts = list(saved.paths), dict(saved.texts)

@@ -7,6 +7,7 @@ Between two checkpoints a request is read, answered and its command executed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -25,7 +26,7 @@ from vtpm_cuse.vtpm.turn import Turn
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vtpm_cuse.proto.device import DeviceSession, SavedSession
+    from vtpm_cuse.proto.device import DeviceSession, SavedDeviceSession
     from vtpm_cuse.serve.worker import Worker
     from vtpm_cuse.vtpm.clients import SavedClients
     from vtpm_cuse.vtpm.ptm import PtmService
@@ -73,7 +74,7 @@ class SavedDevice(NamedTuple):
         managed: The clients of the other, if there is one.
     """
 
-    sessions: tuple[SavedSession[Any], ...]
+    sessions: tuple[SavedDeviceSession[Any], ...]
     response: bytes
     managed: SavedClients | None = None
 
@@ -88,6 +89,7 @@ class DeviceServer:
         sessions: Gives the channels for two files: the device for one client, and where *managed*
             the one that gives each client a TPM of its own.
         managed: Whether there is to be one.
+        owners: Users who may act as the platform; by default root, and whoever serves it.
     """
 
     def __init__(
@@ -98,20 +100,36 @@ class DeviceServer:
         sessions: Callable[[TpmDeviceFile, ManagedFile | None], Sequence[Served]],
         *,
         managed: bool = False,
+        owners: frozenset[int] | None = None,
     ) -> None:
+        owners = frozenset({0, os.geteuid()}) if owners is None else owners
         self._vtpm = vtpm
         self._ptm = ptm
         self._turn = turn = Turn(worker.submit)
-        owners = frozenset({0, os.geteuid()})
         self._file = TpmDeviceFile(vtpm, ptm, turn, self._wake, owners)
         self._managed: ManagedFile | None = None
         if managed:
             self._managed = ManagedFile(vtpm, manage(ptm, worker), turn, self._wake)
         self._served = tuple(sessions(self._file, self._managed))
         self._scope = trio.CancelScope()
+        self._over = False
 
-    def suspend(self) -> SavedDevice:
-        """The device as plain values; no command runs, and this server is not used any more."""
+    async def suspend(self) -> SavedDevice:
+        """The device as plain values, when the command that runs has been ended early; it serves no more."""
+        await self.settle()
+        return self._suspended()
+
+    def suspend_at_rest(self) -> SavedDevice | None:
+        """As `suspend`; None, with nothing done, where a client is in the middle of something."""
+        files = (self._file, self._managed)
+        rest = all(file is None or file.at_rest for file in files) and not self._turn.taken
+        if not rest or not all(session.at_rest for _, session in self._served):
+            return None
+        return self._suspended()
+
+    def _suspended(self) -> SavedDevice:
+        self._over = True  # also for a request that has woken it, but was not read yet
+        self._scope.cancel()
         sessions = tuple(session.suspend() for _, session in self._served)
         managed = None if self._managed is None else self._managed.managed.suspend()
         return SavedDevice(sessions, bytes(self._file.response), managed)
@@ -124,6 +142,12 @@ class DeviceServer:
         for (_, session), known in zip(self._served, saved.sessions, strict=True):
             session.resume(known)
 
+    def take_over(self, first_handle: int) -> None:
+        """Goes on for a server that has died; see `DeviceSession.take_over`. In place of `resume`."""
+        for channel, session in self._served:
+            with contextlib.suppress(OSError):
+                os.write(channel.fd, session.take_over(first_handle))
+
     async def serve(self) -> None:
         """Until PTM_SHUTDOWN, or until another process has the state.
 
@@ -135,7 +159,7 @@ class DeviceServer:
 
     async def _serve(self) -> None:
         looked_at, until_checkpoint, linger_until = self._served, _CHECKPOINT_EVERY, 0.0
-        while not (self._ptm.shutdown_requested and not self._file.is_open):
+        while not self._over and not (self._ptm.shutdown_requested and not self._file.is_open):
             answered = 0
             for served in looked_at:
                 answered += self._answer_one(served)

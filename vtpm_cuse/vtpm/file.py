@@ -131,6 +131,16 @@ class TpmDeviceFile:
         return self._open is not None
 
     @property
+    def at_rest(self) -> bool:
+        """Whether no client is in the middle of something.
+
+        What nobody has read who is gone by now is nobody's.
+        """
+        if self.busy or self.pending is not None:
+            return False
+        return self._open is None or not (self.response or self._open.under_way)
+
+    @property
     def must_wait(self) -> bool:
         """Whether what asks the TPM has to wait for a command, of whatever file's."""
         return self._turn.taken or self.busy
@@ -204,6 +214,12 @@ class TpmOpen:
         self._outgoing: _OutgoingBlob | None = None
         self._incoming: _IncomingBlob | None = None
         self._clients = b""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a state blob comes or goes in parts."""
+        incoming, outgoing = self._incoming, self._outgoing
+        return incoming is not None or (outgoing is not None and not outgoing.taken)
 
     def suspend(self) -> SavedOpen:
         """What is under way, as plain values."""

@@ -252,6 +252,11 @@ class ManagedFile:
         """It has no descriptor left."""
         self._opens.discard(found)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether no client is in the middle of something."""
+        return not self._written and all(one.at_rest for one in self._opens)
+
     def written(self, found: ManagedOpen) -> None:
         """It has taken a command, which `run_pending` executes."""
         self._written.append(found)
@@ -307,6 +312,14 @@ class ManagedOpen:
             return True
         self._response = memoryview(b"")
         return False
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no command runs, and no answer is to be read, or nobody is about to."""
+        if self._busy or self._command is not None:
+            return False
+        idle = self._file.managed.clock() - self._answered
+        return not self._response or idle >= _UNREAD_SECONDS
 
     def execute(self) -> None:
         """What was written: here, or as a job."""

@@ -45,6 +45,7 @@ class FuseOpcode(IntEnum):
 
 
 FUSE_NOTIFY_POLL: Final = 1
+FUSE_NOTIFY_RESEND: Final = 7
 FUSE_POLL_SCHEDULE_NOTIFY: Final = 1
 FUSE_ROOT_ID: Final = 1
 FUSE_ATOMIC_O_TRUNC: Final = 1 << 3

@@ -19,8 +19,8 @@ class Tpm(NamedTuple):
         id: A UUID that no other TPM has had.
         owner: Number of the user it belongs to.
         state: What it does.
-        interface: How clients reach it: "socket". (Libraries read no enum of one word.)
-        sockets: Absolute paths of the Unix sockets "data", "control" and "managed".
+        interface: How clients reach it: "socket", "fuse" or "cuse".
+        sockets: Absolute paths of the Unix sockets "data", "control" and "managed", if it has them.
         generation: Rises whenever it is given to another process.
         counters: "commands" it was given, "wakes", "sleeps" and "failures".
         labels: What its owner has written beside it.
@@ -28,6 +28,8 @@ class Tpm(NamedTuple):
         encrypted: Whether what is stored of it is.
         last_used: Of its last command, in seconds since 1970.
         pid: The process that serves it, while it is awake.
+        device: If it is one, the absolute path of the device for one client.
+        managed_device: The same for many clients, each of which sees a TPM of its own.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Tpm(NamedTuple):
     encrypted: bool
     last_used: float | None = None
     pid: int | None = None
+    device: str | None = None
+    managed_device: str | None = None
 
 
 class Archive(NamedTuple):
@@ -104,12 +108,7 @@ class Key(NamedTuple):
 
 
 class Create(NamedTuple):
-    """A TPM that is to be: for its owner, by default who asks.
-
-    Attributes:
-        manufactured: With endorsement keys, their certificates, and one of the platform.
-        key: Encrypts what is stored of it.
-    """
+    """A TPM that is to be: for its owner, by default who asks; "socket" is the default interface."""
 
     name: str
     owner: int | None = None
@@ -117,6 +116,7 @@ class Create(NamedTuple):
     labels: dict[str, str] | None = None
     manufactured: bool | None = None
     key: Key | None = None
+    interface: str | None = None
 
 
 class Named(NamedTuple):

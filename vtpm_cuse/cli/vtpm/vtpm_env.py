@@ -115,9 +115,11 @@ def _of_manager(line: CommandLine, name: str) -> list[Running]:
             continue
         if tpm.state == "stopped":
             raise UsageError(f"{tpm.name} is stopped; type 'vtpm start {tpm.name}' first")
-        path = tpm.sockets["managed"]
-        env = {"VTPM_NAME": tpm.name, "VTPM_PATH": path, "VTPM_RAW_PATH": tpm.sockets["data"]}
-        return [Running(tpm.name, "2.0", None, env | dict.fromkeys(TCTI_VARIABLES, tcti_of(path)))]
+        path = tpm.managed_device or tpm.sockets["managed"]
+        raw = tpm.device or tpm.sockets["data"]
+        tcti = f"device:{path}" if tpm.managed_device else tcti_of(path)
+        env = {"VTPM_NAME": tpm.name, "VTPM_PATH": path, "VTPM_RAW_PATH": raw}
+        return [Running(tpm.name, "2.0", None, env | dict.fromkeys(TCTI_VARIABLES, tcti))]
     return []
 
 

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 # linux/capability.h, linux/prctl.h
 _CAPABILITY_VERSION_3: Final = 0x20080522
+CAP_CHOWN: Final = 0
 _CAP_DAC_OVERRIDE: Final = 1
 _CAP_FOWNER: Final = 3
 _PR_CAPBSET_DROP: Final = 24
@@ -37,10 +38,7 @@ def drop_capabilities(needed: Iterable[str]) -> None:
     Raises:
         OSError: The kernel refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    for number in range(_CAPABILITIES_MAX):  # fails where it was none, or not ours to drop
-        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    libc = _bounded()
     permitted = _permitted(libc)
     keep = permitted & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_FOWNER)
     _set_capabilities(libc, effective=0, permitted=keep)
@@ -49,6 +47,13 @@ def drop_capabilities(needed: Iterable[str]) -> None:
         _set_capabilities(libc, effective=keep, permitted=keep)
     else:
         _set_capabilities(libc, effective=0, permitted=0)
+
+
+def keep_only(capability: int) -> None:
+    """Gives up all capabilities but this one, if it has that. Raises OSError: the kernel refuses."""
+    libc = _bounded()
+    keep = _permitted(libc) & 1 << capability
+    _set_capabilities(libc, effective=keep, permitted=keep)
 
 
 def gain_nothing() -> None:
@@ -77,6 +82,15 @@ def _needs_rights(path: str) -> bool:
         return False
     wanted = os.R_OK | os.W_OK | (os.X_OK if stat.S_ISDIR(found.st_mode) else 0)
     return not os.access(path, wanted, effective_ids=True)
+
+
+def _bounded() -> ctypes.CDLL:
+    """The C library; no program that is started gets any."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    for number in range(_CAPABILITIES_MAX):  # fails where it was none, or not ours to drop
+        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+    return libc
 
 
 def _permitted(libc: ctypes.CDLL) -> int:

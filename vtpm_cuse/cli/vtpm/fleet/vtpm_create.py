@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.cli.words.commandline import CommandLine
 
+_INTERFACES: Final = ("socket", "fuse", "cuse")
+
 PROGRAM: Final = Program(
     "vtpm create",
     "make a TPM of the manager's",
@@ -42,6 +44,12 @@ PROGRAM: Final = Program(
             metavar="KEY=VALUE",
             repeats=True,
         ),
+        Option(
+            "interface",
+            "how clients are to reach it; by default socket",
+            metavar="KIND",
+            choices=_INTERFACES,
+        ),
         *OPTIONS,
     ),
     usage=("[options] NAME",),
@@ -57,6 +65,12 @@ PROGRAM: Final = Program(
         "credential that the manager was given by systemd; it remembers where that is, and no key. "
         "Without it, the TPM cannot be started. Only root and the manager's user can say where it "
         "is.",
+        "With --interface socket it has three Unix sockets, as vtpm show tells. With --interface cuse "
+        "it is two character devices, which root's manager alone can make: /dev/vtpmd-NAME for one "
+        "client at a time and PTM requests, /dev/vtpmdrm-NAME for many clients, each of which sees a "
+        "TPM of its own. They are there while it is on, belong to its owner, and have the same "
+        "numbers whenever that can be. With --interface fuse, which a user's own manager alone has, it "
+        "is the files vtpm0 and vtpmrm0, which are used like these devices by this user alone.",
     ),
     examples=(
         Example("", "vtpm create web1 && vtpm start web1"),
@@ -67,6 +81,11 @@ PROGRAM: Final = Program(
             "vtpm create --key file=web4.key,format=binary,mode=aes-256-cbc web4",
         ),
         Example("With keys and certificates", "vtpm create --manufactured web3"),
+        Example(
+            "As a device",
+            "sudo vtpm create --interface cuse --owner $USER web5\nsudo vtpm start web5\n"
+            "tpm2_getrandom -T device:/dev/vtpmdrm-web5 --hex 8",
+        ),
     ),
     exits=EXITS,
     environment=ENVIRONMENT,
@@ -82,6 +101,9 @@ def main(words: Sequence[str], program: str) -> int:
 def _run(line: CommandLine) -> int:
     (name,) = operands(line, "one TPM, as it is to be called")
     owner = line.user("owner")
+    interface = line.value("interface")
+    if interface not in (None, *_INTERFACES):
+        raise UsageError(f"'{interface}' of --interface is none of {', '.join(_INTERFACES)}")
     labels = dict(map(_label, line.values("label")))
     tpm = ask(
         line,
@@ -92,6 +114,7 @@ def _run(line: CommandLine) -> int:
             labels=labels or None,
             manufactured=line.has("manufactured"),
             key=key_of(line),
+            interface=interface,
         ),
     )
     return tell(line, tpm)

@@ -33,7 +33,8 @@ PROGRAM: Final = Program(
     description=(
         "The state is stopped; asleep or awake, when it is on and has no process or has one; "
         "starting; or failed, with the reason. Of the sockets, data takes commands of one client "
-        "at a time, managed those of many, each with a TPM of its own, and control PTM requests. "
+        "at a time, managed those of many, each with a TPM of its own, and control PTM requests; of "
+        "devices, there is one for each kind of client. "
         "The generation rises whenever another process gets the TPM.",
     ),
     examples=(
@@ -68,6 +69,11 @@ def _rows(tpm: Tpm) -> Iterator[tuple[str, str]]:
     yield "state", f"{tpm.state}: {tpm.failure}" if tpm.failure else tpm.state
     if tpm.pid is not None:
         yield "process", str(tpm.pid)
+    yield "interface", tpm.interface
+    if tpm.device is not None:
+        yield "device", tpm.device
+    if tpm.managed_device is not None:
+        yield "managed device", tpm.managed_device
     yield from tpm.sockets.items()
     yield "generation", str(tpm.generation)
     if tpm.encrypted:

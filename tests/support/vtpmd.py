@@ -1,0 +1,65 @@
+"""A manager as a program."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from tests.support.programs import module_of
+from tests.support.sockets import environment, listens
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Daemon:
+    """One with its folders below another; at the end it has been ended in order."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder = folder
+        self.path = folder / "run/manager.sock"
+        self._log = (folder / "log").open("a+")
+        code = f"import sys; from {module_of('vtpmd')} import main; sys.exit(main())"
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", code, *words),
+                *("--state", str(folder / "state"), "--run", str(folder / "run")),
+            ],
+            stdin=subprocess.DEVNULL,
+            stderr=self._log,
+            env=environment(),
+        )
+
+    @property
+    def said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def wait_for_it(self) -> None:
+        listening = partial(listens, self.path)
+        wait_until(listening, "the manager", process=self.process, log=self.folder / "log")
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def running(folder: Path, *words: str) -> Iterator[Daemon]:
+    with Daemon(folder, *words) as daemon:
+        daemon.wait_for_it()
+        yield daemon
