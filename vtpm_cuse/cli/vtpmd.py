@@ -72,8 +72,9 @@ PROGRAM: Final = Program(
     description=(
         "Keeps any number of TPM 2.0, in the foreground. One that is started listens on three Unix "
         "sockets: for commands (data), for PTM requests (data.ctrl), and for clients of its "
-        "resource manager (managed). While nobody uses it, it sleeps: it has no process, and "
-        "clients stay connected. What comes from one wakes it.",
+        "resource manager (managed), or is a pair of devices (vtpm create --interface). While nobody "
+        "uses it, it sleeps: it has no process, and clients stay connected. What comes from one wakes "
+        "it.",
         "Each TPM that is awake has a process of its own, in a sandbox that can open no path, and "
         "of root's manager as the user vtpmd, or nobody. What it stores goes to the manager, which puts it on the disk before the client is answered. "
         "The manager reads nothing of what clients send.",
