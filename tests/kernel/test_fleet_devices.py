@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import trio
 
-from tests.kernel.harness import PTM_INIT, run
+from tests.kernel.harness import PATIENCE, PTM_INIT, run
 from tests.support import commands as tpm
 from tests.support.vtpmd import running
 from tests.support.waiting import wait_until
@@ -34,7 +34,7 @@ MANY: Final = 160
 @pytest.fixture(scope="module")
 def manager(cuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manager]:
     with (
-        running(tmp_path_factory.mktemp("vtpmd"), "--idle", "3600") as daemon,
+        running(tmp_path_factory.mktemp("vtpmd"), "--idle", "3600", seconds=PATIENCE) as daemon,
         Manager(str(daemon.path)) as found,
     ):
         yield found

@@ -41,9 +41,9 @@ class Daemon:
         self._log.seek(0)
         return self._log.read()
 
-    def wait_for_it(self) -> None:
-        listening = partial(listens, self.path)
-        wait_until(listening, "the manager", process=self.process, log=self.folder / "log")
+    def wait_for_it(self, seconds: float) -> None:
+        listening, log = partial(listens, self.path), self.folder / "log"
+        wait_until(listening, "the manager", process=self.process, log=log, seconds=seconds)
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -59,7 +59,8 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *words: str) -> Iterator[Daemon]:
+def running(folder: Path, *words: str, seconds: float = PATIENCE_SECONDS) -> Iterator[Daemon]:
+    """One that listens, within so many seconds."""
     with Daemon(folder, *words) as daemon:
-        daemon.wait_for_it()
+        daemon.wait_for_it(seconds)
         yield daemon

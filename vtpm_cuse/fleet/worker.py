@@ -122,8 +122,12 @@ async def _serve(order: Message, orders: Channel, calls: BlockingChannel, worker
         await orders.send(Message(Report.STOPPED))
         return
     store.forget()
+    off = order.flags == OFF
+    if off:  # before a client can reset it, of which the manager then hears
+        await orders.send(Message(Report.SERVING))
     clients = clients_of(task, order.flags, order.descriptors, worker)
-    await _Served(vtpm, orders, clients, task.idle).serve(None if saved is None else saved.served)
+    served = _Served(vtpm, orders, clients, task.idle, begun=off)
+    await served.serve(None if saved is None else saved.served)
 
 
 def _failed(exc: VtpmError) -> Message:
@@ -134,14 +138,17 @@ def _failed(exc: VtpmError) -> Message:
 class _Served:
     """The TPM while it is here."""
 
-    def __init__(self, vtpm: Vtpm, orders: Channel, clients: Clients, idle: float) -> None:
+    def __init__(
+        self, vtpm: Vtpm, orders: Channel, clients: Clients, idle: float, *, begun: bool
+    ) -> None:
         self._vtpm = vtpm
         self._orders = orders
         self._clients = clients
         self._idle = idle
         self._saved: SavedServer | None = None
         self._asked = Order.STOP
-        self._begun = self._gone = False
+        self._begun = begun  # and the manager knows
+        self._gone = False
 
     async def serve(self, saved: SavedServer | None) -> None:
         """Until it sleeps or ends."""
