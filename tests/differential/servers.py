@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import socket
 import subprocess
 import sys
-import termios
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.differential.exchanges import GET_CAPABILITY, SHUTDOWN, Way, ptm
+from tests.support.sockets import is_read
 from tests.support.waiting import TooLateError, wait_until
 
 if TYPE_CHECKING:
@@ -115,11 +114,7 @@ class Server:
 
 def _wait_until_read(connection: socket.socket) -> None:
     """The server has taken all that was sent."""
-
-    def is_read() -> bool:
-        return fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)) == bytes(4)
-
-    wait_until(is_read, "the first part is read", seconds=PATIENCE_SECONDS)
+    wait_until(lambda: is_read(connection), "the first part is read", seconds=PATIENCE_SECONDS)
 
 
 def _read_all(connection: socket.socket) -> bytes:

@@ -13,7 +13,7 @@ from tests.integration.test_managed_sockets import Managed
 from tests.kernel.harness import child, needs, run, wait_child
 from tests.support import managed as m
 from tests.support import sockets as s
-from tests.support.commands import code_of
+from tests.support.commands import code_of, create_primary_rsa
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -147,6 +147,17 @@ def test_who_is_away_has_a_place(tmp_path: Path) -> None:
                 return not late.ended()
 
         wait_until(has_room, "those who have ended have no place")
+
+
+def test_who_left_in_mid_command_has_its_place(tmp_path: Path) -> None:
+    """At its user's limit."""
+    limits = ("--managed-limits", "clients-of-a-user=1")
+    with Managed(tmp_path, *s.RUNNING, *limits, more=",per-process") as world:
+        with world.client() as client:
+            handle = m.handle_of(client.command(m.load_external(1)))
+            client.send(create_primary_rsa(unique=os.urandom(8)))
+            wait_until(lambda: s.is_read(client.socket), "the server has the command")
+        assert code(world, m.read_public(handle)) == 0
 
 
 def test_programs_that_connect_anew_for_each_command(world: Managed) -> None:

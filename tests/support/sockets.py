@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -195,6 +196,11 @@ def listens(path: Path) -> bool:
     lines = Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()
     rows = (line.split(maxsplit=7) for line in lines[1:])
     return any(int(row[3], 16) & accepts and row[7:] == [str(path)] for row in rows)
+
+
+def is_read(connection: socket.socket) -> bool:
+    """Whether the other end has taken all that was sent."""
+    return fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)) == bytes(4)
 
 
 def readable(connection: socket.socket | int, seconds: float = 0) -> bool:

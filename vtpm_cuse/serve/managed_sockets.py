@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
@@ -25,7 +26,6 @@ from vtpm_cuse.vtpm.clients import Peer
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Awaitable, Callable, Iterable
 
     from vtpm_cuse.proto.places import SavedPlace
@@ -177,7 +177,7 @@ class ManagedServer:
         """Who a new connection is; None where there is no room for one more."""
         processes, peer = self._processes, _peer_of(connection)
         process = None if processes is None else processes.find(connection)
-        has_its_room = process is not None and not process.connections
+        has_its_room = process is not None and self._is_back(process)
         if not has_its_room and not self._has_room(peer):
             return None
         if process is None:
@@ -188,6 +188,15 @@ class ManagedServer:
             self._nursery.start_soon(self._watch, process)
         process.connections += 1
         return process.client
+
+    def _is_back(self, process: Process) -> bool:
+        """Whether it has left its place for this new one, be the end of it yet to be seen here.
+
+        Of one connection alone, or it could leave any number of commands that wait for their turn.
+        """
+        if process.connections > 1:
+            return False
+        return all(_is_over(one.data) for one in self._connections if one.client is process.client)
 
     def _has_room(self, peer: Peer) -> bool:
         """Makes room for one more; False where all those before it have given commands."""
@@ -361,6 +370,17 @@ class ManagedServer:
     def _close(self, client: Client) -> bytes:
         self._managed.close(client)
         return b""
+
+
+def _is_over(data: DataConnection) -> bool:
+    """Whether its client has closed it."""
+    connection = data.connection
+    try:
+        return isinstance(connection, socket.socket) and not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _peer_of(connection: socket.socket) -> Peer:
