@@ -486,7 +486,7 @@ def _manage(systemd: Systemd, tpm: Path) -> None:
             assert m.listed(client.command(m.list_handles(keys[0]))) == keys
             words = ("clients", "--json", "--unix", f"{folder}/ctrl")
             (one,) = json.loads(systemd.call("/usr/local/bin/vtpm", *words).stdout)["clients"]
-            assert [key["handle"] for key in one["objects"]] == keys
+            assert [key["handle"] for key in one["objects"]] == [f"0x{key:08x}" for key in keys]
             assert one["uid"] == 0
     finally:
         systemd.systemctl("stop", unit)
