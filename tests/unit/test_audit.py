@@ -148,6 +148,16 @@ def test_neither_swaps_nor_an_audited_clear_end_it(host: Host) -> None:
     assert tpm.code_of(process(m.read_public(keys[0]))) == 0
 
 
+def test_an_audited_list_is_the_tpms_own(host: Host) -> None:
+    """What is signed cannot be the manager's; a password signs nothing, and is refused."""
+    *_, process = clients(host.vtpm)
+    keys = [m.handle_of(process(m.load_external(number))) for number in range(4)]
+    auditor, question = Auditor(process), m.u32(1, 0x80000000, 254)
+    assert auditor.audit(code=0x17A, parameters=question) & EXCLUSIVE
+    assert m.listed(process(tpm.tpm2(0x17A, question))) == keys
+    assert tpm.code_of(process(tpm.tpm2(0x17A, m.PASSWORD + question, sessions=True))) == 0x98B
+
+
 @pytest.mark.parametrize("first", ["manager", "TPM2_Startup"])
 def test_what_the_manager_asks_first_ends_none(blobs: dict[str, bytes], first: str) -> None:
     """It asks when the TPM is started, before anybody can have such a session."""
