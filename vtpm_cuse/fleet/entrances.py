@@ -65,8 +65,10 @@ class Entrance(Protocol):
     Attributes:
         descriptors: What a worker is given first. They stay ours.
         gone: Set when clients find nothing any more, after `close`.
+        owes: A dead worker's calls wait for answers that another one can give.
     """
 
+    owes: bool
     descriptors: tuple[int, ...]
     gone: trio.Event
 
@@ -87,6 +89,8 @@ class SocketEntrance:
         VtpmError: They cannot be had.
         OSError: The same.
     """
+
+    owes = False
 
     def __init__(self, folder: str, owner: int) -> None:
         self._folder = folder
@@ -132,6 +136,8 @@ class DeviceEntrance:
         channels: Their descriptors.
         leave: Called when they are closed, where that is not yet the end of all: it sets `gone`.
     """
+
+    owes = True
 
     def __init__(self, channels: tuple[int, ...], leave: Callable[[], None] | None = None) -> None:
         self.descriptors = channels

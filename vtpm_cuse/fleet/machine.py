@@ -394,6 +394,8 @@ class Machine:
         self._become("failed")
         if again:
             self._all.nursery.start_soon(self._watch_later)
+        elif self._entrance is not None and self._entrance.owes:
+            self._all.nursery.start_soon(self.wake_for_client)
         else:
             self._watch()
 
