@@ -45,9 +45,15 @@ class Made:
     permanent: bytes = field(repr=False)
 
 
-async def make(workers: Workers, vault: Vault, profile: str | None) -> None:
-    """Makes a TPM whose state is in *vault*. Raises VtpmError, OSError."""
+async def make(workers: Workers, profile: str | None) -> bytes:
+    """Makes a TPM, and returns its permanent state, as libtpms has it; it is in memory alone.
+
+    Raises:
+        VtpmError: It cannot be made.
+        OSError: The same.
+    """
     message = None
+    vault = Vault(None, may_begin=True)
     worker = await workers.take()
     try:
         async with trio.open_nursery() as nursery:
@@ -63,6 +69,7 @@ async def make(workers: Workers, vault: Vault, profile: str | None) -> None:
         raise UsageError(said_by(message) if message else "the process that makes it has ended")
     if PERMANENT not in vault.blobs.sizes():
         raise UsageError("it has not been stored")
+    return vault.permanent()
 
 
 async def manufacture(folder: str, number: str, profile: str | None, *, patient: bool) -> Made:

@@ -188,7 +188,9 @@ class Manager:
                 raise translated(name, exc) from exc
 
     async def _new(self, name: str, entry: Entry, given: Made | Bundle | None) -> Tpm:
-        """One that is *given*, or is made here, with its folder. Raises VtpmError, OSError."""
+        """One that is *given*, or is made before, with its folder. Raises VtpmError, OSError."""
+        if given is None:
+            given = Made(entry.id, await make(self.workers, entry.profile))
         try:
             folder = self._catalogue.begin(entry.id)
             vault = await trio.to_thread.run_sync(
@@ -197,8 +199,6 @@ class Manager:
             try:
                 vault.lock()
                 match given:
-                    case None:
-                        await make(self.workers, vault, entry.profile)
                     case Made(permanent=permanent):
                         await trio.to_thread.run_sync(vault.begin, permanent)
                     case Bundle(state=state):

@@ -53,7 +53,7 @@ class Vault:
     """One TPM's state.
 
     Args:
-        folder: Where it is; it is there.
+        folder: Where it is; it is there. None for a TPM that is being made, in memory.
         key: Encrypts what is kept; a worker never sees it.
         may_begin: A TPM that is not there is to be made. Else it is missing, and that is a fault.
         reserve: Of one that stays open, among many.
@@ -64,13 +64,14 @@ class Vault:
 
     def __init__(
         self,
-        folder: str,
+        folder: str | None,
         key: Key | None = None,
         *,
         may_begin: bool = False,
         reserve: Reserve | None = None,
     ) -> None:
-        self.blobs = open_store(f"dir://{folder}", tpm2=True, mode=OWNER_MODE)
+        where = "mem://" if folder is None else f"dir://{folder}"
+        self.blobs = open_store(where, tpm2=True, mode=OWNER_MODE)
         self._sealed = SealedStore(self.blobs, key, reserve=reserve)
         self._key = key
         self._may_begin = may_begin
