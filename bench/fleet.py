@@ -1,11 +1,13 @@
-"""Times and memory of a manager of many TPMs.
+"""Times and memory of `vtpmd`, the manager of many TPMs.
 
-.venv/bin/python bench/fleet.py [--sleepers 200]
+.venv/bin/python bench/fleet.py [--sleepers 200] [--peer /usr/bin/swtpm]
 
-In one process with the manager: what is measured is what a client of a socket sees. Memory is the
-kernel's proportional set size (PSS), which divides what processes share. The round trip of a TPM that
-is awake is beside that of a `swtpm socket` of ours, in the column of the C suite; so is, of one that is
-manufactured, the time without a pool.
+The programs are started as their users do, and what is measured is what a client of a socket sees.
+Where the limit of descriptors is too low for so many sleepers, there is more than one manager.
+Memory of all is the kernel's proportional set size (PSS), which divides what processes share; that
+of one that is awake is what it shares with none. Beside a first answer is the C suite's, from its
+exec on; beside the round trip of a TPM that is awake that of a `swtpm socket` of ours, without a
+manager, in the same column.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
+import resource
 import socket
 import statistics
 import subprocess
@@ -22,23 +26,92 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import trio
-
 from bench.report import Report, add_arguments, finish
-from vtpm_cuse.fleet.base import Spec
-from vtpm_cuse.fleet.manager import Manager, Settings, managed
+from vtpm_cuse.client.manager import Manager
+from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SWTPM: Final = str(Path(sys.executable).parent / "swtpm")
+PROGRAMS: Final = Path(sys.executable).parent
 GET_RANDOM: Final = bytes.fromhex("80010000000c0000017b0010")
 ROUNDS: Final = 10
 ROUND_TRIPS: Final = 500
-WAKES: Final = 100
+WAKES: Final = 300
 AWAKE: Final = 10
-LAZY: Final = 3600.0
-POOL: Final = 8
+STARTS: Final = 20
+LAZY_SECONDS: Final = 36000
+PAUSE_SECONDS: Final = 0.03
+"""Between two that wake: a host on which all wake at once is another measurement."""
+DESCRIPTORS: Final = 6
+"""Of a TPM that sleeps with one client: three listeners, folder, lock, connection."""
+OTHER_DESCRIPTORS: Final = 200
+FIRST_ANSWER_MS: Final = 5.0
+WAKE_P50_MS: Final = 2.0
+WAKE_P99_MS: Final = 5.0
+ASLEEP_KIB: Final = 30.0
+AWAKE_MIB: Final = 5.5
+ROUND_TRIP: Final = 1.05
+_TICK_MS: Final = 1000 / os.sysconf("SC_CLK_TCK")
+
+
+class Host:
+    """One manager with its processes, and the clients of its TPMs, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.clients: dict[str, socket.socket] = {}
+        words = [str(PROGRAMS / "vtpmd"), "--state", str(folder / "state")]
+        words += ["--run", str(folder / "run"), "--idle", str(LAZY_SECONDS)]
+        words += ["--quota", "tpms=1000000", "--log", "file=-"]
+        self._process = subprocess.Popen(words)
+        while True:
+            try:
+                self.manager = Manager(str(folder / "run/manager.sock"))
+                break
+            except FrontendError:
+                if self._process.poll() is not None:
+                    sys.exit("bench: vtpmd does not start")
+                time.sleep(0.01)
+
+    def end(self) -> None:
+        """Ends all of it, and what was stored is not looked at any more."""
+        for client in self.clients.values():
+            client.close()
+        self.manager.close()
+        self._process.kill()
+        self._process.wait()
+
+    def processes(self) -> list[int]:
+        """The manager, its zygote, and the workers."""
+        found = [self._process.pid]
+        for pid in found:  # which grows meanwhile
+            with contextlib.suppress(OSError):
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+                found += map(int, children.split())
+        return found
+
+    def pss(self) -> float:
+        """KiB of all of them."""
+        return sum(memory(pid)["Pss"] for pid in self.processes())
+
+    def cpu(self) -> float:
+        """Milliseconds of manager and zygote, and of workers that have ended."""
+        manager, zygote, *_ = self.processes()
+        return sum(sum(ticks(pid)[:2]) for pid in (manager, zygote)) + sum(ticks(zygote)[2:])
+
+
+def memory(pid: int) -> dict[str, float]:
+    """KiB by the kernel's names."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    lines = [line.split() for line in text.splitlines()[1:]]
+    return {name.rstrip(":"): float(value) for name, value, _ in lines}
+
+
+def ticks(pid: int) -> list[float]:
+    """Milliseconds: its own in user mode and in the kernel, and those of its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return [int(field) * _TICK_MS for field in fields[11:15]]
 
 
 def answered(connection: socket.socket) -> float:
@@ -51,18 +124,16 @@ def answered(connection: socket.socket) -> float:
 
 
 def connected(path: str) -> socket.socket:
-    """A client."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
-    return connection
-
-
-def pss(process: int) -> float:
-    """KiB of memory that are a process' share."""
-    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return float(line.split()[1])
-    return 0.0
+    """A client, as soon as there can be one."""
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            time.sleep(0.0001)
+        else:
+            return connection
 
 
 def percentile(times: list[float], part: float) -> float:
@@ -71,123 +142,134 @@ def percentile(times: list[float], part: float) -> float:
 
 
 @contextlib.contextmanager
-def lone(folder: Path) -> Iterator[socket.socket]:
-    """A client of a TPM without a manager."""
+def lone(program: str, folder: Path) -> Iterator[socket.socket]:
+    """A client of a TPM without a manager, once it has answered; that takes a new folder."""
     folder.mkdir()
-    path = folder / "data"
-    words = [SWTPM, "socket", "--tpm2", "--tpmstate", f"dir={folder}"]
+    path = str(folder / "data")
+    words = [program, "socket", "--tpm2", "--tpmstate", f"dir={folder}", "--log", "file=-"]
     words += ["--server", f"type=unixio,path={path}", "--flags", "not-need-init,startup-clear"]
     with subprocess.Popen(words) as process:
         try:
-            while not path.exists():
-                time.sleep(0.01)
-            with connected(str(path)) as connection:
+            with connected(path) as connection:
+                answered(connection)
                 yield connection
         finally:
-            process.terminate()
+            process.kill()
 
 
-async def measure(report: Report, folder: Path, sleepers: int) -> None:
-    """All figures of one manager."""
-    settings = Settings(str(folder / "state"), str(folder / "run"), idle=LAZY)
-    async with managed(settings) as manager:
-        with contextlib.ExitStack() as undo:
-            clients: dict[str, socket.socket] = {}
-            first: list[float] = []
-            before = pss(os.getpid())
-            for number in range(sleepers):
-                name = f"t{number}"
-                begun = time.perf_counter()
-                await manager.create(Spec(name, os.geteuid()))
-                found = await manager.start(name)
-                clients[name] = undo.enter_context(connected(found.sockets["data"]))
-                await trio.to_thread.run_sync(answered, clients[name])
-                first.append((time.perf_counter() - begun) * 1000)
-                await manager.hibernate(name)
-            report.add("create, start, first answer: p50", "ms", percentile(first, 0.5))
-            report.add("create, start, first answer: p99", "ms", percentile(first, 0.99))
-            size = (pss(os.getpid()) - before) / sleepers
-            report.add("memory of one that sleeps, in the manager", "KiB", size)
-            await _wakes(report, manager, clients)
-            await _awake(report, manager, clients)
-            await _round_trips(report, folder, clients["t0"])
-    await _manufactured(report, folder)
-
-
-async def _manufactured(report: Report, folder: Path) -> None:
-    """From the pool, and beside it without one, in the column of the C suite; by a CA in *folder*."""
-    ca = folder / "ca"
-    (folder / "swtpm-localca.conf").write_text(
-        f"statedir = {ca}\nsigningkey = {ca}/key.pem\nissuercert = {ca}/cert.pem\n"
-    )
-    (folder / "swtpm_setup.conf").write_text("create_certs_tool = swtpm_localca\n")
-    os.environ["XDG_CONFIG_HOME"] = str(folder)
-    medians = []
-    for most in (POOL, 0):
-        state, run = folder / f"state{most}", folder / f"run{most}"
-        async with managed(Settings(str(state), str(run), pool=most)) as manager:
-            times = []
-            for number in range(POOL):
-                # So nothing is made while it is measured.
-                while manager.pool.waiting < most:  # noqa: ASYNC110 - nobody else waits for it
-                    await trio.sleep(0.05)
-                begun = time.perf_counter()
-                await manager.create(Spec(f"m{number}", os.geteuid(), manufactured=True))
-                times.append((time.perf_counter() - begun) * 1000)
-        medians.append(percentile(times, 0.5))
-    report.add("create, manufactured, from the pool: p50", "ms", *medians)
-
-
-async def _wakes(report: Report, manager: Manager, clients: dict[str, socket.socket]) -> None:
+def first_answers(host: Host, names: list[str]) -> list[float]:
+    """Milliseconds from nothing to the first answer; then each sleeps, its client stays."""
     times = []
-    for name in list(clients)[:WAKES]:
-        times.append(await trio.to_thread.run_sync(answered, clients[name]))
-        await manager.hibernate(name)
-    among = f"among {len(clients)}"
-    report.add(f"wake and answer, {among}: smallest", "ms", min(times))
-    report.add(f"wake and answer, {among}: p50", "ms", percentile(times, 0.5))
-    report.add(f"wake and answer, {among}: p99", "ms", percentile(times, 0.99))
+    for name in names:
+        time.sleep(PAUSE_SECONDS)
+        begun = time.perf_counter()
+        host.manager.create(name)
+        path = host.manager.start(name).sockets["data"]
+        host.clients[name] = connected(path)
+        answered(host.clients[name])
+        times.append((time.perf_counter() - begun) * 1000)
+        host.manager.hibernate(name)
+    return times
 
 
-async def _awake(report: Report, manager: Manager, clients: dict[str, socket.socket]) -> None:
-    sizes = []
-    for name in list(clients)[:AWAKE]:
-        await trio.to_thread.run_sync(answered, clients[name])
-    for name in list(clients)[:AWAKE]:
-        pid = (await manager.describe(name)).pid
-        sizes.append(pss(pid) if pid is not None else 0.0)
-    report.add(f"memory of one that is awake, of {AWAKE}", "KiB", statistics.median(sizes))
+def first_answers_of(program: str, folder: Path) -> list[float]:
+    """The same, from the exec of a program without a manager."""
+    times = []
+    for number in range(STARTS):
+        begun = time.perf_counter()
+        with lone(program, folder / f"start{number}"):
+            times.append((time.perf_counter() - begun) * 1000)
+    return times
 
 
-async def _round_trips(report: Report, folder: Path, client: socket.socket) -> None:
-    def both() -> None:
-        with lone(folder / "lone") as other:
-            ours: list[float] = []
-            theirs: list[float] = []
-            for _ in range(ROUNDS):  # in turns: a change in the load meets both
-                ours += [answered(client) * 1000 for _ in range(ROUND_TRIPS)]
-                theirs += [answered(other) * 1000 for _ in range(ROUND_TRIPS)]
-            for what, part in (("p50", 0.5), ("p99", 0.99)):
-                report.add(
-                    f"round trip awake: {what}",
-                    "µs",
-                    percentile(ours, part),
-                    percentile(theirs, part),
-                )
+def measure(report: Report, folder: Path, sleepers: int, peer: str) -> None:
+    """All figures."""
+    room = resource.getrlimit(resource.RLIMIT_NOFILE)[1] - OTHER_DESCRIPTORS
+    share = min(sleepers, room // DESCRIPTORS)
+    counts = [min(share, sleepers - begun) for begun in range(0, sleepers, share)]
+    with contextlib.ExitStack() as undo:
+        hosts = [Host(folder / f"host{number}") for number in range(len(counts))]
+        for host in hosts:
+            undo.callback(host.end)
+        before = sum(host.pss() for host in hosts)
+        first = []
+        for host, count in zip(hosts, counts, strict=True):
+            first += first_answers(host, [f"t{number}" for number in range(count)])
+        theirs = first_answers_of(peer, folder) if Path(peer).exists() else []
+        what = "create, start, first answer"
+        median = percentile(theirs, 0.5) if theirs else None
+        limit = FIRST_ANSWER_MS if median is None else FIRST_ANSWER_MS / median
+        report.add(f"{what}: p50", "ms", percentile(first, 0.5), median, limit)
+        report.add(f"{what}: smallest", "ms", min(first), min(theirs) if theirs else None)
+        time.sleep(1)  # what was awake has ended, and is replaced
+        size = (sum(host.pss() for host in hosts) - before) / sleepers
+        report.add("memory of one that sleeps", "KiB", size, limit=ASLEEP_KIB)
+        wakes(report, hosts)
+        awake(report, hosts[0])
+        round_trips(report, folder, hosts[0].clients["t0"])
+    report.notes.append(
+        f"Asleep: {sleepers}, in {len(hosts)} manager{'s' if len(hosts) > 1 else ''}, each with a client."
+    )
 
-    await trio.to_thread.run_sync(both)
+
+def wakes(report: Report, hosts: list[Host]) -> None:
+    """One after the other, in random order."""
+    chance = random.Random(1)  # noqa: S311
+    begun, times = sum(host.cpu() for host in hosts), []
+    for _ in range(WAKES):
+        host = chance.choice(hosts)
+        name = chance.choice(list(host.clients))
+        time.sleep(PAUSE_SECONDS)
+        times.append(answered(host.clients[name]))
+        host.manager.hibernate(name)
+    cpu = (sum(host.cpu() for host in hosts) - begun) / WAKES
+    report.add("wake and answer: smallest", "ms", min(times))
+    report.add("wake and answer: p50", "ms", percentile(times, 0.5), limit=WAKE_P50_MS)
+    report.add("wake and answer: p99", "ms", percentile(times, 0.99), limit=WAKE_P99_MS)
+    report.add("processor time of a wake, a sleep and a new blank process", "ms", cpu)
+
+
+def awake(report: Report, host: Host) -> None:
+    """What their processes share with none."""
+    names = list(host.clients)[:AWAKE]
+    for name in names:
+        answered(host.clients[name])
+    processes = [host.manager.describe(name).pid for name in names]
+    used = [memory(pid) for pid in processes if pid is not None]
+    private = [one["Private_Dirty"] + one["Private_Clean"] for one in used]
+    median = statistics.median(private) / 1024
+    report.add(f"memory of one that is awake, of {AWAKE}", "MiB", median, limit=AWAKE_MIB)
+
+
+def round_trips(report: Report, folder: Path, client: socket.socket) -> None:
+    """In turns: a change in the load meets both."""
+    with lone(str(PROGRAMS / "swtpm"), folder / "lone") as other:
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(ROUNDS):
+            ours += [answered(client) * 1000 for _ in range(ROUND_TRIPS)]
+            theirs += [answered(other) * 1000 for _ in range(ROUND_TRIPS)]
+    for what, part in (("p50", 0.5), ("p99", 0.99)):
+        limit = ROUND_TRIP if what == "p50" else None
+        report.add(
+            *(f"round trip awake: {what}", "µs", percentile(ours, part), percentile(theirs, part)),
+            limit,
+        )
 
 
 def main() -> None:
     """Measures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sleepers", type=int, default=200, help="how many TPMs sleep")
+    parser.add_argument("--peer", default="/usr/bin/swtpm", help="the C suite's program")
     add_arguments(parser)
     options = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     report = Report("fleet", "vtpmd, many TPMs of one host")
     with tempfile.TemporaryDirectory() as folder:
-        trio.run(measure, report, Path(folder), max(AWAKE, options.sleepers))
-    report.notes.append("C suite: here, a `swtpm socket` of ours without a manager.")
+        measure(report, Path(folder), max(AWAKE, options.sleepers), options.peer)
+    report.notes.append("C suite, in round trips: a `swtpm socket` of ours without a manager.")
     finish(report, options)
 
 
