@@ -10,3 +10,4 @@ complete -c vtpmd -l group -x -d 'members of this group may ask it, each for TPM
 complete -c vtpmd -l metrics-file -r -F -d 'write every 15 seconds what the TPMs do, for node_exporter\'s textfile collector'
 complete -c vtpmd -l log -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= fd= level= prefix= truncate\\"")' -d 'where messages go, by default to standard error'
 complete -c vtpmd -s h -l help -f -d 'print this help and end'
+complete -c vtpmd -s v -l version -f -d 'print the version and end'

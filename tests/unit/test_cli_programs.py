@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vtpm_cuse.cli import swtpm, swtpm_ioctl
+from vtpm_cuse.cli import swtpm, swtpm_ioctl, vtpmd
 from vtpm_cuse.cli.emulator import swtpm_cuse
 from vtpm_cuse.cli.setup import swtpm_create_user_config_files
 from vtpm_cuse.cli.words import program
@@ -72,6 +72,7 @@ def test_swtpm_with_unknown_interface(run: Run) -> None:
         (swtpm.main, ["cuse", "--help", "x"], "Usage: swtpm cuse [options]\n"),
         (swtpm_cuse.main, ["--version"], "TPM emulator CUSE interface version 0.10.2 "),
         (swtpm_cuse.main, ["-h"], "Usage: swtpm-cuse [options]\n"),
+        (vtpmd.main, ["--version"], "vtpm-cuse "),
         (swtpm_ioctl.main, ["--version"], "TPM emulator control tool version 0.10.2 "),
         (swtpm_ioctl.main, ["-c", "--help"], "TPM emulator control tool version 0.10.2 "),
     ],

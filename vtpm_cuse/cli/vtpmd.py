@@ -67,7 +67,8 @@ PROGRAM: Final = Program(
             "write every 15 seconds what the TPMs do, for node_exporter's textfile collector",
             metavar="PATH",
         ),
-        *(option for option in _SOCKET if option.name in {"log", "help", "version"}),
+        *(option for option in _SOCKET if option.name in {"log", "help"}),
+        Option("version", "print the version and end", letter="v"),
     ),
     description=(
         "Keeps any number of TPM 2.0, in the foreground. One that is started listens on three Unix "

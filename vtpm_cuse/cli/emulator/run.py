@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from vtpm_cuse import __version__
 from vtpm_cuse.cli.emulator import prints, settings
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.cli.words.help import help_text
@@ -60,6 +61,9 @@ def run_server(table: Program, words: Sequence[str], name: str, serve: Serve) ->
 
     def run() -> int:
         line = CommandLine(table, words, name)
+        if line.has("version"):
+            print(f"vtpm-cuse {__version__}")  # the C suite has no such program
+            return 0
         if _has_told(line, name):
             return 0
         logs.configure(settings.log_config(line, unasked))
