@@ -26,6 +26,7 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_name
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel
+from vtpm_cuse.fleet.clock import Moment
 from vtpm_cuse.fleet.entrances import DeviceEntrance, SocketEntrance
 from vtpm_cuse.fleet.machine import Machine, Surroundings
 from vtpm_cuse.fleet.messages import (
@@ -157,6 +158,7 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
             (("permall", b"p"), ("savestate", None)),
             5,
         ),
+        Moment(1 << 41, 1 << 60),
     )
     text, descriptors = packed(saved)
     assert descriptors == (13, 14, 15, 16)
@@ -183,6 +185,7 @@ def test_the_clients_of_a_device_go_over_with_their_calls() -> None:
             None,
         ),
         SavedVtpm("held", False, b"", 0, 4096, b"", False, False, None, (), 0),
+        Moment(0, 0),
     )
     text, descriptors = packed(saved)
     assert descriptors == ()

@@ -11,6 +11,7 @@ from base64 import b64decode, b64encode
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.fleet.clock import Moment
 from vtpm_cuse.proto.control import SavedControlStream
 from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
@@ -41,16 +42,17 @@ LISTENERS: Final = 3
 
 
 class SavedTpm(NamedTuple):
-    """Both halves."""
+    """Both halves, and since when they rest."""
 
     served: SavedServer
     vtpm: SavedVtpm
+    since: Moment
 
 
 _KINDS: Final[dict[str, type[Any]]] = {
     kind.__name__: kind
     for kind in (
-        *(SavedTpm, SavedSockets, SavedData, SavedControl, SavedControlStream, SavedPlace),
+        *(SavedTpm, Moment, SavedSockets, SavedData, SavedControl, SavedControlStream, SavedPlace),
         *(SavedManagedSockets, SavedManaged, SavedClients, SavedClient, Peer, SavedManager),
         *(SavedDevice, SavedDeviceSession, SavedOpen, SavedBlob, SavedManagedOpen),
         *(SavedConnection, SavedObject, SavedSession, SavedSessions, CommandAttributes, SavedVtpm),

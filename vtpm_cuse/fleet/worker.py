@@ -16,7 +16,7 @@ import trio
 from vtpm_cuse import faults
 from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
 from vtpm_cuse.errors import ChannelError, EngineError, TpmUnavailable, VtpmError
-from vtpm_cuse.fleet import rehearsal
+from vtpm_cuse.fleet import clock, rehearsal
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
@@ -110,7 +110,8 @@ async def _serve(order: Message, orders: Channel, calls: BlockingChannel, worker
     try:
         vtpm = make_vtpm_on(config, store)
         if saved is not None:
-            vtpm.resume(saved.vtpm)
+            volatile = clock.awake(saved.vtpm.volatile, saved.since)
+            vtpm.resume(saved.vtpm._replace(volatile=volatile))
         else:
             power_on(vtpm, config)
             if order.flags == MAKE:
@@ -219,13 +220,15 @@ class _Served:
         return Message(Report.DONE)
 
     async def _fell_asleep(self, served: SavedServer) -> bool:
+        begin = clock.now()
         try:
             saved = self._vtpm.suspend()
         except EngineError as exc:  # it runs on
             log.warning("The TPM stays awake: %s", exc)
             await self._orders.send(Message(Report.BUSY))
             return False
-        data, descriptors = packed(SavedTpm(served, saved))
+        since = clock.asleep_since(saved.volatile, begin)
+        data, descriptors = packed(SavedTpm(served, saved, since))
         flags, commands = flags_of(served), self._vtpm.commands
         await self._orders.send(Message(Report.ASLEEP, data, flags, commands, descriptors))
         close_all(descriptors)
