@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -55,3 +56,21 @@ def test_kernel_lab_where_there_is_nothing(tmp_path: Path) -> None:
     assert said.startswith("setup: device: /dev/vtpmonce in the kernel lab, because ")
     assert "no FUSE (/dev/fuse: Not a device)" in said
     assert (tmp_path / "vtpm-cuse/vtpmonce/tpm2-00.permall").exists()
+
+
+def test_many_of_one_manager(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [TREE / "setup", "run", "--fleet", "2"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done
+    names = ["tpm0001", "tpm0002"]
+    used = re.findall(r"^(tpm\d+): 8 random bytes: [0-9a-f]{16}$", done.stdout, re.MULTILINE)
+    assert used == re.findall(r"^(tpm\d+) +a\w+ ", done.stdout, re.MULTILINE) == names
+    assert "all of them have ended, in order" in done.stderr
+    assert os.listdir(tmp_path) == []
