@@ -12,11 +12,11 @@ import pytest
 TREE = Path(__file__).parents[2]
 
 
-def run_once(folder: Path, *before: str) -> tuple[str, str]:
-    """Runs it, which must go well; gives output and messages."""
+def shown(words: list[str], before: tuple[str, ...] = (), **variables: str) -> tuple[str, str]:
+    """Output and messages of ``./setup run``, which must go well."""
     done = subprocess.run(
-        [*before, TREE / "setup", "run", "--once", "vtpmonce"],
-        env={**os.environ, "XDG_STATE_HOME": str(folder)},
+        [*before, TREE / "setup", "run", *words],
+        env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -24,9 +24,15 @@ def run_once(folder: Path, *before: str) -> tuple[str, str]:
         check=False,
     )
     assert done.returncode == 0, done
-    assert "BEGIN PUBLIC KEY" in done.stdout
-    assert "The TPM has ended, " in done.stdout
     return done.stdout, done.stderr
+
+
+def run_once(folder: Path, *before: str) -> tuple[str, str]:
+    """Runs it with one TPM; gives output and messages."""
+    output, said = shown(["--once", "vtpmonce"], before, XDG_STATE_HOME=str(folder))
+    assert "BEGIN PUBLIC KEY" in output
+    assert "The TPM has ended, " in output
+    return output, said
 
 
 @pytest.mark.skipif(os.path.exists("/dev/cuse"), reason="this machine has CUSE")
@@ -59,18 +65,9 @@ def test_kernel_lab_where_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_many_of_one_manager(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [TREE / "setup", "run", "--fleet", "2"],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done
+    output, said = shown(["--fleet", "2"], TMPDIR=str(tmp_path))
     names = ["tpm0001", "tpm0002"]
-    used = re.findall(r"^(tpm\d+): 8 random bytes: [0-9a-f]{16}$", done.stdout, re.MULTILINE)
-    assert used == re.findall(r"^(tpm\d+) +a\w+ ", done.stdout, re.MULTILINE) == names
-    assert "all of them have ended, in order" in done.stderr
+    used = re.findall(r"^(tpm\d+): 8 random bytes: [0-9a-f]{16}$", output, re.MULTILINE)
+    assert used == re.findall(r"^(tpm\d+) +a\w+ ", output, re.MULTILINE) == names
+    assert "all of them have ended, in order" in said
     assert os.listdir(tmp_path) == []
