@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-AGAIN: Final = 8
+AGAIN: Final = 4
 COMM_MAX: Final = 15  # of a name in /proc/PID/comm
 
 
@@ -90,7 +90,7 @@ def test_a_tpm_in_the_background(number: signal.Signals, tmp_path: Path) -> None
 @pytest.mark.parametrize("number", ENDING)
 def test_a_tpm_in_a_mount(number: signal.Signals, tmp_path: Path) -> None:
     needs_fuse()
-    for mounted in (False, True) * 3:
+    for mounted in (False, True) * 2:
         folder = tmp_path / str(len(os.listdir(tmp_path)))
         mount = folder / "mount"
         process = emulator(folder, "fuse", "-n", "x", "--mount", str(mount), "--foreground")
@@ -147,7 +147,7 @@ def test_no_import_is_shown(program: str) -> None:
         process = start(PROGRAMS / program, "--help")
         # On a busy machine it may have ended before anybody looks.
         seen += as_soon_as(partial(is_python, process, program), process)
-        for _ in range(again * 500):  # a little later each time
+        for _ in range(again * 1000):  # a little later each time
             process.poll()
         process.send_signal(signal.SIGINT)
         status, said = ended(process)
