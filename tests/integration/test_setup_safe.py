@@ -7,13 +7,14 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.setups import OURS, PEER, PEER_SWTPM, Word, Workshop
+from tests.support.setups import OURS, PEER, PEER_SWTPM, Word, Workshop, make_workshop
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
@@ -23,15 +24,22 @@ if TYPE_CHECKING:
 PEER_EMULATOR = " ".join((*PEER_SWTPM, "socket"))
 
 
-@pytest.fixture
-def state(workshop: Workshop) -> Path:
-    """An earlier TPM of each version, with a volatile state that has to stay, too."""
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TPM of each version, with a volatile state that has to stay, too."""
+    workshop = make_workshop(tmp_path_factory.mktemp("earlier"))
     directory = workshop.new_state("state")
     for words in ([], ["--tpm2"]):
         run = workshop.run(OURS, "--tpm-state", directory, *words)
         assert run.returncode == 0, run.stderr
     (directory / "tpm2-00.volatilestate").write_bytes(b"of the earlier TPM")
     return directory
+
+
+@pytest.fixture
+def state(workshop: Workshop, earlier: Path) -> Path:
+    """The earlier TPMs, in a test's own folder."""
+    return shutil.copytree(earlier, workshop.path / "state")
 
 
 def contents(directory: Path) -> dict[str, str]:

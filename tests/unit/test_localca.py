@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import stat
 import threading
@@ -42,9 +43,15 @@ def issue(ca: LocalCa) -> bytes:
     return ca.issue(ca.request(*ORDER))
 
 
+@pytest.fixture(scope="module")
+def keys() -> Iterator[PrivateKey]:
+    """To make one takes longer than all else in a test; whoever wants some gets different ones."""
+    return itertools.cycle([PrivateKey.generate(1024 + 512) for _ in range(6)])
+
+
 @pytest.fixture(autouse=True)
-def _small_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localca, "_CA_KEY_BITS", 1024 + 512)
+def _keys_made_before(keys: Iterator[PrivateKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrivateKey, "generate", lambda _: next(keys))
 
 
 @pytest.fixture(autouse=True)
