@@ -70,14 +70,46 @@ def test_is_equal_for_each_client(world: World) -> None:
     assert None not in answers
 
 
-def test_is_not_taken_for_what_is_not_loaded(world: World) -> None:
-    command = m.read_public(world.keys[world.other])
-    assert world.short(world.other, command) is not None
+def crowded(world: World) -> bytes:
+    """Takes the room of the other's key; the command that needs it."""
     for number in range(2, 6):
         world.load(world.other, number)
+    return m.read_public(world.keys[world.other])
+
+
+def test_loads_what_had_to_make_room(world: World) -> None:
+    """Nothing is saved again that has been: another goes, it is loaded, and used."""
+    command = m.read_public(world.keys[world.other])
+    expected = world.short(world.other, command)
+    assert expected is not None
+    keys = [command, *(m.read_public(world.load(world.other, number)) for number in range(2, 6))]
+    answers = [world.managed.process(world.other, key) for key in keys]
+    before = world.vtpm.commands
+    assert [world.short(world.other, key) for key in keys] == answers
+    assert answers[0] == expected
+    assert world.vtpm.commands == before + 3 * len(keys)
+
+
+def test_loads_nothing_for_what_it_does_not_take(world: World) -> None:
+    command = crowded(world)
+    before = world.vtpm.commands
+    longer = tpm.tpm2(0x173, command[10:] + b"x")
+    assert world.short(world.other, longer) is None
+    world.vtpm.release_storage()
     assert world.short(world.other, command) is None
-    assert tpm.code_of(world.managed.process(world.other, command)) == 0
-    assert world.short(world.other, command) is not None
+    assert world.vtpm.commands == before
+
+
+def test_is_not_taken_for_what_cannot_be_loaded(world: World) -> None:
+    """The general way says so, and that it has ended."""
+    command = crowded(world)
+    objects, key = world.other.connection.objects, world.keys[world.other]
+    found = objects[key]
+    assert found.context is not None
+    found.context = found.context[:-1] + bytes([found.context[-1] ^ 1])
+    assert world.short(world.other, command) is None
+    assert tpm.code_of(world.managed.process(world.other, command)) == 0xB0910
+    assert key not in objects
 
 
 def test_is_not_taken_for_what_is_not_the_clients(world: World) -> None:

@@ -224,17 +224,19 @@ class Sockets:
     async def served(self) -> AsyncIterator[None]:
         """Meanwhile; before and behind, nothing is there but plain values."""
         worker = cast("Worker", InlineWorker())
-        async with trio.open_nursery() as nursery:
-            if self._saved is None:
-                server = SocketServer(nursery, self._endpoints, self.ptm, worker)
-                server.start()
-            else:
-                self.host.renew()
-                self.ptm = PtmService(self.host.vtpm)
-                server = SocketServer(nursery, Endpoints(), self.ptm, worker)
-                server.resume(self._saved)
-            yield
-            self._saved = await server.suspend()
+        endpoints = self._endpoints if self._saved is None else Endpoints()
+        with endpoints.epoll:
+            async with trio.open_nursery() as nursery:
+                if self._saved is None:
+                    server = SocketServer(nursery, endpoints, self.ptm, worker)
+                    server.start()
+                else:
+                    self.host.renew()
+                    self.ptm = PtmService(self.host.vtpm)
+                    server = SocketServer(nursery, endpoints, self.ptm, worker)
+                    server.resume(self._saved)
+                yield
+                self._saved = await server.suspend()
 
     def act(self, chance: random.Random) -> None:
         """What clients do at once: one does anything, the others what is the same in any order."""

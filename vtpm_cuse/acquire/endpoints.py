@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import select
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,6 +55,14 @@ class Endpoints:
         self._reserve = -1
         self._own: dict[str, tuple[int, int] | None] = {}
 
+    @functools.cached_property
+    def epoll(self) -> select.epoll:
+        """What clients of the resource manager are waited for with.
+
+        It is made when it is first asked for, which is before the sandbox: that allows no more.
+        """
+        return select.epoll()
+
     def own(self, path: str) -> None:
         """The path of a bound socket, to be removed in the end if it is still this one."""
         self._own[path] = _identity(path)
@@ -96,6 +106,8 @@ class Endpoints:
         for stream in (self.data_stream, self.control_stream):
             if stream is not None:
                 stream.close()
+        if "epoll" in vars(self):
+            self.epoll.close()
 
 
 def _identity(path: str) -> tuple[int, int] | None:

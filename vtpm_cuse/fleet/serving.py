@@ -20,6 +20,7 @@ from vtpm_cuse.serve.device import DeviceServer, SavedDevice, Served
 from vtpm_cuse.serve.sockets import SavedSockets, SocketServer
 
 if TYPE_CHECKING:
+    import select
     from collections.abc import Callable
 
     import trio
@@ -60,10 +61,12 @@ class Clients(Protocol):
         """Nothing of where they come in is held any more, nor of what was suspended and told of."""
 
 
-def clients_of(task: Task, mode: int, descriptors: tuple[int, ...], worker: Worker) -> Clients:
-    """As *task* has them, with the descriptors that came with it."""
+def clients_of(
+    task: Task, mode: int, descriptors: tuple[int, ...], worker: Worker, epoll: select.epoll
+) -> Clients:
+    """As *task* has them, with the descriptors that came with it, and *epoll* for sockets."""
     if task.interface == "socket":
-        return _SocketClients(descriptors, worker)
+        return _SocketClients(descriptors, worker, epoll)
     first_handle = task.generation * _HANDLES_OF_ONE if mode == OFF else 0
     channels = _in_mount if task.interface == "fuse" else _of_cuse
     return _DeviceClients(channels(descriptors, task.owner), worker, task.owner, first_handle)
@@ -83,14 +86,15 @@ def _listeners_of(saved: SavedSockets) -> tuple[int, ...]:
 
 
 class _SocketClients:
-    def __init__(self, listeners: tuple[int, ...], worker: Worker) -> None:
-        self._listeners, self._worker = listeners, worker
+    def __init__(self, listeners: tuple[int, ...], worker: Worker, epoll: select.epoll) -> None:
+        self._listeners, self._worker, self._epoll = listeners, worker, epoll
         self._endpoints = Endpoints()
 
     def serve(
         self, nursery: trio.Nursery, ptm: PtmService, saved: SavedServer | None
     ) -> SocketServer:
         self._endpoints = endpoints = Endpoints(passed_too=True)
+        endpoints.epoll = self._epoll
         server = SocketServer(nursery, endpoints, ptm, self._worker)
         if isinstance(saved, SavedSockets):
             server.resume(saved)

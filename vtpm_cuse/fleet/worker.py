@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -72,13 +73,14 @@ async def _live(
         await _rehearse(practice)
     with contextlib.suppress(landlock.LandlockMissing):  # the zygote has said so
         landlock.restrict({})  # once more: workers are out of each other's reach, too
-    worker = sandbox.seal(ProcessConfig(), rules, Worker)
-    try:
-        await _obey(orders, calls, worker)
-    except (ChannelError, OSError) as exc:
-        log.warning("The manager has gone: %s", exc)
-    finally:
-        worker.close()
+    with select.epoll() as epoll:  # of this process alone, and the sandbox allows no more of them
+        worker = sandbox.seal(ProcessConfig(), rules, Worker)
+        try:
+            await _obey(orders, calls, worker, epoll)
+        except (ChannelError, OSError) as exc:
+            log.warning("The manager has gone: %s", exc)
+        finally:
+            worker.close()
 
 
 async def _rehearse(practice: Practice) -> None:
@@ -91,16 +93,21 @@ async def _rehearse(practice: Practice) -> None:
 
 async def _idle(orders: Channel, calls: BlockingChannel) -> None:
     """A worker that is given no command that takes long."""
-    await _obey(orders, calls, Worker(begun=False))
+    with select.epoll() as epoll:
+        await _obey(orders, calls, Worker(begun=False), epoll)
 
 
-async def _obey(orders: Channel, calls: BlockingChannel, worker: Worker) -> None:
+async def _obey(
+    orders: Channel, calls: BlockingChannel, worker: Worker, epoll: select.epoll
+) -> None:
     order = await orders.receive()
     if order is not None and order.kind is Order.SERVE:
-        await _serve(order, orders, calls, worker)
+        await _serve(order, orders, calls, worker, epoll)
 
 
-async def _serve(order: Message, orders: Channel, calls: BlockingChannel, worker: Worker) -> None:
+async def _serve(
+    order: Message, orders: Channel, calls: BlockingChannel, worker: Worker, epoll: select.epoll
+) -> None:
     task = Task.unpack(order.body)
     store = MessageStore(calls, task.permanent)
     profile = None if task.profile is None else ProfileConfig(task.profile)
@@ -126,7 +133,7 @@ async def _serve(order: Message, orders: Channel, calls: BlockingChannel, worker
     off = order.flags == OFF
     if off:  # before a client can reset it, of which the manager then hears
         await orders.send(Message(Report.SERVING))
-    clients = clients_of(task, order.flags, order.descriptors, worker)
+    clients = clients_of(task, order.flags, order.descriptors, worker, epoll)
     served = _Served(vtpm, orders, clients, task.idle, begun=off)
     await served.serve(None if saved is None else saved.served)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.wire import tpm2_handles as wire
-from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmRc, response_code
+from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmRc, response_code, succeeded
 from vtpm_cuse.wire.tpm2_handles import CapabilityList, CommandAttributes
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ class Inner:
         for _ in range(_TRIES):
             self.count += 1
             response = self._process(command)
+            if succeeded(response):
+                return response
             try:
                 code = response_code(response)
             except WireError:
                 code = TpmRc.TPM_RC_FAILURE
-            if code == 0:
-                return response
             if code not in _AGAIN:
                 break
         raise TpmError(name, code)

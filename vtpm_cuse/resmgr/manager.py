@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import TpmError, WireError
@@ -27,6 +28,7 @@ from vtpm_cuse.wire.tpm import (
     command_code,
     command_size,
     response_code,
+    succeeded,
 )
 from vtpm_cuse.wire.tpm2_handles import (
     SESSIONS,
@@ -46,8 +48,8 @@ _LAST_OBJECT: Final = 0x80FF_FFFE  # tpm2-tss takes 80FFFFFF for none
 _VENDOR: Final = 0x2000_0000
 _NO_SESSIONS: Final = b"\x80\x01"
 _TAGS: Final = frozenset({_NO_SESSIONS, b"\x80\x02"})
-_SUCCESS: Final = bytes(4)
 _ONE_HANDLE_END: Final = TPM_HEADER_SIZE + 4
+_SIZE_AND_HANDLE: Final = struct.Struct(">2xI4xI")
 _FLUSH: Final = TpmCc.TPM_CC_FlushContext.to_bytes(4, "big")
 _ALWAYS_READ: Final = frozenset(
     {
@@ -273,7 +275,7 @@ class Manager:
         connection.commands += 1
         if (given := self.passed_on(connection, command)) is not None:
             response = self.tpm.process(given)
-            if response[6:TPM_HEADER_SIZE] == _SUCCESS or command_code(command) in self._simple:
+            if succeeded(response) or command_code(command) in self._simple:
                 return response
         whole = len(command) >= TPM_HEADER_SIZE and command_size(command) == len(command)
         if not whole or command[:2] not in _TAGS:
@@ -289,24 +291,27 @@ class Manager:
     def passed_on(self, connection: Connection, command: bytes) -> bytes | None:
         """What the TPM itself is given where `_run` has nothing to add; None where it may have.
 
-        A command that has no handle, or uses one thing that is loaded; one that fails, and has a
-        handle, goes the general way.
+        A command that has no handle, or uses one object, which is loaded for it, or one session
+        that is; one that fails, and has a handle, goes the general way.
         """
         if command[:2] != _NO_SESSIONS:
             return None
         code = command_code(command)
         if code in self._simple:
             return command
-        if code not in self._short:
+        if code not in self._short or len(command) < _ONE_HANDLE_END:
             return None
-        if command_size(command) != len(command) or len(command) < _ONE_HANDLE_END:
+        size, handle = _SIZE_AND_HANDLE.unpack_from(command)
+        if size != len(command):
             return None
-        handle = int.from_bytes(command[TPM_HEADER_SIZE:_ONE_HANDLE_END], "big")
         known = connection.objects.get(handle)
         if known is not None:
-            if (physical := known.physical) is None:
-                return None
             known.used = next(self._clock)
+            if (physical := known.physical) is None:
+                try:
+                    physical = self.objects.swap_in(known)
+                except (Dead, Refusal):  # the general way says how
+                    return None
             head, rest = command[:TPM_HEADER_SIZE], command[_ONE_HANDLE_END:]
             return head + physical.to_bytes(4, "big") + rest
         session = self.sessions.find(handle)
@@ -557,4 +562,4 @@ def _code_of(response: bytes) -> int:
 
 
 def _failed(response: bytes) -> bool:
-    return _code_of(response) != 0
+    return not succeeded(response)

@@ -7,7 +7,6 @@ one would silently resume an older state.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -107,8 +106,8 @@ class Objects:
         if not candidates:
             return False
         # First from whom has most, or one greedy client evicts all others at each turn.
-        held = Counter(found.owner for found in self._loaded.values())
-        victim = min(candidates, key=lambda found: (-held[found.owner], found.used))
+        owners = [found.owner for found in self._loaded.values()]
+        victim = min(candidates, key=lambda found: (-owners.count(found.owner), found.used))
         assert victim.physical is not None  # noqa: S101
         try:
             if victim.context is None:
@@ -128,6 +127,12 @@ class Objects:
         """Takes all out of the TPM. Raises Refusal."""
         while self.evict(()):
             pass
+
+    def swap_in(self, found: Object) -> int:
+        """`load` of the one object that a command uses, in room that is made. Raises as that."""
+        keep = (found,)
+        self.make_room(1, keep)
+        return self.load(found, keep)
 
     def load(self, found: Object, keep: Collection[Object]) -> int:
         """The TPM's handle of an object, which is loaded if need be.

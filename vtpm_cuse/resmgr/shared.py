@@ -17,7 +17,7 @@ from vtpm_cuse.resmgr.objects import Object
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
 from vtpm_cuse.resmgr.sessions import Place, Session
 from vtpm_cuse.wire import tpm2_handles as wire
-from vtpm_cuse.wire.tpm import TpmCc, TpmRc, command_code, response_code
+from vtpm_cuse.wire.tpm import TpmCc, TpmRc, command_code, response_code, succeeded
 from vtpm_cuse.wire.tpm2_handles import TpmHt
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class SharedManager(Manager):
             return response
         self.rest(sessions=True)  # what is loaded does not outlive what a shutdown announces
         response = super().process(connection, command)
-        self._shut = _succeeded(response)
+        self._shut = succeeded(response)
         return response
 
     def _tell_of_gap(self) -> None:
@@ -206,7 +206,3 @@ class SharedManager(Manager):
             with contextlib.suppress(TpmError):
                 new.context = self._inner.save(new.physical)
         return answer
-
-
-def _succeeded(response: bytes) -> bool:
-    return response_code(response) == TpmRc.TPM_SUCCESS

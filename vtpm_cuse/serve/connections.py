@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Stream = TypeVar("Stream", bound=socket.socket | CharDevice)
 
 _READ_SIZE: Final = 16384
-_LINGER_SECONDS: Final = 50e-6
-"""How long a data connection looks for the next command before it sleeps."""
+LINGER_SECONDS: Final = 50e-6
+"""How long somebody looks for the next command, after an answer, before he sleeps."""
 
 _DATA_REST_SECONDS: Final = 1.0
 """How long the rest of a command may take; then the TPM answers to what is there."""
@@ -40,6 +40,7 @@ NETWORK: Final = frozenset({socket.AF_INET, socket.AF_INET6})
 _ROOM_FOR_ONE: Final = socket.CMSG_LEN(array.array("i").itemsize)
 _DEVICES: Final = {"device": CharDevice, "proxy": ProxyDevice}
 _NEVER: Final = float("inf")
+_NOTHING: Final = memoryview(b"")
 
 
 class SavedData(NamedTuple):
@@ -94,7 +95,7 @@ class Connection(Generic[Stream]):
 
     def __init__(self, connection: Stream) -> None:
         self.connection = connection
-        self.unsent = memoryview(b"")
+        self.unsent = _NOTHING
 
     async def send(self, data: bytes) -> None:
         """Sends all of it."""
@@ -103,13 +104,20 @@ class Connection(Generic[Stream]):
 
     async def send_rest(self) -> None:
         """Sends what is unsent."""
-        while self.unsent:
-            try:
-                sent = self.connection.send(self.unsent)
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self.connection)
-            else:
-                self.unsent = self.unsent[sent:]
+        while self.unsent and not self.send_now(self.unsent):
+            await trio.lowlevel.wait_writable(self.connection)
+
+    def send_now(self, data: bytes | memoryview) -> bool:
+        """Sends what there is room for; whether that was all. The rest is unsent."""
+        try:
+            sent = self.connection.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            self.unsent = _NOTHING
+            return True
+        self.unsent = memoryview(data)[sent:]
+        return False
 
     @property
     def strict(self) -> bool:
@@ -177,7 +185,7 @@ class DataConnection(Connection[socket.socket | CharDevice]):
 
         With *linger*, looks for them a while before it sleeps.
         """
-        until = time.perf_counter() + _LINGER_SECONDS if linger else 0.0
+        until = time.perf_counter() + LINGER_SECONDS if linger else 0.0
         rest = _DATA_REST_SECONDS if self.stream.awaits_rest else None
         while True:
             if time.perf_counter() < until:

@@ -22,10 +22,11 @@ from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
 from vtpm_cuse.serve.managing import manage
 from vtpm_cuse.serve.processes import Processes
+from vtpm_cuse.serve.resting import Resting
 from vtpm_cuse.vtpm.clients import Peer
-from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, command_size
 
 if TYPE_CHECKING:
+    import select
     from collections.abc import Awaitable, Callable, Iterable
 
     from vtpm_cuse.proto.places import SavedPlace
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY: Final = 32
-_TAGS_BEGIN: Final = b"\x80"  # those of TPM 2.0; the prefix of a command begins otherwise
 _FOREIGN: Final = "A client that does not speak this protocol was turned away"
 
 
@@ -89,6 +89,7 @@ class ManagedServer:
         turn: Held while one runs.
         accept: Gives the next connection of a listener.
         listener: Where they come.
+        epoll: For their connections alone.
         per_process: A client is a process, not a connection.
     """
 
@@ -100,6 +101,7 @@ class ManagedServer:
         turn: trio.Lock,
         accept: Callable[[socket.socket], Awaitable[socket.socket]],
         listener: socket.socket,
+        epoll: select.epoll,
         *,
         per_process: bool = False,
     ) -> None:
@@ -113,6 +115,7 @@ class ManagedServer:
         self._leaving: list[Client] = []
         self._managed = manage(ptm, worker)
         self._places = Places()
+        self._resting = Resting(epoll)
         self._processes = Processes() if per_process else None
         self._served = 0
         self.share = self._managed.share
@@ -130,6 +133,7 @@ class ManagedServer:
             if saved.processes is not None:
                 self._resume_processes(saved.processes)
         self._nursery.start_soon(self._serve)
+        self._nursery.start_soon(self._resting.read_all)
 
     @property
     def at_rest(self) -> bool:
@@ -222,7 +226,7 @@ class ManagedServer:
         data, place, client = served
         try:
             with contextlib.closing(data.connection):
-                await self._converse(data, place, client)
+                await self._converse(served)
         except OSError as exc:
             await trio.lowlevel.checkpoint_if_cancelled()  # suspended: nothing has happened
             log.info("Managed client: %s", exc.strerror)
@@ -283,66 +287,70 @@ class ManagedServer:
             if not process.ended:
                 self._nursery.start_soon(self._watch, process)
 
-    async def _converse(self, data: DataConnection, place: Place, client: Client) -> None:
-        stream, turn, connection = data.stream, self._turn, data.connection
-        receive, send, process = connection.recv, connection.send, self._managed.process_known
-        served = await self._answer_all(
-            data, place, client, flush=False
-        )  # what was there at a suspension
-        while True:
-            try:
-                came: bytes | None = receive(data.read_size)
-            except BlockingIOError:
-                # Who looks for more of one client lets all others wait.
-                came = await data.receive(linger=served and len(self._places) == 1)
-                place.heard = trio.current_time()
-            if came and stream.empty and not turn.locked():
-                # The general way below, shortened for the usual command.
-                response = process(client, came)
-                if response is None and self._is_quick(came):
-                    response = self._managed.process(client, came)
-                if response is not None:
-                    served = place.known = True  # before it has the answer
-                    try:
-                        sent = send(response)
-                    except BlockingIOError:
-                        sent = 0
-                    if sent < len(response):
-                        await data.send(response[sent:])
-                    self._served += 1
-                    if self._served % _CHECKPOINT_EVERY == 0:
-                        await trio.lowlevel.checkpoint()
-                    continue
-            if came:
-                stream.feed(came)
-            if await self._answer_all(data, place, client, flush=not came):
-                served = True
+    async def _converse(self, served: _Served) -> None:
+        data, place, _ = served
+        stream, ended = data.stream, False
+        while not ended:
+            answered = await self._answer_all(served, flush=False)
             if stream.broken:
                 log.warning(_FOREIGN)
-            if stream.broken or came == b"":
                 return
+            if data.at_rest and await self._rest(served, linger=answered):
+                continue
+            came = await data.receive(linger=False)  # the rest of a command, or the end
+            place.heard = trio.current_time()
+            if came:
+                stream.feed(came)
+            else:
+                await self._answer_all(served, flush=True)
+            ended = came == b""
 
-    async def _answer_all(
-        self, data: DataConnection, place: Place, client: Client, *, flush: bool
-    ) -> bool:
+    async def _rest(self, served: _Served, *, linger: bool) -> bool:
+        """Whether there is something then that its task has to see to; else it may be the end."""
+        data = served.data
+        await self._resting.rest(data.connection.fileno(), self._reader(served), linger=linger)
+        return not data.at_rest
+
+    def _reader(self, served: _Served) -> Callable[[], bool | None]:
+        """What reads of it while it rests, and answers one short command (`Resting.rest`)."""
+        data, place, client = served
+        receive, size, send = data.connection.recv, data.read_size, data.send_now
+        stream, locked, process = data.stream, self._turn.locked, self._managed.process_known
+
+        def read() -> bool | None:
+            try:
+                came = receive(size)
+            except BlockingIOError:
+                return None
+            if not came:
+                return False
+            if not locked() and (response := process(client, came)) is not None:
+                # What is below, shortened for the usual command.
+                place.known = True  # before it has the answer
+                return send(response)
+            place.heard = trio.current_time()
+            stream.feed(came)
+            request = data.take_request(flush=False)
+            if request is None or locked() or self._vtpm.is_long(request.command):
+                return False
+            response = self._run(client, request)
+            data.request = None
+            place.known = True
+            return send(framed(response, request)) and stream.empty
+
+        return read
+
+    async def _answer_all(self, served: _Served, *, flush: bool) -> bool:
         """Answers the commands that are there; returns whether there was one."""
-        served = bool(data.unsent)
+        data, place, client = served
+        answered = bool(data.unsent)
         await data.send_rest()
         while (request := data.take_request(flush=flush)) is not None:
             response = await self._process(client, request)
             data.request = None
-            served = place.known = True
+            answered = place.known = True
             await data.send(framed(response, request))
-        return served
-
-    def _is_quick(self, data: bytes) -> bool:
-        """Whether it is one whole command that can be given to the TPM at once."""
-        return (
-            data[:1] == _TAGS_BEGIN
-            and len(data) >= TPM_HEADER_SIZE
-            and command_size(data) == len(data)
-            and not self._vtpm.is_long(data)
-        )
+        return answered
 
     async def _count(self) -> None:
         """Passes a checkpoint now and then, so that others get their turn."""

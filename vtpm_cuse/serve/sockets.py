@@ -195,6 +195,7 @@ class SocketServer:
                 self._turn,
                 self._accept,
                 endpoints.managed_listener,
+                endpoints.epoll,
                 per_process=endpoints.per_process,
             )
             self._managed.start(managed)
@@ -271,7 +272,7 @@ class SocketServer:
 
     async def _converse(self, client: DataConnection, listener: socket.socket | None) -> None:
         vtpm, turn, stream, connection = self._vtpm, self._turn, client.stream, client.connection
-        receive, send, process = connection.recv, connection.send, vtpm.process_known
+        receive, send, process = connection.recv, client.send_now, vtpm.process_known
         plain = not (self._endpoints.disconnect or log.isEnabledFor(logging.DEBUG))
         served = await self._answer_all(client, flush=False)  # what was there at a suspension
         if self._is_over(client, served):
@@ -289,12 +290,8 @@ class SocketServer:
                 data = await client.receive(linger=served)
             if quick and data and not turn.locked() and (response := process(data)) is not None:
                 # The general way below, shortened for the usual command.
-                try:
-                    sent = send(response)
-                except BlockingIOError:
-                    sent = 0
-                if sent < len(response):
-                    await client.send(response[sent:])
+                if not send(response):
+                    await client.send_rest()
                 served = True
                 quick_ones += 1
                 if quick_ones == _CHECKPOINT_EVERY:

@@ -60,7 +60,7 @@ class _Sockets(life.Interface):
 
 
 def load_endpoints(endpoints: Endpoints) -> None:
-    """Imports what `serve_endpoints` takes."""
+    """Imports and makes what `serve_endpoints` takes."""
     from vtpm_cuse.serve import sockets
     from vtpm_cuse.vtpm import ptm
 
@@ -68,7 +68,7 @@ def load_endpoints(endpoints: Endpoints) -> None:
     if endpoints.managed_listener is not None:
         from vtpm_cuse.serve import managed_sockets
 
-        _ = managed_sockets
+        _ = managed_sockets, endpoints.epoll
 
 
 async def serve_endpoints(

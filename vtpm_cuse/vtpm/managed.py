@@ -30,6 +30,7 @@ from vtpm_cuse.wire.tpm import (
     TpmRc,
     command_size,
     response_code,
+    succeeded,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 _UNREAD_SECONDS: Final = 120.0
 _ATTEMPTS: Final = 4  # the kernel's devices send a command again, too; libtpms wants one more
 _READABLE: Final = select.POLLIN | select.POLLRDNORM
-_SUCCESS: Final = bytes(4)
 _WRITABLE: Final = select.POLLOUT | select.POLLWRNORM
 
 
@@ -175,10 +175,10 @@ class ManagedVtpm:
         See `Vtpm.process_known`; a command that has failed may be given again.
         """
         vtpm, connection = self._vtpm, client.connection
-        if vtpm.starts != self._starts or (given := connection.passed_on(command)) is None:
+        if vtpm.starts != self._starts:
             return None
-        response = vtpm.process_known(given)
-        if response is None or response[6:TPM_HEADER_SIZE] != _SUCCESS:
+        response = vtpm.process_known(command, connection.passed_on)
+        if response is None or not succeeded(response):
             return None
         connection.commands += 1
         client.heard = self.clock()

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from vtpm_cuse.storage.sealed import SealedStore
     from vtpm_cuse.vtpm.borrowed import Borrowed
 
+    Translate = Callable[[bytes], bytes | None]
+
 log = logging.getLogger(__name__)
 
 _SUCCESS: Final = bytes(4)
@@ -64,18 +66,10 @@ _SHA1_THREAD: Final = {
     code.to_bytes(4, "big")
     for code in (TpmOrdinal.TPM_ORD_SHA1Start, TpmOrdinal.TPM_ORD_SHA1Update)
 }
-_FAILURE_MODE: Final = {
-    False: TpmRc.TPM_FAILEDSELFTEST.to_bytes(4, "big"),
-    True: TpmRc.TPM_RC_FAILURE.to_bytes(4, "big"),
-}
 _OF_A_CHIP: Final = "and refuses all commands: a reset of its machine may mend that"
 _KNOWN_MAX: Final = 64
 """Headers kept: no client may fill the memory with ever new ones."""
-_STATE_TYPES: Final = {
-    PtmBlobType.PTM_BLOB_TYPE_PERMANENT: StateType.PERMANENT,
-    PtmBlobType.PTM_BLOB_TYPE_VOLATILE: StateType.VOLATILE,
-    PtmBlobType.PTM_BLOB_TYPE_SAVESTATE: StateType.SAVESTATE,
-}
+_STATE_TYPES: Final = {PtmBlobType[f"PTM_BLOB_TYPE_{kind.name}"]: kind for kind in StateType}
 
 
 class VtpmOptions(NamedTuple):
@@ -128,7 +122,8 @@ class Vtpm:
         self._long = long_commands(tpm2=self.tpm2)
         self._known: dict[bytes, int] = {}
         self._last_header = b""
-        self._failure_mode = _FAILURE_MODE[self.tpm2]
+        failure = TpmRc.TPM_RC_FAILURE if self.tpm2 else TpmRc.TPM_FAILEDSELFTEST
+        self._failure_mode = failure.to_bytes(4, "big")
         self._failure_said = False
         self._custody = Custody(
             None if store is None else store.blobs, incoming=self.options.incoming
@@ -332,16 +327,19 @@ class Vtpm:
             self._known[self._last_header] = command_size(command)
         return self._execute(command)
 
-    def process_known(self, command: bytes) -> bytes | None:
+    def process_known(self, command: bytes, translate: Translate | None = None) -> bytes | None:
         """As `process`, by a shorter way; None, with nothing done, where that has more to look at.
 
-        It takes a whole short command with a header that `process` has seen since the start.
+        It takes a whole short command with a header that `process` has seen since the start, and
+        gives the TPM what *translate* makes of it, if anything.
         """
         header = command[:TPM_HEADER_SIZE]
-        if self._known.get(header) != len(command):
+        known = self._known.get(header) == len(command)
+        given = (translate(command) if translate else command) if known else None
+        if given is None:
             return None
         self._last_header = header
-        return self._execute(command)
+        return self._execute(given)
 
     def _execute(self, command: bytes) -> bytes:
         self.commands += 1

@@ -383,6 +383,9 @@ def long_commands(*, tpm2: bool) -> frozenset[bytes]:
     return frozenset(code.to_bytes(4, "big") for code in codes)
 
 
+_SUCCESS: Final = TpmRc.TPM_SUCCESS.to_bytes(4, "big")
+
+
 def command_code(command: bytes) -> bytes:
     """The four bytes of the command code, as they are; fewer for a truncated command."""
     return command[6:10]
@@ -397,6 +400,11 @@ def response(code: int, *, tpm2: bool) -> bytes:
     """A whole response of 10 bytes that carries *code*."""
     tag = TpmTag.TPM_ST_NO_SESSIONS if tpm2 else TpmTag.TPM_TAG_RSP_COMMAND
     return TpmHeader(tag, TPM_HEADER_SIZE, code).pack(BIG)
+
+
+def succeeded(response: bytes) -> bool:
+    """Whether a response, of whatever length, carries TPM_SUCCESS."""
+    return response[6:10] == _SUCCESS
 
 
 def response_code(data: Buffer) -> int:
