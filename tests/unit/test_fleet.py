@@ -32,6 +32,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Bundle, Spec
+from vtpm_cuse.fleet.messages import Order
 from vtpm_cuse.fleet.quota import Limits
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, is_payload, split_header_untrusted
@@ -167,7 +168,7 @@ async def _with_data(manager: Manager, name: str) -> tuple[Tpm, Client]:
     return found, client
 
 
-@pytest.mark.parametrize("way", ["reset", "client"])
+@pytest.mark.parametrize("way", ["reset", "client", "client of a sleeper"])
 @in_trio
 async def test_a_dead_worker_is_a_failed_tpm_until_a_reset(tmp_path: Path, way: str) -> None:
     async with fleet(tmp_path) as manager:
@@ -182,10 +183,14 @@ async def test_a_dead_worker_is_a_failed_tpm_until_a_reset(tmp_path: Path, way: 
         for command in (tpm.pcr_read(10), tpm.TPM2_STARTUP_CLEAR):
             assert tpm.code_of(await later.ask(command)) == 0x101  # TPM_RC_FAILURE
         assert (await manager.describe("one")).state == "failed"
+        control = await Client.of(found, "control")
+        if way == "client of a sleeper":
+            assert await control.control(s.GET_CAPABILITY, b"", 8)
+            assert await manager._machines["one"]._ask(Order.SLEEP) is None
+            assert (await manager.describe("one")).pid is None
         if way == "reset":
             await manager.reset("one")
         else:
-            control = await Client.of(found, "control")
             assert await control.control(s.INIT, s.u32(0), 4) == bytes(4)
             assert tpm.code_of(await later.ask(tpm.TPM2_STARTUP_CLEAR)) == 0
         answer = await later.ask(tpm.nv_read(tpm.NV_INDEX, len(DATA)))

@@ -371,8 +371,11 @@ class Machine:
         return None
 
     def _on_load(self) -> None:
-        """The permanent state is read: one that has failed is powered on again."""
-        if self.state == "failed" and self._serving.is_set():
+        """The permanent state is read: one that has failed is powered on again.
+
+        It may be heard before SERVING, which comes on another channel.
+        """
+        if self.state == "failed":
             self._failure = ""
             self._become("awake")
 

@@ -130,7 +130,7 @@ async def _serve(
         await orders.send(Message(Report.STOPPED))
         return
     store.forget()
-    off = order.flags == OFF
+    off = not vtpm.running
     if off:  # before a client can reset it, of which the manager then hears
         await orders.send(Message(Report.SERVING))
     clients = clients_of(task, order.flags, order.descriptors, worker, epoll)
