@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Daemon:
-    """One with its folders below another; at the end it has been ended in order."""
+    """One with its folders below another, behind what is to be run *before*."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, before: str = "") -> None:
         self.folder = folder
         self.path = folder / "run/manager.sock"
         self._log = (folder / "log").open("a+")
-        code = f"import sys; from {module_of('vtpmd')} import main; sys.exit(main())"
+        code = f"import sys; {before}\nfrom {module_of('vtpmd')} import main; sys.exit(main())"
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-c", code, *words),
@@ -52,15 +52,19 @@ class Daemon:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            sys.stderr.write(self.said)
         self.process.kill()
         self.process.wait()
         self._log.close()
 
 
 @contextlib.contextmanager
-def running(folder: Path, *words: str, seconds: float = PATIENCE_SECONDS) -> Iterator[Daemon]:
+def running(
+    folder: Path, *words: str, before: str = "", seconds: float = PATIENCE_SECONDS
+) -> Iterator[Daemon]:
     """One that listens, within so many seconds."""
-    with Daemon(folder, *words) as daemon:
+    with Daemon(folder, *words, before=before) as daemon:
         daemon.wait_for_it(seconds)
         yield daemon

@@ -83,6 +83,10 @@ PROGRAM: Final = Program(
         "own user about all TPMs, by members of --group about those that are theirs.",
         "A TPM whose process dies has lost what it had in memory. It is not started again by "
         "itself, for its PCRs would be empty: it refuses all commands until it is reset.",
+        "SIGUSR2 has it begin anew, as the program that is installed by then, in the same process. "
+        "All TPMs go on, asleep or awake, with all their clients; only who asks the manager itself "
+        "has to connect again. A version that cannot go on with what TPMs have saved is refused, and "
+        "the manager stays as it is, until it is stopped and started.",
         "SIGTERM and SIGINT end the manager in order: each TPM is shut down as by TPM2_Shutdown. "
         "Behind a crash of the manager, TPMs are as after a power cut: what was acknowledged is "
         "there.",
@@ -123,11 +127,12 @@ def main() -> int:
 
 
 def _serve(line: CommandLine) -> int:
+    from vtpm_cuse.fleet import heritage
     from vtpm_cuse.service.confine.preload import import_trio
     from vtpm_cuse.service.process import logs, notify
     from vtpm_cuse.service.process.held import HeldSignals
 
-    held = HeldSignals()
+    held = HeldSignals(already=heritage.is_there())
     try:
         import_trio()
         from vtpm_cuse.fleet import daemon

@@ -94,6 +94,7 @@ class Catalogue:
 
     Args:
         path: Of that folder; it is made where there is none.
+        lock: The descriptor by which it is this process' already, if it is.
 
     Attributes:
         path: The same, absolute.
@@ -105,10 +106,13 @@ class Catalogue:
         StateLocked: Another manager has it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, lock: int | None = None) -> None:
         self.path = os.path.abspath(path)
         self.reserve = Reserve()
         self.major = 0
+        if lock is not None:
+            self._lock = lock
+            return
         make_folder(self.path, _FOLDER_MODE)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)
@@ -118,9 +122,15 @@ class Catalogue:
             os.close(self._lock)
             raise StateLocked(self.path, f"another manager has it: {exc.strerror}") from exc
 
+    def leave(self) -> int:
+        """The descriptor by which it is this process', which another one is to have."""
+        lock, self._lock = self._lock, -1
+        return lock
+
     def close(self) -> None:
         """Another process may have it."""
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
 
     def entries(self) -> dict[str, Entry]:
         """All TPMs by their names; what a crash left of others goes. Raises OSError."""

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.fleet.heritage import SavedChannel
 from vtpm_cuse.fleet.messages import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vtpm_cuse.fleet.messages import Message
 
 _READ_SIZE: Final = 1 << 16
 _AT_ONCE: Final = 250
 """Descriptors that come with one byte; the kernel takes 253."""
+_CLOSED: Final = "nothing more: the channel was closed"
 _ROOM: Final = socket.CMSG_SPACE(_AT_ONCE * array.array("i").itemsize)
 
 
@@ -84,6 +84,25 @@ class Channel(_Ends):
 
     def __init__(self, end: socket.socket) -> None:
         super().__init__(end, blocking=False)
+        self._resting = False
+
+    @classmethod
+    def resume(cls, saved: SavedChannel) -> Channel:
+        """Goes on where one was suspended. Raises ChannelError, OSError."""
+        found = cls(socket.socket(fileno=saved.fd))
+        found._inbox.feed(saved.data, list(saved.descriptors))
+        return found
+
+    def rest(self) -> None:
+        """From now on, `receive` waits for nothing: it is None where nothing whole has come yet."""
+        self._resting = True
+        if self.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+
+    def suspend(self) -> SavedChannel:
+        """It as plain values; it is not used any more. Nobody may be sending or receiving."""
+        data, descriptors = self._inbox.take_all()
+        return SavedChannel(self._socket.detach(), data, descriptors)
 
     def close(self) -> None:
         """As above; who waits for it hears of it."""
@@ -98,33 +117,33 @@ class Channel(_Ends):
             try:
                 rest = rest[self._send(rest, descriptors) :]
             except BlockingIOError:
-                with _closing_told():
+                try:
                     await trio.lowlevel.wait_writable(self._socket)
+                except trio.ClosedResourceError:
+                    if self.fileno() < 0:
+                        raise ChannelError(_CLOSED) from None
         await trio.lowlevel.checkpoint()
 
     async def receive(self) -> Message | None:
         """The next message, None at the end. Raises OSError, ChannelError, also if it is closed."""
         await trio.lowlevel.checkpoint()
         while (message := self._inbox.next()) is None:
+            if self._resting:
+                return None
             try:
                 there = self._receive()
             except BlockingIOError:
-                with _closing_told():
+                try:
                     await trio.lowlevel.wait_readable(self._socket)
+                except trio.ClosedResourceError:
+                    if not self._resting:
+                        raise ChannelError(_CLOSED) from None
                 continue
             except ConnectionResetError:
                 there = False
             if not there:
                 return None
         return message
-
-
-@contextlib.contextmanager
-def _closing_told() -> Iterator[None]:
-    try:
-        yield
-    except trio.ClosedResourceError:
-        raise ChannelError("nothing more: the channel was closed") from None
 
 
 def close_all(descriptors: tuple[int, ...]) -> None:

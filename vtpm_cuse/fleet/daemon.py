@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import resource
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -17,17 +17,20 @@ from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.sockets import listen
 from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
-from vtpm_cuse.fleet import api, exporter
+from vtpm_cuse.fleet import api, exporter, heritage
 from vtpm_cuse.fleet.manager import managed
 from vtpm_cuse.fleet.opener import Opener
 from vtpm_cuse.service.confine import secrecy
-from vtpm_cuse.service.process.signals import ending_signals
+from vtpm_cuse.service.process.signals import ending_signals, renewing_signal
 from vtpm_cuse.wire import metrics
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
+    from vtpm_cuse.fleet.base import Interface
+    from vtpm_cuse.fleet.heritage import Heritage
     from vtpm_cuse.fleet.manager import Manager, Settings
     from vtpm_cuse.service.process.held import HeldSignals
     from vtpm_cuse.service.process.notify import ServiceManager
@@ -42,15 +45,30 @@ _OWN_AND_GROUP: Final = 0o660
 
 
 def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
-    """Manages TPMs until it is told to end; returns the exit status."""
-    opener = Opener("fuse" if settings.own else "cuse")  # before there is anything for it to see
+    """Manages TPMs until it is told to end; returns the exit status.
+
+    SIGUSR2 has the program begin anew, with all that it has: what is installed by then is run.
+    """
+    makes: Interface = "fuse" if settings.own else "cuse"
+    # Before there is anything for it to see.
+    opener = None if heritage.is_there() else Opener(makes)
     secrecy.hide_process()  # it has the volatile states of all that sleep
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # five and more for each TPM
     status = 0
     try:
-        with opener:
-            trio.run(_live, settings, service, held, opener)
+        left = heritage.taken()
+        while True:
+            with opener or Opener(makes, left and left.manager.opener) as used:
+                left = trio.run(_live, settings, service, held, used, left)
+            if left is None:
+                break
+            opener = None
+            try:
+                heritage.bequeath(left, service.hand_on())
+            except OSError as refused:
+                reason = faults.sentence(refused)
+                log.error("It cannot begin anew, and goes on as it is: %s", reason)
     except* (VtpmError, OSError) as group:
         for exc in _leaves(group):
             log.error("%s", faults.sentence(exc))
@@ -66,18 +84,52 @@ def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
 
 
 async def _live(
-    settings: Settings, service: ServiceManager, held: HeldSignals, opener: Opener
-) -> None:
+    settings: Settings,
+    service: ServiceManager,
+    held: HeldSignals,
+    opener: Opener,
+    left: Heritage | None,
+) -> Heritage | None:
+    """Until the end, or until there is something to be left to the next program."""
     scope = trio.CancelScope()
-    with ending_signals(scope.cancel, held.release):
-        async with managed(settings, opener) as manager:
-            with scope, _listener(settings) as listener, _metrics(settings) as monitored:
-                log.info("TPMs are in %s, and their sockets in %s.", settings.state, settings.run)
-                async with trio.open_nursery() as nursery:
-                    _export(manager, settings, monitored, nursery)
-                    service.ready(in_background=False)
-                    await api.serve(manager, listener)
+    wish, wishes = trio.open_memory_channel[None](1)
+
+    def begin_anew() -> None:
+        with contextlib.suppress(trio.WouldBlock):
+            wish.send_nowait(None)
+
+    renewed = False
+
+    async def renew(manager: Manager) -> None:
+        """Stops serving once what is installed now is known to start."""
+        nonlocal renewed
+        async for _ in wishes:
+            try:
+                await manager.workers.renew()
+            except (VtpmError, OSError) as exc:
+                log.error("It does not begin anew: %s", faults.sentence(exc))
+                continue
+            renewed = True
+            scope.cancel()
+
+    with ending_signals(scope.cancel, held.release) as came, renewing_signal(begin_anew):
+        async with managed(settings, opener, left) as manager:
+            with _asked(settings, left) as place:
+                with scope, _metrics(settings) as monitored:
+                    log.info("TPMs are in %s, their sockets in %s.", settings.state, settings.run)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(renew, manager)
+                        _export(manager, settings, monitored.listener(), nursery)
+                        service.ready(in_background=False)
+                        await api.serve(manager, place.listener())
+                held.hold()
+                if renewed and not came:
+                    own_path = bool(place.endpoints.give_up_paths())
+                    found = await manager.leave(place.socket.detach(), own_path=own_path)
+                    return found._replace(manager=found.manager._replace(opener=opener.leave()))
+                held.release()
             service.stopping()
+    return None
 
 
 def _export(
@@ -95,8 +147,19 @@ def _export(
         nursery.start_soon(exporter.keep_file, older, settings.metrics_file)
 
 
+class _Place(NamedTuple):
+    """Where somebody is listened to."""
+
+    endpoints: Endpoints
+    socket: socket.socket
+
+    def listener(self) -> trio.SocketListener:
+        """For who serves it, and closes his own descriptor of it."""
+        return trio.SocketListener(trio.socket.from_stdlib_socket(self.socket.dup()))
+
+
 @contextlib.contextmanager
-def _listener(settings: Settings) -> Iterator[trio.SocketListener]:
+def _asked(settings: Settings, left: Heritage | None) -> Iterator[_Place]:
     """Where it is asked: by its own user, and by the members of a group. Raises UsageError.
 
     Who has started it may have opened this, for whom he likes; then the path stays, too.
@@ -104,19 +167,23 @@ def _listener(settings: Settings) -> Iterator[trio.SocketListener]:
     passed = activation.passed_sockets(activation.MANAGERS).get("manager")
     mode = _OWN if settings.group is None else _OWN_AND_GROUP
     address = SocketAddress("unixio", fd=passed, path=SOCKET, mode=mode, gid=settings.group)
-    with _listening(settings, address) as listener:
-        yield listener
+    if left is not None:
+        address = address._replace(fd=left.manager.listener)
+    with _listening(settings, address) as place:
+        if left is not None and left.manager.own_path:
+            place.endpoints.own(os.path.join(os.path.abspath(settings.run), SOCKET))
+        yield place
 
 
-def _metrics(settings: Settings) -> AbstractContextManager[trio.SocketListener]:
+def _metrics(settings: Settings) -> AbstractContextManager[_Place]:
     """Where monitoring asks: by its own user alone, who sees all TPMs. Raises UsageError."""
     return _listening(settings, SocketAddress("unixio", path=METRICS, mode=_OWN))
 
 
 @contextlib.contextmanager
-def _listening(settings: Settings, address: SocketAddress) -> Iterator[trio.SocketListener]:
+def _listening(settings: Settings, address: SocketAddress) -> Iterator[_Place]:
     """On a path in the folder of the sockets, or on what was passed. Raises UsageError."""
     path = os.path.join(os.path.abspath(settings.run), address.path or "")
     with contextlib.closing(Endpoints()) as endpoints:
-        sock = listen(endpoints, address._replace(path=path))
-        yield trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        own = endpoints.control_listener = listen(endpoints, address._replace(path=path))
+        yield _Place(endpoints, own)

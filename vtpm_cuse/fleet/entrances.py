@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vtpm_cuse.fleet.base import Interface, SocketKind
-    from vtpm_cuse.fleet.opener import MakesDevices
+    from vtpm_cuse.fleet.opener import MakesDevices, Mounted
 
 SOCKETS: Final[dict[SocketKind, str]] = {
     "data": "data",
@@ -78,12 +78,20 @@ class Entrance(Protocol):
     def takes_back(self, fd: int) -> bool:
         """Whether a worker may hand *fd* back with its TPM, as what it had besides."""
 
+    def leave(self) -> int | None:
+        """Its `descriptors` are somebody else's from now on; and its mount, by this number."""
+
     def close(self) -> None:
         """What is held of it is let go."""
 
 
 class SocketEntrance:
     """Three listeners, and the connections of their clients (implements `Entrance`).
+
+    Args:
+        folder: Of their paths.
+        owner: Whose they are.
+        left: Their descriptors, where an earlier manager has made them.
 
     Raises:
         VtpmError: They cannot be had.
@@ -92,16 +100,18 @@ class SocketEntrance:
 
     owes = False
 
-    def __init__(self, folder: str, owner: int) -> None:
+    def __init__(self, folder: str, owner: int, left: tuple[int, ...] = ()) -> None:
         self._folder = folder
         self.gone = trio.Event()
         make_folder(folder, _FOLDER_MODE, umask=False)
         uid = None if owner == os.geteuid() else owner
-        data, control, managed = (
-            SocketAddress("unixio", path=path, mode=_SOCKET_MODE, uid=uid)
-            for path in places("socket", "", folder).sockets.values()
+        paths = places("socket", "", folder).sockets.values()
+        data, control, managed = (*(SocketAddress("unixio", fd=fd) for fd in left),) or (
+            *(SocketAddress("unixio", path=path, mode=_SOCKET_MODE, uid=uid) for path in paths),
         )
         self._endpoints = found = acquire(SocketConfig(VtpmConfig(), data, control, managed))
+        for path in paths if left else ():
+            found.own(path)
         listeners = found.data_listener, found.control_listener, found.managed_listener
         self.descriptors = tuple(one.fileno() for one in listeners if one is not None)
 
@@ -120,6 +130,14 @@ class SocketEntrance:
         with found:
             return not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
+    def leave(self) -> None:
+        """See `Entrance`."""
+        found = self._endpoints
+        found.give_up_paths()
+        for one in (found.data_listener, found.control_listener, found.managed_listener):
+            if one is not None:
+                one.detach()
+
     def close(self) -> None:
         """Their paths go, too."""
         self.descriptors = ()
@@ -135,12 +153,19 @@ class DeviceEntrance:
     Args:
         channels: Their descriptors.
         leave: Called when they are closed, where that is not yet the end of all: it sets `gone`.
+        mount: Its number, of a FUSE mount.
     """
 
     owes = True
 
-    def __init__(self, channels: tuple[int, ...], leave: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        leave: Callable[[], None] | None = None,
+        mount: int | None = None,
+    ) -> None:
         self.descriptors = channels
+        self._mount = mount
         self.gone = trio.Event()
         self._leave = leave or self.gone.set
 
@@ -153,6 +178,10 @@ class DeviceEntrance:
         """A device has all of its clients on its channel."""
         _ = fd
         return False
+
+    def leave(self) -> int | None:
+        """See `Entrance`."""
+        return self._mount
 
     def close(self) -> None:
         """The nodes go."""
@@ -168,14 +197,19 @@ async def mount_on(opener: MakesDevices, folder: str, nursery: trio.Nursery) -> 
         FrontendError: It cannot be had.
     """
     make_folder(os.path.dirname(folder), _FOLDER_MODE, umask=False)
-    fd, number = await opener.mount(folder)
+    return mounted(opener, await opener.mount(folder), nursery)
+
+
+def mounted(opener: MakesDevices, mount: Mounted, nursery: trio.Nursery) -> DeviceEntrance:
+    """The files of a FUSE mount that is there; in *nursery* it is unmounted again."""
+    fd, number = mount
 
     async def unmount() -> None:
         with trio.CancelScope(shield=True):  # the manager may be about to end
             await opener.unmount(number)
         found.gone.set()
 
-    found = DeviceEntrance((fd,), partial(nursery.start_soon, unmount))
+    found = DeviceEntrance((fd,), partial(nursery.start_soon, unmount), number)
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.files import write_output
+from vtpm_cuse.fleet.threads import in_thread
 from vtpm_cuse.wire import metrics
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ async def keep_file(text: Text, path: str) -> None:
     """Has *path* tell what *text* gives, until it is cancelled. An error is no end of it."""
     while True:
         try:
-            await trio.to_thread.run_sync(write_output, path, (await text()).encode(), _FILE_MODE)
+            await in_thread(partial(write_output, path, (await text()).encode(), _FILE_MODE))
         except OSError as exc:
             log.error("%s: %s", path, sentence(exc))
         await trio.sleep(_FILE_SECONDS)

@@ -7,6 +7,7 @@ never read here, and what its worker says is checked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -27,20 +28,31 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.fleet.base import State, Tpm
 from vtpm_cuse.fleet.channel import close_all
-from vtpm_cuse.fleet.entrances import SocketEntrance, make_devices, mount_on, places
+from vtpm_cuse.fleet.entrances import (
+    DeviceEntrance,
+    SocketEntrance,
+    make_devices,
+    mount_on,
+    mounted,
+    places,
+)
+from vtpm_cuse.fleet.heritage import SavedMachine
 from vtpm_cuse.fleet.messages import Call, Message, Order, Report
+from vtpm_cuse.fleet.opener import Mounted
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
+from vtpm_cuse.fleet.threads import in_thread
 from vtpm_cuse.fleet.vault import QUICK, Vault
+from vtpm_cuse.fleet.workers import WorkerProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.catalogue import Catalogue, Entry
     from vtpm_cuse.fleet.entrances import Entrance
     from vtpm_cuse.fleet.opener import MakesDevices
     from vtpm_cuse.fleet.sleepers import Sleepers
-    from vtpm_cuse.fleet.workers import WorkerProcess, Workers
+    from vtpm_cuse.fleet.workers import Workers
     from vtpm_cuse.wire.metrics import Histogram
 
 log = logging.getLogger(__name__)
@@ -48,6 +60,8 @@ log = logging.getLogger(__name__)
 _FOLDER: Final = "tpm"
 _STOP_SECONDS: Final = 60.0
 """For what an order takes: a key that is being made is given up at once, a disk may be slow."""
+_LEAVE_SECONDS: Final = 10.0
+"""For what has begun, before a manager leaves; what takes longer has failed."""
 _AGAIN_SECONDS: Final = 1.0
 _TRIES: Final = 3
 _TEXT_MAX: Final = 1000
@@ -163,7 +177,7 @@ class Machine:
         self.need_stopped()
         self._become("starting")
         try:
-            await trio.to_thread.run_sync(self._open_vault)
+            await in_thread(self._open_vault)
             await self._open_entrance()
             failure = await self._serve(ON)
         except (VtpmError, OSError) as exc:
@@ -250,6 +264,76 @@ class Machine:
             await worker.ended.wait()
         return report
 
+    # -- from one manager to the next -----------------------------------------------------------
+
+    async def leave(self) -> SavedMachine | None:
+        """What the next manager needs of it, if it is on; it is not used here any more.
+
+        Who is awake stays so, and asks the next one.
+        """
+        await self._need_rest(self.turn.acquire)
+        try:
+            return await self._leave()
+        finally:
+            self.turn.release()
+
+    async def _leave(self) -> SavedMachine | None:
+        if (worker := self._worker) is not None:
+            worker.rest()
+            await self._need_rest(worker.rested.wait)
+        if self._vault is None or self._entrance is None:
+            return None
+        worker = self._worker
+        self._all.sleepers.forget((*self._ours, *self._connections))
+        saved = SavedMachine(
+            id=self.entry.id,
+            state=self.state,
+            failure=self._failure,
+            generation=self._generation,
+            commands=self._commands,
+            wakes=self._wakes,
+            used=self._used,
+            vault=self._vault.leave(),
+            entrance=self._ours,
+            mount=self._entrance.leave(),
+            connections=self._connections,
+            watch_data=self._watch_data,
+            saved=self._saved,
+            worker=worker.suspend() if worker is not None else None,
+        )
+        self._vault = self._entrance = self._worker = None
+        self._connections = ()
+        return saved
+
+    async def _need_rest(self, waiting: Callable[[], Awaitable[None]]) -> None:
+        """Waits; where that takes too long, its process is to blame, and ended."""
+        with trio.move_on_after(_LEAVE_SECONDS) as scope:
+            await waiting()
+        if scope.cancelled_caught:
+            log.error("%s: it is in the middle of something that has no end", self.name)
+            if self._worker is not None:
+                self._worker.resting = False
+                self._worker.end()
+            await waiting()
+
+    def resume(self, saved: SavedMachine) -> None:
+        """Goes on from there, before anything else. Raises VtpmError, OSError."""
+        self.state, self._failure = saved.state, saved.failure
+        self._generation, self._commands = saved.generation, saved.commands
+        self._wakes, self._used = saved.wakes, saved.used
+        self._saved, self._connections = saved.saved, saved.connections
+        self._watch_data = saved.watch_data
+        catalogue = self._all.catalogue
+        folder = catalogue.state_of(self.name)
+        self._vault = vault = Vault.resume(folder, saved.vault, catalogue.reserve)
+        self._entrance = self._entrance_of(saved)
+        if saved.worker is None:
+            self._watch()
+        else:
+            self._worker = worker = WorkerProcess.resume(saved.worker)
+            self._serving.set()
+            self._all.nursery.start_soon(self._attend, worker, vault)
+
     # -- its process ------------------------------------------------------------------------------
 
     def _open_vault(self) -> None:
@@ -259,6 +343,16 @@ class Machine:
         vault.lock()
         vault.permanent()  # a wrong key is one, before a worker takes it for damage
         vault.forget_volatile()
+
+    def _entrance_of(self, saved: SavedMachine) -> Entrance:
+        """What an earlier manager has opened. Raises VtpmError, OSError."""
+        entry, descriptors = self.entry, saved.entrance
+        if entry.interface == "socket":
+            return SocketEntrance(self._folder, entry.owner, descriptors)
+        if saved.mount is None:
+            return DeviceEntrance(descriptors)
+        mount = Mounted(descriptors[0], saved.mount)
+        return mounted(self._all.need_opener(entry.interface), mount, self._all.nursery)
 
     async def _open_entrance(self) -> None:
         """Raises FrontendError where there is no device to be had, VtpmError, OSError."""
@@ -277,7 +371,7 @@ class Machine:
         if major != entry.major:
             self._all.catalogue.major = major
             self.entry = entry._replace(major=major)
-            await trio.to_thread.run_sync(self._all.catalogue.write, self.name, self.entry)
+            await in_thread(functools.partial(self._all.catalogue.write, self.name, self.entry))
 
     @property
     def _ours(self) -> tuple[int, ...]:
@@ -336,15 +430,19 @@ class Machine:
                     message = await self._hear(worker)
                 except (ChannelError, OSError) as exc:
                     failure = f"its process was ended, for it has said {exc}"
-                nursery.cancel_scope.cancel()
+                    worker.resting = False
+                if not worker.resting:
+                    nursery.cancel_scope.cancel()
         finally:
-            self._worker = None
-            self._used = time.time()
-            try:
-                self._end_of(message, failure, vault)
-            finally:
-                worker.end()
-                self._serving.set()
+            if not worker.resting or message is not None:
+                self._worker = None
+                self._used = time.time()
+                try:
+                    self._end_of(message, failure, vault)
+                finally:
+                    worker.end()
+                    self._serving.set()
+            worker.rested.set()
 
     async def _hear(self, worker: WorkerProcess) -> Message | None:
         """The last message of a worker. Raises ChannelError."""
@@ -454,7 +552,7 @@ async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None])
                 if request.kind is Call.LOAD and request.number == 0:
                     on_load()
             else:
-                answer = await trio.to_thread.run_sync(vault.answer_untrusted, request)
+                answer = await in_thread(functools.partial(vault.answer_untrusted, request))
             await worker.calls.send(answer)
     except ChannelError as exc:
         log.error("The process %d was ended, for it has asked for %s", worker.pid, exc)

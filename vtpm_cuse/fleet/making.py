@@ -15,6 +15,7 @@ from vtpm_cuse.errors import UsageError, shown
 from vtpm_cuse.fleet.machine import keep, said_by
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.tasks import MAKE, Task
+from vtpm_cuse.fleet.threads import in_thread
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.storage.base import PERMANENT
 from vtpm_cuse.storage.keys import Key
@@ -114,7 +115,7 @@ async def manufacture(folder: str, number: str, profile: str | None, *, patient:
             raise UsageError(f"it cannot be set up: {lines[-1] if lines else 'no reason is given'}")
     vault = Vault(folder, key)
     try:
-        return Made(number, await trio.to_thread.run_sync(vault.permanent))
+        return Made(number, await in_thread(vault.permanent))
     finally:
         vault.close()
 

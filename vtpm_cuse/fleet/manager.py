@@ -16,12 +16,14 @@ from vtpm_cuse.errors import FleetError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
 from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
+from vtpm_cuse.fleet.heritage import Heritage, SavedManager
 from vtpm_cuse.fleet.history import History
 from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
 from vtpm_cuse.fleet.making import Made, make
 from vtpm_cuse.fleet.pool import Pool
 from vtpm_cuse.fleet.quota import Limits, Quota
 from vtpm_cuse.fleet.sleepers import Sleepers
+from vtpm_cuse.fleet.threads import in_thread
 from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.fleet.workers import SPARE, Workers
 from vtpm_cuse.storage.base import PERMANENT
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from vtpm_cuse.fleet.base import Identity
+    from vtpm_cuse.fleet.heritage import SavedMachine
     from vtpm_cuse.fleet.opener import MakesDevices
 
 _ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -75,11 +78,13 @@ class Settings(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def managed(settings: Settings, opener: MakesDevices | None = None) -> AsyncIterator[Manager]:
-    """A manager, while it is entered; behind it, all TPMs have been shut down in order.
+async def managed(
+    settings: Settings, opener: MakesDevices | None = None, left: Heritage | None = None
+) -> AsyncIterator[Manager]:
+    """A manager, while it is entered; behind it, all TPMs have been shut down in order, or left.
 
-    Who wants to end it cancels what is within, and not what is around it. Without *opener*, no TPM
-    is a device.
+    It goes on with what another one has *left*. Who wants to end it cancels what is within, and not
+    what is around it. Without *opener*, no TPM is a device.
 
     Raises:
         VtpmError: It cannot begin.
@@ -87,7 +92,7 @@ async def managed(settings: Settings, opener: MakesDevices | None = None) -> Asy
     """
     make_folder(settings.run, _RUN_MODE, umask=False)
     with contextlib.ExitStack() as undo:
-        catalogue = Catalogue(settings.state)
+        catalogue = Catalogue(settings.state, left and left.manager.lock)
         undo.callback(catalogue.close)
         sleepers: Sleepers[Machine] = Sleepers()
         undo.callback(sleepers.close)
@@ -95,7 +100,11 @@ async def managed(settings: Settings, opener: MakesDevices | None = None) -> Asy
             workers = Workers(nursery, settings.level, settings.messages, settings.spare)
             manager = Manager(settings, catalogue, workers, sleepers, nursery, opener)
             try:
-                await workers.start()
+                if left is None:
+                    await workers.start()
+                else:
+                    await workers.start(left.manager.form, left.manager.zygote)
+                    manager.resume(left.machines)
                 nursery.start_soon(manager.wake_sleepers)
                 yield manager
             finally:
@@ -126,6 +135,7 @@ class Manager:
         self._coming: dict[str, int | None] = {}
         self.pool = Pool(catalogue, nursery, settings.pool)
         self._numbers: set[int] = set()
+        self._left = False
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
         self.workers = workers
         self.wake_times = Histogram()
@@ -138,6 +148,32 @@ class Manager:
             for name, entry in catalogue.entries().items()
         }
 
+    def resume(self, machines: Sequence[SavedMachine]) -> None:
+        """Goes on with these. Raises VtpmError, OSError."""
+        those = {machine.entry.id: machine for machine in self._machines.values()}
+        for saved in machines:
+            those[saved.id].resume(saved)
+
+    async def leave(self, listener: int, *, own_path: bool) -> Heritage:
+        """All that the next manager needs; nothing is to be asked of this one any more.
+
+        *listener* is where it will be asked; at a path that is the manager's own, if *own_path*.
+        """
+        found: list[SavedMachine] = []
+
+        async def leave(machine: Machine) -> None:
+            if (saved := await machine.leave()) is not None:
+                found.append(saved)
+
+        self._left = True
+        async with trio.open_nursery() as nursery:
+            for machine in self._machines.values():
+                nursery.start_soon(leave, machine)
+        form, zygote = await self.workers.leave()
+        self._tell_no_more()
+        saved = SavedManager(form, self._catalogue.leave(), listener, own_path, zygote, None)
+        return Heritage(saved, tuple(found))
+
     async def wake_sleepers(self) -> None:
         """Wakes whom something comes for, for ever."""
         while True:
@@ -145,7 +181,9 @@ class Manager:
                 self._nursery.start_soon(machine.wake_for_client)
 
     async def end(self) -> None:
-        """Shuts all of them down, in order."""
+        """Shuts all of them down, in order, but for those that are left."""
+        if self._left:
+            return
         limit = trio.CapacityLimiter(_AT_ONCE)
 
         async def stop(machine: Machine) -> None:
@@ -156,8 +194,7 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for machine in self._machines.values():
                 nursery.start_soon(stop, machine)
-        for watcher in self._watchers:
-            watcher.close()
+        self._tell_no_more()
 
     # -- what is asked for --------------------------------------------------------------------
 
@@ -193,19 +230,17 @@ class Manager:
             given = Made(entry.id, await make(self.workers, entry.profile))
         try:
             folder = self._catalogue.begin(entry.id)
-            vault = await trio.to_thread.run_sync(
-                partial(Vault.of, folder, entry.key, may_begin=True)
-            )
+            vault = await in_thread(partial(Vault.of, folder, entry.key, may_begin=True))
             try:
                 vault.lock()
                 match given:
                     case Made(permanent=permanent):
-                        await trio.to_thread.run_sync(vault.begin, permanent)
+                        await in_thread(partial(vault.begin, permanent))
                     case Bundle(state=state):
-                        await trio.to_thread.run_sync(vault.begin_with_untrusted, state)
+                        await in_thread(partial(vault.begin_with_untrusted, state))
             finally:
                 vault.close()
-            await trio.to_thread.run_sync(self._catalogue.finish, name, entry)
+            await in_thread(partial(self._catalogue.finish, name, entry))
         finally:
             self._catalogue.give_up(entry.id)
         machine = self._machines[name] = Machine(name, entry, self._surroundings)
@@ -325,7 +360,7 @@ class Manager:
             machine.need_stopped()
             folder = self._catalogue.state_of(machine.name)
             try:
-                state = await trio.to_thread.run_sync(_read, folder)
+                state = await in_thread(partial(_read, folder))
             except (VtpmError, OSError) as exc:
                 raise translated(machine.name, exc) from exc
             self._history.note(machine.entry.id, "exported")
@@ -438,9 +473,13 @@ class Manager:
     async def _off(job: Callable[[], None]) -> None:
         """Does what waits for the disk; errors are a fleet's."""
         try:
-            await trio.to_thread.run_sync(job)
+            await in_thread(job)
         except (VtpmError, OSError) as exc:
             raise translated("the catalogue", exc) from exc
+
+    def _tell_no_more(self) -> None:
+        for watcher in self._watchers:
+            watcher.close()
 
     def _changed(self, machine: Machine) -> None:
         self._tell("changed", machine)

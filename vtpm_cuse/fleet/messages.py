@@ -129,6 +129,13 @@ class Inbox:
         taken = tuple(self._descriptors.popleft() for _ in range(header.descriptors))
         return Message(kind, body, header.flags, header.number, taken)
 
+    def take_all(self) -> tuple[bytes, tuple[int, ...]]:
+        """What has come of the next messages."""
+        taken = bytes(self._buffer), tuple(self._descriptors)
+        self._buffer.clear()
+        self._descriptors.clear()
+        return taken
+
     def close(self) -> None:
         """Closes the descriptors that are left."""
         while self._descriptors:

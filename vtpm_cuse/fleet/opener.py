@@ -26,6 +26,7 @@ from vtpm_cuse.acquire.mount import FuseMount
 from vtpm_cuse.errors import ChannelError, FrontendError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
+from vtpm_cuse.fleet.heritage import SavedOpener
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.service.confine import capabilities, landlock, secrecy
 
@@ -91,13 +92,19 @@ class Opener:
 
     Args:
         makes: "cuse", or "fuse".
+        left: That of an earlier manager, instead of a new one.
 
     Raises:
         OSError: There is no process to be had.
     """
 
-    def __init__(self, makes: Interface) -> None:
+    def __init__(self, makes: Interface, left: SavedOpener | None = None) -> None:
         self.makes = makes
+        self._turn = trio.Lock()
+        if left is not None:
+            self._child, self._ours = left.pid, socket.socket(fileno=left.fd)
+            self._channel = Channel(self._ours)
+            return
         self._ours, theirs = socket.socketpair()
         manager = os.getpid()
         try:
@@ -110,14 +117,19 @@ class Opener:
             _open_for(theirs, manager, makes)
         theirs.close()
         self._child = child
-        self._turn = trio.Lock()
         self._channel = Channel(self._ours)
 
     def __enter__(self) -> Self:
         return self
 
+    def leave(self) -> SavedOpener:
+        """It goes on, for the next manager. Nobody may be asking it."""
+        return SavedOpener(self._child, self._ours.detach())
+
     def __exit__(self, *_: object) -> None:
-        """It ends, and is waited for."""
+        """It ends, and is waited for, unless it was left."""
+        if self._ours.fileno() < 0:
+            return
         self._ours.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)

@@ -18,6 +18,7 @@ import trio
 from vtpm_cuse.errors import UsageError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.making import Made, manufacture
+from vtpm_cuse.fleet.threads import in_thread
 from vtpm_cuse.manufacture.files import deciding_files
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Pool:
 
     async def _renew(self) -> None:
         """Forgets those that were made by another configuration, or of another CA."""
-        stamp = await trio.to_thread.run_sync(_stamp)
+        stamp = await in_thread(_stamp)
         if stamp != self._stamp:
             self._stamp = stamp
             self._made.clear()

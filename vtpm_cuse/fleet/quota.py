@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import trio
-
 from vtpm_cuse.errors import FleetError
+from vtpm_cuse.fleet.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +52,7 @@ class Quota:
         if len(theirs) + coming > self._limits.tpms:
             raise FleetError("OverLimit", name, f"its owner has {len(theirs)} TPMs already")
         if new := [one for one in theirs if one.entry.id not in self._sizes]:
-            await trio.to_thread.run_sync(self._look, new)
+            await in_thread(partial(self._look, new))
         total = sum(self._sizes.get(one.entry.id, 0) for one in theirs)
         if total >= self._limits.bytes:
             reason = (

@@ -6,12 +6,13 @@ ones are the listeners. The bytes are JSON and nothing that could run.
 
 from __future__ import annotations
 
-import json
-from base64 import b64decode, b64encode
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.fleet import heritage, plain
 from vtpm_cuse.fleet.clock import Moment
+from vtpm_cuse.fleet.messages import Answer, Call, MessageHeader, Order, Report
+from vtpm_cuse.fleet.tasks import Task
 from vtpm_cuse.proto.control import SavedControlStream
 from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
@@ -59,6 +60,12 @@ _KINDS: Final[dict[str, type[Any]]] = {
     )
 }
 
+FORM: Final = plain.form(
+    {**_KINDS, **heritage.KINDS, "Task": Task, "MessageHeader": MessageHeader},
+    {repr(kind): kind for kinds in (Order, Report, Call, Answer) for kind in kinds},
+)
+"""Of all that one version of this package may have to take from another one."""
+
 
 def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
     """The bytes, and the descriptors behind the listeners."""
@@ -69,17 +76,16 @@ def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
         return LISTENERS + len(found) - 1
 
     served = _renumbered(saved.served, number, (0, 1, 2))
-    text = json.dumps(_plain(saved._replace(served=served)), separators=(",", ":"))
-    return text.encode(), tuple(found)
+    return plain.packed(saved._replace(served=served)), tuple(found)
 
 
 def unpacked(data: bytes, descriptors: Sequence[int]) -> SavedTpm:
     """The reverse; *descriptors* has the listeners first. Raises ChannelError."""
+    saved = plain.unpacked(data, _KINDS)
     try:
-        saved = _value(json.loads(data))
         served = _renumbered(saved.served, descriptors.__getitem__, descriptors[:LISTENERS])
         found: SavedTpm = saved._replace(served=served)
-    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+    except (LookupError, TypeError, AttributeError) as exc:
         raise ChannelError(f"no saved TPM: {exc}") from exc
     return found
 
@@ -107,24 +113,3 @@ def _renumbered(
             connections=tuple(one._replace(data=data(one.data)) for one in managed.connections),
         ),
     )
-
-
-# Any: what JSON has.
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, bytes):
-        return {"": b64encode(value).decode()}
-    if isinstance(value, tuple):
-        fields = [_plain(one) for one in value]
-        return {type(value).__name__: fields} if type(value) is not tuple else fields
-    return value
-
-
-def _value(plain: Any) -> Any:  # noqa: ANN401
-    if isinstance(plain, list):
-        return tuple(map(_value, plain))
-    if not isinstance(plain, dict):
-        return plain
-    ((kind, content),) = plain.items()
-    if not kind:
-        return b64decode(content)
-    return _KINDS[kind](*map(_value, content))

@@ -19,13 +19,14 @@ from vtpm_cuse.errors import (
     UsageError,
 )
 from vtpm_cuse.files import open_to_read
+from vtpm_cuse.fleet.heritage import SavedVault
 from vtpm_cuse.fleet.messages import Answer, Call, Message
 from vtpm_cuse.fleet.store import described
 from vtpm_cuse.service.keys import open_key
-from vtpm_cuse.storage.base import BLOB_NAMES, OWNER_MODE, PERMANENT
-from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS
+from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT
+from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, Key
 from vtpm_cuse.storage.sealed import SealedStore
-from vtpm_cuse.storage.stores import open_store
+from vtpm_cuse.storage.stores import open_directory, open_store
 from vtpm_cuse.wire.blob import (
     BLOB_SIZE_MAX,
     BlobFlag,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtpm_cuse.config import KeySource
-    from vtpm_cuse.storage.keys import Key
     from vtpm_cuse.storage.reserve import Reserve
 
 QUICK: Final = frozenset({Call.LOAD, Call.SIZES, Call.REMAINS, Call.LOCK})
@@ -70,8 +70,8 @@ class Vault:
         may_begin: bool = False,
         reserve: Reserve | None = None,
     ) -> None:
-        where = "mem://" if folder is None else f"dir://{folder}"
-        self.blobs = open_store(where, tpm2=True, mode=OWNER_MODE)
+        self._directory = None if folder is None else open_directory(folder)
+        self.blobs = self._directory or open_store("mem://", tpm2=True)
         self._sealed = SealedStore(self.blobs, key, reserve=reserve)
         self._key = key
         self._may_begin = may_begin
@@ -101,6 +101,22 @@ class Vault:
         """For as long as it is on. Raises StorageError."""
         self.closed = False
         self.blobs.lock()
+
+    @classmethod
+    def resume(cls, folder: str, saved: SavedVault, reserve: Reserve) -> Vault:
+        """What an earlier manager has left of one that is on."""
+        found = cls(folder, None if saved.key is None else Key(saved.key), reserve=reserve)
+        if found._directory is not None:
+            found._directory.take_over(saved.lock)
+        return found
+
+    def leave(self) -> SavedVault:
+        """It as plain values; it is not used any more."""
+        key = self._key
+        lock = None if self._directory is None else self._directory.leave()
+        saved = SavedVault(lock, None if key is None else key.secret)
+        self.blobs.close()
+        return saved
 
     def forget_volatile(self) -> None:
         """A start after a time without power is a cold one. Raises StorageError."""

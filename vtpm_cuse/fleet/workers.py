@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
 from vtpm_cuse.client.child import program_environment, program_words
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet.channel import Channel, close_all
+from vtpm_cuse.fleet.heritage import SavedWorker, SavedZygote
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.programs import start_program
 
@@ -37,6 +38,7 @@ class WorkerProcess:
         orders: Where it is told what to do, and reports.
         calls: Where it asks for its state.
         ended: Set when nothing more will come of it.
+        rested: Set when nobody here uses its channels any more.
     """
 
     def __init__(self, pid: int, held: int, orders: Channel, calls: Channel) -> None:
@@ -44,6 +46,8 @@ class WorkerProcess:
         self.orders = orders
         self.calls = calls
         self.ended = trio.Event()
+        self.rested = trio.Event()
+        self.resting = False
         self._held = held
         self._answer: Report | None = None
         self._answered = trio.Event()
@@ -58,6 +62,23 @@ class WorkerProcess:
                 return True
             except OSError:
                 return False
+
+    @classmethod
+    def resume(cls, saved: SavedWorker) -> WorkerProcess:
+        """That of an earlier manager. Raises ChannelError, OSError."""
+        orders, calls = map(Channel.resume, (saved.orders, saved.calls))
+        return cls(saved.pid, saved.held, orders, calls)
+
+    def rest(self) -> None:
+        """What it asks for from now on is for the next manager."""
+        self.resting = True
+        self.orders.rest()
+        self.calls.rest()
+
+    def suspend(self) -> SavedWorker:
+        """It as plain values, and not this manager's any more; once it has `rested`."""
+        held, self._held = self._held, -1
+        return SavedWorker(self.pid, held, self.orders.suspend(), self.calls.suspend())
 
     async def ask(self, order: Order) -> Report | None:
         """DONE, BUSY or FAILED, as it answers; None when it has ended, or put its TPM to sleep."""
@@ -75,6 +96,8 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """It is no more, whatever it wants; who attends to it finds its end."""
+        if self._held < 0:
+            return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._held, signal.SIGKILL)
 
@@ -88,6 +111,18 @@ class WorkerProcess:
         self.calls.close()
         self.ended.set()
         self.answer(self._answer)
+
+
+class _Zygote(NamedTuple):
+    pid: int
+    channel: Channel
+
+    def end(self) -> None:
+        self.channel.close()
+        os.kill(
+            self.pid, signal.SIGKILL
+        )  # a child of this process: it is there until the next line
+        os.waitpid(self.pid, 0)
 
 
 class Workers:
@@ -110,16 +145,28 @@ class Workers:
         self._blank: deque[WorkerProcess] = deque()
         self._turn = trio.Lock()
         self._filling = self._closed = False
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._zygote: _Zygote | None = None
+        self._form = b""
 
     @property
     def zygote_pid(self) -> int | None:
         """Of the zygote, while there is one."""
         return self._zygote.pid if self._zygote else None
 
-    async def start(self) -> None:
-        """Has the first ones ready. Raises ChannelError, OSError."""
+    async def start(self, form: str = "", zygote: SavedZygote | None = None) -> None:
+        """Has the first ones ready, of the *zygote* of an earlier manager, if there is one.
+
+        Args:
+            form: Of what those saved who serve already, if any do.
+            zygote: It makes workers of this form.
+
+        Raises:
+            ChannelError: There are none to be had, or only of another form.
+            OSError: The same.
+        """
+        self._form = form.encode()
+        if zygote is not None:
+            self._zygote = _Zygote(zygote.pid, Channel.resume(zygote.channel))
         self._blank.append(await self._forked())
         self.refill()
 
@@ -134,6 +181,30 @@ class Workers:
                 return found
             found.end()
         return await self._forked()
+
+    async def renew(self) -> None:
+        """A zygote of what is installed now, instead of the one there is; who serves goes on.
+
+        Raises:
+            ChannelError: It does not start, or understands nothing of what is saved now; there is
+                still the one before.
+            OSError: The same.
+        """
+        new = await self._started_zygote()
+        self._forget_zygote()  # who waits for it in vain gives up his turn
+        async with self._turn:
+            self._forget_zygote()
+            self._zygote = new
+        while self._blank:
+            self._blank.popleft().end()
+
+    async def leave(self) -> tuple[str, SavedZygote | None]:
+        """What the next manager begins with: the form of what is saved, and the zygote."""
+        self._most, self._closed = 0, True
+        async with self._turn:
+            zygote, self._zygote = self._zygote, None
+        saved = zygote and SavedZygote(zygote.pid, zygote.channel.suspend())
+        return self._form.decode(), saved
 
     def close(self) -> None:
         """Ends those that are blank, and the zygote."""
@@ -167,20 +238,23 @@ class Workers:
     async def _forked(self) -> WorkerProcess:
         async with self._turn:
             for _ in range(_TRIES):
-                channel = None if self._closed else self._channel or await self._start_zygote()
-                if channel is not None and (found := await _fork(channel)) is not None:
+                if self._zygote is None and not self._closed:
+                    self._zygote = await self._started_zygote()
+                zygote = None if self._closed else self._zygote
+                if zygote is not None and (found := await _fork(zygote.channel)) is not None:
                     return found
                 if self._closed:
                     raise ChannelError("all workers are closed")
-                log.warning("The process that workers are forked from has ended")
-                self._forget_zygote()
+                if self._zygote is zygote:
+                    log.warning("The process that workers are forked from has ended")
+                    self._forget_zygote()
         raise ChannelError("no worker can be started")
 
-    async def _start_zygote(self) -> Channel:
+    async def _started_zygote(self) -> _Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             words = [*program_words(_ZYGOTE), str(theirs.fileno()), str(self._level)]
-            self._zygote = start_program(
+            process = start_program(
                 words,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -189,22 +263,30 @@ class Workers:
                 env=program_environment(),
                 start_new_session=True,
             )
-        self._channel = channel = Channel(ours)
-        ready: Message | None = None
-        with contextlib.suppress(OSError):
-            ready = await channel.receive()
-        if ready is None or ready.kind is not Report.READY:
-            self._forget_zygote()
+        process.returncode = 0  # from here on it is known by its number, to a next manager too
+        zygote = _Zygote(process.pid, Channel(ours))
+        try:
+            with contextlib.suppress(OSError):
+                ready = await zygote.channel.receive()
+                if ready is not None and ready.kind is Report.READY:
+                    self._need_form(ready.body)
+                    return zygote
             raise ChannelError("the process that workers are forked from does not start")
-        return channel
+        except BaseException:
+            zygote.end()
+            raise
+
+    def _need_form(self, form: bytes) -> None:
+        if self._form not in {b"", form}:
+            raise ChannelError(
+                "what is installed now cannot go on with what TPMs have saved: stop the manager "
+                "and start it again"
+            )
+        self._form = form
 
     def _forget_zygote(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
         if self._zygote is not None:
-            self._zygote.kill()
-            self._zygote.wait()
+            self._zygote.end()
             self._zygote = None
 
 

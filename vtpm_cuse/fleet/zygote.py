@@ -56,6 +56,7 @@ def main() -> None:
     import_all()
     from vtpm_cuse.fleet import worker  # with all that it takes
     from vtpm_cuse.fleet.channel import BlockingChannel
+    from vtpm_cuse.fleet.saved import FORM
 
     try:
         rules = seccomp.make_filter("kill", sockets=True, hands_over=True)
@@ -72,7 +73,7 @@ def main() -> None:
     gc.freeze()
     channel = BlockingChannel(end)
     with contextlib.suppress(OSError, ChannelError):  # of a manager that is no more
-        channel.send(Message(Report.READY))
+        channel.send(Message(Report.READY, FORM.encode()))
         while (message := channel.receive()) is not None:
             _fork(message, channel, begin)
 

@@ -221,6 +221,7 @@ class SocketServer:
                     if stranger is not None:
                         await trio.lowlevel.checkpoint()
                         continue
+                await trio.lowlevel.checkpoint_if_cancelled()  # suspended: it listens no more
                 # A client that has gone again, or the kernel's memory: neither lasts.
                 log.warning("Could not accept a connection: %s", exc.strerror)
                 await trio.sleep(_ACCEPT_AGAIN_SECONDS)

@@ -197,6 +197,16 @@ class DirectoryStore:
             raise
         self._lock_fd = fd
 
+    def leave(self) -> int | None:
+        """The descriptor that has the lock, if there is one: another process is to take it over."""
+        fd, self._lock_fd = self._lock_fd, -1
+        return fd if fd >= 0 else None
+
+    def take_over(self, lock: int | None) -> None:
+        """Has the lock by a descriptor that a process has left."""
+        if lock is not None:
+            self._lock_fd = lock
+
     def unlock(self) -> None:
         """Releases the lock; the file stays."""
         if self._lock_fd >= 0:

@@ -10,6 +10,7 @@ from vtpm_cuse.storage.base import OWNER_MODE
 
 if TYPE_CHECKING:
     from vtpm_cuse.storage.base import StateStore
+    from vtpm_cuse.storage.directory import DirectoryStore
 
 
 def open_store(
@@ -52,3 +53,10 @@ def open_store(
         f"Unsupported backend '{uri}'",
         hint="use dir:///path/of/a/directory, file:///path/of/a/file or mem:// as backend URI",
     )
+
+
+def open_directory(path: str) -> DirectoryStore:
+    """A TPM 2.0 in a folder that is its owner's alone; nothing is created or read yet."""
+    from vtpm_cuse.storage.directory import DirectoryStore
+
+    return DirectoryStore(path, tpm2=True, mode=OWNER_MODE)

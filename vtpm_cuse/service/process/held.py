@@ -18,10 +18,21 @@ def ending_signals_heard() -> list[signal.Signals]:
 
 
 class HeldSignals:
-    """They wait from now on, in this thread and all that it starts, until `release`."""
+    """They wait from now on, in this thread and all that it starts, until `release`.
 
-    def __init__(self) -> None:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, ending_signals_heard())
+    Args:
+        already: The program waited with them whose place this one has taken (execve keeps that).
+    """
+
+    def __init__(self, *, already: bool = False) -> None:
+        self._before: set[int] = set()
+        self.hold()
+        if already:
+            self._before -= set(ending_signals_heard())
+
+    def hold(self) -> None:
+        """They wait again."""
+        self._before = set(signal.pthread_sigmask(signal.SIG_BLOCK, ending_signals_heard()))
 
     def release(self) -> None:
         """Those that came meanwhile come now; again is harmless."""

@@ -45,6 +45,17 @@ class ServiceManager:
         """The service is about to end."""
         self._tell("STOPPING=1")
 
+    def hand_on(self) -> list[int]:
+        """The descriptors that `connect` needs in the program that takes this one's place.
+
+        It finds them by the environment of that.
+        """
+        if self._connection is None:
+            return []
+        fd = self._connection.fileno()
+        os.environ[_VARIABLE] = f"{_DESCRIPTOR}{fd}"
+        return [fd]
+
     def _tell(self, state: str) -> None:
         if self._connection is None or os.getpid() != self._process:
             return
