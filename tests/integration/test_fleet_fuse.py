@@ -17,7 +17,7 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import ptm
-from tests.support.vtpmd import running
+from tests.support.vtpmd import begin_anew, running
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError
@@ -104,6 +104,25 @@ def test_a_tpm_is_two_files_that_outlive_sleep_and_death(tmp_path: Path) -> None
         manager.start("two")
         assert daemon.end() == 0
     assert mounts_below(tmp_path) == []
+
+
+def test_a_mount_stays_while_the_manager_begins_anew(tmp_path: Path) -> None:
+    with managing(tmp_path) as (daemon, manager):
+        path = manager.create("one", interface="fuse").device
+        manager.start("one")
+        raw = opened(path)
+        assert tpm.code_of(ask(raw, tpm.pcr_extend(10, b"1" * 32))) == 0
+        extended = ask(raw, tpm.pcr_read(10))
+        manager.hibernate("one")
+        begin_anew(daemon)
+        assert ask(raw, tpm.pcr_read(10)) == extended
+        begin_anew(daemon)  # with the TPM awake
+        assert ask(raw, tpm.pcr_read(10)) == extended
+        os.close(raw)
+        with Manager(str(daemon.path)) as anew:
+            anew.stop("one")
+        assert mounts_below(tmp_path) == []
+        assert daemon.end() == 0
 
 
 def test_what_a_killed_manager_leaves_is_cleared_up(tmp_path: Path) -> None:

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from tests.support import commands as tpm
 from tests.support.sockets import connect
-from tests.support.vtpmd import running
+from tests.support.vtpmd import begin_anew, running
 from vtpm_cuse.client.manager import Manager
-from vtpm_cuse.errors import FrontendError
-
-if TYPE_CHECKING:
-    from tests.support.vtpmd import Daemon
 
 BROKEN: Final = "import os; os.execve = lambda *_: os.stat('/none')"
-
-
-def begin_anew(daemon: Daemon) -> None:
-    """Waits until the program has left its place, or has found that it cannot."""
-    with Manager(str(daemon.path)) as manager:
-        events = manager.watch()
-        daemon.process.send_signal(signal.SIGUSR2)
-        with contextlib.suppress(FrontendError):
-            assert not list(events)
 
 
 def test_it_begins_anew_with_its_clients_connected(tmp_path: Path) -> None:

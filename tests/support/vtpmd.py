@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Self
 from tests.support.programs import module_of
 from tests.support.sockets import environment, listens
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from vtpm_cuse.client.manager import Manager
+from vtpm_cuse.errors import FrontendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,3 +70,12 @@ def running(
     with Daemon(folder, *words, before=before) as daemon:
         daemon.wait_for_it(seconds)
         yield daemon
+
+
+def begin_anew(daemon: Daemon) -> None:
+    """Waits until the program has left its place, or has found that it cannot."""
+    with Manager(str(daemon.path)) as manager:
+        events = manager.watch()
+        daemon.process.send_signal(signal.SIGUSR2)
+        with contextlib.suppress(FrontendError):
+            list(events)
