@@ -177,6 +177,17 @@ def test_a_tpm_without_a_manager_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_where_there_is_no_socket_it_says_what_makes_one(tmp_path: Path) -> None:
+    missing, other = tmp_path / "x", tmp_path / "y"
+    other.touch()
+    said = [vtpm("clients", "--unix", str(path)).stderr for path in (missing, other)]
+    assert said == [
+        "vtpm clients: Connect failed: No such file or directory; there is no socket "
+        f"'{missing}'; a vTPM makes it with --ctrl type=unixio,path={missing}\n",
+        f"vtpm clients: Connect failed: Connection refused; '{other}' is no socket\n",
+    ]
+
+
 def test_tpm2_tools_stay_connected(tmp_path: Path) -> None:
     """With netcat; their TCTI for the C suite is another client with each command."""
     needs(shutil.which("nc") is not None, "nc is missing")

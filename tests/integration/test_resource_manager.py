@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from tests.device.managed import (
     test_more_objects_than_a_tpm_holds_for_each_of_many_clients,
     test_no_client_reaches_anothers,
 )
+from tests.device.managed_view import vtpm
 from tests.kernel.harness import Server, child, servers, wait_child
 from tests.support import managed as m
 from tests.support import sockets as s
@@ -167,6 +169,19 @@ def held(tpm: Path) -> list[int]:
     with DeviceClient(tpm) as raw:
         kinds = (0x80000000, 0x02000000, 0x03000000)
         return [handle for kind in kinds for handle in m.listed(raw.command(m.list_handles(kind)))]
+
+
+def test_who_is_there_is_told_and_can_be_ended(tpm: Path, tmp_path: Path) -> None:
+    """By the program for people, while the TPM itself is used on another thread."""
+    with Managed(tpm, tmp_path / "manager") as world, world.client() as client:
+        keys = [opened(client, m.load_external(number)) for number in range(5)]
+        where = ("--unix", str(world.control_address))
+        (one,) = json.loads(vtpm("clients", "--json", *where).stdout)["clients"]
+        assert [held["handle"] for held in one["objects"]] == [f"0x{key:08x}" for key in keys]
+        assert (one["pid"], one["uid"]) == (os.getpid(), os.getuid())
+        done = vtpm("flush", "--client", str(one["client"]), *where, f"0x{keys[0]:08x}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert m.listed(client.command(m.list_handles(keys[0]))) == keys[1:]
 
 
 # -- its end --------------------------------------------------------------------------------

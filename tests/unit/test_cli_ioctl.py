@@ -268,9 +268,7 @@ def test_a_command_in_another_spelling_is_answered_by_help(tool: Tool, word: str
         (["-c", "--tcp", ":65536"], "Port '65536' outside valid range."),
         (["-c", "--tcp", ":1"], "Could not connect to host '127.0.0.1' on port '1' using TCP "
          "socket: Connection refused"),
-        (["-c", "--unix", "/no/x"], "Connect failed: No such file or directory; there is no socket "
-         "'/no/x'; a vTPM makes it with --ctrl type=unixio,path=/no/x"),
-        (["-c", "--unix", "/"], "Connect failed: Connection refused; '/' is no socket"),
+        (["-c", "--unix", "/no/x"], "Connect failed: No such file or directory"),
         (["-c", "--unix", "x" * 108], "Socket path is too long."),
         (["-c", "/no/x"], "Unable to open device '/no/x'. No such file or directory"),
         (["-c", "--tpm-device", "/no/x", "--unix", "/no/y"], "Unable to open device '/no/x'. No "

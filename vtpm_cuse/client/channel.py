@@ -7,7 +7,6 @@ import os
 import struct
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.client.base import Control, check_size
@@ -91,18 +90,7 @@ def _connect_unix(path: str) -> socket.socket:
     except BlockingIOError:
         raise FrontendError("Could not connect using UnixIO socket.", "it is busy") from None
     except OSError as exc:
-        # The C suite's sentence, then what to make of it.
-        raise FrontendError(f"Connect failed: {exc.strerror}", _cure(path, exc)) from exc
-
-
-def _cure(path: str, failure: OSError) -> str:
-    if failure.errno == errno.ENOENT:
-        return f"there is no socket '{path}'; a vTPM makes it with --ctrl type=unixio,path={path}"
-    if failure.errno != errno.ECONNREFUSED:
-        return ""
-    if Path(path).is_socket():
-        return f"nobody serves '{path}' any more"
-    return f"'{path}' is no socket"
+        raise FrontendError(f"Connect failed: {exc.strerror}") from exc
 
 
 def _connect_tcp(host: str, port: int) -> socket.socket:

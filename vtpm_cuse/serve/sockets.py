@@ -25,7 +25,7 @@ from vtpm_cuse.serve.connections import (
     readable,
 )
 from vtpm_cuse.vtpm import control
-from vtpm_cuse.vtpm.ptm import ANSWERED_WHILE_BUSY, PtmService
+from vtpm_cuse.vtpm.ptm import ABOUT_CLIENTS, ANSWERED_WHILE_BUSY, PtmService
 from vtpm_cuse.wire.layout import BIG
 from vtpm_cuse.wire.ptm import PtmCommand, PtmResult, PtmResultResponse
 
@@ -431,7 +431,8 @@ class SocketServer:
         log.debug("Ctrl Cmd: 0x%x, length %d", request.number, len(request.body))
         if request.command is PtmCommand.PTM_SET_DATAFD:
             return PtmResultResponse(self._set_data_fd(fds)).pack(BIG)
-        if self._vtpm.may_wait_for_lock(request.command):
+        with_manager = self._vtpm.borrowed and request.command in ABOUT_CLIENTS
+        if with_manager or self._vtpm.may_wait_for_lock(request.command):
             async with self._turn:
                 return await self._worker.run(lambda: self._answer(request), self._vtpm.abort)
         if request.command is PtmCommand.PTM_CANCEL_TPM_CMD:

@@ -70,6 +70,9 @@ _NEED_STATE: Final = frozenset(
 )
 """Requests that take the state, which after PTM_SHUTDOWN may be another process'."""
 
+ABOUT_CLIENTS: Final = frozenset({PtmCommand.PTM_GET_CLIENTS, PtmCommand.PTM_FLUSH_CLIENT})
+"""Requests to the resource manager, which belongs to who uses the TPM."""
+
 _FOR_BORROWED: Final = frozenset(
     {
         PtmCommand.PTM_GET_CAPABILITY,
@@ -77,6 +80,7 @@ _FOR_BORROWED: Final = frozenset(
         PtmCommand.PTM_SET_LOCALITY,
         PtmCommand.PTM_CANCEL_TPM_CMD,
         PtmCommand.PTM_GET_CONFIG,
+        *ABOUT_CLIENTS,
     }
 )
 """Requests that a TPM which is not ours can fulfil; all others are about power, state, platform."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli import controls
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from vtpm_cuse.cli.words.commandline import CommandLine
+    from vtpm_cuse.client.base import Control
     from vtpm_cuse.client.clients import ClientInfo, ClientsInfo, Held
 
     Answer = TypeVar("Answer")
@@ -78,7 +81,7 @@ def _run(line: CommandLine) -> int:
         raise UsageError("Name one TPM: its device, or its control channel by --unix or --tcp")
     from vtpm_cuse.client.clients import read_clients
 
-    with controls.connect(line) as tpm:
+    with reach(line) as tpm:
         text = ask(tpm.clients)
     found = read_clients(text)
     if line.has("json"):
@@ -88,6 +91,27 @@ def _run(line: CommandLine) -> int:
     if line.has("handles"):
         print("", *_handles(found), sep="\n")
     return 0
+
+
+def reach(line: CommandLine) -> Control:
+    """As `controls.connect`, and behind the C suite's sentence what to make of it."""
+    try:
+        return controls.connect(line)
+    except FrontendError as exc:
+        path = line.value("unix")
+        if path is None or exc.hint or not isinstance(exc.__cause__, OSError):
+            raise
+        raise FrontendError(exc.reason, _cure(path, exc.__cause__.errno)) from exc
+
+
+def _cure(path: str, error: int | None) -> str:
+    if error == errno.ENOENT:
+        return f"there is no socket '{path}'; a vTPM makes it with --ctrl type=unixio,path={path}"
+    if error != errno.ECONNREFUSED:
+        return ""
+    return (
+        f"nobody serves '{path}' any more" if Path(path).is_socket() else f"'{path}' is no socket"
+    )
 
 
 def ask(request: Callable[[], Answer]) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli import controls
-from vtpm_cuse.cli.vtpm.vtpm_clients import ask
+from vtpm_cuse.cli.vtpm.vtpm_clients import ask, reach
 from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
@@ -68,7 +68,7 @@ def _run(line: CommandLine) -> int:
     handle = _number(handles[0], "handle") if handles else _ALL
     from vtpm_cuse.client.clients import read_clients
 
-    with controls.connect(line) as tpm:
+    with reach(line) as tpm:
         found = read_clients(ask(tpm.clients))
         owner = _owner(found, handle, number)
         ask(lambda: tpm.flush_client(owner, handle))
