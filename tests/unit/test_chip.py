@@ -21,7 +21,7 @@ from vtpm_cuse.config import ChipConfig
 from vtpm_cuse.engine.chip import Chip
 from vtpm_cuse.errors import DeviceGone, EngineError, FrontendError, UsageError
 from vtpm_cuse.vtpm.borrowed import Borrowed
-from vtpm_cuse.vtpm.ptm import PtmService
+from vtpm_cuse.vtpm.ptm import ABOUT_CLIENTS, PtmService
 from vtpm_cuse.vtpm.vtpm import Vtpm, VtpmOptions
 from vtpm_cuse.wire.ptm import (
     PtmCommand,
@@ -172,7 +172,8 @@ def test_nobody_takes_its_power_its_locality_or_its_state() -> None:
         ptm = PtmService(vtpm)
         fine = {"GET_CAPABILITY", "SHUTDOWN", "SET_LOCALITY", "CANCEL_TPM_CMD", "GET_CONFIG"}
         for command in PtmCommand:
-            if command.name.removeprefix("PTM_") not in fine:
+            # What is asked of the manager is about its own clients.
+            if command.name.removeprefix("PTM_") not in fine and command not in ABOUT_CLIENTS:
                 answer = ptm.handle(command, PtmInitRequest(0))
                 assert answer == PtmResultResponse(PtmResult.TPM_BAD_ORDINAL), command
         locality = PtmCommand.PTM_SET_LOCALITY
