@@ -94,7 +94,7 @@ def _run(line: CommandLine) -> int:
 
 
 def reach(line: CommandLine) -> Control:
-    """As `controls.connect`, and behind the C suite's sentence what to make of it."""
+    """As `cli.controls.connect`, and behind the C suite's sentence what to make of it."""
     try:
         return controls.connect(line)
     except FrontendError as exc:
