@@ -145,7 +145,7 @@ def introduce(device: str, config: VtpmConfig) -> None:
     if config.chip is not None:
         log.info("%s is a resource manager of the TPM at %s.", device, config.chip.path)
         return
-    where = config.state.location.path if config.state else "nowhere"
+    where = config.state.location.path or "memory" if config.state else "nowhere"
     version = "2.0" if config.tpm2 else "1.2"
     log.info("%s is a TPM %s, whose state is in %s.", device, version, where)
 
