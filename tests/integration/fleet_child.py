@@ -12,7 +12,7 @@ import sys
 import trio
 
 from vtpm_cuse.fleet.base import Spec
-from vtpm_cuse.fleet.manager import Settings, managed
+from vtpm_cuse.fleet.manager.manager import Settings, managed
 
 
 async def main(folder: str, idle: float) -> None:

@@ -79,24 +79,25 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire.keeper", "ca", "client", "config", "engine.base", "files", "programs"}
     | {"service.compose", "service.confine", "service.process"}
     | {"storage", "storage.base", "storage.locations", "wire"},
-    "fleet": ERRORS
-    | {
-        "acquire",
-        "acquire.keeper",
-        "client",
-        "config",
-        "files",
-        "fleet.api",
-        "fleet.base",
-        "programs",
-        "proto",
-    }
-    | {"manufacture", "resmgr", "serve", "service.compose", "service.keys"}
-    | {"service.confine", "service.process", "storage", "storage.base", "storage.sealed"}
-    | {"vtpm", "wire"},
+    # many of them
+    "fleet": frozenset({"errors", "wire", "fleet.base"}),
     "fleet.base": frozenset({"config"}),
-    "fleet.api": ERRORS | {"acquire", "config", "fleet.archives", "fleet.base", "wire"},
-    "fleet.archives": frozenset({"errors", "fleet.base", "wire"}),
+    "fleet.states": frozenset({"config", "errors", "files", "fleet", "fleet.base", "wire"})
+    | {"service.keys", "storage", "storage.base", "storage.sealed"},
+    "fleet.states.archives": frozenset({"errors", "fleet.base", "wire"}),
+    "fleet.manager": ERRORS
+    | {"acquire", "client", "config", "files", "programs", "storage", "storage.base", "wire"}
+    | {"fleet", "fleet.base", "fleet.manager.api", "fleet.opener", "fleet.states"}
+    | {"manufacture", "service.confine", "service.process"},
+    "fleet.manager.api": ERRORS
+    | {"acquire", "config", "fleet.base", "fleet.states.archives", "wire"},
+    "fleet.opener": ERRORS
+    | {"acquire", "acquire.keeper", "fleet", "fleet.base", "service.confine"},
+    "fleet.worker": ERRORS
+    | {"acquire", "config", "fleet", "proto", "resmgr", "serve", "storage.base", "vtpm", "wire"}
+    | {"service.compose", "service.confine"},
+    "fleet.zygote": frozenset({"config", "errors", "fleet", "fleet.worker"})
+    | {"service.confine", "service.process"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
@@ -116,7 +117,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire", "config", "engine.base", "files", "service.chardev", "service.compose"}
     | {"service.confine", "service.cuse", "service.fuse", "service.process", "service.socket"}
     | {"storage", "storage.locations", "vtpm.attributes"},
-    "cli.vtpmd": WORDS | {"cli.emulator", "fleet", "service.confine", "service.process"},
+    "cli.vtpmd": WORDS
+    | {"cli.emulator", "fleet", "fleet.manager", "service.confine", "service.process"},
     "vtpm.attributes": ERRORS | {"wire", "vtpm"},
 }
 

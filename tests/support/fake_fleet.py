@@ -13,8 +13,8 @@ import trio
 
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError
-from vtpm_cuse.fleet import api
 from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
+from vtpm_cuse.fleet.manager import api
 from vtpm_cuse.wire import varlink
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from tests.support.sockets import u32
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.fleet.channel import Channel, close_all
-from vtpm_cuse.fleet.manager import Manager, Settings, managed
+from vtpm_cuse.fleet.manager.manager import Manager, Settings, managed
+from vtpm_cuse.fleet.manager.workers import WorkerProcess
 from vtpm_cuse.fleet.messages import Answer, Message
-from vtpm_cuse.fleet.workers import WorkerProcess
 from vtpm_cuse.storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Interface, SocketKind, State, Tpm
+    from vtpm_cuse.fleet.manager.pool import Pool
     from vtpm_cuse.fleet.opener import MakesDevices
-    from vtpm_cuse.fleet.pool import Pool
 
 LAZY: Final = 3600.0
 """Seconds: no TPM sleeps but when it is told to."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vtpm_cuse.fleet.base import Interface
-    from vtpm_cuse.fleet.manager import Manager
+    from vtpm_cuse.fleet.manager.manager import Manager
     from vtpm_cuse.fleet.opener import Wanted
 
 MAJOR: Final = 245

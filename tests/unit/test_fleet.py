@@ -32,8 +32,8 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Bundle, Spec
+from vtpm_cuse.fleet.manager.quota import Limits
 from vtpm_cuse.fleet.messages import Order
-from vtpm_cuse.fleet.quota import Limits
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, is_payload, split_header_untrusted
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Tpm
-    from vtpm_cuse.fleet.manager import Manager
+    from vtpm_cuse.fleet.manager.manager import Manager
 
 DATA = b"acknowledged"
 

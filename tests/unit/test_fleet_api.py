@@ -15,8 +15,8 @@ import varlink as varlink_client
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, Raw, served, with_manager, with_raw
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FleetError, FrontendError, StorageError
-from vtpm_cuse.fleet import api
 from vtpm_cuse.fleet.base import Event, Spec
+from vtpm_cuse.fleet.manager import api
 from vtpm_cuse.wire import varlink
 from vtpm_cuse.wire.manager import Key
 

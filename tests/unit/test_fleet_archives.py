@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, with_manager
 from vtpm_cuse.errors import FleetError
-from vtpm_cuse.fleet import api
-from vtpm_cuse.fleet.archives import STATE_MAX
+from vtpm_cuse.fleet.manager import api
+from vtpm_cuse.fleet.states.archives import STATE_MAX
 from vtpm_cuse.wire.manager import Archive, Key
 
 if TYPE_CHECKING:

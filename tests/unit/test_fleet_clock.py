@@ -11,8 +11,8 @@ from tests.support import commands as tpm
 from tests.support.processes import in_child
 from tests.support.suspension import Host, prepared
 from vtpm_cuse.errors import TpmUnavailable
-from vtpm_cuse.fleet import clock
-from vtpm_cuse.fleet.clock import Moment
+from vtpm_cuse.fleet.worker import clock
+from vtpm_cuse.fleet.worker.clock import Moment
 from vtpm_cuse.wire.volatile import with_time
 
 HOUR: Final = 3_600_000

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.channel import Client
-    from vtpm_cuse.fleet.manager import Manager
+    from vtpm_cuse.fleet.manager.manager import Manager
 
 RAW, MANY = "vtpmd-one", "vtpmdrm-one"
 

@@ -17,12 +17,13 @@ from tests.support.fleet import LAZY, UID, Client, Puppet, in_trio, started, unt
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, StateLocked
-from vtpm_cuse.fleet import heritage, machine
+from vtpm_cuse.fleet import heritage
 from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.fleet.heritage import Heritage, SavedManager
-from vtpm_cuse.fleet.manager import Manager, Settings, managed
+from vtpm_cuse.fleet.manager import machine
+from vtpm_cuse.fleet.manager.manager import Manager, Settings, managed
 from vtpm_cuse.fleet.messages import Answer, Call, Message, Report
-from vtpm_cuse.fleet.vault import Vault
+from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
 
 if TYPE_CHECKING:

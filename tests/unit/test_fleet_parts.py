@@ -25,11 +25,10 @@ from vtpm_cuse.errors import (
     StateMissing,
     StorageError,
 )
-from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_name
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel
-from vtpm_cuse.fleet.clock import Moment
-from vtpm_cuse.fleet.entrances import DeviceEntrance, SocketEntrance
-from vtpm_cuse.fleet.machine import Machine, Surroundings
+from vtpm_cuse.fleet.manager.entrances import DeviceEntrance, SocketEntrance
+from vtpm_cuse.fleet.manager.machine import Machine, Surroundings
+from vtpm_cuse.fleet.manager.sleepers import Sleepers
 from vtpm_cuse.fleet.messages import (
     BODY_MAX,
     Answer,
@@ -41,11 +40,12 @@ from vtpm_cuse.fleet.messages import (
     Order,
     Report,
 )
-from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
-from vtpm_cuse.fleet.sleepers import Sleepers
-from vtpm_cuse.fleet.store import MessageStore
+from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry, check_name
+from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
-from vtpm_cuse.fleet.vault import Vault
+from vtpm_cuse.fleet.worker.clock import Moment
+from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
+from vtpm_cuse.fleet.worker.store import MessageStore
 from vtpm_cuse.proto.control import SavedControlStream
 from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from vtpm_cuse.fleet.workers import Workers
+    from vtpm_cuse.fleet.manager.workers import Workers
 
 PERMALL: Final = b"\0\0\xab\x36\x47\x23" + bytes(100)
 BLOB: Final = with_header(BlobFlag(0), tlv(BlobTag.DATA, PERMALL))

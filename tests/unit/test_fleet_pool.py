@@ -10,10 +10,10 @@ import trio.testing
 
 from tests.support.fleet import filled, in_trio
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.fleet import pool as pool_module
-from vtpm_cuse.fleet.catalogue import Catalogue
-from vtpm_cuse.fleet.making import Made
-from vtpm_cuse.fleet.pool import POOL, Pool
+from vtpm_cuse.fleet.manager import pool as pool_module
+from vtpm_cuse.fleet.manager.making import Made
+from vtpm_cuse.fleet.manager.pool import POOL, Pool
+from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

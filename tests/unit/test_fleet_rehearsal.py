@@ -13,9 +13,9 @@ import trio
 
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
 from vtpm_cuse.errors import ChannelError
-from vtpm_cuse.fleet import rehearsal, worker
 from vtpm_cuse.fleet.messages import Message, Report
-from vtpm_cuse.fleet.saved import unpacked
+from vtpm_cuse.fleet.worker import rehearsal, worker
+from vtpm_cuse.fleet.worker.saved import unpacked
 from vtpm_cuse.serve.sockets import SocketServer
 
 if TYPE_CHECKING:

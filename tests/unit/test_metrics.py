@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families as read_olde
 from tests.support.fake_fleet import OTHER_USER, FakeFleet
 from tests.support.fleet import in_trio
 from tests.support.waiting import PATIENCE_SECONDS
-from vtpm_cuse.fleet import exporter
-from vtpm_cuse.fleet.api import as_told
+from vtpm_cuse.fleet.manager import exporter
+from vtpm_cuse.fleet.manager.api import as_told
 from vtpm_cuse.wire.metrics import Histogram, text
 
 if TYPE_CHECKING:

@@ -135,9 +135,9 @@ def _serve(line: CommandLine) -> int:
     held = HeldSignals(already=heritage.is_there())
     try:
         import_trio()
-        from vtpm_cuse.fleet import daemon
-        from vtpm_cuse.fleet.manager import Settings
-        from vtpm_cuse.fleet.quota import Limits
+        from vtpm_cuse.fleet.manager import daemon
+        from vtpm_cuse.fleet.manager.manager import Settings
+        from vtpm_cuse.fleet.manager.quota import Limits
 
         found = Settings(
             line.value("state") or _state_folder(line),

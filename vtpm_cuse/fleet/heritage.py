@@ -57,7 +57,7 @@ class SavedMachine(NamedTuple):
 
     ``entrance`` is where its clients come in, ``mount`` the number of a FUSE mount for the opener;
     ``saved`` is what it sleeps with, which nobody has been given; ``worker`` has it while it is
-    awake, and all of its connections. The rest is as in `fleet.machine` and `fleet.base.Tpm`.
+    awake, and all of its connections. The rest is as in `fleet.manager.machine` and `fleet.base.Tpm`.
     """
 
     id: str

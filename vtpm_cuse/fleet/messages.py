@@ -4,12 +4,14 @@ A message is a header and a body; descriptors come with the header's bytes. Who 
 of a worker's channel may have been taken over: what it says is bounded here.
 """
 
+import json
 import os
 from collections import deque
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-from vtpm_cuse.errors import ChannelError
+from vtpm_cuse import errors
+from vtpm_cuse.errors import ChannelError, StorageError
 from vtpm_cuse.wire.layout import HOST, U8, U16, U32, U64, WireStruct, wire
 
 BODY_MAX: Final = 4 << 20
@@ -95,6 +97,26 @@ class Message(NamedTuple):
         return MessageHeader(self.kind, self.flags, count, length, self.number).pack(HOST) + (
             self.body
         )
+
+
+_FAILURES: Final[dict[str, type[StorageError]]] = {
+    kind.__name__: kind
+    for kind in (
+        *(errors.StorageError, errors.StateMissing, errors.StateLocked, errors.StateNoRoom),
+        *(errors.StateDamaged, errors.StateKeyRejected),
+    )
+}
+
+
+def described(exc: StorageError) -> bytes:
+    """A failure as it goes over the channel."""
+    return json.dumps([type(exc).__name__, *exc.args]).encode()
+
+
+def failure(body: bytes) -> StorageError:
+    """What `described` has told of."""
+    kind, *arguments = json.loads(body)
+    return _FAILURES[kind](*arguments)
 
 
 class Inbox:

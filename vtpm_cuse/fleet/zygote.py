@@ -54,9 +54,9 @@ def main() -> None:
     end = socket.socket(fileno=int(sys.argv[1]))
     end.set_inheritable(False)
     import_all()
-    from vtpm_cuse.fleet import worker  # with all that it takes
     from vtpm_cuse.fleet.channel import BlockingChannel
-    from vtpm_cuse.fleet.saved import FORM
+    from vtpm_cuse.fleet.worker import worker  # with all that it takes
+    from vtpm_cuse.fleet.worker.saved import FORM
 
     try:
         rules = seccomp.make_filter("kill", sockets=True, hands_over=True)

@@ -23,8 +23,8 @@ from vtpm_cuse.acquire.peers import NO_UID, Credentials
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
-from vtpm_cuse.fleet.archives import packed, unpacked_untrusted
 from vtpm_cuse.fleet.base import Interface, Spec
+from vtpm_cuse.fleet.states.archives import packed, unpacked_untrusted
 from vtpm_cuse.wire import manager, varlink
 from vtpm_cuse.wire.manager import MANAGER
 from vtpm_cuse.wire.varlink import SERVICE, BadParameter, Messages, Reply, from_json, to_json

@@ -12,18 +12,18 @@ import trio
 
 from vtpm_cuse.client.child import program_environment, program_words
 from vtpm_cuse.errors import UsageError, shown
-from vtpm_cuse.fleet.machine import keep, said_by
+from vtpm_cuse.fleet.manager.machine import keep, said_by
+from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.fleet.messages import Message, Order, Report
+from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import MAKE, Task
-from vtpm_cuse.fleet.threads import in_thread
-from vtpm_cuse.fleet.vault import Vault
 from vtpm_cuse.storage.base import PERMANENT
 from vtpm_cuse.storage.keys import Key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vtpm_cuse.fleet.workers import Workers
+    from vtpm_cuse.fleet.manager.workers import Workers
 
 _SETUP: Final = "vtpm_cuse.cli.setup.swtpm_setup"
 _CIPHER: Final = "aes-256-cbc"

@@ -1,4 +1,4 @@
-"""The manager: all TPMs of one catalogue, each under its name (implements `base.Fleet`)."""
+"""The manager: all TPMs of one catalogue, each under its name (implements `fleet.base.Fleet`)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import trio
 from vtpm_cuse.errors import FleetError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
-from vtpm_cuse.fleet.catalogue import Catalogue, Entry, check_labels, check_name
 from vtpm_cuse.fleet.heritage import Heritage, SavedManager
-from vtpm_cuse.fleet.history import History
-from vtpm_cuse.fleet.machine import Machine, Surroundings, translated
-from vtpm_cuse.fleet.making import Made, make
-from vtpm_cuse.fleet.pool import Pool
-from vtpm_cuse.fleet.quota import Limits, Quota
-from vtpm_cuse.fleet.sleepers import Sleepers
-from vtpm_cuse.fleet.threads import in_thread
-from vtpm_cuse.fleet.vault import Vault
-from vtpm_cuse.fleet.workers import SPARE, Workers
+from vtpm_cuse.fleet.manager.history import History
+from vtpm_cuse.fleet.manager.machine import Machine, Surroundings, translated
+from vtpm_cuse.fleet.manager.making import Made, make
+from vtpm_cuse.fleet.manager.pool import Pool
+from vtpm_cuse.fleet.manager.quota import Limits, Quota
+from vtpm_cuse.fleet.manager.sleepers import Sleepers
+from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.manager.workers import SPARE, Workers
+from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry, check_labels, check_name
+from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.storage.base import PERMANENT
 from vtpm_cuse.wire.metrics import Histogram
 
@@ -115,7 +115,7 @@ async def managed(
 
 
 class Manager:
-    """See `base.Fleet`."""
+    """See `fleet.base.Fleet`."""
 
     def __init__(
         self,

@@ -6,13 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import FleetError
-from vtpm_cuse.fleet.threads import in_thread
+from vtpm_cuse.fleet.manager.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vtpm_cuse.fleet.catalogue import Catalogue
-    from vtpm_cuse.fleet.machine import Machine
+    from vtpm_cuse.fleet.manager.machine import Machine
+    from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 OWNER_MAX: Final = 1024
 OWNER_BYTES: Final = 1 << 30

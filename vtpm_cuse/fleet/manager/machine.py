@@ -28,7 +28,8 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.fleet.base import State, Tpm
 from vtpm_cuse.fleet.channel import close_all
-from vtpm_cuse.fleet.entrances import (
+from vtpm_cuse.fleet.heritage import SavedMachine
+from vtpm_cuse.fleet.manager.entrances import (
     DeviceEntrance,
     SocketEntrance,
     make_devices,
@@ -36,23 +37,22 @@ from vtpm_cuse.fleet.entrances import (
     mounted,
     places,
 )
-from vtpm_cuse.fleet.heritage import SavedMachine
+from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.manager.workers import WorkerProcess
 from vtpm_cuse.fleet.messages import Call, Message, Order, Report
 from vtpm_cuse.fleet.opener import Mounted
+from vtpm_cuse.fleet.states.vault import QUICK, Vault
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
-from vtpm_cuse.fleet.threads import in_thread
-from vtpm_cuse.fleet.vault import QUICK, Vault
-from vtpm_cuse.fleet.workers import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from vtpm_cuse.fleet.base import Interface
-    from vtpm_cuse.fleet.catalogue import Catalogue, Entry
-    from vtpm_cuse.fleet.entrances import Entrance
+    from vtpm_cuse.fleet.manager.entrances import Entrance
+    from vtpm_cuse.fleet.manager.sleepers import Sleepers
+    from vtpm_cuse.fleet.manager.workers import Workers
     from vtpm_cuse.fleet.opener import MakesDevices
-    from vtpm_cuse.fleet.sleepers import Sleepers
-    from vtpm_cuse.fleet.workers import Workers
+    from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry
     from vtpm_cuse.wire.metrics import Histogram
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Machine:
     Attributes:
         name: It may be changed while the TPM is stopped.
         entry: What is kept of it on the disk.
-        state: See `base.State`.
+        state: See `fleet.base.State`.
         turn: One change at a time.
     """
 

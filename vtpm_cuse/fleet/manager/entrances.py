@@ -36,7 +36,7 @@ _FOLDER_MODE: Final = 0o711
 
 
 class Places(NamedTuple):
-    """The paths at which clients find a TPM; see `base.Tpm`."""
+    """The paths at which clients find a TPM; see `fleet.base.Tpm`."""
 
     sockets: Mapping[SocketKind, str]
     device: str | None = None

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet import heritage, plain
-from vtpm_cuse.fleet.clock import Moment
 from vtpm_cuse.fleet.messages import Answer, Call, MessageHeader, Order, Report
 from vtpm_cuse.fleet.tasks import Task
+from vtpm_cuse.fleet.worker.clock import Moment
 from vtpm_cuse.proto.control import SavedControlStream
 from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
@@ -36,7 +36,7 @@ from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vtpm_cuse.fleet.serving import SavedServer
+    from vtpm_cuse.fleet.worker.serving import SavedServer
 
 LISTENERS: Final = 3
 """Data, control, managed."""

@@ -17,8 +17,9 @@ from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.sockets import listen
 from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
-from vtpm_cuse.fleet import api, exporter, heritage
-from vtpm_cuse.fleet.manager import managed
+from vtpm_cuse.fleet import heritage
+from vtpm_cuse.fleet.manager import api, exporter
+from vtpm_cuse.fleet.manager.manager import managed
 from vtpm_cuse.fleet.opener import Opener
 from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process.signals import ending_signals, renewing_signal
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.heritage import Heritage
-    from vtpm_cuse.fleet.manager import Manager, Settings
+    from vtpm_cuse.fleet.manager.manager import Manager, Settings
     from vtpm_cuse.service.process.held import HeldSignals
     from vtpm_cuse.service.process.notify import ServiceManager
 

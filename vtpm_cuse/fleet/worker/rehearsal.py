@@ -21,8 +21,8 @@ import trio
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.saved import LISTENERS
 from vtpm_cuse.fleet.tasks import OFF, RESUME, Task
+from vtpm_cuse.fleet.worker.saved import LISTENERS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -17,13 +17,13 @@ import trio
 from vtpm_cuse import faults
 from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
 from vtpm_cuse.errors import ChannelError, EngineError, TpmUnavailable, VtpmError
-from vtpm_cuse.fleet import clock, rehearsal
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.saved import SavedTpm, packed, unpacked
-from vtpm_cuse.fleet.serving import clients_of, flags_of
-from vtpm_cuse.fleet.store import MessageStore
 from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, Task
+from vtpm_cuse.fleet.worker import clock, rehearsal
+from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
+from vtpm_cuse.fleet.worker.serving import clients_of, flags_of
+from vtpm_cuse.fleet.worker.store import MessageStore
 from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.service.compose import make_vtpm_on, power_on
 from vtpm_cuse.service.confine import landlock, sandbox
@@ -34,8 +34,8 @@ from vtpm_cuse.wire.volatile import with_time
 if TYPE_CHECKING:
     import socket
 
-    from vtpm_cuse.fleet.rehearsal import Practice
-    from vtpm_cuse.fleet.serving import Clients, SavedServer, Server
+    from vtpm_cuse.fleet.worker.rehearsal import Practice
+    from vtpm_cuse.fleet.worker.serving import Clients, SavedServer, Server
     from vtpm_cuse.service.confine.seccomp import Filter
     from vtpm_cuse.vtpm.vtpm import Vtpm
 

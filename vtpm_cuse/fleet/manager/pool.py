@@ -17,12 +17,12 @@ import trio
 
 from vtpm_cuse.errors import UsageError, VtpmError
 from vtpm_cuse.faults import sentence
-from vtpm_cuse.fleet.making import Made, manufacture
-from vtpm_cuse.fleet.threads import in_thread
+from vtpm_cuse.fleet.manager.making import Made, manufacture
+from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.manufacture.files import deciding_files
 
 if TYPE_CHECKING:
-    from vtpm_cuse.fleet.catalogue import Catalogue
+    from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
 

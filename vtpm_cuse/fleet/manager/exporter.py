@@ -10,7 +10,7 @@ import trio
 
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.files import write_output
-from vtpm_cuse.fleet.threads import in_thread
+from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.wire import metrics
 
 if TYPE_CHECKING:

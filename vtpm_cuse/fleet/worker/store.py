@@ -7,30 +7,16 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from vtpm_cuse import errors
 from vtpm_cuse.errors import ChannelError, StorageError
-from vtpm_cuse.fleet.messages import Answer, Call, Message
+from vtpm_cuse.fleet.messages import Answer, Call, Message, failure
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, WithoutBackup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vtpm_cuse.fleet.channel import BlockingChannel
-
-_KINDS: Final[dict[str, type[StorageError]]] = {
-    kind.__name__: kind
-    for kind in (
-        *(errors.StorageError, errors.StateMissing, errors.StateLocked, errors.StateNoRoom),
-        *(errors.StateDamaged, errors.StateKeyRejected),
-    )
-}
-
-
-def described(exc: StorageError) -> bytes:
-    """A failure as it goes over the channel."""
-    return json.dumps([type(exc).__name__, *exc.args]).encode()
 
 
 class MessageStore(WithoutBackup):
@@ -120,5 +106,4 @@ class MessageStore(WithoutBackup):
             raise StorageError(name or "the state", "the manager has ended")
         if answer.kind is Answer.DONE:
             return answer.body
-        kind, *arguments = json.loads(answer.body)
-        raise _KINDS[kind](*arguments)
+        raise failure(answer.body)

@@ -42,7 +42,7 @@ _LABEL_MAX: Final = 256
 
 
 class Entry(NamedTuple):
-    """What is kept of a TPM besides its state; see `base.Spec`. No key is, but where one is.
+    """What is kept of a TPM besides its state; see `fleet.base.Spec`. No key is, but where one is.
 
     Of a CUSE device, ``number`` is no other one's, and ``major`` the major number it had last.
     """

@@ -20,8 +20,7 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.files import open_to_read
 from vtpm_cuse.fleet.heritage import SavedVault
-from vtpm_cuse.fleet.messages import Answer, Call, Message
-from vtpm_cuse.fleet.store import described
+from vtpm_cuse.fleet.messages import Answer, Call, Message, described
 from vtpm_cuse.service.keys import open_key
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT
 from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, Key

@@ -1,0 +1,1 @@
+"""The manager's process: all TPMs of one catalogue, who asks for them, and who serves them."""

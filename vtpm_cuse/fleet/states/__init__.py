@@ -1,0 +1,1 @@
+"""What the manager has on the disk: the TPMs by their names, and the state of each."""
