@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,19 +28,30 @@ def shown(words: list[str], before: tuple[str, ...] = (), **variables: str) -> t
     return done.stdout, done.stderr
 
 
-def run_once(folder: Path, *before: str) -> tuple[str, str]:
+def run_once(folder: Path, *before: str, **variables: str) -> tuple[str, str]:
     """Runs it with one TPM; gives output and messages."""
-    output, said = shown(["--once", "vtpmonce"], before, XDG_STATE_HOME=str(folder))
+    output, said = shown(["--once", "vtpmonce"], before, XDG_STATE_HOME=str(folder), **variables)
     assert "BEGIN PUBLIC KEY" in output
     assert "The TPM has ended, " in output
     return output, said
+
+
+def slow_to_unmount(folder: Path) -> Path:
+    """A folder of programs in which fusermount3 takes its time, as it does on a busy machine."""
+    programs = folder / "programs"
+    programs.mkdir()
+    file = programs / "fusermount3"
+    real = shutil.which("fusermount3")
+    file.write_text(f'#!/bin/sh\n[ "$1" != -u ] || sleep 0.5\nexec {real} "$@"\n')
+    file.chmod(0o755)
+    return programs
 
 
 @pytest.mark.skipif(os.path.exists("/dev/cuse"), reason="this machine has CUSE")
 @pytest.mark.skipif(os.path.exists("/dev/vtpmx"), reason="this machine has the vTPM proxy")
 def test_file_by_fuse_where_there_is_no_device(tmp_path: Path) -> None:
     before = set(os.listdir("/dev"))
-    _, said = run_once(tmp_path)
+    _, said = run_once(tmp_path, PATH=f"{slow_to_unmount(tmp_path)}:{os.environ['PATH']}")
     file = tmp_path / "vtpm-cuse/vtpmonce.mount/vtpmonce"
     assert said.startswith(f"setup: device: {file}, a file in a FUSE mount, because ")
     assert "no CUSE (/dev/cuse: " in said
