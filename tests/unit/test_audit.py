@@ -11,10 +11,13 @@ from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support.auditor import AUDIT, EXCLUSIVE, Auditor
 from tests.support.suspension import Host, prepared
+from tests.support.vectors import STATE
 from vtpm_cuse.errors import DeviceError
+from vtpm_cuse.vtpm import audit
 from vtpm_cuse.vtpm.clients import Peer
 from vtpm_cuse.vtpm.managed import ManagedVtpm
 from vtpm_cuse.wire import tpm2_handles as wire
+from vtpm_cuse.wire import volatile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -192,19 +195,87 @@ def test_it_outlives_a_suspension_and_a_reset_ends_it(host: Host) -> None:
     assert ask(host.vtpm) == 0x100  # the TPM has it: it is not started
 
 
-def test_a_state_from_elsewhere_may_have_one(host: Host) -> None:
-    """Nobody can tell, before the first command has been answered."""
-    auditor = Auditor(lambda command: host.vtpm.process(command))
-    assert auditor.is_exclusive
+def moved(host: Host) -> None:
+    """The TPM goes on from what is stored of it."""
     host.vtpm.store_volatile()
     host.vtpm.start()
     assert host.vtpm.resumed
+
+
+def test_a_state_from_elsewhere_says_which_it_has(host: Host) -> None:
+    auditor = Auditor(host.vtpm.process)
+    moved(host)
+    assert ask(host.vtpm) == 0
+    assert auditor.is_exclusive
+    moved(host)
     assert ask(host.vtpm) == errno.EBUSY
     host.vtpm.process(m.flush(auditor.handle ^ 1))  # of which there is none
     assert ask(host.vtpm) == errno.EBUSY
     assert auditor.is_exclusive
     host.vtpm.process(tpm.get_random(8))
     assert ask(host.vtpm) == 0
+
+
+@pytest.mark.parametrize("is_managed", [False, True])
+@pytest.mark.parametrize("begun_before", [False, True])
+def test_what_a_manager_asks_of_a_state_from_elsewhere_ends_none(
+    host: Host, *, is_managed: bool, begun_before: bool
+) -> None:
+    """Not one of the TPM's own client, nor one that a client has saved, and loads there."""
+    managed = ManagedVtpm(host.vtpm)
+    client = managed.connect(Peer("device"))
+    auditor = Auditor(
+        (lambda command: managed.process(client, command)) if is_managed else host.vtpm.process
+    )
+    assert auditor.is_exclusive
+    context = auditor.process(m.save(auditor.handle))[10:] if is_managed else b""
+    established = host.vtpm.established()
+    if not begun_before:
+        host.vtpm.on_startup = lambda: None  # there is no manager yet
+    moved(host)
+    if not begun_before:
+        managed = ManagedVtpm(host.vtpm)
+        managed.begin()
+        client = managed.connect(Peer("device"))
+    if is_managed:
+        assert tpm.code_of(auditor.process(m.load(context))) == 0
+    else:
+        managed.share()
+        assert tpm.code_of(managed.process(client, m.read_public(0x80000000))) == 0xB0910
+    assert auditor.is_exclusive
+    assert host.vtpm.established() == established
+    managed.begin()
+    assert auditor.is_exclusive
+    assert ask(host.vtpm) == errno.EBUSY
+    assert tpm.code_of(managed.process(client, m.load_external(1))) == 0
+    assert not auditor.audit() & EXCLUSIVE
+
+
+@pytest.mark.parametrize("version", ["v0.7.1", "v0.10.2"])
+def test_where_a_volatile_state_says_it(version: str) -> None:
+    """Of libtpms 0.9 and 0.10; what has another form says nothing."""
+    stored = (STATE / f"{version}-tpm2-dir-plain/tpm2-00.volatilestate").read_bytes()
+    state = stored[stored.index(bytes.fromhex("45637889")) - 2 :]
+    assert volatile.exclusive_session_in(state) == 0
+    changed = volatile.with_exclusive_session(state, 0x02000005)
+    assert volatile.exclusive_session_in(changed) == 0x02000005
+    assert volatile.with_exclusive_session(changed, 0x40000008) == state
+    other = volatile.with_exclusive_session(state, 0x80000000)
+    for unknown in (b"", state[:11], b"\0" + state, other):
+        assert volatile.exclusive_session_in(unknown) == wire.UNKNOWN_SESSION
+
+
+def test_where_it_does_not_say_nothing_is_asked(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    managed = ManagedVtpm(host.vtpm)
+    auditor = Auditor(host.vtpm.process)
+    assert auditor.is_exclusive
+    monkeypatch.setattr(audit, "exclusive_session_in", lambda _: wire.UNKNOWN_SESSION)
+    moved(host)
+    managed.begin()
+    assert ask(host.vtpm) == errno.EBUSY
+    assert auditor.is_exclusive
 
 
 def test_answers_that_are_cut_short_name_none() -> None:

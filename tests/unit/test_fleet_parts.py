@@ -49,7 +49,7 @@ from vtpm_cuse.fleet.worker.store import MessageStore
 from vtpm_cuse.proto.control import SavedControlStream
 from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
-from vtpm_cuse.resmgr.saved import SavedManager, SavedSessions
+from vtpm_cuse.resmgr.saved import Left, SavedManager, SavedSessions
 from vtpm_cuse.serve.connections import SavedControl, SavedData
 from vtpm_cuse.serve.device import SavedDevice
 from vtpm_cuse.serve.managed_sockets import SavedManaged, SavedManagedSockets
@@ -137,6 +137,7 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
             True,
             True,
             False,
+            Left((0x80000000,), (), (0x02000001,)),
             ((1, CommandAttributes(1, True, False, False)),),
             64,
             3,

@@ -17,7 +17,7 @@ from vtpm_cuse.resmgr.capability import capability
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
-from vtpm_cuse.resmgr.saved import SavedConnection, SavedManager
+from vtpm_cuse.resmgr.saved import Left, SavedConnection, SavedManager
 from vtpm_cuse.resmgr.sessions import Place, Session, Sessions, digest_of
 from vtpm_cuse.resmgr.used import Used
 from vtpm_cuse.wire import tpm2_handles as wire
@@ -110,6 +110,7 @@ class Manager:
         self._inner = Inner(inner or tpm.process)
         self.alone = alone
         self._known = self._ready = self._resumed = False
+        self._left = Left()
         self._attributes: dict[int, CommandAttributes] = {}
         self._simple: frozenset[bytes] = frozenset()  # codes of commands without handles
         self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
@@ -170,11 +171,12 @@ class Manager:
             loaded = inner.tpm_property(wire.TPM_PT_HR_LOADED_MIN) or 1
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
             self.sessions_max = inner.tpm_property(wire.TPM_PT_ACTIVE_SESSIONS_MAX) or loaded
-            saved = inner.handles(TpmHt.POLICY_SESSION << 24)
+            kinds = TpmHt.TRANSIENT, TpmHt.HMAC_SESSION, TpmHt.POLICY_SESSION
+            self._left = Left(*(tuple(inner.handles(kind << 24)) for kind in kinds))
         except TpmError:
             return False
         self.objects = Objects(inner, slots)
-        self.sessions.start(loaded, gap, saved)
+        self.sessions.start(loaded, gap, self._left.saved)
         self.sessions.bound(self.limits.abandoned)
         self._sort_commands()
         self._known = True
@@ -187,22 +189,21 @@ class Manager:
         if not self.learn():
             return False
         if self.alone:
-            with contextlib.suppress(TpmError):
-                self._sweep()
+            self._sweep()
         self._ready = True
         return True
 
     def _sweep(self) -> None:
-        """Ends what somebody who is gone has left in the TPM."""
-        inner = self._inner
-        for first in (_FIRST_OBJECT, TpmHt.HMAC_SESSION << 24):
-            for handle in inner.handles(first):
-                inner.flush(handle)
-        for handle in inner.handles(TpmHt.POLICY_SESSION << 24):
-            if self._resumed:
+        """Ends what somebody who is gone has left in the TPM. It is asked nothing any more."""
+        left, self._left = self._left, Left()
+        unknown = [handle for handle in left.saved if self.sessions.find(handle) is None]
+        if self._resumed:
+            for handle in unknown:
                 self.sessions.adopt(handle)
-            elif self.sessions.find(handle) is None:
-                inner.flush(handle)
+            unknown = []
+        for handle in (*left.objects, *left.loaded, *unknown):
+            with contextlib.suppress(TpmError):  # it had ended already
+                self._inner.flush(handle)
 
     def _sort_commands(self) -> None:
         self._simple, self._short = (
@@ -222,6 +223,7 @@ class Manager:
             self._known,
             self._ready,
             self._resumed,
+            self._left,
             tuple(self._attributes.items()),
             self.sessions_max,
             self.objects.slots,
@@ -236,7 +238,7 @@ class Manager:
     def resume(self, saved: SavedManager) -> None:
         """Goes on where *saved* was suspended; called once, before anything else."""
         self.alone, self._resumed = saved.alone, saved.resumed
-        self._known, self._ready = saved.known, saved.ready
+        self._known, self._ready, self._left = saved.known, saved.ready, saved.left
         self._attributes, self.sessions_max = dict(saved.attributes), saved.sessions_max
         self._sort_commands()
         self._numbers = itertools.count(saved.next_number)

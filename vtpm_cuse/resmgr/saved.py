@@ -52,6 +52,14 @@ class SavedConnection(NamedTuple):
     objects: tuple[SavedObject, ...]
 
 
+class Left(NamedTuple):
+    """What somebody else has left in the TPM: handles of objects, loaded sessions and saved ones."""
+
+    objects: tuple[int, ...] = ()
+    loaded: tuple[int, ...] = ()
+    saved: tuple[int, ...] = ()
+
+
 class SavedManager(NamedTuple):
     """A manager.
 
@@ -60,6 +68,7 @@ class SavedManager(NamedTuple):
         known: Whether the TPM has been asked what it is like.
         ready: Whether, since then, a client has used it.
         resumed: Whether it went on from where another left off.
+        left: What was in it when it was asked, until a client uses it.
         attributes: What it says of each of its commands.
         sessions_max: Sessions that it has.
         slots: Objects that it holds.
@@ -75,6 +84,7 @@ class SavedManager(NamedTuple):
     known: bool
     ready: bool
     resumed: bool
+    left: Left
     attributes: tuple[tuple[int, CommandAttributes], ...]
     sessions_max: int
     slots: int

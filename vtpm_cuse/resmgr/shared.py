@@ -15,6 +15,7 @@ from vtpm_cuse.errors import TpmError
 from vtpm_cuse.resmgr.manager import Limits, Manager
 from vtpm_cuse.resmgr.objects import Object
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
+from vtpm_cuse.resmgr.saved import Left
 from vtpm_cuse.resmgr.sessions import Place, Session
 from vtpm_cuse.wire import tpm2_handles as wire
 from vtpm_cuse.wire.tpm import TpmCc, TpmRc, command_code, response_code, succeeded
@@ -94,16 +95,12 @@ class SharedManager(Manager):
         if not super().prepare():
             return False
         self.alone = False
-        with contextlib.suppress(TpmError):
-            self._take_in()
+        self._take_in()
         return True
 
     def _take_in(self) -> None:
         """What is loaded is nobody's who could miss it now: who had the TPM has left it."""
-        objects, loaded, saved = (
-            self._inner.handles(kind << 24)
-            for kind in (TpmHt.TRANSIENT, TpmHt.HMAC_SESSION, TpmHt.POLICY_SESSION)
-        )
+        (objects, loaded, saved), self._left = self._left, Left()
         self.found = (len(objects), len(loaded) + len(saved))
         # Any may be a sequence, of which an old copy is worse than none.
         self._others = [Object(_OTHERS, handle, True, handle) for handle in objects]

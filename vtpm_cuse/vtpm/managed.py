@@ -80,8 +80,7 @@ class ManagedVtpm:
         if self._shared is not None:
             borrowed.begin(self._shared)
             return
-        with contextlib.suppress(DeviceError):
-            self._vtpm.need_quiet()
+        with contextlib.suppress(DeviceError), self._vtpm.asked_at_start():
             self._manager.learn()
 
     def _on_startup(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse import faults
 from vtpm_cuse.engine.base import StateType
@@ -17,7 +17,7 @@ from vtpm_cuse.errors import (
 )
 from vtpm_cuse.storage.base import PERMANENT, left_over
 from vtpm_cuse.wire.profile import oldest_library, stored_profile_untrusted
-from vtpm_cuse.wire.ptm import PtmConfigFlag, PtmResult
+from vtpm_cuse.wire.ptm import PtmBlobType, PtmConfigFlag, PtmResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from vtpm_cuse.engine.base import Engine
     from vtpm_cuse.storage.sealed import SealedStore
 
-__all__ = ["PERMANENT", "give_state", "need_vacancy", "resumes", "start_engine"]
-
 log = logging.getLogger(__name__)
+
+_STATE_TYPES: Final = {PtmBlobType[f"PTM_BLOB_TYPE_{kind.name}"]: kind for kind in StateType}
 
 
 def start_engine(engine: Engine, store: SealedStore, *, given: bool, away: bool) -> None:
@@ -118,6 +118,14 @@ def _start_result(engine: Engine, store: SealedStore, exc: VtpmError) -> int:
     if isinstance(exc, StorageError) and exc.path == volatile:
         return PtmResult.TPM_FAIL
     return faults.tpm_result(exc)
+
+
+def state_type(kind: int, unknown: PtmResult) -> StateType:
+    """Which state a request means by a `PtmBlobType`. Raises PtmError with *unknown*."""
+    try:
+        return _STATE_TYPES[PtmBlobType(kind)]
+    except ValueError:
+        raise PtmError(unknown, f"Unknown blob type {kind}") from None
 
 
 def give_state(engine: Engine, kind: StateType, payload: bytes | None) -> None:

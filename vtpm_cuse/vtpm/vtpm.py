@@ -23,11 +23,13 @@ from vtpm_cuse.errors import (
     TpmUnavailable,
     VtpmError,
 )
+from vtpm_cuse.storage.base import PERMANENT
 from vtpm_cuse.vtpm.audit import AuditWatch
 from vtpm_cuse.vtpm.custody import Custody, Whose
 from vtpm_cuse.vtpm.saved import SavedVtpm
-from vtpm_cuse.vtpm.start import PERMANENT, give_state, need_vacancy, resumes, start_engine
-from vtpm_cuse.wire.ptm import PtmBlobType, PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
+from vtpm_cuse.vtpm.shutdown import shut_down
+from vtpm_cuse.vtpm.start import give_state, need_vacancy, resumes, start_engine, state_type
+from vtpm_cuse.wire.ptm import PtmCommand, PtmConfigFlag, PtmResult, PtmStateFlag
 from vtpm_cuse.wire.tpm import (
     TPM_CC_SET_LOCALITY,
     TPM_HEADER_SIZE,
@@ -39,12 +41,10 @@ from vtpm_cuse.wire.tpm import (
     command_size,
     long_commands,
     response,
-    response_code,
     self_test_command,
-    shutdown_command,
     startup_command,
 )
-from vtpm_cuse.wire.tpm2_handles import SESSIONS_TAG
+from vtpm_cuse.wire.tpm2_handles import SESSIONS_TAG, UNKNOWN_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +69,6 @@ _SHA1_THREAD: Final = {
 _OF_A_CHIP: Final = "and refuses all commands: a reset of its machine may mend that"
 _KNOWN_MAX: Final = 64
 """Headers kept: no client may fill the memory with ever new ones."""
-_STATE_TYPES: Final = {PtmBlobType[f"PTM_BLOB_TYPE_{kind.name}"]: kind for kind in StateType}
 
 
 class VtpmOptions(NamedTuple):
@@ -105,7 +104,8 @@ class Vtpm:
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
-        on_startup: Called when a TPM2_Startup has succeeded, before any other command.
+        on_startup: Called before any command of a client, when a TPM2_Startup has succeeded, or the
+            TPM goes on from a volatile state.
         commands: How many it was given since it was made.
         gone: Why a borrowed TPM is no more, once that is so.
         on_gone: Called then, in the thread that has found it out.
@@ -131,6 +131,7 @@ class Vtpm:
         self._given: dict[StateType, bytes | None] = {}
         self._hashing = False
         self._audit = AuditWatch()
+        self._first = -1  # of `commands`, since the start
         self.starts = 0
         self.commands = 0
         self.resumed = False
@@ -184,10 +185,11 @@ class Vtpm:
             self._engine.set_profile(self._profile)
         given, self._given = self._given, {}
         self.resumed = resumes(given, store)
-        self._audit.begin(resumed=self.resumed)
         start_engine(
             self._engine, store, given=StateType.PERMANENT in given, away=self._custody.away
         )
+        self._first = self.commands
+        self._audit.begin(self._engine.volatile_state() if self.tpm2 and self.resumed else None)
         if self._profile is not None and self.tpm2 and not self._engine.was_manufactured():
             reason = "Error: Profile could not be applied to an existing TPM 2 instance."
             raise PtmError(PtmResult.TPM_FAIL, reason)
@@ -195,6 +197,8 @@ class Vtpm:
         self._failure_said = False
         if delete_volatile and not self._custody.away:
             store.delete(StateType.VOLATILE.blob_name, must_exist=False)
+        if self.resumed:
+            self.on_startup()
 
     def need_store(self) -> SealedStore:
         """The store. Raises PtmError when there is no state location."""
@@ -276,29 +280,11 @@ class Vtpm:
             self.process(self_test_command())
 
     def _auto_shutdown(self) -> None:
-        """An unorderly reset would raise the dictionary attack counter.
-
-        The last command's code counts, not its success: TPM2_Shutdown(CLEAR)
-        before a reset is the guest's wish.
-        """
-        wanted = (
-            self.tpm2
-            and self.options.auto_shutdown
-            and not self.borrowed
-            and command_code(self._last_header) != _SHUTDOWN
-        )
-        if not wanted or self._custody.away:  # without the lock nothing may be written
-            return
-        for kind in (TpmSu.TPM_SU_STATE, TpmSu.TPM_SU_CLEAR):
-            try:
-                code = response_code(self._engine.process(shutdown_command(kind)))
-            except VtpmError as exc:
-                log.warning("Could not shut the TPM down in order: %s", exc)
-                return
-            if code == TpmRc.TPM_SUCCESS:
-                self._last_header = shutdown_command(kind)[:TPM_HEADER_SIZE]
-            if code in {TpmRc.TPM_SUCCESS, TpmRc.TPM_RC_INITIALIZE}:
-                return
+        """The last command's code counts, not its success: TPM2_Shutdown(CLEAR) is a guest's wish."""
+        wanted = self.tpm2 and self.options.auto_shutdown and not self.borrowed
+        # Without the lock nothing may be written.
+        if wanted and command_code(self._last_header) != _SHUTDOWN and not self._custody.away:
+            self._last_header = shut_down(self._engine) or self._last_header
 
     # -- commands -------------------------------------------------------------------------
 
@@ -394,15 +380,35 @@ class Vtpm:
         with self._in_locality(0):
             return self._engine.process(command)
 
+    @contextlib.contextmanager
+    def asked_at_start(self) -> Iterator[None]:
+        """For questions of ours before the first command, which end no exclusive audit session.
+
+        Raises:
+            DeviceError: As `query`.
+            VtpmError: The TPM is off: where it went on from a volatile state it does not once more.
+        """
+        self._need_rest()
+        is_known = self.commands == self._first and self._audit.session != UNKNOWN_SESSION
+        if self._audit.session and not is_known:
+            raise DeviceError(errno.EBUSY)
+        with self._audit.kept(self._engine):
+            yield
+
     def need_quiet(self) -> None:
         """Raises DeviceError where a question of ours would be noticed, as `query` does."""
+        self._need_rest()
+        if self._audit.session:
+            raise DeviceError(errno.EBUSY)
+
+    def _need_rest(self) -> None:
         if not self.running:
             raise DeviceError(errno.EIO)
         if self.borrowed:  # on the worker it would be one command more of many
             raise DeviceError(errno.EOPNOTSUPP)
         thread = not self.tpm2 and command_code(self._last_header) in _SHA1_THREAD
         # Any command may update a clock in the state, which may be another process' by now.
-        if thread or self._hashing or self._audit.session or self._custody.away:
+        if thread or self._hashing or self._custody.away:
             raise DeviceError(errno.EBUSY)
 
     def cancel(self) -> int:
@@ -543,7 +549,7 @@ class Vtpm:
     def export_blob(self, kind: int, *, decrypted: bool) -> tuple[PtmStateFlag, bytes]:
         """A migration blob. Raises VtpmError: PtmError, StateLocked, StateMissing, StorageError, EngineError."""
         store = self.need_store()
-        state = self._state_type(kind, PtmResult.TPM_FAIL)
+        state = state_type(kind, PtmResult.TPM_FAIL)
         if state is StateType.VOLATILE:
             if not self._custody.away:  # else the TPM must do nothing
                 self.before_snapshot()
@@ -563,7 +569,7 @@ class Vtpm:
         Raises:
             VtpmError: PtmError, BlobError, StorageError, EngineError; all blobs given before are dropped.
         """
-        state = self._state_type(kind, PtmResult.TPM_BAD_PARAMETER)
+        state = state_type(kind, PtmResult.TPM_BAD_PARAMETER)
         store = self.need_store()
         try:
             if not self.running:
@@ -583,13 +589,6 @@ class Vtpm:
         given, self._given = self._given, {}  # as in the engine, should it refuse
         give_state(self._engine, state, payload or None)
         self._given = {**given, state: payload or None}
-
-    @staticmethod
-    def _state_type(kind: int, unknown: PtmResult) -> StateType:
-        try:
-            return _STATE_TYPES[PtmBlobType(kind)]
-        except ValueError:
-            raise PtmError(unknown, f"Unknown blob type {kind}") from None
 
     def close(self) -> None:
         """`stop`, then gives up the store's lock and descriptors."""

@@ -17,6 +17,7 @@ from vtpm_cuse.proto.control import SavedControlStream
 from vtpm_cuse.proto.device import SavedDeviceSession
 from vtpm_cuse.proto.places import SavedPlace
 from vtpm_cuse.resmgr.saved import (
+    Left,
     SavedConnection,
     SavedManager,
     SavedObject,
@@ -54,7 +55,7 @@ _KINDS: Final[dict[str, type[Any]]] = {
     kind.__name__: kind
     for kind in (
         *(SavedTpm, Moment, SavedSockets, SavedData, SavedControl, SavedControlStream, SavedPlace),
-        *(SavedManagedSockets, SavedManaged, SavedClients, SavedClient, Peer, SavedManager),
+        *(SavedManagedSockets, SavedManaged, SavedClients, SavedClient, Peer, SavedManager, Left),
         *(SavedDevice, SavedDeviceSession, SavedOpen, SavedBlob, SavedManagedOpen),
         *(SavedConnection, SavedObject, SavedSession, SavedSessions, CommandAttributes, SavedVtpm),
     )
