@@ -496,7 +496,10 @@ def _manage(systemd: Systemd, tpm: Path) -> None:
 
 
 def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
-    """Its TPMs are served by an account that owns nothing, and are there after a restart."""
+    """Its TPMs are served by an account that owns nothing, and are there after a restart.
+
+    A reload has it begin anew, with them.
+    """
     (SETTINGS / "vtpmd.env").write_text("VTPMD_OPTIONS=--log level=1 --idle 600\n")
     systemd.systemctl("start", "vtpmd.socket")
     try:
@@ -509,6 +512,9 @@ def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
             status = systemd.call("cat", f"/proc/{told['pid']}/status").stdout
             worker = pwd.getpwnam("vtpmd").pw_uid
             assert re.findall(r"^Uid:\t(\d+)", status, re.MULTILINE) == [str(worker)]
+            systemd.systemctl("reload", "vtpmd.service")
+            found = json.loads(systemd.call("vtpm", "show", "one", "--json").stdout)
+            assert (found["state"], found["pid"]) == ("awake", told["pid"])
             systemd.systemctl("stop", "vtpmd.service")
     finally:
         systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")

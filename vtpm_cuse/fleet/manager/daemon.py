@@ -109,6 +109,7 @@ async def _live(
                 await manager.workers.renew()
             except (VtpmError, OSError) as exc:
                 log.error("It does not begin anew: %s", faults.sentence(exc))
+                service.ready(in_background=False)  # who has asked for it waits
                 continue
             renewed = True
             scope.cancel()
