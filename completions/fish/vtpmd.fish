@@ -8,6 +8,7 @@ complete -c vtpmd -l pool -x -d 'how many manufactured TPMs are made ahead of ti
 complete -c vtpmd -l quota -x -a '(__fish_complete_list , "string split \\" \\" -- \\"tpms= mib=\\"")' -d 'what one user may have'
 complete -c vtpmd -l group -x -d 'members of this group may ask it, each for TPMs of his own'
 complete -c vtpmd -l metrics-file -r -F -d 'write every 15 seconds what the TPMs do, for node_exporter\'s textfile collector'
+complete -c vtpmd -l cdi -x -a '(__fish_complete_directories)' -d 'folder of the documents by which containers find TPMs, by default of root\'s /run/cdi'
 complete -c vtpmd -l log -x -a '(__fish_complete_list , "string split \\" \\" -- \\"file= fd= level= prefix= truncate\\"")' -d 'where messages go, by default to standard error'
 complete -c vtpmd -s h -l help -f -d 'print this help and end'
 complete -c vtpmd -s v -l version -f -d 'print the version and end'

@@ -14,6 +14,9 @@ import pytest
 
 from tests.kernel.harness import PATIENCE, ROOT, errno_from, needs, run
 from tests.kernel.proxy import SWTPM, Proxy, next_number
+from tests.support.commands import pcr_read, pcr_value
+from tests.support.vtpmd import running
+from vtpm_cuse.client.manager import Manager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,17 +176,65 @@ def test_two_containers_with_a_tpm_each(
         assert other.end() == 0
 
 
+# The lab's root is an overlay already, and it has no systemd.
+PODMAN: Final = ("podman", "--cgroup-manager=cgroupfs", "--storage-driver=vfs")
+
+
 def test_podman(image: Path, proxy: Proxy) -> None:
     options = run(HELPER, "--for", "podman", proxy.device).stdout.split()
     assert options[-1] == f"--device={proxy.shared}:/dev/tpmrm0:rw"
-    # The lab's root is an overlay already, and it has no systemd.
-    start = ("podman", "--cgroup-manager=cgroupfs", "--storage-driver=vfs", "run", "--rm")
+    start = (*PODMAN, "run", "--rm")
     plain = ("--network=none", "--rootfs", str(image))
     tool = ("tpm2_getrandom", "--hex", "8", "-T", "device:/dev/tpmrm0")
     assert len(bytes.fromhex(run(*start, *options, *plain, *tool).stdout)) == 8
     done = run(*start, *plain, *tool, status=None)
     assert done.status != 0
     assert "/dev/tpmrm0" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def manager(cuse: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manager]:
+    """One whose documents are where podman reads them."""
+    folder = Path("/run/cdi")
+    needs(not folder.exists(), f"{folder} is there already")
+    with (
+        running(tmp_path_factory.mktemp("vtpmd"), "--idle", "3600", seconds=PATIENCE) as daemon,
+        Manager(str(daemon.path)) as found,
+    ):
+        yield found
+        assert daemon.end() == 0
+    folder.rmdir()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_tpm_of_the_manager_by_its_name(runtime: str, image: Path, manager: Manager) -> None:
+    """It is its owner's in there, too, and nobody else's; it goes with its last container."""
+
+    def contained(*words: str, user: int = 4711, status: int | None = 0) -> str:
+        start = (*PODMAN, "--runtime", runtime, "run", "--rm", "--network=none", f"--user={user}")
+        script = (
+            "stat -c '%u %a' /dev/tpm*; tpm2_getrandom --hex 4 -T device:/dev/tpm0 &&"
+            "tpm2_pcrextend 16:sha256=" + "77" * 32
+        )
+        done = run(*start, *words, "--rootfs", str(image), "sh", "-c", script, status=status)
+        return done.stdout
+
+    device = "--device=vtpm-cuse.org/vtpm=web1"
+    manager.create("web1", interface="cuse", owner=4711, cdi="keep")
+    manager.start("web1")
+    assert manager.hibernate("web1").state == "asleep"
+    found = contained(device).split()
+    assert found[:4] == ["4711", "600"] * 2
+    assert len(bytes.fromhex(found[4])) == 4
+    assert contained(device, user=4712, status=None).split() == found[:4]
+    assert contained(status=None) == ""
+    tpm = manager.update("web1", cdi="remove")
+    assert tpm.managed_device is not None
+    with open(tpm.managed_device, "r+b", buffering=0) as shared:
+        shared.write(pcr_read(16))
+        assert pcr_value(shared.read(4096)) != bytes(32)
+    assert contained(f"--device=vtpm-cuse.org/vtpm={tpm.id}").split()[:4] == found[:4]
+    assert manager.list() == []
 
 
 @pytest.fixture

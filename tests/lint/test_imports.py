@@ -86,8 +86,16 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.keys", "storage", "storage.base", "storage.sealed"},
     "fleet.states.archives": frozenset({"errors", "fleet.base", "wire"}),
     "fleet.manager": ERRORS
-    | {"acquire", "client", "config", "files", "programs", "storage", "storage.base", "wire"}
-    | {"fleet", "fleet.base", "fleet.manager.api", "fleet.opener", "fleet.states"}
+    | {"acquire", "client", "config", "containers", "files", "programs", "storage"}
+    | {
+        "storage.base",
+        "wire",
+        "fleet",
+        "fleet.base",
+        "fleet.manager.api",
+        "fleet.opener",
+        "fleet.states",
+    }
     | {"manufacture", "service.confine", "service.process"},
     "fleet.manager.api": ERRORS
     | {"acquire", "config", "fleet.base", "fleet.states.archives", "wire"},

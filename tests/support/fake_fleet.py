@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
-    from vtpm_cuse.fleet.base import Fleet, Identity, State
+    from vtpm_cuse.fleet.base import Fleet, Identity, Offer, State
 
 OTHER_USER = 4242
 
@@ -115,8 +115,9 @@ class FakeFleet:
         name: str,
         new_name: str | None = None,
         labels: tuple[tuple[str, str], ...] | None = None,
+        cdi: Offer | None = None,
     ) -> Tpm:
-        tpm = self._become(name, "stopped", "update", new_name)
+        tpm = self._become(name, "stopped", "update", new_name)._replace(cdi=cdi or "off")
         del self.tpms[tpm.name]
         tpm = tpm._replace(name=new_name or tpm.name, labels=labels or tpm.labels)
         self.tpms[tpm.name] = tpm

@@ -63,11 +63,16 @@ def test_from_create_to_rm(run: Run, fleet: FakeFleet) -> None:
         "web1: stopped\n",
         "",
     )
-    assert run("create", "--owner", str(OTHER_USER), "--interface", "cuse", "web2")[0] == 0
+    more = ("--interface", "cuse", "--cdi", "--rm")
+    assert run("create", "--owner", str(OTHER_USER), *more, "web2")[0] == 0
     assert fleet.specs == [
         Spec("web1", os.geteuid(), "null", labels=(("vm", "7"), ("note", "a=b"))),
-        Spec("web2", OTHER_USER, interface="cuse"),
+        Spec("web2", OTHER_USER, interface="cuse", cdi="remove"),
     ]
+    for words, offer in ((["--off"], "off"), ([], "keep"), (["--rm"], "remove")):
+        assert run("cdi", *words, "web2") == (0, "web2: stopped\n", "")
+        assert fleet.tpms["web2"].cdi == offer
+    assert "offered as  vtpm-cuse.org/vtpm=web2, and deleted" in run("show", "web2")[1]
     for verb, state in {
         "start": "asleep",
         "wake": "awake",
@@ -196,6 +201,7 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
         "labels": {},
         "failure": "crash\x1b[2J",
         "encrypted": False,
+        "cdi": "off",
         "lastUsed": 0.0,
         "pid": 17,
     }
@@ -218,6 +224,8 @@ def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:
         (["export", "web1"], "Name the TPM and the file"),
         (["import"], "Name the file, and perhaps what the TPM is to be called"),
         (["clone", "web1"], "Name the TPM and what the new one is to be called"),
+        (["create", "b", "--rm"], "--rm is for a TPM that containers are offered, with --cdi"),
+        (["cdi", "--rm", "--off", "b"], "--rm and --off are two different wishes"),
         (["create", "b", "--label", "x"], "'x' is no label; write it as KEY=VALUE"),
         (["create", "b", "--owner", "no-such-user"], "User 'no-such-user' does not exist."),
         (["create", "b", "--owner", "9" * 5000], f"User '{'9' * 5000}' does not exist."),

@@ -181,6 +181,8 @@ def test_others_see_and_manage_their_own_alone(
         lambda manager: manager.create("mine2", owner=OTHER_USER + 1),
         lambda manager: manager.create("mine2", owner=0),
         lambda manager: manager.create("mine2", key=Key(file="/etc/shadow")),
+        lambda manager: manager.create("mine2", interface="cuse", cdi="keep"),
+        lambda manager: manager.update("mine", cdi="remove"),
     ]
 
     def use(manager: Manager) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _IDLE_MAX: Final = 86_400
 _POOL_MAX: Final = 1024
+_CDI: Final = "/run/cdi"
 _SOCKET: Final = options_of(InterfaceName.SOCKET)
 
 PROGRAM: Final = Program(
@@ -66,6 +67,11 @@ PROGRAM: Final = Program(
             "metrics-file",
             "write every 15 seconds what the TPMs do, for node_exporter's textfile collector",
             metavar="PATH",
+        ),
+        Option(
+            "cdi",
+            "folder of the documents by which containers find TPMs, by default of root's /run/cdi",
+            metavar="DIR",
         ),
         *(option for option in _SOCKET if option.name in {"log", "help"}),
         Option("version", "print the version and end", letter="v"),
@@ -116,6 +122,7 @@ PROGRAM: Final = Program(
         Term("/run/vtpm/manager.sock", "Where vtpm(8) and others ask it, in varlink."),
         Term("/run/vtpm/metrics", "What its TPMs do, in OpenMetrics, by HTTP on a Unix socket."),
         Term("/run/vtpm/tpm/NAME", "Its sockets: data, data.ctrl, managed."),
+        Term("/run/cdi/vtpm-cuse.org-vtpm_ID.json", "How containers find it; see vtpm_cdi(8)."),
     ),
     see_also=("vtpm(8)", "swtpm_socket(8)", "swtpm_setup(8)"),
 )
@@ -150,6 +157,7 @@ def _serve(line: CommandLine) -> int:
             own=line.has("user") or os.geteuid() != 0,
             pool=line.number("pool", _POOL_MAX) if line.has("pool") else None,
             metrics_file=line.value("metrics-file"),
+            cdi=line.value("cdi") or (None if line.has("user") else _CDI),
         )
         return daemon.run(found, notify.connect(), held)
     finally:

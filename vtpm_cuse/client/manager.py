@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar, get_args
 from vtpm_cuse.client.connect import connect_unix
 from vtpm_cuse.errors import FleetError, FleetFault, FrontendError, MessageError, VarlinkError
 from vtpm_cuse.wire import manager, varlink
-from vtpm_cuse.wire.manager import MANAGER, Archive, Event, Identity, Key, Note, Tpm
+from vtpm_cuse.wire.manager import MANAGER, Archive, Event, Identity, Key, Note, Offer, Tpm
 from vtpm_cuse.wire.varlink import BadParameter, Call, Messages, Reply, from_json, to_json
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Manager:
         manufactured: bool = False,
         key: Key | None = None,
         interface: str | None = None,
+        cdi: Offer | None = None,
     ) -> Tpm:
         """Makes a TPM, which is stopped.
 
@@ -111,9 +112,12 @@ class Manager:
             manufactured: It has endorsement keys, their certificates, and one of the platform.
             key: Where the manager finds the key that encrypts what is stored of it.
             interface: How clients are to reach it: "socket", which is the default, "fuse" or "cuse".
+            cdi: Containers may ask for it, and it is to "keep" or to "remove" when one ends that
+                had it.
         """
         kept = None if labels is None else dict(labels)
-        given = manager.Create(name, owner, profile, kept, manufactured or None, key, interface)
+        made = manufactured or None
+        given = manager.Create(name, owner, profile, kept, made, key, interface, cdi)
         return self._tpm("Create", given)
 
     def start(self, name: str) -> Tpm:
@@ -142,10 +146,15 @@ class Manager:
         return self._tpm("Describe", manager.Named(name))
 
     def update(
-        self, name: str, *, new_name: str | None = None, labels: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *,
+        new_name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        cdi: Offer | None = None,
     ) -> Tpm:
-        """Gives it another name, or other labels in place of all that it has."""
-        given = manager.Update(name, new_name, None if labels is None else dict(labels))
+        """Gives it another name, other labels in place of all that it has, or to containers."""
+        given = manager.Update(name, new_name, None if labels is None else dict(labels), cdi)
         return self._tpm("Update", given)
 
     def snapshot(self, name: str, snapshot: str) -> None:

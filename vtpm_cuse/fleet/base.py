@@ -15,6 +15,8 @@ State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 SocketKind = Literal["data", "control", "managed"]
 Interface = Literal["socket", "fuse", "cuse"]
 """How clients reach a TPM: by three Unix sockets, two files in a mount, or two character devices."""
+Offer = Literal["off", "keep", "remove"]
+"""To containers: not at all, or what becomes of a TPM when the container ends that had it."""
 Identity = Literal["new", "same"]
 """Of a clone: a TPM of its own, made by the same recipe, or the same seeds and keys once more."""
 
@@ -32,6 +34,7 @@ class Spec(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
     key: KeySource | None = None
     interface: Interface = "socket"
+    cdi: Offer = "off"
 
 
 class Bundle(NamedTuple):
@@ -71,6 +74,7 @@ class Tpm(NamedTuple):
     failures: int = 0
     device: str | None = None
     managed_device: str | None = None
+    cdi: Offer = "off"
 
 
 class Note(NamedTuple):
@@ -121,8 +125,9 @@ class Fleet(Protocol):
         name: str,
         new_name: str | None = None,
         labels: tuple[tuple[str, str], ...] | None = None,
+        cdi: Offer | None = None,
     ) -> Tpm:
-        """Rename it (Busy unless stopped), replace its labels; None leaves either."""
+        """Rename it (Busy unless stopped), replace its labels, offer it; None leaves each."""
 
     async def snapshot(self, name: str, snapshot: str) -> None:
         """Keep a copy of its permanent state. Busy unless stopped; TpmExists for the copy's name."""

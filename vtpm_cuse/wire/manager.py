@@ -8,6 +8,7 @@ from vtpm_cuse.wire.varlink import Failure, Interface, Method, Nothing
 
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 Identity = Literal["new", "same"]
+Offer = Literal["off", "keep", "remove"]
 Happened = Literal["created", "changed", "removed"]
 
 
@@ -30,6 +31,8 @@ class Tpm(NamedTuple):
         pid: The process that serves it, while it is awake.
         device: If it is one, the absolute path of the device for one client.
         managed_device: The same for many clients, each of which sees a TPM of its own.
+        cdi: Whether containers may ask for it, and if so, whether it is kept or removed when that
+            ends which had it.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Tpm(NamedTuple):
     pid: int | None = None
     device: str | None = None
     managed_device: str | None = None
+    cdi: Offer | None = None
 
 
 class Archive(NamedTuple):
@@ -117,6 +121,7 @@ class Create(NamedTuple):
     manufactured: bool | None = None
     key: Key | None = None
     interface: str | None = None
+    cdi: Offer | None = None
 
 
 class Named(NamedTuple):
@@ -139,11 +144,12 @@ class Listed(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What is to become of a TPM's name, and of its labels, all of them."""
+    """What is to become of a TPM's name, of its labels, all of them, and of its offer."""
 
     name: str
     new_name: str | None = None
     labels: dict[str, str] | None = None
+    cdi: Offer | None = None
 
 
 class Kept(NamedTuple):
@@ -219,7 +225,7 @@ MANAGER: Final = Interface(
         Method("Remove", Remove, Nothing, "Deletes it with its state and its snapshots."),
         Method("List", Listed, OfTpms, "The caller's TPMs, a reply for each.", more=True),
         Method("Describe", Named, OfTpm, "What it is now."),
-        Method("Update", Update, OfTpm, "Gives it another name, or other labels."),
+        Method("Update", Update, OfTpm, "Gives it another name, other labels, or to containers."),
         Method("Snapshot", Kept, Nothing, "Keeps its state under a name."),
         Method("Restore", Kept, OfTpm, "Gives it the state of a snapshot."),
         Method("Clone", Clone, OfTpm, "Makes a TPM like it."),

@@ -32,7 +32,7 @@ from vtpm_cuse.wire.varlink import SERVICE, BadParameter, Messages, Reply, from_
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 
-    from vtpm_cuse.fleet.base import Fleet, Tpm
+    from vtpm_cuse.fleet.base import Fleet, Offer, Tpm
     from vtpm_cuse.wire.varlink import Call, Method
 
 log = logging.getLogger(__name__)
@@ -262,9 +262,10 @@ class _Client:
                 return manager.OfArchive(packed(exported))
         key = (await self._own(given.name)).id
         match given:
-            case manager.Update(_, new_name, labels):
+            case manager.Update(_, new_name, labels, cdi):
                 pairs = None if labels is None else tuple(labels.items())
-                tpm = await self._fleet.update(key, new_name, pairs)
+                offer = cdi and self._offer(given.name, cdi)
+                tpm = await self._fleet.update(key, new_name, pairs, offer)
             case manager.Kept(_, snapshot):
                 tpm = await self._fleet.restore(key, snapshot)
             case manager.Clone(_, new_name, identity):
@@ -301,7 +302,15 @@ class _Client:
         key = self._key(given.name, given.key)
         interface = _interface_of(given.interface)
         made = bool(given.manufactured)
-        return Spec(given.name, owner, given.profile, made, labels, key, interface)
+        offer = self._offer(given.name, given.cdi or "off")
+        return Spec(given.name, owner, given.profile, made, labels, key, interface, offer)
+
+    def _offer(self, name: str, given: Offer) -> Offer:
+        """Raises FleetError for those who could have a container of somebody else's find it."""
+        if given != "off" and not self._asker.manages_all:
+            reason = "only root, and the user of the manager, can offer it to containers"
+            raise FleetError("NotOwner", name, reason)
+        return given
 
     def _key(self, name: str, given: manager.Key | None) -> KeySource | None:
         """Raises FleetError for those who could not read it, and VarlinkError."""
@@ -426,4 +435,5 @@ def as_told(tpm: Tpm) -> manager.Tpm:
         tpm.pid,
         tpm.device,
         tpm.managed_device,
+        tpm.cdi,
     )

@@ -19,7 +19,7 @@ from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
 from vtpm_cuse.fleet import heritage
 from vtpm_cuse.fleet.manager import api, exporter
-from vtpm_cuse.fleet.manager.manager import managed
+from vtpm_cuse.fleet.manager.manager import SOCKET, managed
 from vtpm_cuse.fleet.opener import Opener
 from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process.signals import ending_signals, renewing_signal
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SOCKET: Final = "manager.sock"
 METRICS: Final = "metrics"
 """In the folder of the sockets."""
 _OWN: Final = 0o600

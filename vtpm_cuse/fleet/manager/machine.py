@@ -149,6 +149,7 @@ class Machine:
             self._failures,
             found.device,
             found.managed_device,
+            self.entry.cdi,
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import uuid
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from vtpm_cuse.errors import FleetError, UsageError, VtpmError
+from vtpm_cuse.errors import FleetError, FrontendError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
 from vtpm_cuse.fleet.heritage import Heritage, SavedManager
 from vtpm_cuse.fleet.manager.history import History
 from vtpm_cuse.fleet.manager.machine import Machine, Surroundings, translated
 from vtpm_cuse.fleet.manager.making import Made, make
+from vtpm_cuse.fleet.manager.offers import Offers
 from vtpm_cuse.fleet.manager.pool import Pool
 from vtpm_cuse.fleet.manager.quota import Limits, Quota
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
@@ -33,9 +35,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from typing import Literal
 
-    from vtpm_cuse.fleet.base import Identity
+    from vtpm_cuse.fleet.base import Identity, Offer
     from vtpm_cuse.fleet.heritage import SavedMachine
     from vtpm_cuse.fleet.opener import MakesDevices
+
+log = logging.getLogger(__name__)
+
+SOCKET: Final = "manager.sock"
+"""Where it is asked, in the folder of the sockets."""
 
 _ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _RUN_MODE: Final = 0o711
@@ -62,6 +69,7 @@ class Settings(NamedTuple):
         group: Whose members may ask it, besides its user and root.
         metrics_file: Tells what its TPMs do, for a collector.
         own: It is a user's own: its devices are files in mounts.
+        cdi: The folder for documents about TPMs that are offered to containers.
     """
 
     state: str
@@ -75,6 +83,7 @@ class Settings(NamedTuple):
     group: int | None = None
     metrics_file: str | None = None
     own: bool = False
+    cdi: str | None = None
 
 
 @contextlib.asynccontextmanager
@@ -105,6 +114,7 @@ async def managed(
                 else:
                     await workers.start(left.manager.form, left.manager.zygote)
                     manager.resume(left.machines)
+                manager.offer_again()
                 nursery.start_soon(manager.wake_sleepers)
                 yield manager
             finally:
@@ -132,6 +142,7 @@ class Manager:
         self._nursery = nursery
         self._quota = Quota(catalogue, settings.limits)
         self._history = History()
+        self._offers = Offers(settings.cdi, os.path.join(os.path.abspath(settings.run), SOCKET))
         self._coming: dict[str, int | None] = {}
         self.pool = Pool(catalogue, nursery, settings.pool)
         self._numbers: set[int] = set()
@@ -153,6 +164,17 @@ class Manager:
         those = {machine.entry.id: machine for machine in self._machines.values()}
         for saved in machines:
             those[saved.id].resume(saved)
+
+    def offer_again(self) -> None:
+        """Has documents of those that are on, and none that one who died has left of others."""
+        for machine in self._machines.values():
+            tpm = machine.described()
+            if tpm.cdi != "off" and tpm.state == "stopped":
+                self._offers.drop(tpm.id, left=True)
+            try:
+                self._offer(machine)
+            except FrontendError as exc:
+                log.error("%s: %s", tpm.name, exc)
 
     async def leave(self, listener: int, *, own_path: bool) -> Heritage:
         """All that the next manager needs; nothing is to be asked of this one any more.
@@ -202,6 +224,7 @@ class Manager:
         """Makes a TPM, stopped."""
         name = spec.name
         check_labels(name, spec.labels)
+        self._offers.need(spec.cdi, spec.interface)
         with self._reserved(name, spec.owner), self._number_for(spec) as device:
             await self._need_room(name, spec.owner)
             try:
@@ -252,6 +275,11 @@ class Manager:
         """Powers it on."""
         async with self._mine(name) as machine:
             await machine.start()
+            try:
+                self._offer(machine)
+            except FrontendError:
+                await machine.stop()
+                raise
             return machine.described()
 
     async def stop(self, name: str) -> Tpm:
@@ -300,14 +328,22 @@ class Manager:
         name: str,
         new_name: str | None = None,
         labels: tuple[tuple[str, str], ...] | None = None,
+        cdi: Offer | None = None,
     ) -> Tpm:
-        """Another name, other labels."""
+        """Another name, other labels, offered otherwise."""
         async with self._mine(name) as machine:
+            entry = machine.entry
             if labels is not None:
                 check_labels(machine.name, labels)
-                entry = machine.entry._replace(labels=labels)
+                entry = entry._replace(labels=labels)
+            if cdi is not None:
+                self._offers.need(cdi, entry.interface)
+                entry = entry._replace(cdi=cdi)
+            if entry != machine.entry:
                 await self._off(lambda: self._catalogue.write(machine.name, entry))
                 machine.entry = entry
+                self._offers.drop(entry.id)
+                self._offer(machine)
             if new_name is not None and new_name != machine.name:
                 machine.need_stopped()
                 old, new = machine.name, new_name
@@ -481,6 +517,11 @@ class Manager:
         for watcher in self._watchers:
             watcher.close()
 
+    def _offer(self, machine: Machine) -> None:
+        """If it is on, by now. Raises FrontendError."""
+        if machine.state != "stopped":
+            self._offers.put(machine.described())
+
     def _changed(self, machine: Machine) -> None:
         self._tell("changed", machine)
 
@@ -488,6 +529,8 @@ class Manager:
         event = Event(kind, machine.described())
         if kind == "changed":
             self._history.see(event.tpm)
+        if machine.state == "stopped":
+            self._offers.drop(machine.entry.id)
         for watcher in tuple(self._watchers):
             try:
                 watcher.send_nowait(event)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
 from vtpm_cuse.files import flush_folder, make_folder, write_output
-from vtpm_cuse.fleet.base import Interface, Spec
+from vtpm_cuse.fleet.base import Interface, Offer, Spec
 from vtpm_cuse.storage.locking import take_lock
 from vtpm_cuse.storage.reserve import Reserve
 
@@ -56,6 +56,7 @@ class Entry(NamedTuple):
     interface: Interface = "socket"
     number: int = 0
     major: int = 0
+    cdi: Offer = "off"
 
     @classmethod
     def of(cls, number: str, spec: Spec, device: int = 0) -> Entry:
@@ -63,10 +64,11 @@ class Entry(NamedTuple):
         return cls(
             *(number, spec.owner, spec.profile, spec.manufactured, spec.labels, spec.key),
             *(spec.interface, device),
+            cdi=spec.cdi,
         )
 
     def spec(self, name: str) -> Spec:
-        """By which it, or one like it, is made."""
+        """By which it, or one like it, is made; that is for containers only if somebody says so."""
         return Spec(
             *(name, self.owner, self.profile, self.manufactured, self.labels, self.key),
             self.interface,
@@ -263,7 +265,9 @@ def _read_entry(text: bytes) -> Entry:
     numbers = (found.owner, found.number, found.major)
     if not all(isinstance(one, int) for one in numbers):
         raise TypeError("a number is something else")
-    if not isinstance(found.profile, str | None) or found.interface not in get_args(Interface):
+    if not isinstance(found.profile, str | None) or not (
+        found.interface in get_args(Interface) and found.cdi in get_args(Offer)
+    ):
         raise TypeError("a value is of another kind")
     key: Any = found.key
     if key is not None:

@@ -15,6 +15,7 @@ from vtpm_cuse.cli.vtpm.fleet.asking import (
     operands,
     tell,
 )
+from vtpm_cuse.cli.vtpm.fleet.vtpm_cdi import REMOVE, offer_of
 from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.table import Example, Option, Program, Term
 from vtpm_cuse.errors import UsageError
@@ -50,6 +51,8 @@ PROGRAM: Final = Program(
             metavar="KIND",
             choices=_INTERFACES,
         ),
+        Option("cdi", "offer it to containers, by its name, as vtpm cdi does"),
+        REMOVE,
         *OPTIONS,
     ),
     usage=("[options] NAME",),
@@ -86,10 +89,22 @@ PROGRAM: Final = Program(
             "sudo vtpm create --interface cuse --owner $USER web5\nsudo vtpm start web5\n"
             "tpm2_getrandom -T device:/dev/vtpmdrm-web5 --hex 8",
         ),
+        Example(
+            "For a container",
+            "sudo vtpm create --interface cuse --cdi web6\nsudo vtpm start web6\n"
+            "sudo podman run --device vtpm-cuse.org/vtpm=web6 IMAGE PROGRAM",
+        ),
     ),
     exits=EXITS,
     environment=ENVIRONMENT,
-    see_also=("vtpm(8)", "vtpm_start(8)", "vtpm_clone(8)", "vtpm_rm(8)", "swtpm_setup(8)"),
+    see_also=(
+        "vtpm(8)",
+        "vtpm_start(8)",
+        "vtpm_cdi(8)",
+        "vtpm_clone(8)",
+        "vtpm_rm(8)",
+        "swtpm_setup(8)",
+    ),
 )
 
 
@@ -104,6 +119,8 @@ def _run(line: CommandLine) -> int:
     interface = line.value("interface")
     if interface not in (None, *_INTERFACES):
         raise UsageError(f"'{interface}' of --interface is none of {', '.join(_INTERFACES)}")
+    if line.has("rm") and not line.has("cdi"):
+        raise UsageError("--rm is for a TPM that containers are offered, with --cdi")
     labels = dict(map(_label, line.values("label")))
     tpm = ask(
         line,
@@ -115,6 +132,7 @@ def _run(line: CommandLine) -> int:
             manufactured=line.has("manufactured"),
             key=key_of(line),
             interface=interface,
+            cdi=offer_of(line) if line.has("cdi") else None,
         ),
     )
     return tell(line, tpm)

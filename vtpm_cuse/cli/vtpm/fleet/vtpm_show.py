@@ -74,6 +74,9 @@ def _rows(tpm: Tpm) -> Iterator[tuple[str, str]]:
         yield "device", tpm.device
     if tpm.managed_device is not None:
         yield "managed device", tpm.managed_device
+    if tpm.cdi in {"keep", "remove"}:
+        ends = ", and deleted with its container" if tpm.cdi == "remove" else ""
+        yield "offered as", f"vtpm-cuse.org/vtpm={tpm.name}{ends}"
     yield from tpm.sockets.items()
     yield "generation", str(tpm.generation)
     if tpm.encrypted:

@@ -1,0 +1,90 @@
+"""TPMs that containers may ask for: a CDI document for each, while its devices are there.
+
+Runtimes read all documents of the folder whenever they start a container, and give what they say to
+whoever names it: so there are only those of TPMs that are on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from vtpm_cuse.containers import cdi
+from vtpm_cuse.errors import FrontendError
+from vtpm_cuse.faults import sentence
+from vtpm_cuse.files import make_folder, write_output
+
+if TYPE_CHECKING:
+    from vtpm_cuse.fleet.base import Interface, Offer, Tpm
+
+_FOLDER_MODE: Final = 0o755
+_FILE_MODE: Final = 0o644
+"""Users' own runtimes read them, too; they say no more than names and paths."""
+_PROGRAM: Final = "vtpm"
+
+
+class Offers:
+    """The documents of one manager.
+
+    Args:
+        folder: Where they are; None for a manager that offers nothing.
+        socket: Where the manager is asked, by which a container's end removes its TPM.
+    """
+
+    def __init__(self, folder: str | None, socket: str) -> None:
+        self._folder, self._socket = folder, socket
+        self._there: set[str] = set()
+
+    def need(self, offer: Offer, interface: Interface) -> None:
+        """Raises FrontendError where such a TPM cannot be offered in this way."""
+        if offer == "off":
+            return
+        if self._folder is None:
+            raise FrontendError("This manager offers no TPM", "start it with --cdi DIR")
+        if interface == "socket":
+            reason = "Only a TPM that is a device is offered to containers"
+            raise FrontendError(reason, "make it with --interface cuse")
+        if offer == "remove":
+            _own_program()
+
+    def put(self, tpm: Tpm) -> None:
+        """Has the document of a TPM that is on, if it is offered. Raises FrontendError."""
+        if tpm.cdi == "off" or self._folder is None:
+            return
+        if not (tpm.device and tpm.managed_device):
+            return
+        words = ("rm", "--force", "--socket", self._socket, tpm.id)
+        text = cdi.document(
+            (tpm.name, tpm.id),
+            (tpm.device, tpm.managed_device),
+            tpm.owner,
+            nodes=tpm.interface != "fuse",
+            at_the_end=(_own_program(), *words) if tpm.cdi == "remove" else (),
+        )
+        path = os.path.join(self._folder, cdi.file_name(tpm.id))
+        try:
+            make_folder(self._folder, _FOLDER_MODE, umask=False)
+            write_output(path, (json.dumps(text, indent=1) + "\n").encode(), _FILE_MODE)
+        except OSError as exc:
+            raise FrontendError(f"It cannot be offered to containers: {sentence(exc)}") from exc
+        self._there.add(tpm.id)
+
+    def drop(self, number: str, *, left: bool = False) -> None:
+        """It is not offered any more; nor, if it may have been *left*, as by a manager that died."""
+        if self._folder is None or not (left or number in self._there):
+            return
+        self._there.discard(number)
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._folder, cdi.file_name(number)))
+
+
+def _own_program() -> str:
+    """The program ``vtpm`` that is installed with this one. Raises FrontendError."""
+    for beside in (sys.argv[0], sys.executable):
+        path = os.path.join(os.path.dirname(os.path.abspath(beside)), _PROGRAM)
+        if os.access(path, os.X_OK):
+            return path
+    raise FrontendError("The program vtpm, which removes it in the end, is not beside vtpmd")
