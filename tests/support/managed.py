@@ -146,6 +146,12 @@ def opened(connection: Connection, command: bytes) -> int:
     return handle_of(connection.process(command))
 
 
+_KINDS: Final = (b"\2", b"\3")
+"""The first byte of a session's handle."""
+_SLOTS: Final = 3
+"""Sessions that libtpms holds."""
+
+
 class Gapped:
     """A TPM whose saved sessions may be no more than *gap* saves apart."""
 
@@ -158,29 +164,43 @@ class Gapped:
         self.refused = 0
 
     def process(self, command: bytes) -> bytes:
-        kind = command[6:10].hex()
-        if kind == "00000162" and command[10] in {2, 3}:
-            oldest = min(self._saved.values(), default=None)
-            if oldest is not None and self._counter() - oldest >= self._gap:
-                self.refused += 1
-                return bytes.fromhex("80010000000a00000901")
+        code, of_session = command[6:10].hex(), command[10:11] in _KINDS
+        loads = code == "00000161" and command[18:19] in _KINDS
+        if ((code == "00000162" and of_session) or loads or code == "00000176") and (
+            self._is_in_the_way(code, int.from_bytes(command[19:22], "big"))
+        ):
+            self.refused += 1
+            return bytes.fromhex("80010000000a00000901")
         answer = self._process(command)
-        if kind == "0000017a" and command[10:18] == u32(6, 0x114):
+        if code == "0000017a" and command[10:18] == u32(6, 0x114):
             return answer[:-4] + u32(self._gap)
-        if code_of(answer) == 0 and kind == "00000162" and command[10] in {2, 3}:
-            self._saved[command[11] << 16 | command[12] << 8 | command[13]] = int.from_bytes(
-                answer[10:18], "big"
-            )
-        if code_of(answer) == 0 and kind == "00000161":
+        if code_of(answer) != 0:
+            return answer
+        if code == "00000162" and of_session:
+            index = int.from_bytes(command[11:14], "big")
+            self._saved[index] = int.from_bytes(answer[10:18], "big")
+        if code == "00000161" and answer[10:11] in _KINDS:
             self._saved.pop(int.from_bytes(answer[11:14], "big"), None)
-        if code_of(answer) == 0 and kind == "00000144":
-            self._saved.clear()
-        if code_of(answer) == 0 and kind == "00000165":
+        if code == "00000144":
+            there = {handle & 0xFFFFFF for handle in listed(self._process(list_handles(3 << 24)))}
+            self._saved = {index: self._saved[index] for index in self._saved if index in there}
+        if code == "00000165" and of_session:
             self._saved.pop(int.from_bytes(command[11:14], "big"), None)
         return answer
 
-    def _counter(self) -> int:
-        return max(self._saved.values(), default=0)
+    def _is_in_the_way(self, code: str, index: int) -> bool:
+        """Whether the oldest saved session is: of a save, and where one more would take the last slot."""
+        oldest = min(self._saved, key=lambda one: self._saved[one], default=None)
+        if oldest is None or max(self._saved.values()) - self._saved[oldest] < self._gap:
+            return False
+        if code == "00000162":
+            return True
+        loaded = len(listed(self._process(list_handles(2 << 24))))
+        return loaded == _SLOTS - 1 and not (code == "00000161" and index == oldest)
+
+    def saved_as(self, handle: int) -> int | None:
+        """The number of the newest context of a session that is saved."""
+        return self._saved.get(handle & 0xFFFFFF)
 
     def cancel(self) -> int:
         return 0

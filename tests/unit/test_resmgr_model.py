@@ -1,7 +1,8 @@
 """The resource manager under any order of commands of many clients, beside a model without limits.
 
 The model has no slots, no swaps and no gap: what a client has is there, as it was, until somebody
-who may ends it; a context is good for what it says, and of a session for once.
+who may ends it; a context is good for what it says, and of a session for once. When the state leaves
+for another TPM, contexts are all that is left.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support.auditor import Auditor
 from tests.support.commands import code_of
+from vtpm_cuse.engine.base import StateType
 from vtpm_cuse.resmgr.manager import Connection, Limits, Manager
 
 if TYPE_CHECKING:
@@ -47,12 +49,17 @@ class Thing:
 
 @dataclass(eq=False)
 class Story:
-    """An active session: of a policy its digest; what its newest context is, once saved."""
+    """An active session: of a policy its digest; what its newest context is, once saved.
+
+    One that is *foreign* has left with the state: it lives until it grows too old to be saved, for
+    who has its context alone could refresh it.
+    """
 
     handle: int
     digest: bytes = bytes(32)
     auditor: Auditor | None = None
     context: bytes = b""
+    foreign: bool = False
 
 
 @dataclass(eq=False)
@@ -72,14 +79,18 @@ class World:
 
     def __init__(self, engine: LibtpmsEngine, chance: random.Random) -> None:
         self._engine, self._chance = engine, chance
-        self.manager = Manager(m.Gapped(engine.process, GAP), limits=Limits(abandoned=ALL_SESSIONS))
+        self._below = m.Gapped(engine.process, GAP)
+        self.manager = self._manager()
         self.owners = [Owner(self.manager.connect()) for _ in range(CLIENTS)]
         self._objects: list[tuple[bytes, Thing]] = []
         self._contexts: list[tuple[bytes, Story]] = []
         self._abandoned: list[Story] = []
         self._made = 0
-        self.resets = 0
+        self.resets = self.moves = self.suspensions = 0
         self.swapped = self.refreshed = 0
+
+    def _manager(self) -> Manager:
+        return Manager(self._below, limits=Limits(abandoned=ALL_SESSIONS))
 
     def count(self) -> None:
         """What the manager has done of its own until now, or until a reset."""
@@ -106,10 +117,16 @@ class World:
             self.clear(owner)
         elif rare < 0.0035:
             self.reset()
-        elif rare < 0.012:
+        elif rare < 0.0045:
+            self.move()
+        elif rare < 0.0085:
+            self.suspend()
+        elif rare < 0.017:
             self.leave(owner)
         else:
+            refused = self._below.refused
             chance.choice(actions)(owner)
+            self._age(in_the_way=self._below.refused > refused)
 
     # -- objects --------------------------------------------------------------------------
 
@@ -237,7 +254,7 @@ class World:
             return
         assert m.handle_of(answer) == story.handle
         self._forget(story)
-        story.context = b""
+        story.context, story.foreign = b"", False
         owner.stories.append(story)
         if story.auditor is not None:
             story.auditor.process = owner
@@ -327,6 +344,62 @@ class World:
             thing.dead = True
         self.resets += 1
 
+    def _goes_on(self) -> None:
+        """The TPM is off, and on again, with the volatile state that it had."""
+        state = self._engine.volatile_state()
+        self._engine.stop()
+        self._engine.set_state(StateType.VOLATILE, state)
+        self._engine.start()
+
+    def move(self) -> None:
+        """The state leaves, for another process or this one: contexts load there, the newest alone."""
+        self.count()
+        self.manager.drop()
+        for first in (TRANSIENT, LOADED):
+            assert m.listed(self._below.process(m.list_handles(first))) == []
+        for owner in self.owners:
+            owner.things.clear()
+            self._abandoned += [story for story in owner.stories if story.context]
+            owner.stories.clear()
+        for story in self._abandoned:
+            story.foreign = True
+        self._end_old()
+        self._goes_on()
+        if self._chance.random() < 0.5:
+            self.manager.reset(resumed=True)
+        else:
+            self.manager = self._manager()
+            self.manager.reset(resumed=True)
+            self.owners = [Owner(self.manager.connect()) for _ in range(CLIENTS)]
+        self.look(self.owners[0])
+        self.moves += 1
+
+    def _has(self, story: Story) -> bool:
+        """Whether the TPM itself would load its context."""
+        sequence = int.from_bytes(story.context[:8], "big")
+        return self._below.saved_as(story.handle) == sequence
+
+    def _age(self, *, in_the_way: bool) -> None:
+        """One that nobody here can refresh is ended, when nothing could be saved any more."""
+        assert self._end_old() == 0 or in_the_way
+
+    def _end_old(self) -> int:
+        old = [one for one in self._abandoned if one.foreign and not self._has(one)]
+        for story in old:
+            self._forget(story)
+            story.context = b""
+        return len(old)
+
+    def suspend(self) -> None:
+        """Nobody can tell."""
+        saved = self.manager.suspend()
+        self._goes_on()
+        self.manager = self._manager()
+        self.manager.resume(saved)
+        for owner in self.owners:
+            owner.connection = self.manager.connections[owner.connection.number]
+        self.suspensions += 1
+
 
 def by_index(handles: list[int]) -> list[int]:
     return sorted(handles, key=lambda handle: handle & 0xFFFFFF)
@@ -339,7 +412,7 @@ def test_any_order_of_commands(seed: int) -> None:
         for _ in range(STEPS):
             world.step()
         world.count()
-        assert min(world.resets, world.refreshed) > 0
+        assert min(world.resets, world.refreshed, world.moves, world.suspensions) > 0
         assert world.swapped > STEPS // 20
         for owner in world.owners:
             world.look(owner)
