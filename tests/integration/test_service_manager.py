@@ -110,6 +110,17 @@ def test_passed_sockets(tmp_path: Path) -> None:
     assert {"data", "ctrl"} <= set(os.listdir(tmp_path))  # the manager's, not ours to remove
 
 
+def test_a_passed_socket_that_an_option_names_by_number_needs_no_name(tmp_path: Path) -> None:
+    """As systemd-vmspawn has it, whose socket unit is called by its file."""
+    with passed(tmp_path, "vm-tpm.socket:ctrl", "--server", "type=unixio,fd=3") as process:
+        with s.connect(tmp_path / "data") as client:
+            client.send(get_random(32))
+            assert len(client.exactly(44)) == 44
+        with s.connect(tmp_path / "ctrl") as client:
+            assert client.control(s.SHUTDOWN) == s.u32(0)
+        assert process.wait(PATIENCE_SECONDS) == 0
+
+
 @pytest.mark.parametrize(
     ("names", "words", "reason"),
     [

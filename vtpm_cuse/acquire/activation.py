@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 _FIRST_FD: Final = 3
 _DIGITS_MAX: Final = 9
@@ -16,8 +16,10 @@ EMULATORS: Final = ("data", "ctrl")
 MANAGERS: Final = ("manager",)
 
 
-def passed_sockets(known: Sequence[str] = EMULATORS) -> dict[str, int]:
+def passed_sockets(known: Sequence[str] = EMULATORS, taken: Collection[int] = ()) -> dict[str, int]:
     """Descriptors by the names *known*; none if nobody passed any to this process.
+
+    Those in *taken* are left out: options name them by number, so their names say nothing.
 
     Raises:
         UsageError: One of them has another name, or a name comes twice.
@@ -30,6 +32,8 @@ def passed_sockets(known: Sequence[str] = EMULATORS) -> dict[str, int]:
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     found: dict[str, int] = {}
     for number in range(int(count)):
+        if _FIRST_FD + number in taken:
+            continue
         name = names[number] if number < len(names) else ""
         if name not in known or name in found:
             raise UsageError(

@@ -58,13 +58,13 @@ def _server_address(line: CommandLine, given: SubValues, port: int | None) -> So
     return address
 
 
-def passed(name: str, given: SocketAddress | None) -> SocketAddress | None:
+def passed(line: CommandLine, name: str, given: SocketAddress | None) -> SocketAddress | None:
     """The channel on the socket of this name that a service manager passed, else *given*."""
     if "LISTEN_FDS" not in os.environ:
         return given
     from vtpm_cuse.acquire.activation import passed_sockets
 
-    fd = passed_sockets().get(name)
+    fd = passed_sockets(taken=line.descriptors()).get(name)
     if fd is None:
         return given
     if given is not None:
@@ -89,7 +89,7 @@ def managed_channel(line: CommandLine, vtpm: VtpmConfig) -> SocketAddress | None
         address = address._replace(per_process=given.flag("per-process"))
         if address.per_process and address.kind != "unixio":
             raise line.error("Error: per-process is for type=unixio: TCP names no process")
-    address = passed("managed", address)
+    address = passed(line, "managed", address)
     if address is not None and not vtpm.tpm2:
         raise line.error("Error: The resource manager is for a TPM 2.0: give --tpm2")
     return address

@@ -42,7 +42,7 @@ def manager_config(line: CommandLine) -> SocketConfig | FuseConfig | CuseConfig:
         control, control_terminate = addresses.control_channel(line)
         return SocketConfig(
             vtpm=vtpm,
-            control=addresses.passed("ctrl", control),
+            control=addresses.passed(line, "ctrl", control),
             managed=managed,
             control_terminate=control_terminate,
             process=process,

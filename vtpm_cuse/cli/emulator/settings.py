@@ -135,8 +135,8 @@ def socket_config(line: CommandLine) -> SocketConfig:
     managed = addresses.managed_channel(line, vtpm)
     return SocketConfig(
         vtpm=_limited(line, vtpm, "--managed" if managed is None else None),
-        data=addresses.passed("data", data),
-        control=addresses.passed("ctrl", control),
+        data=addresses.passed(line, "data", data),
+        control=addresses.passed(line, "ctrl", control),
         managed=managed,
         disconnect=disconnect,
         terminate=line.has("terminate"),
@@ -166,7 +166,7 @@ def chardev_config(line: CommandLine) -> ChardevConfig:
         proxy=proxy,
         path=path,
         fd=fd,
-        control=addresses.passed("ctrl", control),
+        control=addresses.passed(line, "ctrl", control),
         managed=managed,
         control_terminate=control_terminate,
         process=process_config(line, background=line.has("daemon")),

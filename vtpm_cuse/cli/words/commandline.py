@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.cli.words import suboptions
 from vtpm_cuse.cli.words.getopt import Complaint, Getopt, Operand
 from vtpm_cuse.cli.words.help import help_text
-from vtpm_cuse.cli.words.numbers import number
+from vtpm_cuse.cli.words.numbers import FD_MAX, number
 from vtpm_cuse.cli.words.program import complain
 from vtpm_cuse.cli.words.table import Lenient
 from vtpm_cuse.errors import UsageError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from vtpm_cuse.cli.words.getopt import Given
     from vtpm_cuse.cli.words.suboptions import SubValues
     from vtpm_cuse.cli.words.table import Option, Program
+
+_DESCRIPTORS: Final = ("fd", "clientfd", "pwdfd")
+"""Sub-options whose value is one, of whatever option."""
 
 
 class CuseExit(IntEnum):
@@ -115,6 +118,15 @@ class CommandLine:
         for name in self._given:
             if self._table[name].subs:
                 self.subs(name)
+
+    def descriptors(self) -> set[int]:
+        """Those that options name by their numbers. Raises UsageError."""
+        found = {number(self.value("fd") or "", 0, FD_MAX, base=10)}
+        for name in self._given:
+            subs = self.subs(name) if self._table[name].subs else None
+            if subs is not None:
+                found.update(map(subs.integer, _DESCRIPTORS))
+        return {fd for fd in found if fd is not None}
 
     def last_of(self, *names: str) -> str | None:
         """Which of these options was given last, None if none was."""
