@@ -213,7 +213,7 @@ class VtpmConfig(NamedTuple):
         incoming: A migration brings the state, whose lock is still held elsewhere.
         release_outgoing: The lock goes with the last blob, whatever takes it away.
         pcap: Where commands and responses are captured, if anywhere.
-        limits: Of the resource manager (`resmgr.manager.Limits`), by name; what is left out has its
+        limits: Of the resource manager (`resmgr.quota.Limits`), by name; what is left out has its
             default.
     """
 

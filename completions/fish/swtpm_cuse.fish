@@ -5,7 +5,7 @@ complete -c swtpm_cuse -l resource-manager -f -d 'make a second device, of which
 complete -c swtpm_cuse -s M -l maj -x -d 'major number of the device; by default, or with 0, the kernel chooses one'
 complete -c swtpm_cuse -s m -l min -x -d 'minor number of the device'
 complete -c swtpm_cuse -l foreground -f -d 'stay in the foreground, as service managers want it; without it the program returns as soon as the device answers, and the TPM runs on in the background'
-complete -c swtpm_cuse -l managed-limits -x -a '(__fish_complete_list , "string split \\" \\" -- \\"objects= sessions= abandoned= clients-of-a-user= clients=\\"")' -d 'what clients of the resource manager may have, and how many there may be'
+complete -c swtpm_cuse -l managed-limits -x -a '(__fish_complete_list , "string split \\" \\" -- \\"objects= sessions= sessions-of-a-user= abandoned= clients-of-a-user= clients=\\"")' -d 'what clients of the resource manager may have, and how many there may be'
 complete -c swtpm_cuse -l tpm2 -f -d 'be a TPM 2.0, which it is by default if neither --tpmstate nor TPM_PATH is given; otherwise the TPM is a TPM 1.2'
 complete -c swtpm_cuse -l tpm12 -f -d 'be a TPM 1.2'
 complete -c swtpm_cuse -l tpmstate -x -a '(__fish_complete_list , "string split \\" \\" -- \\"dir= backend-uri= mode= lock= fsync= backup\\"")' -d 'where the state of the TPM is kept; by default in the directory that the environment variable TPM_PATH names, else in /var/lib/vtpm-cuse/NAME for root, and in $XDG_STATE_HOME/vtpm-cuse/NAME (~/.local/state/vtpm-cuse/NAME) for others'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.device.managed import clients, opened
+from tests.device.managed import SESSIONS_OF_A_USER, clients, opened
 from tests.integration.test_managed_sockets import Managed
 from tests.support import managed as m
 from tests.support import sockets as s
@@ -80,14 +80,14 @@ def test_what_clients_have_saved_loads_at_the_destination(tmp_path: Path) -> Non
 def test_sessions_that_nobody_loads_are_in_nobodys_way_at_the_destination(tmp_path: Path) -> None:
     with Managed(tmp_path / "from", *s.RUNNING) as source, clients(source, 4) as there:
         for client in there:
-            for _ in range(15):
+            for _ in range(SESSIONS_OF_A_USER // 4):
                 assert code_of(client.command(m.save(opened(client, m.start_session())))) == 0
         blobs = exported(source)
     with Managed(tmp_path / "to") as target:
         imported(target, blobs)
         with clients(target, 4) as there:
             for client in there:
-                for _ in range(15):
+                for _ in range(SESSIONS_OF_A_USER // 4):
                     assert opened(client, m.start_session())
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from tests.support.commands import code_of, tpm2
 from vtpm_cuse.engine.libtpms import LibtpmsEngine
-from vtpm_cuse.resmgr.manager import Connection, Limits, Manager
+from vtpm_cuse.resmgr.manager import Connection, Manager
+from vtpm_cuse.resmgr.quota import Limits
 from vtpm_cuse.storage.memory import MemoryStore
 from vtpm_cuse.wire.tpm import TpmSu, startup_command
 

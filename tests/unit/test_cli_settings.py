@@ -30,7 +30,7 @@ from vtpm_cuse.config import (
     VtpmConfig,
 )
 from vtpm_cuse.errors import UsageError
-from vtpm_cuse.resmgr.manager import Limits
+from vtpm_cuse.resmgr.quota import Limits
 from vtpm_cuse.wire.blob import BlobFlag, with_header
 
 if TYPE_CHECKING:
@@ -402,10 +402,11 @@ def test_the_device_with_a_resource_manager_is_named_as_the_kernels(
     assert named.managed == "other"
 
 
-LIMITS = "objects=10,sessions=64,abandoned=0,clients-of-a-user=5,clients=900"
+LIMITS = "objects=10,sessions=64,sessions-of-a-user=63,abandoned=0,clients-of-a-user=5,clients=900"
 LIMITED = {
     "objects": 10,
     "sessions": 64,
+    "sessions_of_a_user": 63,
     "abandoned": 0,
     "clients_of_a_user": 5,
     "clients": 900,

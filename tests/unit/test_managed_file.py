@@ -12,7 +12,7 @@ from tests.support.commands import create_primary_rsa, get_random
 from tests.support.kernel import Machine
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.proto.device import Opener
-from vtpm_cuse.resmgr.manager import Limits
+from vtpm_cuse.resmgr.quota import Limits
 from vtpm_cuse.vtpm.managed import ManagedFile, ManagedOpen, ManagedVtpm
 from vtpm_cuse.vtpm.turn import Turn
 from vtpm_cuse.vtpm.vtpm import VtpmOptions

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def a_client(number: int = 1) -> Client:
-    return Client(Connection(Manager(FakeEngine()), number), Peer("unix"), 0, 0)
+    return Client(Connection(Manager(FakeEngine()), number, None), Peer("unix"), 0, 0)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from tests.support import managed as m
 from tests.support.auditor import Auditor
 from tests.support.commands import code_of
 from vtpm_cuse.engine.base import StateType
-from vtpm_cuse.resmgr.manager import Connection, Limits, Manager
+from vtpm_cuse.resmgr.manager import Connection, Manager
+from vtpm_cuse.resmgr.quota import Limits
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.libtpms import LibtpmsEngine
@@ -31,6 +32,7 @@ OWN_OBJECTS: Final = 12
 OWN_SESSIONS: Final = 8
 ALL_SESSIONS: Final = 60
 GAP: Final = 0xFF
+LIMITS: Final = Limits(sessions_of_a_user=ALL_SESSIONS, abandoned=ALL_SESSIONS)
 OWNER: Final = 0x40000001
 CLEAR: Final = tpm.tpm2(0x126, m.u32(0x4000000C) + m.PASSWORD, sessions=True)
 NO_OBJECT, NO_HANDLE = 0xB0910, 0xB01CB
@@ -90,7 +92,7 @@ class World:
         self.swapped = self.refreshed = 0
 
     def _manager(self) -> Manager:
-        return Manager(self._below, limits=Limits(abandoned=ALL_SESSIONS))
+        return Manager(self._below, limits=LIMITS)
 
     def count(self) -> None:
         """What the manager has done of its own until now, or until a reset."""

@@ -24,7 +24,8 @@ from tests.support.managed import (
     started_engine,
 )
 from vtpm_cuse.resmgr import view
-from vtpm_cuse.resmgr.manager import Connection, Limits, Manager
+from vtpm_cuse.resmgr.manager import Connection, Manager
+from vtpm_cuse.resmgr.quota import Limits
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.libtpms import LibtpmsEngine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from vtpm_cuse.resmgr.quota import sessions_left
 from vtpm_cuse.resmgr.sessions import Place
 from vtpm_cuse.wire import tpm2_handles as wire
 from vtpm_cuse.wire.tpm import TpmRc, response_code
@@ -58,12 +59,13 @@ def _properties(manager: Manager, connection: Connection) -> dict[int, int]:
     sessions = manager.sessions.of(connection.number)
     loaded = sum(found.place is not Place.SAVED for found in sessions)
     most = min(manager.sessions_max, manager.limits.sessions)
+    left = sessions_left(manager, connection)
     return {
         wire.TPM_PT_ACTIVE_SESSIONS_MAX: most,
         wire.TPM_PT_CONTEXT_GAP_MAX: 0xFFFF_FFFF,
         wire.TPM_PT_HR_LOADED: loaded,
-        wire.TPM_PT_HR_LOADED_AVAIL: most - len(sessions),
+        wire.TPM_PT_HR_LOADED_AVAIL: left,
         wire.TPM_PT_HR_ACTIVE: len(sessions),
-        wire.TPM_PT_HR_ACTIVE_AVAIL: most - len(sessions),
+        wire.TPM_PT_HR_ACTIVE_AVAIL: left,
         wire.TPM_PT_HR_TRANSIENT_AVAIL: manager.limits.objects - len(connection.objects),
     }

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError, WireError
+from vtpm_cuse.resmgr import quota
 from vtpm_cuse.resmgr.capability import capability
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
+from vtpm_cuse.resmgr.quota import Limits
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
 from vtpm_cuse.resmgr.saved import Left, SavedConnection, SavedManager
 from vtpm_cuse.resmgr.sessions import Place, Session, Sessions, digest_of
@@ -64,25 +66,6 @@ _ALWAYS_READ: Final = frozenset(
 """Commands that are never simply passed on."""
 
 
-class Limits(NamedTuple):
-    """How much one client may have, and for who lets them in, how many of them there may be.
-
-    Attributes:
-        objects: Of each connection.
-        sessions: Of each connection.
-        abandoned: Sessions that closed connections left saved, for others to load.
-        clients_of_a_user: As many as a TPM has sessions. Those on TCP, who have no user, count as
-            one's.
-        clients: In all, so that one user leaves room for others.
-    """
-
-    objects: int = 64
-    sessions: int = 16
-    abandoned: int = 4
-    clients_of_a_user: int = 64
-    clients: int = 256
-
-
 class Manager:
     """Manages *tpm*; one call at a time, `Connection.cancel` alone beside a running command.
 
@@ -121,9 +104,9 @@ class Manager:
         self.objects = Objects(self._inner, 0)
         self.sessions = Sessions(self._inner, 0, 0)
 
-    def connect(self) -> Connection:
-        """A new client. This one may be called beside a running command."""
-        found = Connection(self, next(self._numbers))
+    def connect(self, user: int | None = None) -> Connection:
+        """A new client, of a *user* if there is one. This may be called beside a running command."""
+        found = Connection(self, next(self._numbers), user)
         self.connections[found.number] = found
         return found
 
@@ -249,7 +232,7 @@ class Manager:
         self.sessions = Sessions(self._inner, saved.sessions.slots, saved.sessions.gap)
         self.sessions.resume(saved.sessions)
         for one in saved.connections:
-            found = self.connections[one.number] = Connection(self, one.number)
+            found = self.connections[one.number] = Connection(self, one.number, one.user)
             found.resume(one)
             for known in found.objects.values():
                 self.objects.resume(known)
@@ -349,7 +332,8 @@ class Manager:
         if handles is None:
             raise Refusal(LAYER | TpmRc.TPM_RC_INSUFFICIENT)
         used = Used(self, connection, handles, wire.sessions_of(command, len(handles)))
-        self._check_quota(connection, code, attributes)
+        if attributes.returns_handle:
+            quota.check(self, connection, starts_session=code == TpmCc.TPM_CC_StartAuthSession)
         response = self._send(command, used, code, attributes)
         if _failed(response):
             return response
@@ -367,17 +351,6 @@ class Manager:
             return self._note_handle(connection, response, code)
         return response
 
-    def _check_quota(
-        self, connection: Connection, code: int, attributes: CommandAttributes
-    ) -> None:
-        if not attributes.returns_handle:
-            return
-        if code == TpmCc.TPM_CC_StartAuthSession:
-            if len(self.sessions.of(connection.number)) >= self.limits.sessions:
-                raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
-        elif len(connection.objects) >= self.limits.objects:
-            raise Refusal(LAYER | TpmRc.TPM_RC_OBJECT_MEMORY)
-
     def _send(self, command: bytes, used: Used, code: int, attributes: CommandAttributes) -> bytes:
         starts_session = code == TpmCc.TPM_CC_StartAuthSession
         scratch = (attributes.returns_handle and not starts_session) or code == TpmCc.TPM_CC_Create
@@ -387,8 +360,12 @@ class Manager:
         self.objects.make_room(used.slots_needed() + scratch, used.objects)
         while True:
             response = self.tpm.process(wire.with_handles(command, used.load_objects()))
-            if not self._can_help(_code_of(response), used):
-                return response
+            code_of_it = _code_of(response)
+            if not self._can_help(code_of_it, used):
+                break
+        if code_of_it == TpmRc.TPM_RC_SESSION_HANDLES:  # others of the TPM's clients have them
+            raise Refusal(LAYER | code_of_it)
+        return response
 
     def _can_help(self, code: int, used: Used | None = None) -> bool:
         """Whether the same command may pass now; a refused one has changed nothing."""
@@ -473,10 +450,8 @@ class Manager:
     ) -> bytes:
         """The context is the permission: who has it takes the session over, and uses it up."""
         found = self.sessions.find(head.handle)
-        if len(self.sessions.of(connection.number)) >= self.limits.sessions and (
-            found is None or found.owner != connection.number
-        ):
-            raise Refusal(LAYER | TpmRc.TPM_RC_SESSION_MEMORY)
+        if found is None or found.owner != connection.number:
+            quota.check_sessions(self, connection, found)
         self.sessions.make_room(())
         known = found is not None and found.place is Place.SAVED
         if found is None or not known or found.digest != digest_of(context):  # the TPM knows
@@ -498,15 +473,16 @@ class Connection:
 
     Attributes:
         number: Tells it apart from others, past ones too.
+        user: Whose it is, for the limits of a user's.
         objects: Its transient objects, by the handles it knows.
         commands: How many it has given.
     """
 
     tpm2 = True
 
-    def __init__(self, manager: Manager, number: int) -> None:
+    def __init__(self, manager: Manager, number: int, user: int | None) -> None:
         self._manager = manager
-        self.number = number
+        self.number, self.user = number, user
         self.objects: dict[int, Object] = {}
         self.commands = 0
         self._next = _FIRST_OBJECT
@@ -537,7 +513,7 @@ class Connection:
     def suspend(self) -> SavedConnection:
         """The connection as plain values."""
         objects = tuple(found.suspend() for found in self.objects.values())
-        return SavedConnection(self.number, self._next, self.commands, objects)
+        return SavedConnection(self.number, self.user, self._next, self.commands, objects)
 
     def resume(self, saved: SavedConnection) -> None:
         """As it was suspended."""

@@ -47,6 +47,7 @@ class SavedConnection(NamedTuple):
     """A connection; see `manager.Connection`."""
 
     number: int
+    user: int | None
     next_handle: int
     commands: int
     objects: tuple[SavedObject, ...]

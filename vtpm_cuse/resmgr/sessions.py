@@ -148,6 +148,20 @@ class Sessions:
             return [one for one in saved if one.owner is None and one.place is Place.SAVED]
         return [found for _, found in sorted(self._by_index.items()) if found.owner == owner]
 
+    @property
+    def active(self) -> int:
+        """How many there are."""
+        return len(self._by_index)
+
+    @property
+    def owned(self) -> int:
+        """How many of them are somebody's."""
+        return sum(found.owner is not None for found in self._by_index.values())
+
+    def count(self, owners: Collection[int]) -> int:
+        """How many of them are these connections'."""
+        return sum(found.owner in owners for found in self._by_index.values())
+
     def add(self, found: Session) -> None:
         """Takes one that has just been started or loaded; who had its number has lost it."""
         self._saved.pop(found.index, None)

@@ -12,7 +12,7 @@ import contextlib
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError
-from vtpm_cuse.resmgr.manager import Limits, Manager
+from vtpm_cuse.resmgr.manager import Manager
 from vtpm_cuse.resmgr.objects import Object
 from vtpm_cuse.resmgr.refusal import LAYER, Dead, Refusal
 from vtpm_cuse.resmgr.saved import Left
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.engine.base import Tpm
     from vtpm_cuse.resmgr.manager import Connection
+    from vtpm_cuse.resmgr.quota import Limits
     from vtpm_cuse.resmgr.used import Used
     from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 

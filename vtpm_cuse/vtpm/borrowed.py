@@ -11,7 +11,7 @@ from vtpm_cuse.resmgr.shared import SharedManager
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.resmgr.manager import Limits
+    from vtpm_cuse.resmgr.quota import Limits
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
     Rests = tuple[tuple[float, Callable[[], None]], ...]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import DeviceError, PtmError
 from vtpm_cuse.resmgr import view
-from vtpm_cuse.resmgr.manager import Limits, Manager
+from vtpm_cuse.resmgr.manager import Manager
+from vtpm_cuse.resmgr.quota import Limits
 from vtpm_cuse.vtpm import borrowed
 from vtpm_cuse.vtpm.clients import (
     Client,
@@ -95,7 +96,7 @@ class ManagedVtpm:
     def connect(self, peer: Peer) -> Client:
         """A new client. This alone needs no turn."""
         now = self.clock()
-        found = Client(self._manager.connect(), peer, now, now)
+        found = Client(self._manager.connect(peer.uid), peer, now, now)
         self._clients[found.connection.number] = found
         return found
 

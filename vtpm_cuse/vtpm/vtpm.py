@@ -75,7 +75,7 @@ class VtpmOptions(NamedTuple):
     """How one vTPM behaves; the defaults are the C suite's.
 
     Attributes:
-        limits: Of its resource manager (`resmgr.manager.Limits`), by name; what is left out has
+        limits: Of its resource manager (`resmgr.quota.Limits`), by name; what is left out has
             its default.
         borrowed: It is not ours: no power, no locality, no state, and it may go away.
         incoming: A migration brings the state: the first start does not lock it, for its

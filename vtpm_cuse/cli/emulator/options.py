@@ -238,6 +238,12 @@ OPTIONS: Final[Sequence[Option]] = (
             SubOption("objects", "objects of a client, by default 64", Kind.UINT, "N"),
             SubOption("sessions", "sessions of a client, by default 16", Kind.UINT, "N"),
             SubOption(
+                "sessions-of-a-user",
+                "sessions of one user's clients, by default 46",
+                Kind.UINT,
+                "N",
+            ),
+            SubOption(
                 "abandoned",
                 "sessions in all that clients saved before they went, for others to load, by "
                 "default 4",

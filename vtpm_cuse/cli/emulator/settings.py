@@ -44,6 +44,7 @@ _PROXY_NAME: Final = "proxy0"
 _LIMITS: Final = {
     "objects": range(3, 257),  # no TPM has less
     "sessions": range(3, 65),  # no TPM has more
+    "sessions-of-a-user": range(3, 65),
     "abandoned": range(65),
     "clients-of-a-user": range(1, 901),
     "clients": range(1, 901),  # each may be a descriptor
