@@ -84,6 +84,7 @@ class TpmaNv(IntEnum):
     OWNERREAD = 1 << 17
     AUTHREAD = 1 << 18
     NO_DA = 1 << 25
+    WRITTEN = 1 << 29
     PLATFORMCREATE = 1 << 30
 
 
@@ -305,6 +306,29 @@ class NvWriteParameters(TpmStruct):
 
     data: Sized16
     offset: U16
+
+
+@marshalled
+class NvReadPublicResult(TpmStruct):
+    """Response parameters of TPM2_NV_ReadPublic."""
+
+    nvPublic: Sized16
+    nvName: Sized16
+
+
+@marshalled
+class NvReadParameters(TpmStruct):
+    """Parameters of TPM2_NV_Read."""
+
+    size: U16
+    offset: U16
+
+
+@marshalled
+class NvReadResult(TpmStruct):
+    """Response parameters of TPM2_NV_Read."""
+
+    data: Sized16
 
 
 @marshalled
