@@ -33,6 +33,7 @@ class FakeFleet:
         trouble: Raised by a wake.
         bundles: What was imported.
         state: Of all that are exported.
+        looks: What each TPM that is awake says of itself.
         before_list: Called before each list.
         token: Of the event loop that serves it, for a test in another thread.
     """
@@ -44,6 +45,7 @@ class FakeFleet:
         self.specs: list[Spec] = []
         self.bundles: list[Bundle] = []
         self.state = b"state"
+        self.looks: dict[str, bytes] = {}
         self.asked: list[tuple[object, ...]] = []
         self.trouble: Exception | None = None
         self.before_list: Callable[[], None] | None = None
@@ -140,6 +142,12 @@ class FakeFleet:
     async def take_in(self, bundle: Bundle) -> Tpm:
         self.bundles.append(bundle)
         return await self.create(bundle.spec)
+
+    async def look(self, name: str, what: str) -> bytes | None:
+        tpm = await self.describe(name)
+        if tpm.state != "awake":
+            raise FleetError("Busy", tpm.name, "it is not woken")
+        return self.looks.get(what)
 
     async def logs(self, name: str) -> Sequence[Note]:
         return [Note(0.0, f"{(await self.describe(name)).name} was \x1b[2Jmade")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -86,7 +87,7 @@ async def _story(found: Tpm, between: Callable[[], Awaitable[object]]) -> list[o
 
 
 @in_trio
-async def test_nobody_sees_a_sleep_between_any_two_commands(tmp_path: Path) -> None:
+async def test_nobody_sees_a_sleep_or_a_look_between_any_two_commands(tmp_path: Path) -> None:
     blobs = blobs_of_one()
     async with fleet(tmp_path) as manager:
         plain = await _story(await started(manager, "plain", blobs), trio.lowlevel.checkpoint)
@@ -94,6 +95,14 @@ async def test_nobody_sees_a_sleep_between_any_two_commands(tmp_path: Path) -> N
         seen = await _story(found, lambda: manager.hibernate("restless"))
         assert seen == plain
         assert (await manager.describe("restless")).wakes >= len(seen) - 1
+        looks = []
+
+        async def look() -> None:
+            with contextlib.suppress(FleetError):  # as in the middle of a measurement
+                looks.append(await manager.look("looked", "pcr-sha256/10"))
+
+        assert await _story(await started(manager, "looked", blobs), look) == plain
+        assert len(looks) > len(plain) / 2
         assert (await manager.describe("plain")).wakes == 0
 
 

@@ -115,7 +115,7 @@ async def test_messages_come_as_they_went_with_their_descriptors() -> None:
         MessageHeader(Report.DONE, 0, 0, BODY_MAX + 1, 0),
         MessageHeader(Report.DONE, 0, 1000, 0, 0),
         MessageHeader(Report.DONE, 0, 1, 0, 0),
-        MessageHeader(9, 0, 0, 0, 0),
+        MessageHeader(64, 0, 0, 0, 0),
     ],
 )
 def test_what_is_no_message_is_refused_at_once(header: MessageHeader) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 import struct
+from base64 import b64decode
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar, get_args
 
 from vtpm_cuse.client.connect import connect_unix
@@ -199,6 +200,24 @@ class Manager:
     def wake(self, name: str) -> Tpm:
         """Wakes it before its first command."""
         return self._tpm("Wake", manager.Named(name))
+
+    def look(self, name: str, what: str) -> bytes | None:
+        """What one that is awake says of itself, unnoticed by its clients.
+
+        Args:
+            name: Of the TPM, which is not woken for that: FleetError says Busy.
+            what: As the kernel calls its files: "caps", "durations", "timeouts",
+                "tpm_version_major", "pcr-sha256/10"; and "ek.crt", the certificate of its
+                endorsement key in DER.
+
+        Returns:
+            What the file would have; None where the TPM has no such thing.
+        """
+        data = self._ask("Look", manager.Look(name, what), manager.OfLook).data
+        try:
+            return None if data is None else b64decode(data, validate=True)
+        except ValueError as exc:
+            raise FrontendError("The manager answers what is no base64") from exc
 
     def logs(self, name: str) -> Sequence[Note]:
         """What has happened to it since the manager has begun, the newest last."""

@@ -150,6 +150,12 @@ class Fleet(Protocol):
     async def wake(self, name: str) -> Tpm:
         """Give it a process now. Busy if it is off."""
 
+    async def look(self, name: str, what: str) -> bytes | None:
+        """What one that is awake says of itself, such as "pcr-sha256/10"; None if that is nothing.
+
+        Busy if it is not awake, for nobody is woken by it, or a client is in the middle of something.
+        """
+
     async def logs(self, name: str) -> Sequence[Note]:
         """What has happened to it since the manager has begun, the newest last."""
 

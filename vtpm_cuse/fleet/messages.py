@@ -31,6 +31,7 @@ class Order(IntEnum):
     OPEN = 6
     MOUNT = 7
     UNMOUNT = 8
+    LOOK = 9
 
 
 class Report(IntEnum):
@@ -43,6 +44,7 @@ class Report(IntEnum):
     ASLEEP = 69
     STOPPED = 70
     FAILED = 71
+    TOLD = 72
 
 
 class Call(IntEnum):

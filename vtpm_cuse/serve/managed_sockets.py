@@ -308,6 +308,7 @@ class ManagedServer:
     async def _rest(self, served: _Served, *, linger: bool) -> bool:
         """Whether there is something then that its task has to see to; else it may be the end."""
         data = served.data
+        await trio.lowlevel.checkpoint_if_cancelled()  # suspended: its descriptor is elsewhere
         await self._resting.rest(data.connection.fileno(), self._reader(served), linger=linger)
         return not data.at_rest
 

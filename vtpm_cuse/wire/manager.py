@@ -176,6 +176,19 @@ class Import(NamedTuple):
     key: Key | None = None
 
 
+class Look(NamedTuple):
+    """Which TPM, and what of it: "caps", "ek.crt", "pcr-sha256/10", as the kernel calls its files."""
+
+    name: str
+    what: str
+
+
+class OfLook(NamedTuple):
+    """What that file would have, in base64; nothing where the TPM has no such thing."""
+
+    data: str | None = None
+
+
 class OfArchive(NamedTuple):
     """A TPM for another place."""
 
@@ -233,6 +246,7 @@ MANAGER: Final = Interface(
         Method("Import", Import, OfTpm, "Has a TPM that was exported, which is stopped."),
         Method("Hibernate", Named, OfTpm, "Puts it to sleep before its time."),
         Method("Wake", Named, OfTpm, "Wakes it before its first command."),
+        Method("Look", Look, OfLook, "What it says of itself while it is awake; it is not woken."),
         Method("Logs", Named, OfNotes, "What has happened to it since the manager has begun."),
         Method("Watch", Nothing, OfEvent, "What happens to the caller's TPMs.", more=True),
     ),

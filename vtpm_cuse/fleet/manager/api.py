@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+from base64 import b64encode
 from collections import Counter
 from contextlib import aclosing
 from itertools import islice
@@ -44,6 +45,8 @@ PATIENCE_SECONDS: Final = 10.0
 """For the rest of a message, and for a client to read."""
 
 _READ_SIZE: Final = 16384
+_WHAT_MAX: Final = 64
+"""Characters of what is looked at."""
 _TOGETHER: Final = 64
 """Of one call's replies; between them, others get their turn."""
 _PAUSE_SECONDS: Final = 0.1
@@ -257,6 +260,11 @@ class _Client:
             case "Logs", manager.Named(name):
                 notes = await self._fleet.logs((await self._own(name)).id)
                 return manager.OfNotes([manager.Note(*note) for note in notes])
+            case "Look", manager.Look(name, what):
+                if len(what) > _WHAT_MAX:
+                    raise _bad_parameter("what")
+                seen = await self._fleet.look((await self._own(name)).id, what)
+                return manager.OfLook(None if seen is None else b64encode(seen).decode())
             case "Export", manager.Named(name):
                 exported = await self._fleet.export((await self._own(name)).id)
                 return manager.OfArchive(packed(exported))
@@ -350,7 +358,7 @@ class _Client:
         yield Reply({})
 
 
-_TELLING: Final = frozenset({"GetInfo", "GetInterfaceDescription", "Describe", "Logs"})
+_TELLING: Final = frozenset({"GetInfo", "GetInterfaceDescription", "Describe", "Logs", "Look"})
 
 
 def _interface_of(given: str | None) -> Interface:

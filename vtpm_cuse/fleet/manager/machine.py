@@ -7,6 +7,7 @@ never read here, and what its worker says is checked.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -65,6 +66,9 @@ _LEAVE_SECONDS: Final = 10.0
 _AGAIN_SECONDS: Final = 1.0
 _TRIES: Final = 3
 _TEXT_MAX: Final = 1000
+_LOOK_MAX: Final = 1 << 13
+"""More than an index of NV memory has, in which a certificate is."""
+_IN_USE: Final = "a client is in the middle of something"
 _COMMANDS_MAX: Final = 1 << 32
 """More than a worker can have executed between two sleeps."""
 
@@ -208,20 +212,38 @@ class Machine:
         """Powers it off and on, also after a failure. Raises FleetError."""
         if self.state == "stopped":
             raise self.refusal("it is stopped; start it")
-        report = None
+        answer = None
         for _ in range(_TRIES):  # it may be about to fall asleep
             await self._awake()
-            if (report := await self._ask(Order.RESET)) is not None:
+            if (answer := await self._ask(Order.RESET)) is not None:
                 break
-        if report is not Report.DONE:
+        if answer is None or answer.kind is not Report.DONE:
             raise FleetError("StateDamaged", self.name, self._failure)
 
     async def hibernate(self) -> None:
         """Puts it to sleep. Raises FleetError."""
-        if self.state == "awake" and await self._ask(Order.SLEEP) is Report.BUSY:
-            raise self.refusal("a client is in the middle of something")
+        answer = await self._ask(Order.SLEEP) if self.state == "awake" else None
+        if answer is not None and answer.kind is Report.BUSY:
+            raise self.refusal(_IN_USE)
         if self.state != "asleep":
             raise self.refusal(f"it is {self.state}")
+
+    async def look(self, what: str) -> bytes | None:
+        """What it says of itself, in the words of its process; None if there is no such thing.
+
+        Raises:
+            FleetError: It has no process, and is given none for this; or it cannot say it now.
+        """
+        answer = await self._ask(Order.LOOK, what.encode())
+        if answer is None:
+            raise self.refusal(f"it is {self.state}, and is not woken by a look")
+        if answer.kind is not Report.TOLD:
+            raise self.refusal(_IN_USE)
+        if answer.flags == errno.ENOENT:
+            return None
+        if answer.flags or len(answer.body) > _LOOK_MAX:
+            raise self.refusal("it cannot tell now")
+        return answer.body
 
     async def wake(self) -> None:
         """Gives it a process. Raises FleetError."""
@@ -249,21 +271,21 @@ class Machine:
                 await trio.sleep(_AGAIN_SECONDS)
                 self._watch()
 
-    async def _ask(self, order: Order) -> Report | None:
+    async def _ask(self, order: Order, what: bytes = b"") -> Message | None:
         """What the worker answers; nothing where it has ended, as it has to by a STOP."""
         worker = self._worker
         if worker is None:
             return None
-        report = None
+        answer = None
         with trio.move_on_after(_STOP_SECONDS) as scope:
-            report = await worker.ask(order)
+            answer = await worker.ask(order, what)
             if order is Order.STOP:
                 await worker.ended.wait()
         if scope.cancelled_caught:
             log.error("%s: its process does not answer", self.name)
             worker.kill()
             await worker.ended.wait()
-        return report
+        return answer
 
     # -- from one manager to the next -----------------------------------------------------------
 
@@ -462,9 +484,9 @@ class Machine:
                     return message
                 case Report.FAILED:
                     self._failure = said_by(message)
-                    worker.answer(Report.FAILED)
-                case Report.DONE | Report.BUSY:
-                    worker.answer(Report(message.kind))
+                    worker.answer(message)
+                case Report.DONE | Report.BUSY | Report.TOLD:
+                    worker.answer(message)
                 case _:
                     raise ChannelError(f"a message of kind {message.kind}")
         return None

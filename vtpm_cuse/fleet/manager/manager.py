@@ -414,6 +414,11 @@ class Manager:
             await machine.wake()
             return machine.described()
 
+    async def look(self, name: str, what: str) -> bytes | None:
+        """What it says of itself."""
+        async with self._mine(name) as machine:
+            return await machine.look(what)
+
     async def logs(self, name: str) -> Sequence[Note]:
         """What has happened to it."""
         await trio.lowlevel.checkpoint()

@@ -49,7 +49,7 @@ class WorkerProcess:
         self.rested = trio.Event()
         self.resting = False
         self._held = held
-        self._answer: Report | None = None
+        self._answer: Message | None = None
         self._answered = trio.Event()
 
     @property
@@ -80,18 +80,18 @@ class WorkerProcess:
         held, self._held = self._held, -1
         return SavedWorker(self.pid, held, self.orders.suspend(), self.calls.suspend())
 
-    async def ask(self, order: Order) -> Report | None:
-        """DONE, BUSY or FAILED, as it answers; None when it has ended, or put its TPM to sleep."""
+    async def ask(self, order: Order, what: bytes = b"") -> Message | None:
+        """DONE, BUSY, FAILED or TOLD, as it answers; None when it has ended, or its TPM sleeps."""
         self._answer, self._answered = None, trio.Event()
         if not self.ended.is_set():
             with contextlib.suppress(OSError):  # its end is on its way here
-                await self.orders.send(Message(order))
+                await self.orders.send(Message(order, what))
             await self._answered.wait()
         return self._answer
 
-    def answer(self, report: Report | None) -> None:
+    def answer(self, message: Message | None) -> None:
         """What `ask` waits for."""
-        self._answer = report
+        self._answer = message
         self._answered.set()
 
     def kill(self) -> None:

@@ -8,6 +8,7 @@ path. Descriptors, state and volatile state are given to it, and go back when th
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import select
 from typing import TYPE_CHECKING, Final
@@ -16,7 +17,7 @@ import trio
 
 from vtpm_cuse import faults
 from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
-from vtpm_cuse.errors import ChannelError, EngineError, TpmUnavailable, VtpmError
+from vtpm_cuse.errors import ChannelError, DeviceError, EngineError, TpmUnavailable, VtpmError
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, Task
@@ -27,6 +28,7 @@ from vtpm_cuse.fleet.worker.store import MessageStore
 from vtpm_cuse.serve.worker import Worker
 from vtpm_cuse.service.compose import make_vtpm_on, power_on
 from vtpm_cuse.service.confine import landlock, sandbox
+from vtpm_cuse.vtpm.facts import TpmFacts
 from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.wire.tpm import TpmSu
 from vtpm_cuse.wire.volatile import with_time
@@ -158,7 +160,8 @@ class _Served:
         self._clients = clients
         self._idle = idle
         self._saved: SavedServer | None = None
-        self._asked = Order.STOP
+        self._asked = Message(Order.STOP)
+        self._looks, self._seen, self._due = 0, -1, 0.0
         self._begun = begun  # and the manager knows
         self._gone = False
 
@@ -175,8 +178,10 @@ class _Served:
             saved, self._saved = self._saved, None
             if saved is None:
                 break
-            if self._asked is Order.RESET:
+            if self._asked.kind is Order.RESET:
                 await self._orders.send(self._reset())
+            elif self._asked.kind is Order.LOOK:
+                await self._orders.send(self._look(self._asked.body))
             elif await self._fell_asleep(saved):
                 return
         lost = self._vtpm.state_lost
@@ -191,35 +196,45 @@ class _Served:
             self._begun = True
             await trio.lowlevel.checkpoint()  # what has come is answered first
             await self._orders.send(Message(Report.SERVING))
-        looks, seen = 0, -1
         while True:
+            if (left := self._due - trio.current_time()) <= 0:
+                self._looks = self._looks + 1 if self._seen == self._vtpm.commands else 0
+                self._seen, self._due = self._vtpm.commands, self._due - left + self._idle / _LOOKS
+                if self._looks >= _LOOKS and await self._suspend(server, Message(Order.SLEEP)):
+                    return
+                continue
             order: Message | None = None
-            with trio.move_on_after(self._idle / _LOOKS) as waited:
+            with trio.move_on_after(left) as waited:
                 order = await self._orders.receive()
             if waited.cancelled_caught:
-                looks = looks + 1 if seen == self._vtpm.commands else 0
-                seen = self._vtpm.commands
-                if looks < _LOOKS or not await self._suspend(server, Order.SLEEP):
-                    continue
-                return
+                continue
             if order is None or order.kind is Order.STOP:
                 self._gone = order is None
                 scope.cancel()
                 return
-            if await self._suspend(server, order.kind):
+            if await self._suspend(server, order):
                 return
             await self._orders.send(Message(Report.BUSY))
 
-    async def _suspend(self, server: Server, order: object) -> bool:
+    async def _suspend(self, server: Server, order: Message) -> bool:
         """Whether it has ended what serves, for the sake of *order*."""
-        if order is Order.RESET:
+        if order.kind is Order.RESET:
             self._saved = await server.suspend()
-        elif order is Order.SLEEP and self._vtpm.at_rest:
+        elif order.kind in {Order.SLEEP, Order.LOOK} and self._vtpm.at_rest:
             self._saved = server.suspend_at_rest()
         if self._saved is None:
             return False
-        self._asked = Order.RESET if order is Order.RESET else Order.SLEEP
+        self._asked = order
         return True
+
+    def _look(self, what: bytes) -> Message:
+        """What the TPM says of itself, or the number of an error; no command runs."""
+        try:
+            return Message(Report.TOLD, TpmFacts(self._vtpm).read(what.decode(errors="replace")))
+        except DeviceError as exc:
+            return Message(Report.TOLD, flags=exc.errno)
+        except VtpmError:
+            return Message(Report.TOLD, flags=errno.EIO)
 
     def _reset(self) -> Message:
         vtpm = self._vtpm
