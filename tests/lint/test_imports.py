@@ -127,7 +127,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"storage", "storage.locations", "vtpm.attributes"},
     "cli.vtpmd": WORDS
     | {"cli.emulator", "fleet", "fleet.manager", "service.confine", "service.process"},
-    "vtpm.attributes": ERRORS | {"wire", "vtpm"},
+    "vtpm.attributes": ERRORS | {"vtpm"},
 }
 
 # For all others, engines and stores are what the two `base` modules say: `service.compose` makes

@@ -2,7 +2,7 @@
 
 They have the form that the kernel's have under /sys/class/tpm. Where it has such a file for TPM 1.2
 only (``caps``, ``durations``, ``timeouts``), a TPM 2.0's says it in the same form.
-Source: Documentation/ABI/stable/sysfs-class-tpm in Linux; TCG EK Credential Profile, for ``ek.crt``.
+Source: Documentation/ABI/stable/sysfs-class-tpm in Linux; TCG EK Credential Profile, for the certificate.
 """
 
 from __future__ import annotations

@@ -66,8 +66,7 @@ _LEAVE_SECONDS: Final = 10.0
 _AGAIN_SECONDS: Final = 1.0
 _TRIES: Final = 3
 _TEXT_MAX: Final = 1000
-_LOOK_MAX: Final = 1 << 13
-"""More than an index of NV memory has, in which a certificate is."""
+_LOOK_MAX: Final = 1 << 13  # more than NV memory's largest index, where a certificate is
 _IN_USE: Final = "a client is in the middle of something"
 _COMMANDS_MAX: Final = 1 << 32
 """More than a worker can have executed between two sleeps."""
@@ -229,21 +228,15 @@ class Machine:
             raise self.refusal(f"it is {self.state}")
 
     async def look(self, what: str) -> bytes | None:
-        """What it says of itself, in the words of its process; None if there is no such thing.
-
-        Raises:
-            FleetError: It has no process, and is given none for this; or it cannot say it now.
-        """
+        """What it says of itself, if it is awake; None for nothing. Raises FleetError."""
         answer = await self._ask(Order.LOOK, what.encode())
         if answer is None:
             raise self.refusal(f"it is {self.state}, and is not woken by a look")
         if answer.kind is not Report.TOLD:
             raise self.refusal(_IN_USE)
-        if answer.flags == errno.ENOENT:
-            return None
-        if answer.flags or len(answer.body) > _LOOK_MAX:
+        if answer.flags not in {0, errno.ENOENT} or len(answer.body) > _LOOK_MAX:
             raise self.refusal("it cannot tell now")
-        return answer.body
+        return None if answer.flags else answer.body
 
     async def wake(self) -> None:
         """Gives it a process. Raises FleetError."""
