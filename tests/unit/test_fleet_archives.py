@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, with_manager
-from vtpm_cuse.errors import FleetError
+from vtpm_cuse.errors import FleetError, VarlinkError
 from vtpm_cuse.fleet.manager import api
 from vtpm_cuse.fleet.states.archives import STATE_MAX
 from vtpm_cuse.wire.manager import Archive, Key
@@ -93,5 +93,9 @@ def test_another_user_imports_for_himself_and_names_no_file(
             assert refused.value.fault == "NotOwner"
         assert fleet.bundles == []
         assert manager.import_tpm(ARCHIVE).owner == OTHER_USER
+        with pytest.raises(VarlinkError, match="InvalidParameter"):
+            manager.import_tpm(ARCHIVE, name="web2", interface="usb")
+        manager.import_tpm(ARCHIVE, name="web2", interface="cuse")
+        assert [one.spec.interface for one in fleet.bundles] == ["socket", "cuse"]
 
     with_manager(fleet, path, use)

@@ -221,11 +221,18 @@ async def test_numbers_are_each_ones_own_and_stay(tmp_path: Path) -> None:
         async with fleet(tmp_path, opener) as manager:
             await started(manager, "none")
             await manager.start("two")
+            await manager.stop("none")
+            bundle = await manager.export("none")
+            await manager.remove("none")
+            spec = bundle.spec._replace(name="four", interface="cuse")
+            await manager.take_in(bundle._replace(spec=spec))
+            await manager.start("four")
     assert opener.wanted == [
         *(Wanted("vtpmd-one", UID, 0, 0), Wanted("vtpmdrm-one", UID, MAJOR, 1)),
         *(Wanted("vtpmd-two", UID, MAJOR, 2), Wanted("vtpmdrm-two", UID, MAJOR, 3)),
         *(Wanted("vtpmd-three", UID, MAJOR, 0), Wanted("vtpmdrm-three", UID, MAJOR, 1)),
         *(Wanted("vtpmd-two", UID, MAJOR, 2), Wanted("vtpmdrm-two", UID, MAJOR, 3)),
+        *(Wanted("vtpmd-four", UID, MAJOR, 4), Wanted("vtpmdrm-four", UID, MAJOR, 5)),
     ]
 
 

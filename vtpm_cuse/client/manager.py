@@ -181,6 +181,7 @@ class Manager:
         name: str | None = None,
         owner: int | None = None,
         key: Key | None = None,
+        interface: str | None = None,
     ) -> Tpm:
         """Has the manager take a TPM that was exported, and is nowhere else now.
 
@@ -189,8 +190,11 @@ class Manager:
             name: What it is to be called, by default as it was.
             owner: As for `create`.
             key: Where the key is that its state was encrypted with.
+            interface: As for `create`.
         """
-        given = manager.Import(archive.name if name is None else name, archive, owner, key)
+        given = manager.Import(
+            archive.name if name is None else name, archive, owner, key, interface
+        )
         return self._tpm("Import", given)
 
     def hibernate(self, name: str) -> Tpm:

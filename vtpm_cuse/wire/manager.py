@@ -174,6 +174,7 @@ class Import(NamedTuple):
     archive: Archive
     owner: int | None = None
     key: Key | None = None
+    interface: str | None = None
 
 
 class Look(NamedTuple):

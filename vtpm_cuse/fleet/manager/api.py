@@ -253,9 +253,10 @@ class _Client:
             case "Snapshot", manager.Kept(name, snapshot):
                 await self._fleet.snapshot((await self._own(name)).id, snapshot)
                 return varlink.Nothing()
-            case "Import", manager.Import(name, archive, owner, place):
+            case "Import", manager.Import(name, archive, owner, place, interface):
                 bundle = unpacked_untrusted(name, self._owner(name, owner), archive)
-                spec = bundle.spec._replace(key=self._key(name, place))
+                source, kind = self._key(name, place), _interface_of(interface)
+                spec = bundle.spec._replace(key=source, interface=kind)
                 return manager.OfTpm(as_told(await self._fleet.take_in(bundle._replace(spec=spec))))
             case "Logs", manager.Named(name):
                 notes = await self._fleet.logs((await self._own(name)).id)

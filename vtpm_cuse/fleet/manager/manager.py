@@ -158,6 +158,8 @@ class Manager:
             name: Machine(name, entry, self._surroundings)
             for name, entry in catalogue.entries().items()
         }
+        for machine in self._machines.values():
+            self._quota.changed(machine)
 
     def resume(self, machines: Sequence[SavedMachine]) -> None:
         """Goes on with these. Raises VtpmError, OSError."""
@@ -240,10 +242,14 @@ class Manager:
         """Has a TPM that was exported, stopped."""
         name, spec = bundle.spec.name, bundle.spec
         check_labels(name, spec.labels)
-        with self._reserved(name, spec.owner), self._reserved_id(name, bundle.id):
+        with (
+            self._reserved(name, spec.owner),
+            self._reserved_id(name, bundle.id),
+            self._number_for(spec) as device,
+        ):
             await self._need_room(name, spec.owner)
             try:
-                return await self._new(name, Entry.of(bundle.id, spec), bundle)
+                return await self._new(name, Entry.of(bundle.id, spec, device), bundle)
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
 
@@ -267,6 +273,7 @@ class Manager:
         finally:
             self._catalogue.give_up(entry.id)
         machine = self._machines[name] = Machine(name, entry, self._surroundings)
+        self._quota.changed(machine)
         self._history.note(entry.id, "imported" if isinstance(given, Bundle) else "created")
         self._tell("created", machine)
         return machine.described()
@@ -303,7 +310,7 @@ class Manager:
             await self._off(lambda: self._catalogue.remove(machine.name, machine.entry))
             del self._machines[machine.name]
             self._history.forget(machine.entry.id)
-            self._quota.changed(machine.entry.id)
+            self._quota.removed(machine)
             self._tell("removed", machine)
 
     async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
@@ -350,6 +357,7 @@ class Manager:
                 with self._reserved(new):
                     await self._off(lambda: self._catalogue.rename(old, new))
                     machine.name = new
+                    self._quota.changed(machine)  # somebody may have looked where it was
                     self._machines[new] = self._machines.pop(old)
                 self._history.note(machine.entry.id, f"renamed from {old} to {new}")
             self._changed(machine)
@@ -359,14 +367,15 @@ class Manager:
         """Keeps a copy of its permanent state."""
         async with self._mine(name) as machine:
             machine.need_stopped()
-            self._quota.changed(machine.entry.id)  # it was on, since somebody has looked
-            await self._quota.need_room(name, machine.entry.owner, self._machines.values())
+            self._quota.changed(machine)  # it was on, since somebody has looked
+            await self._quota.need_room(name, machine.entry.owner)
 
             def copy() -> None:
                 folder = self._catalogue.make_snapshot(machine.name, snapshot)
                 _copy(self._catalogue.state_of(machine.name), folder)
 
             await self._off(copy)
+            self._quota.changed(machine)
             self._history.note(machine.entry.id, f"snapshot {snapshot} was made")
 
     async def restore(self, name: str, snapshot: str) -> Tpm:
@@ -453,7 +462,7 @@ class Manager:
     async def _need_room(self, name: str, owner: int) -> None:
         """For one that has its name, and is yet to be. Raises FleetError."""
         coming = [*self._coming.values()].count(owner)
-        await self._quota.need_room(name, owner, self._machines.values(), coming)
+        await self._quota.need_room(name, owner, coming)
 
     @contextlib.contextmanager
     def _reserved(self, name: str, owner: int | None = None) -> Iterator[None]:

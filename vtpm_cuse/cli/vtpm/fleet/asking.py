@@ -33,6 +33,13 @@ KEY_OPTION: Final = Option(
     noun="key",
     subs=tuple(sub for sub in KEY if sub.name in _KEY),
 )
+INTERFACES: Final = ("socket", "fuse", "cuse")
+INTERFACE_OPTION: Final = Option(
+    "interface",
+    "how clients are to reach it; by default socket",
+    metavar="KIND",
+    choices=INTERFACES,
+)
 NAME: Final = TpmTerm("NAME", "the TPM, or its id")
 SNAPSHOT: Final = Term("SNAPSHOT", "what the copy is called")
 EXITS: Final = (
@@ -116,6 +123,14 @@ def key_of(line: CommandLine) -> Key | None:
         if (path := texts[name]) is not None:
             texts[name] = os.path.abspath(path)
     return Key(**texts)
+
+
+def interface_of(line: CommandLine) -> str | None:
+    """What `INTERFACE_OPTION` says. Raises UsageError."""
+    found = line.value("interface")
+    if found not in (None, *INTERFACES):
+        raise UsageError(f"'{found}' of --interface is none of {', '.join(INTERFACES)}")
+    return found
 
 
 def tell(line: CommandLine, tpm: Tpm) -> int:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.vtpm.fleet.asking import (
     ENVIRONMENT,
     EXITS,
+    INTERFACE_OPTION,
     KEY_OPTION,
     OPTIONS,
     OWNER,
     ask,
+    interface_of,
     key_of,
     operands,
     tell,
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vtpm_cuse.cli.words.commandline import CommandLine
-
-_INTERFACES: Final = ("socket", "fuse", "cuse")
 
 PROGRAM: Final = Program(
     "vtpm create",
@@ -45,12 +45,7 @@ PROGRAM: Final = Program(
             metavar="KEY=VALUE",
             repeats=True,
         ),
-        Option(
-            "interface",
-            "how clients are to reach it; by default socket",
-            metavar="KIND",
-            choices=_INTERFACES,
-        ),
+        INTERFACE_OPTION,
         Option("cdi", "offer it to containers, by its name, as vtpm cdi does"),
         REMOVE,
         *OPTIONS,
@@ -115,10 +110,7 @@ def main(words: Sequence[str], program: str) -> int:
 
 def _run(line: CommandLine) -> int:
     (name,) = operands(line, "one TPM, as it is to be called")
-    owner = line.user("owner")
-    interface = line.value("interface")
-    if interface not in (None, *_INTERFACES):
-        raise UsageError(f"'{interface}' of --interface is none of {', '.join(_INTERFACES)}")
+    owner, interface = line.user("owner"), interface_of(line)
     if line.has("rm") and not line.has("cdi"):
         raise UsageError("--rm is for a TPM that containers are offered, with --cdi")
     labels = dict(map(_label, line.values("label")))

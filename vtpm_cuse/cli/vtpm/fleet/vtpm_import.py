@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.cli.vtpm.fleet.asking import (
     ENVIRONMENT,
     EXITS,
+    INTERFACE_OPTION,
     KEY_OPTION,
     OPTIONS,
     OWNER,
     ask,
+    interface_of,
     key_of,
     tell,
 )
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = Program(
     "vtpm import",
     "have the manager take a TPM from a file",
-    (OWNER, KEY_OPTION, *OPTIONS),
+    (OWNER, KEY_OPTION, INTERFACE_OPTION, *OPTIONS),
     usage=("[options] FILE [NAME]",),
     operands=(
         Term("FILE", "as vtpm export has written it; - is standard input"),
@@ -39,11 +41,13 @@ PROGRAM: Final = Program(
     description=(
         "The TPM is stopped then. It has the id, the seeds and the keys that it had, so it is "
         "refused where it is already; to have two of them, on two hosts say, is to have one whose "
-        "secrets nobody can take back. Where its state is encrypted, --key says by what.",
+        "secrets nobody can take back. Where its state is encrypted, --key says by what. How clients "
+        "reach it is no part of the file: --interface says it, as for vtpm create.",
     ),
     examples=(
         Example("", "vtpm import web1.vtpm && vtpm start web1"),
         Example("", "vtpm import --key file=/root/web1.key web1.vtpm web7"),
+        Example("As a device", "sudo vtpm import --interface cuse web1.vtpm"),
     ),
     exits=EXITS,
     environment=ENVIRONMENT,
@@ -62,13 +66,16 @@ def _run(line: CommandLine) -> int:
     if not 1 <= len(line.operands) <= 2:
         raise UsageError("Name the file, and perhaps what the TPM is to be called")
     path, *names = line.operands
-    owner, key, archive = line.user("owner"), key_of(line), _read(path)
+    owner, interface = line.user("owner"), interface_of(line)
+    key, archive = key_of(line), _read(path)
     name = names[0] if names else None
     return tell(
         line,
         ask(
             line,
-            lambda manager: manager.import_tpm(archive, name=name, owner=owner, key=key),
+            lambda manager: manager.import_tpm(
+                archive, name=name, owner=owner, key=key, interface=interface
+            ),
         ),
     )
 
