@@ -63,7 +63,6 @@ from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.metrics import Histogram
-from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -132,20 +131,8 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
         return SavedData(fd, "socket", True, b"", None, b"")
 
     manager = SavedManager(
-        *(
-            True,
-            True,
-            True,
-            False,
-            Left((0x80000000,), (), (0x02000001,)),
-            ((1, CommandAttributes(1, True, False, False)),),
-            64,
-            3,
-            2,
-            9,
-            8,
-            7,
-        ),
+        *(True, True, True, False, Left((0x80000000,), (), (0x02000001,)), b"\0\0\1\1"),
+        *(64, 3, 2, 9, 8, 7),
         *((), SavedSessions(64, 1, (), 2, 3)),
     )
     clients = SavedClients(manager, (SavedClient(1, Peer("unix", "", 5, 0), 2.5, 3.5),))
@@ -165,7 +152,9 @@ def test_every_saved_value_goes_over_as_it_is() -> None:
     text, descriptors = packed(saved)
     assert descriptors == (13, 14, 15, 16)
     assert unpacked(text, (10, 11, 12, *descriptors)) == saved
-    for wrong in (b"", b"[]", b'{"os":[]}', b'{"SavedTpm":[1,2]}', text[:-1]):
+    line, _, volatile = text.partition(b"\n")
+    assert volatile == saved.vtpm.volatile
+    for wrong in (b"", b"[]", b'{"os":[]}', b'{"SavedTpm":[1,2]}', line[:-1], volatile):
         with pytest.raises(ChannelError):
             unpacked(wrong, (10, 11, 12, *descriptors))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.errors import TpmError, WireError
+from vtpm_cuse.resmgr.commands import packed
 from vtpm_cuse.wire import tpm2_handles as wire
 from vtpm_cuse.wire.tpm import TPM_HEADER_SIZE, TpmRc, response_code, succeeded
 from vtpm_cuse.wire.tpm2_handles import CapabilityList, CommandAttributes
@@ -64,10 +65,9 @@ class Inner:
         """All handles of the kind of *first*, from that on."""
         return [word for part in self._parts(wire.TPM_CAP_HANDLES, first) for word in part]
 
-    def attributes(self) -> dict[int, CommandAttributes]:
-        """What the TPM says of each of its commands, by command code."""
-        parts = self._parts(wire.TPM_CAP_COMMANDS, 0)
-        return dict(CommandAttributes.of(word) for part in parts for word in part)
+    def commands(self) -> bytes:
+        """What the TPM says of each of its commands; see `commands.Commands.words`."""
+        return b"".join(map(packed, self._parts(wire.TPM_CAP_COMMANDS, 0)))
 
     def tpm_property(self, number: int) -> int | None:
         """A TPM property; None where the TPM has none of this number."""

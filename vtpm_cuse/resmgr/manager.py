@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from vtpm_cuse.errors import TpmError, WireError
 from vtpm_cuse.resmgr import quota
 from vtpm_cuse.resmgr.capability import capability
+from vtpm_cuse.resmgr.commands import commands
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.resmgr.objects import NO_ROOM, Object, Objects
 from vtpm_cuse.resmgr.quota import Limits
@@ -32,18 +33,13 @@ from vtpm_cuse.wire.tpm import (
     response_code,
     succeeded,
 )
-from vtpm_cuse.wire.tpm2_handles import (
-    SESSIONS,
-    CommandAttributes,
-    Context,
-    TpmHt,
-    kind_of,
-)
+from vtpm_cuse.wire.tpm2_handles import SESSIONS, Context, TpmHt, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vtpm_cuse.engine.base import Tpm
+    from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
 _FIRST_OBJECT: Final = 0x8000_0000
 _LAST_OBJECT: Final = 0x80FF_FFFE  # tpm2-tss takes 80FFFFFF for none
@@ -53,17 +49,6 @@ _TAGS: Final = frozenset({_NO_SESSIONS, b"\x80\x02"})
 _ONE_HANDLE_END: Final = TPM_HEADER_SIZE + 4
 _SIZE_AND_HANDLE: Final = struct.Struct(">2xI4xI")
 _FLUSH: Final = TpmCc.TPM_CC_FlushContext.to_bytes(4, "big")
-_ALWAYS_READ: Final = frozenset(
-    {
-        TpmCc.TPM_CC_Startup,
-        TpmCc.TPM_CC_FlushContext,
-        TpmCc.TPM_CC_ContextSave,
-        TpmCc.TPM_CC_ContextLoad,
-        TpmCc.TPM_CC_GetCapability,
-        TpmCc.TPM_CC_StartAuthSession,
-    }
-)
-"""Commands that are never simply passed on."""
 
 
 class Manager:
@@ -94,9 +79,7 @@ class Manager:
         self.alone = alone
         self._known = self._ready = self._resumed = False
         self._left = Left()
-        self._attributes: dict[int, CommandAttributes] = {}
-        self._simple: frozenset[bytes] = frozenset()  # codes of commands without handles
-        self._short: frozenset[bytes] = frozenset()  # of those with one, which they only use
+        self._commands = commands(b"")
         self.sessions_max = 0
         self._numbers = itertools.count(1)
         self.connections: dict[int, Connection] = {}
@@ -149,7 +132,7 @@ class Manager:
             return True
         inner = self._inner
         try:
-            self._attributes = inner.attributes()
+            self._commands = commands(inner.commands())
             slots = inner.tpm_property(wire.TPM_PT_HR_TRANSIENT_MIN) or 1
             loaded = inner.tpm_property(wire.TPM_PT_HR_LOADED_MIN) or 1
             gap = inner.tpm_property(wire.TPM_PT_CONTEXT_GAP_MAX) or 0xFF
@@ -161,7 +144,6 @@ class Manager:
         self.objects = Objects(inner, slots)
         self.sessions.start(loaded, gap, self._left.saved)
         self.sessions.bound(self.limits.abandoned)
-        self._sort_commands()
         self._known = True
         return True
 
@@ -188,17 +170,6 @@ class Manager:
             with contextlib.suppress(TpmError):  # it had ended already
                 self._inner.flush(handle)
 
-    def _sort_commands(self) -> None:
-        self._simple, self._short = (
-            frozenset(
-                code.to_bytes(4, "big")
-                for code, known in self._attributes.items()
-                if known == CommandAttributes(handles, False, False, False)
-                and code not in _ALWAYS_READ
-            )
-            for handles in (0, 1)
-        )
-
     def suspend(self) -> SavedManager:
         """The manager as plain values; it is not used any more."""
         return SavedManager(
@@ -207,7 +178,7 @@ class Manager:
             self._ready,
             self._resumed,
             self._left,
-            tuple(self._attributes.items()),
+            self._commands.words,
             self.sessions_max,
             self.objects.slots,
             next(self._numbers),
@@ -222,8 +193,7 @@ class Manager:
         """Goes on where *saved* was suspended; called once, before anything else."""
         self.alone, self._resumed = saved.alone, saved.resumed
         self._known, self._ready, self._left = saved.known, saved.ready, saved.left
-        self._attributes, self.sessions_max = dict(saved.attributes), saved.sessions_max
-        self._sort_commands()
+        self._commands, self.sessions_max = commands(saved.commands), saved.sessions_max
         self._numbers = itertools.count(saved.next_number)
         self._clock = itertools.count(saved.clock)
         self._inner.count = saved.inner_commands
@@ -260,7 +230,7 @@ class Manager:
         connection.commands += 1
         if (given := self.passed_on(connection, command)) is not None:
             response = self.tpm.process(given)
-            if succeeded(response) or command_code(command) in self._simple:
+            if succeeded(response) or command_code(command) in self._commands.simple:
                 return response
         whole = len(command) >= TPM_HEADER_SIZE and command_size(command) == len(command)
         if not whole or command[:2] not in _TAGS:
@@ -282,9 +252,9 @@ class Manager:
         if command[:2] != _NO_SESSIONS:
             return None
         code = command_code(command)
-        if code in self._simple:
+        if code in self._commands.simple:
             return command
-        if code not in self._short or len(command) < _ONE_HANDLE_END:
+        if code not in self._commands.short or len(command) < _ONE_HANDLE_END:
             return None
         size, handle = _SIZE_AND_HANDLE.unpack_from(command)
         if size != len(command):
@@ -312,7 +282,7 @@ class Manager:
         return self.tpm.process(command)
 
     def _managed(self, connection: Connection, command: bytes, code: int) -> bytes:
-        attributes = self._attributes.get(code)
+        attributes = self._commands.attributes.get(code)
         if attributes is None or code & _VENDOR:
             raise Refusal(LAYER | TpmRc.TPM_RC_COMMAND_CODE)
         match code:

@@ -5,10 +5,7 @@ It belongs to that state, in which what is loaded has the same handles.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from vtpm_cuse.wire.tpm2_handles import CommandAttributes
+from typing import NamedTuple
 
 
 class SavedObject(NamedTuple):
@@ -70,7 +67,7 @@ class SavedManager(NamedTuple):
         ready: Whether, since then, a client has used it.
         resumed: Whether it went on from where another left off.
         left: What was in it when it was asked, until a client uses it.
-        attributes: What it says of each of its commands.
+        commands: What it says of each of its commands; see `commands.Commands.words`.
         sessions_max: Sessions that it has.
         slots: Objects that it holds.
         next_number: Of the next connection.
@@ -86,7 +83,7 @@ class SavedManager(NamedTuple):
     ready: bool
     resumed: bool
     left: Left
-    attributes: tuple[tuple[int, CommandAttributes], ...]
+    commands: bytes
     sessions_max: int
     slots: int
     next_number: int

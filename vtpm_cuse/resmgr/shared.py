@@ -169,7 +169,7 @@ class SharedManager(Manager):
         if command_code(command) in _WITHOUT_HANDLES:
             return super()._start(command)
         try:
-            self._inner.attributes()
+            self._inner.commands()
         except TpmError as exc:
             return wire.plain_response(exc.code)
         return wire.plain_response(LAYER | TpmRc.TPM_RC_FAILURE)

@@ -1,7 +1,8 @@
 """What serves one TPM, and its volatile state, as bytes: from one worker to the next.
 
 The manager keeps them unread. Descriptors are numbers of those that come along; the three first
-ones are the listeners. The bytes are JSON and nothing that could run.
+ones are the listeners. The bytes are a line of JSON, nothing that could run, and behind it the
+volatile state, which is long: to read it as text took longer than all else of a wake.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from vtpm_cuse.vtpm.clients import Peer, SavedClient, SavedClients
 from vtpm_cuse.vtpm.file import SavedBlob, SavedOpen
 from vtpm_cuse.vtpm.managed import SavedManagedOpen
 from vtpm_cuse.vtpm.saved import SavedVtpm
-from vtpm_cuse.wire.tpm2_handles import CommandAttributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ _KINDS: Final[dict[str, type[Any]]] = {
         *(SavedTpm, Moment, SavedSockets, SavedData, SavedControl, SavedControlStream, SavedPlace),
         *(SavedManagedSockets, SavedManaged, SavedClients, SavedClient, Peer, SavedManager, Left),
         *(SavedDevice, SavedDeviceSession, SavedOpen, SavedBlob, SavedManagedOpen),
-        *(SavedConnection, SavedObject, SavedSession, SavedSessions, CommandAttributes, SavedVtpm),
+        *(SavedConnection, SavedObject, SavedSession, SavedSessions, SavedVtpm),
     )
 }
 
@@ -77,15 +77,19 @@ def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
         return LISTENERS + len(found) - 1
 
     served = _renumbered(saved.served, number, (0, 1, 2))
-    return plain.packed(saved._replace(served=served)), tuple(found)
+    volatile, vtpm = saved.vtpm.volatile, saved.vtpm._replace(volatile=b"")
+    text = plain.packed(saved._replace(served=served, vtpm=vtpm))
+    return text + b"\n" + volatile, tuple(found)
 
 
 def unpacked(data: bytes, descriptors: Sequence[int]) -> SavedTpm:
     """The reverse; *descriptors* has the listeners first. Raises ChannelError."""
-    saved = plain.unpacked(data, _KINDS)
+    text, _, volatile = data.partition(b"\n")
+    saved = plain.unpacked(text, _KINDS)
     try:
         served = _renumbered(saved.served, descriptors.__getitem__, descriptors[:LISTENERS])
-        found: SavedTpm = saved._replace(served=served)
+        vtpm = saved.vtpm._replace(volatile=volatile)
+        found: SavedTpm = saved._replace(served=served, vtpm=vtpm)
     except (LookupError, TypeError, AttributeError) as exc:
         raise ChannelError(f"no saved TPM: {exc}") from exc
     return found
