@@ -19,7 +19,10 @@ from vtpm_cuse.fleet.worker.saved import unpacked
 from vtpm_cuse.serve.sockets import SocketServer
 
 if TYPE_CHECKING:
-    from vtpm_cuse.fleet.channel import BlockingChannel, Channel
+    from collections.abc import Callable
+
+    from vtpm_cuse.fleet.channel import Channel
+    from vtpm_cuse.fleet.worker.store import Calls
 
 
 def held() -> set[object]:
@@ -28,32 +31,44 @@ def held() -> set[object]:
     return {*os.listdir("/proc/self/fd"), *threading.enumerate()}
 
 
-def test_all_is_done_without_a_tpm_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    powered: list[object] = []
+def test_all_is_done_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[object] = []
-    resume = SocketServer.resume
+    powered: list[LibtpmsEngine] = []
+    in_child: list[int] = []
+    resume, start = SocketServer.resume, LibtpmsEngine.start
 
-    def note(server: SocketServer, saved: object) -> None:
+    def note_server(server: SocketServer, saved: object) -> None:
         served.append(saved)
         resume(server, saved)  # type: ignore[arg-type]
 
+    def note_power(engine: LibtpmsEngine) -> None:
+        powered.append(engine)
+        start(engine)
+
+    def child(job: Callable[[], bytes]) -> bytes:
+        in_child.append(len(powered))
+        return job()
+
     monkeypatch.setattr(worker, "_REHEARSALS", 1)
-    monkeypatch.setattr(LibtpmsEngine, "start", powered.append)
-    monkeypatch.setattr(SocketServer, "resume", note)
+    monkeypatch.setattr(LibtpmsEngine, "start", note_power)
+    monkeypatch.setattr(SocketServer, "resume", note_server)
+    monkeypatch.setattr(rehearsal, "in_child", child)
     before = held()
     practice = worker.prepare()
     assert practice is not None
+    assert in_child == [0]  # the zygote itself has powered none on
+    assert len(powered) == len(served) == 1
+    assert unpacked(practice.task.saved, range(4)).vtpm.running
     assert not Path(practice.listener.getsockname()).exists()
-    practice.listener.close()
+    trio.run(worker._rehearse, practice)
     assert held() <= before
-    assert len(served) == 1
-    assert not powered
-    assert not unpacked(practice.saved, range(4)).vtpm.running
+    assert len(powered) == len(served) == 2
+    assert not any(engine.running for engine in powered)
 
 
 @pytest.mark.parametrize("kind", [Report.FAILED, Report.DONE])
 def test_a_worker_that_says_something_else_is_found_out(kind: Report) -> None:
-    async def serve(orders: Channel, _: BlockingChannel) -> None:
+    async def serve(orders: Channel, _: Calls) -> None:
         await orders.send(Message(kind))
 
     with pytest.raises(ExceptionGroup) as caught:
@@ -71,3 +86,10 @@ def test_what_cannot_be_rehearsed_is_done_for_the_first_time_then(
     monkeypatch.setattr(worker, "_obey", fail)
     assert worker.prepare() is None
     assert "cannot be rehearsed" in caplog.text
+
+
+def test_a_child_that_fails_is_found_out(recwarn: pytest.WarningsRecorder) -> None:
+    _ = recwarn  # of a fork beside threads that earlier tests have left
+    assert rehearsal.in_child(lambda: b"made") == b"made"
+    with pytest.raises(ChannelError, match="to practise with"):
+        rehearsal.in_child(lambda: os._exit(3))

@@ -18,7 +18,7 @@ import trio
 
 from vtpm_cuse.errors import DeviceGone
 from vtpm_cuse.proto.device import error_reply, unique_of
-from vtpm_cuse.serve.managing import manage
+from vtpm_cuse.serve.managing import begin, manage
 from vtpm_cuse.vtpm.file import TpmDeviceFile
 from vtpm_cuse.vtpm.managed import ManagedFile
 from vtpm_cuse.vtpm.turn import Turn
@@ -105,11 +105,13 @@ class DeviceServer:
         owners = frozenset({0, os.geteuid()}) if owners is None else owners
         self._vtpm = vtpm
         self._ptm = ptm
+        self._worker = worker
+        self._resumed = False
         self._turn = turn = Turn(worker.submit)
         self._file = TpmDeviceFile(vtpm, ptm, turn, self._wake, owners)
         self._managed: ManagedFile | None = None
         if managed:
-            self._managed = ManagedFile(vtpm, manage(ptm, worker), turn, self._wake)
+            self._managed = ManagedFile(vtpm, manage(ptm), turn, self._wake)
         self._served = tuple(sessions(self._file, self._managed))
         self._scope = trio.CancelScope()
         self._over = False
@@ -136,6 +138,7 @@ class DeviceServer:
 
     def resume(self, saved: SavedDevice) -> None:
         """Goes on where *saved* was suspended; called once, before `serve`."""
+        self._resumed = True
         self._file.response = memoryview(saved.response)
         if self._managed is not None and saved.managed is not None:
             self._managed.managed.resume(saved.managed)
@@ -154,6 +157,8 @@ class DeviceServer:
         Raises:
             DeviceGone: The kernel took the device away.
         """
+        if self._managed is not None and not self._resumed:
+            begin(self._managed.managed, self._worker, borrowed=self._vtpm.borrowed)
         with self._scope:
             await self._serve()
 

@@ -20,7 +20,7 @@ from vtpm_cuse.acquire.peers import NO_UID, Credentials
 from vtpm_cuse.proto.places import Place, Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import NETWORK, DataConnection, hang_up
-from vtpm_cuse.serve.managing import manage
+from vtpm_cuse.serve.managing import begin, manage
 from vtpm_cuse.serve.processes import Processes
 from vtpm_cuse.serve.resting import Resting
 from vtpm_cuse.vtpm.clients import Peer
@@ -113,7 +113,7 @@ class ManagedServer:
         self._listener = listener
         self._connections: list[_Served] = []
         self._leaving: list[Client] = []
-        self._managed = manage(ptm, worker)
+        self._managed = manage(ptm)
         self._places = Places()
         self._resting = Resting(epoll)
         self._processes = Processes() if per_process else None
@@ -122,7 +122,9 @@ class ManagedServer:
 
     def start(self, saved: SavedManagedSockets | None) -> None:
         """Starts the tasks that serve all who come, and those who were *saved*."""
-        if saved is not None:
+        if saved is None:
+            begin(self._managed, self._worker, borrowed=self._vtpm.borrowed)
+        else:
             self._managed.resume(saved.clients)
             now = trio.current_time()
             for one in saved.connections:

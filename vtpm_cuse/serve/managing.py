@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from vtpm_cuse.vtpm.ptm import PtmService
 
 
-def manage(ptm: PtmService, worker: Worker) -> ManagedVtpm:
-    """The clients of a vTPM; a borrowed one is looked after, and used, on the worker alone."""
+def manage(ptm: PtmService) -> ManagedVtpm:
+    """The clients of a vTPM; `begin`, or their `resume`, is to come first."""
     managed = ptm.managed = ManagedVtpm(ptm.vtpm)
-    if ptm.vtpm.borrowed:
+    return managed
+
+
+def begin(managed: ManagedVtpm, worker: Worker, *, borrowed: bool) -> None:
+    """Looks after them; those of a *borrowed* TPM, which is used on the worker alone, are there."""
+    if borrowed:
         worker.run_later(managed.begin)
         worker.rest_by(managed.rests)
     else:
         managed.begin()
-    return managed

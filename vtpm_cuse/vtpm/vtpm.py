@@ -206,13 +206,14 @@ class Vtpm:
             raise PtmError(PtmResult.TPM_FAIL, "SWTPM_NVRAM_Init: Missing backend URI.")
         return self._store
 
-    def stop(self) -> None:
-        """Orderly TPM2_Shutdown where due, then power off. Harmless when stopped."""
+    def stop(self, *, orderly: bool = True) -> None:
+        """TPM2_Shutdown where due, unless it is to be as by a power cut; off. Harmless when stopped."""
         self._known.clear()
         if self.running:
             if self.borrowed:
                 self.before_snapshot()  # else what clients have would stay there for ever
-            self._auto_shutdown()
+            if orderly:
+                self._auto_shutdown()
             self._engine.stop()
 
     def suspend(self) -> SavedVtpm:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vtpm_cuse.errors import ChannelError, StorageError
 from vtpm_cuse.fleet.messages import Answer, Call, Message, failure
@@ -16,7 +16,15 @@ from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, WithoutBackup
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vtpm_cuse.fleet.channel import BlockingChannel
+
+class Calls(Protocol):
+    """Who keeps the state, and is asked by messages: the manager."""
+
+    def send(self, message: Message) -> None:
+        """Asks for something."""
+
+    def receive(self) -> Message | None:
+        """The answer; None where there will be none."""
 
 
 class MessageStore(WithoutBackup):
@@ -27,7 +35,7 @@ class MessageStore(WithoutBackup):
         permanent: The permanent state of now, if it came along; `forget` ends that.
     """
 
-    def __init__(self, channel: BlockingChannel, permanent: bytes = b"") -> None:
+    def __init__(self, channel: Calls, permanent: bytes = b"") -> None:
         self._channel = channel
         self._permanent = permanent
         self._turn = threading.Lock()

@@ -31,13 +31,13 @@ from vtpm_cuse.service.confine import landlock, sandbox
 from vtpm_cuse.vtpm.facts import TpmFacts
 from vtpm_cuse.vtpm.ptm import PtmService
 from vtpm_cuse.wire.tpm import TpmSu
-from vtpm_cuse.wire.volatile import with_time
 
 if TYPE_CHECKING:
     import socket
 
     from vtpm_cuse.fleet.worker.rehearsal import Practice
     from vtpm_cuse.fleet.worker.serving import Clients, SavedServer, Server
+    from vtpm_cuse.fleet.worker.store import Calls
     from vtpm_cuse.service.confine.seccomp import Filter
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -45,14 +45,12 @@ log = logging.getLogger(__name__)
 
 _REHEARSALS: Final = 20
 """So often CPython 3.11 looks at code, and more, before it has all of that in its faster form."""
-_VOLATILE_SIZE: Final = 9000
-"""About as long as one of libtpms is."""
 _LOOKS: Final = 4
 """How often a worker looks, in the time after which a TPM that nobody uses sleeps."""
 
 
 def prepare() -> Practice | None:
-    """In the zygote: does all that a worker does, often, without a TPM; see `rehearsal`.
+    """In the zygote: does all that a worker does, often, for nobody; see `rehearsal`.
 
     Returns:
         What `run` needs to do the same; None where that is not to be, which costs time alone.
@@ -96,23 +94,20 @@ async def _rehearse(practice: Practice) -> None:
     practice.listener.close()
 
 
-async def _idle(orders: Channel, calls: BlockingChannel) -> None:
-    """A worker that is given no command that takes long, and no volatile state."""
-    with_time(bytes(_VOLATILE_SIZE), 0, 0)  # what one takes: OpenSSL begins slowly
+async def _idle(orders: Channel, calls: Calls) -> None:
+    """A worker that is given no command that takes long."""
     with select.epoll() as epoll:
         await _obey(orders, calls, Worker(begun=False), epoll)
 
 
-async def _obey(
-    orders: Channel, calls: BlockingChannel, worker: Worker, epoll: select.epoll
-) -> None:
+async def _obey(orders: Channel, calls: Calls, worker: Worker, epoll: select.epoll) -> None:
     order = await orders.receive()
     if order is not None and order.kind is Order.SERVE:
         await _serve(order, orders, calls, worker, epoll)
 
 
 async def _serve(
-    order: Message, orders: Channel, calls: BlockingChannel, worker: Worker, epoll: select.epoll
+    order: Message, orders: Channel, calls: Calls, worker: Worker, epoll: select.epoll
 ) -> None:
     task = Task.unpack(order.body)
     store = MessageStore(calls, task.permanent)
@@ -141,7 +136,10 @@ async def _serve(
         await orders.send(Message(Report.SERVING))
     clients = clients_of(task, order.flags, order.descriptors, worker, epoll)
     served = _Served(vtpm, orders, clients, task.idle, begun=off)
-    await served.serve(None if saved is None else saved.served)
+    try:
+        await served.serve(None if saved is None else saved.served)
+    finally:
+        vtpm.stop(orderly=False)  # one to practise with: another one comes into this process
 
 
 def _failed(exc: VtpmError) -> Message:
