@@ -93,7 +93,9 @@ class Host:
         words = [str(PROGRAMS / "vtpmd"), "--state", str(self.folder / "state")]
         words += ["--run", str(self.folder / "run")]
         words += ["--idle", str(self._idle), "--quota", "tpms=1000000"]
-        self._process = subprocess.Popen([*words, "--log", "level=1"], stderr=self._log)
+        self._process = subprocess.Popen(
+            [*words, "--log", "level=1"], stdout=self._log, stderr=self._log
+        )
         while True:
             with contextlib.suppress(FrontendError), Manager(self.path):
                 return
@@ -327,12 +329,20 @@ def run(folder: Path, given: argparse.Namespace) -> Tally:
     room = (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - OTHER_DESCRIPTORS) // DESCRIPTORS
     hosts = [Host(folder / f"host{n}", given.idle) for n in range(-(-given.tpms // room))]
     tpms = [Known(hosts[n % len(hosts)], f"t{n}") for n in range(given.tpms)]
-    for host in hosts:
-        with Manager(host.path) as manager:
-            for known in tpms:
-                if known.host is host:
-                    manager.create(known.name)
-                    manager.start(known.name)
+    try:
+        use_all(hosts, tpms, tally, given)
+    finally:
+        for host in hosts:
+            host.end()
+    return tally
+
+
+def use_all(hosts: list[Host], tpms: list[Known], tally: Tally, given: argparse.Namespace) -> None:
+    """While somebody dies now and then; then looks at all of them."""
+    for known in tpms:
+        with Manager(known.host.path) as manager:
+            manager.create(known.name)
+            manager.start(known.name)
     print(json.dumps({"TPMs": len(tpms), "managers": len(hosts)}), flush=True)
     ended = threading.Event()
     users = [
@@ -360,9 +370,6 @@ def run(folder: Path, given: argparse.Namespace) -> Tally:
             users[0].use(known, 0)
             tally.add("TPMs looked at in the end")
     tell("the end", tally, [sample(hosts)])
-    for host in hosts:
-        host.end()
-    return tally
 
 
 def main() -> None:
