@@ -325,7 +325,11 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
 @pytest.mark.parametrize(
     "damage",
     [
-        *(b"", b"{", b"[]", b'{"id": 1}', b'{"x": 1}', None),
+        *(b"", b"{", b"[]", b'{"id": 1}', b'{"x": 1}', b"[" * 60_000, None),
+        *(
+            json.dumps({**ENTRY._asdict(), **other}).encode()
+            for other in ({"id": 1}, {"owner": -1}, {"owner": 1 << 40}, {"number": True})
+        ),
         *(
             json.dumps({**ENTRY._asdict(), "key": key}).encode()
             for key in ({"file": 1}, {"fd": "3"}, {"file": "/a", "remove": "true"}, "file=/a")
@@ -345,6 +349,21 @@ def test_a_damaged_description_costs_no_tpm(catalogue: Catalogue, damage: bytes 
     vault = Vault(catalogue.state_of("one"))
     assert _asked(vault, Call.LOAD).body == BLOB
     vault.close()
+
+
+def test_what_cannot_be_read_is_left_as_it_is_and_costs_no_other(catalogue: Catalogue) -> None:
+    folder = os.path.join(catalogue.path, "one")
+    os.rename(os.path.join(folder, "tpm.json"), os.path.join(folder, "kept"))
+    os.mkdir(os.path.join(folder, "tpm.json"))
+    assert list(catalogue.entries()) == ["two"]
+    assert sorted(os.listdir(folder)) == ["kept", "state", "tpm.json"]
+
+
+def test_a_copied_folder_is_another_tpm(catalogue: Catalogue) -> None:
+    found = catalogue.entries()  # both were made with one id
+    assert (found["one"], found["two"]) == (ENTRY, ENTRY._replace(id=found["two"].id))
+    assert found["two"].id != ENTRY.id
+    assert catalogue.entries() == found
 
 
 def test_a_description_that_would_not_be_read_is_not_written(catalogue: Catalogue) -> None:

@@ -371,8 +371,8 @@ class Manager:
             await self._quota.need_room(name, machine.entry.owner)
 
             def copy() -> None:
-                folder = self._catalogue.make_snapshot(machine.name, snapshot)
-                _copy(self._catalogue.state_of(machine.name), folder)
+                with self._catalogue.new_snapshot(machine.name, snapshot) as folder:
+                    _copy(self._catalogue.state_of(machine.name), folder)
 
             await self._off(copy)
             self._quota.changed(machine)

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
+from vtpm_cuse.faults import sentence
 from vtpm_cuse.files import flush_folder, make_folder, write_output
 from vtpm_cuse.fleet.base import Interface, Offer, Spec
 from vtpm_cuse.storage.locking import take_lock
 from vtpm_cuse.storage.reserve import Reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _ENTRY_MAX: Final = 1 << 16
 _KEY: Final = frozenset({"file", "pwdfile", "credential", "mode", "format", "kdf"})
 _LABELS_MAX: Final = 64
 _LABEL_MAX: Final = 256
+_NUMBER_END: Final = (1 << 32) - 1
 
 
 class Entry(NamedTuple):
@@ -135,27 +137,42 @@ class Catalogue:
             os.close(self._lock)
 
     def entries(self) -> dict[str, Entry]:
-        """All TPMs by their names; what a crash left of others goes. Raises OSError."""
-        found = {}
+        """All TPMs by their names; what a crash left of others goes. Raises OSError.
+
+        One that cannot be read, as by a fault of the disk, is left as it is, and is none of them.
+        """
+        found: dict[str, Entry] = {}
+        ids: set[str] = set()
         for name in sorted(os.listdir(self.path)):
             if name.startswith((_NEW, _OLD)):
                 shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
             elif _NAME.fullmatch(name) and os.path.isdir(self.state_of(name)):
-                found[name] = self._entry(name)
-                self.major = found[name].major or self.major
+                try:
+                    entry = self._entry(name, ids)
+                except (OSError, StorageError) as exc:
+                    log.error("%s is left out: %s", self._of(name), sentence(exc))
+                    continue
+                found[name] = entry
+                ids.add(entry.id)
+                self.major = entry.major or self.major
         return found
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str, ids: Container[str]) -> Entry:
+        """What is kept of it; another one has each of these *ids*. Raises OSError, StorageError."""
         path = os.path.join(self._of(name), _FILE)
         try:
             with open(path, "rb") as file:
-                return _read_entry(file.read(_ENTRY_MAX))
+                entry = _read_entry(file.read(_ENTRY_MAX))
         except (FileNotFoundError, ValueError, TypeError) as exc:  # no error of the disk's
             log.error("%s: %s; the TPM is root's, or yours, without labels", path, exc)
-        with contextlib.suppress(OSError):
-            os.replace(path, path + _DAMAGED)
-        entry = Entry(str(uuid.uuid4()), os.geteuid(), None, False, ())
-        self.write(name, entry)
+            with contextlib.suppress(OSError):
+                os.replace(path, path + _DAMAGED)
+            entry = Entry(str(uuid.uuid4()), os.geteuid(), None, False, ())
+            self.write(name, entry)
+        if entry.id in ids:  # who is allowed to one of them must not reach the other
+            log.error("%s has another one's id, as a copy of a folder has, and gets its own", path)
+            entry = entry._replace(id=str(uuid.uuid4()))
+            self.write(name, entry)
         return entry
 
     def write(self, name: str, entry: Entry) -> None:
@@ -217,16 +234,28 @@ class Catalogue:
             self._rename(self._of(name), old)
         shutil.rmtree(old, ignore_errors=True)
 
-    def make_snapshot(self, name: str, snapshot: str) -> str:
-        """The folder for a copy. Raises FleetError where there is one, StorageError."""
+    @contextlib.contextmanager
+    def new_snapshot(self, name: str, snapshot: str) -> Iterator[str]:
+        """The folder for a copy; it is there from the end of the block on, durably.
+
+        Raises:
+            FleetError: There is one already.
+            StorageError: It cannot be had.
+        """
         folder = self._snapshot_of(name, snapshot)
         if os.path.lexists(folder):
             raise FleetError("TpmExists", name, f"it has a snapshot {snapshot}")
-        with _errors(folder):
-            make_folder(folder, _FOLDER_MODE)
-            self._flush(os.path.dirname(folder))
-            self._flush(self._of(name))
-        return folder
+        number = str(uuid.uuid4())
+        try:
+            new = self.begin(number)
+            yield new
+            with _errors(folder):
+                above = os.path.dirname(folder)
+                make_folder(above, _FOLDER_MODE)
+                self._flush(self._of(name))
+                self._rename(new, folder)
+        finally:
+            self.give_up(number)
 
     def size_of(self, name: str) -> int:
         """Bytes of all that is kept of a TPM; of what is no more, none."""
@@ -239,7 +268,11 @@ class Catalogue:
 
     def _rename(self, old: str, new: str) -> None:
         os.rename(old, new)  # nobody else makes one of that name, and an old one is not empty
-        self._flush(self.path)
+        try:
+            self._flush(os.path.dirname(new))
+        except OSError:
+            os.rename(new, old)  # who is told that it has failed finds it as it was
+            raise
 
     @staticmethod
     def _flush(folder: str) -> None:
@@ -260,11 +293,17 @@ def _kept(entry: Entry) -> dict[str, Any]:
 
 
 def _read_entry(text: bytes) -> Entry:
-    found = Entry(**json.loads(text))
+    """Raises ValueError, TypeError."""
+    try:
+        found = Entry(**json.loads(text))
+    except RecursionError as exc:
+        raise ValueError("there is much in something else") from exc
     labels = tuple((str(key), str(value)) for key, value in found.labels)
     numbers = (found.owner, found.number, found.major)
-    if not all(isinstance(one, int) for one in numbers):
+    if not all(type(one) is int and 0 <= one < _NUMBER_END for one in numbers):
         raise TypeError("a number is something else")
+    if not isinstance(found.id, str) or not isinstance(found.manufactured, bool):
+        raise TypeError("a value is of another kind")
     if not isinstance(found.profile, str | None) or not (
         found.interface in get_args(Interface) and found.cdi in get_args(Offer)
     ):
