@@ -123,6 +123,11 @@ async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> 
         assert states[:4] == ["stopped", "starting", "awake", "asleep"]
         assert event.tpm.sleeps == 2
         assert sum(manager.wake_times.counts) == event.tpm.wakes == 1
+        # What it has had is told while it is awake, and not counted again when it sleeps.
+        await client.ask(tpm.get_random(8))
+        awake = (await manager.describe("one")).commands
+        await until(manager, "one", "asleep")
+        assert (await manager.describe("one")).commands == awake > event.tpm.commands
         # Half a command keeps it awake.
         await client.send(tpm.get_random(8)[:5])
         await until(manager, "one", "awake")

@@ -32,6 +32,7 @@ class Order(IntEnum):
     MOUNT = 7
     UNMOUNT = 8
     LOOK = 9
+    COUNT = 10
 
 
 class Report(IntEnum):
@@ -45,6 +46,7 @@ class Report(IntEnum):
     STOPPED = 70
     FAILED = 71
     TOLD = 72
+    COUNTED = 73
 
 
 class Call(IntEnum):

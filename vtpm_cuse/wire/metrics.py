@@ -23,7 +23,7 @@ OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8
 
 _BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _COUNTERS: Final = {
-    "commands": "Commands that the TPM was given, counted when it falls asleep.",
+    "commands": "Commands that the TPM was given.",
     "wakes": "How often it went on in a process.",
     "sleeps": "How often it gave up its process, because nobody used it.",
     "failures": "How often it had to wait for a reset.",

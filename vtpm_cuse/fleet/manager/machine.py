@@ -39,10 +39,10 @@ from vtpm_cuse.fleet.manager.entrances import (
     places,
 )
 from vtpm_cuse.fleet.manager.threads import in_thread
-from vtpm_cuse.fleet.manager.workers import WorkerProcess
-from vtpm_cuse.fleet.messages import Call, Message, Order, Report
+from vtpm_cuse.fleet.manager.workers import WorkerProcess, keep, said_by
+from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.opener import Mounted
-from vtpm_cuse.fleet.states.vault import QUICK, Vault
+from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ _STOP_SECONDS: Final = 60.0
 _LEAVE_SECONDS: Final = 10.0
 """For what has begun, before a manager leaves; what takes longer has failed."""
 _AGAIN_SECONDS: Final = 1.0
+_COUNT_SECONDS: Final = 0.2
+"""For a number that may as well be an older one."""
 _TRIES: Final = 3
-_TEXT_MAX: Final = 1000
 _LOOK_MAX: Final = 1 << 13  # more than NV memory's largest index, where a certificate is
 _IN_USE: Final = "a client is in the middle of something"
 _COMMANDS_MAX: Final = 1 << 32
@@ -119,7 +120,7 @@ class Machine:
         self._all = surroundings
         self._failure = ""
         self._generation = 0
-        self._commands = 0
+        self._commands = self._count = 0
         self._wakes = self._sleeps = self._failures = 0
         self._used: float | None = None
         self._vault: Vault | None = None
@@ -142,7 +143,7 @@ class Machine:
             found.sockets,
             self._generation,
             self._used,
-            self._commands,
+            self._commands + self._count,
             self._wakes,
             self._worker.pid if self._worker else None,
             self._failure,
@@ -154,6 +155,11 @@ class Machine:
             found.managed_device,
             self.entry.cdi,
         )
+
+    async def count(self) -> None:
+        """Has its process tell what `described` says of commands, if it has one that serves it."""
+        if (worker := self._worker) is not None and self._serving.is_set():
+            await worker.count(_COUNT_SECONDS)
 
     @property
     def _folder(self) -> str:
@@ -455,6 +461,7 @@ class Machine:
                 self._used = time.time()
                 try:
                     self._end_of(message, failure, vault)
+                    self._commands, self._count = self._commands + self._count, 0
                 finally:
                     worker.end()
                     self._serving.set()
@@ -480,6 +487,9 @@ class Machine:
                     worker.answer(message)
                 case Report.DONE | Report.BUSY | Report.TOLD:
                     worker.answer(message)
+                case Report.COUNTED if self._serving.is_set():
+                    self._count = min(message.number, _COMMANDS_MAX)
+                    worker.counted()
                 case _:
                     raise ChannelError(f"a message of kind {message.kind}")
         return None
@@ -519,7 +529,7 @@ class Machine:
     def _sleep(self, message: Message) -> None:
         self._saved, self._connections = message.body, message.descriptors
         self._watch_data = bool(message.flags & WATCH_DATA)
-        self._commands += min(message.number, _COMMANDS_MAX)
+        self._count = min(message.number, _COMMANDS_MAX)
         self._generation += 1
         self._sleeps += 1
         if self.state != "failed":
@@ -558,25 +568,6 @@ class Machine:
         self._become("stopped")
 
 
-async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None]) -> None:
-    """Answers what a worker asks of its state, until it ends; whoever asks for more is ended."""
-    try:
-        while (request := await worker.calls.receive()) is not None:
-            close_all(request.descriptors)
-            if request.kind in QUICK:
-                answer = vault.answer_untrusted(request)
-                if request.kind is Call.LOAD and request.number == 0:
-                    on_load()
-            else:
-                answer = await in_thread(functools.partial(vault.answer_untrusted, request))
-            await worker.calls.send(answer)
-    except ChannelError as exc:
-        log.error("The process %d was ended, for it has asked for %s", worker.pid, exc)
-        worker.kill()
-    except OSError:  # it has ended
-        pass
-
-
 def translated(name: str, exc: Exception) -> FleetError:
     """What went wrong, in the words of a fleet."""
     if isinstance(exc, FleetError):
@@ -592,8 +583,3 @@ def translated(name: str, exc: Exception) -> FleetError:
         case UsageError():
             return FleetError("Busy", name, said)
     return FleetError("OverLimit", name, said)
-
-
-def said_by(message: Message) -> str:
-    """The text of a worker's message, as far as anybody wants to read."""
-    return message.body[:_TEXT_MAX].decode(errors="replace")

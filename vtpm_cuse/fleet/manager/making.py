@@ -12,8 +12,8 @@ import trio
 
 from vtpm_cuse.client.child import program_environment, program_words
 from vtpm_cuse.errors import UsageError, shown
-from vtpm_cuse.fleet.manager.machine import keep, said_by
 from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.manager.workers import keep, said_by
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import MAKE, Task

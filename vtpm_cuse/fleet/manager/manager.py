@@ -318,6 +318,10 @@ class Manager:
         machines = [
             self._one(name) for name in (sorted(self._machines) if names is None else names)
         ]
+        async with trio.open_nursery() as nursery:
+            for machine in machines:
+                if machine.state == "awake":
+                    nursery.start_soon(machine.count)
         found: list[Tpm] = []
         for machine in machines:
             if not len(found) % _AT_A_TIME:
@@ -327,8 +331,9 @@ class Manager:
 
     async def describe(self, name: str) -> Tpm:
         """That one."""
-        await trio.lowlevel.checkpoint()
-        return self._one(name).described()
+        machine = self._one(name)
+        await machine.count()
+        return machine.described()
 
     async def update(
         self,

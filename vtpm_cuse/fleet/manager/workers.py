@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
 import socket
 import subprocess
 from collections import deque
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
@@ -17,8 +18,15 @@ from vtpm_cuse.client.child import program_environment, program_words
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet.channel import Channel, close_all
 from vtpm_cuse.fleet.heritage import SavedWorker, SavedZygote
-from vtpm_cuse.fleet.messages import Message, Order, Report
+from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.messages import Call, Message, Order, Report
+from vtpm_cuse.fleet.states.vault import QUICK
 from vtpm_cuse.programs import start_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtpm_cuse.fleet.states.vault import Vault
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +36,7 @@ _TRIES: Final = 3
 _ZYGOTE: Final = "vtpm_cuse.fleet.zygote"
 """A program of its own: nothing of this process' memory is in a worker."""
 _AGAIN_SECONDS: Final = 1.0
+_TEXT_MAX: Final = 1000
 
 
 class WorkerProcess:
@@ -51,6 +60,8 @@ class WorkerProcess:
         self._held = held
         self._answer: Message | None = None
         self._answered = trio.Event()
+        self._counted = trio.Event()
+        self._counted.set()
 
     @property
     def alive(self) -> bool:
@@ -94,6 +105,22 @@ class WorkerProcess:
         self._answer = message
         self._answered.set()
 
+    async def count(self, seconds: float) -> None:
+        """Has it tell how many commands there were; waits so long for that at most.
+
+        Nobody else's order waits for this, and it is asked for nothing more until it has answered.
+        """
+        if self._counted.is_set() and not self.ended.is_set():
+            self._counted = trio.Event()
+            with contextlib.suppress(OSError, ChannelError):
+                await self.orders.send(Message(Order.COUNT))
+        with trio.move_on_after(seconds):
+            await self._counted.wait()
+
+    def counted(self) -> None:
+        """What `count` waits for."""
+        self._counted.set()
+
     def kill(self) -> None:
         """It is no more, whatever it wants; who attends to it finds its end."""
         if self._held < 0:
@@ -110,7 +137,32 @@ class WorkerProcess:
         self.orders.close()
         self.calls.close()
         self.ended.set()
+        self._counted.set()
         self.answer(self._answer)
+
+
+async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None]) -> None:
+    """Answers what a worker asks of its state, until it ends; whoever asks for more is ended."""
+    try:
+        while (request := await worker.calls.receive()) is not None:
+            close_all(request.descriptors)
+            if request.kind in QUICK:
+                answer = vault.answer_untrusted(request)
+                if request.kind is Call.LOAD and request.number == 0:
+                    on_load()
+            else:
+                answer = await in_thread(functools.partial(vault.answer_untrusted, request))
+            await worker.calls.send(answer)
+    except ChannelError as exc:
+        log.error("The process %d was ended, for it has asked for %s", worker.pid, exc)
+        worker.kill()
+    except OSError:  # it has ended
+        pass
+
+
+def said_by(message: Message) -> str:
+    """The text of a worker's message, as far as anybody wants to read."""
+    return message.body[:_TEXT_MAX].decode(errors="replace")
 
 
 class _Zygote(NamedTuple):

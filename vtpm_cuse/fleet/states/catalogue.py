@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
-from vtpm_cuse.faults import sentence
 from vtpm_cuse.files import flush_folder, make_folder, write_output
 from vtpm_cuse.fleet.base import Interface, Offer, Spec
 from vtpm_cuse.storage.locking import take_lock
@@ -150,7 +149,7 @@ class Catalogue:
                 try:
                     entry = self._entry(name, ids)
                 except (OSError, StorageError) as exc:
-                    log.error("%s is left out: %s", self._of(name), sentence(exc))
+                    log.error("%s is left out: %s", self._of(name), exc)
                     continue
                 found[name] = entry
                 ids.add(entry.id)

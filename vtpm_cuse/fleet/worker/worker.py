@@ -210,6 +210,9 @@ class _Served:
                 self._gone = order is None
                 scope.cancel()
                 return
+            if order.kind is Order.COUNT:
+                await self._orders.send(Message(Report.COUNTED, number=self._vtpm.commands))
+                continue
             if await self._suspend(server, order):
                 return
             await self._orders.send(Message(Report.BUSY))
