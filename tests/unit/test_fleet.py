@@ -18,6 +18,7 @@ from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.fleet import (
+    LAZY,
     UID,
     Client,
     blobs_of_one,
@@ -33,6 +34,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Bundle, Spec
+from vtpm_cuse.fleet.manager import machine
 from vtpm_cuse.fleet.manager.quota import Limits
 from vtpm_cuse.fleet.messages import Order
 from vtpm_cuse.storage.keys import Key
@@ -123,11 +125,6 @@ async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> 
         assert states[:4] == ["stopped", "starting", "awake", "asleep"]
         assert event.tpm.sleeps == 2
         assert sum(manager.wake_times.counts) == event.tpm.wakes == 1
-        # What it has had is told while it is awake, and not counted again when it sleeps.
-        await client.ask(tpm.get_random(8))
-        awake = (await manager.describe("one")).commands
-        await until(manager, "one", "asleep")
-        assert (await manager.describe("one")).commands == awake > event.tpm.commands
         # Half a command keeps it awake.
         await client.send(tpm.get_random(8)[:5])
         await until(manager, "one", "awake")
@@ -135,6 +132,23 @@ async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> 
             await manager.hibernate("one")
         await client.send(tpm.get_random(8)[5:])
         assert tpm.code_of(await client.answer()) == 0
+
+
+@in_trio
+async def test_commands_are_counted_once_and_while_it_is_awake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_COUNT_SECONDS", LAZY)
+    async with fleet(tmp_path) as manager:
+        client = await Client.of(await started(manager, "one"))
+        begun = (await manager.describe("one")).commands
+        for number in range(1, 4):
+            await client.ask(tpm.get_random(8))
+            await manager.wake("one")  # which a client may have done before it is known
+            assert (await manager.describe("one")).commands == begun + number
+            assert [one.commands for one in await manager.list()] == [begun + number]
+            await manager.hibernate("one")
+            assert (await manager.describe("one")).commands == begun + number
 
 
 @in_trio
