@@ -257,6 +257,8 @@ def test_where_a_volatile_state_says_it(version: str) -> None:
     stored = (STATE / f"{version}-tpm2-dir-plain/tpm2-00.volatilestate").read_bytes()
     state = stored[stored.index(bytes.fromhex("45637889")) - 2 :]
     assert volatile.exclusive_session_in(state) == 0
+    not_started = volatile.with_exclusive_session(state, 0)
+    assert volatile.exclusive_session_in(not_started) == 0
     changed = volatile.with_exclusive_session(state, 0x02000005)
     assert volatile.exclusive_session_in(changed) == 0x02000005
     assert volatile.with_exclusive_session(changed, 0x40000008) == state

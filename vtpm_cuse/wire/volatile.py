@@ -50,7 +50,7 @@ def exclusive_session_in(state: bytes) -> int:
     except WireError:
         return UNKNOWN_SESSION
     session = head.exclusive_audit_session
-    if head.magic == _MAGIC and session == _TPM_RH_UNASSIGNED:
+    if head.magic == _MAGIC and session in {0, _TPM_RH_UNASSIGNED}:  # 0 before TPM2_Startup
         return 0
     is_one = head.magic == _MAGIC and kind_of(session) in SESSIONS
     return session if is_one else UNKNOWN_SESSION
