@@ -9,6 +9,7 @@ import pytest
 
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed_crowd import *  # noqa: F403
+from tests.device.managed_hostile import *  # noqa: F403
 from tests.device.managed_semantics import *  # noqa: F403
 from tests.device.managed_view import *  # noqa: F403
 from tests.device.managed_view import vtpm

@@ -15,6 +15,7 @@ import pytest
 from tests.device.managed import *  # noqa: F403
 from tests.device.managed import clients, opened
 from tests.device.managed_crowd import *  # noqa: F403
+from tests.device.managed_hostile import *  # noqa: F403
 from tests.device.managed_view import *  # noqa: F403
 from tests.device.managed_view import vtpm
 from tests.kernel.harness import needs, run
