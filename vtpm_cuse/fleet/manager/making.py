@@ -35,7 +35,7 @@ _SAID_MAX: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A TPM with keys and certificates, which name its id: it can become the TPM of that id alone.
+    """A TPM that is made; certificates name its id: it can become the TPM of that id alone.
 
     Attributes:
         id: A UUID.

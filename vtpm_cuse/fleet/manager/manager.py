@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import re
-import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -19,9 +18,9 @@ from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
 from vtpm_cuse.fleet.heritage import Heritage, SavedManager
 from vtpm_cuse.fleet.manager.history import History
 from vtpm_cuse.fleet.manager.machine import Machine, Surroundings, translated
-from vtpm_cuse.fleet.manager.making import Made, make
+from vtpm_cuse.fleet.manager.making import Made
 from vtpm_cuse.fleet.manager.offers import Offers
-from vtpm_cuse.fleet.manager.pool import Pool
+from vtpm_cuse.fleet.manager.pool import PlainPool, Pool
 from vtpm_cuse.fleet.manager.quota import Limits, Quota
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
 from vtpm_cuse.fleet.manager.threads import in_thread
@@ -145,6 +144,7 @@ class Manager:
         self._offers = Offers(settings.cdi, os.path.join(os.path.abspath(settings.run), SOCKET))
         self._coming: dict[str, int | None] = {}
         self.pool = Pool(catalogue, nursery, settings.pool)
+        self.plain_pool = PlainPool(workers, nursery)
         self._numbers: set[int] = set()
         self._left = False
         self._watchers: set[trio.MemorySendChannel[Event]] = set()
@@ -230,9 +230,9 @@ class Manager:
         with self._reserved(name, spec.owner), self._number_for(spec) as device:
             await self._need_room(name, spec.owner)
             try:
-                made = await self.pool.take(spec.profile) if spec.manufactured else None
-                number = made.id if made else str(uuid.uuid4())
-                return await self._new(name, Entry.of(number, spec, device), made)
+                pool = self.pool if spec.manufactured else self.plain_pool
+                made = await pool.take(spec.profile)
+                return await self._new(name, Entry.of(made.id, spec, device), made)
             except UsageError as exc:
                 raise FleetError("StateDamaged", name, str(exc)) from exc
             except (VtpmError, OSError) as exc:
@@ -253,23 +253,10 @@ class Manager:
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
 
-    async def _new(self, name: str, entry: Entry, given: Made | Bundle | None) -> Tpm:
-        """One that is *given*, or is made before, with its folder. Raises VtpmError, OSError."""
-        if given is None:
-            given = Made(entry.id, await make(self.workers, entry.profile))
+    async def _new(self, name: str, entry: Entry, given: Made | Bundle) -> Tpm:
+        """One that is *given*, with its folder. Raises VtpmError, OSError."""
         try:
-            folder = self._catalogue.begin(entry.id)
-            vault = await in_thread(partial(Vault.of, folder, entry.key, may_begin=True))
-            try:
-                vault.lock()
-                match given:
-                    case Made(permanent=permanent):
-                        await in_thread(partial(vault.begin, permanent))
-                    case Bundle(state=state):
-                        await in_thread(partial(vault.begin_with_untrusted, state))
-            finally:
-                vault.close()
-            await in_thread(partial(self._catalogue.finish, name, entry))
+            await in_thread(partial(self._put, name, entry, given))
         finally:
             self._catalogue.give_up(entry.id)
         machine = self._machines[name] = Machine(name, entry, self._surroundings)
@@ -277,6 +264,20 @@ class Manager:
         self._history.note(entry.id, "imported" if isinstance(given, Bundle) else "created")
         self._tell("created", machine)
         return machine.described()
+
+    def _put(self, name: str, entry: Entry, given: Made | Bundle) -> None:
+        """On the disk. Raises VtpmError, OSError."""
+        vault = Vault.of(self._catalogue.begin(entry.id), entry.key, may_begin=True)
+        try:
+            vault.lock()
+            match given:
+                case Made(permanent=permanent):
+                    vault.begin(permanent)
+                case Bundle(state=state):
+                    vault.begin_with_untrusted(state)
+        finally:
+            vault.close()
+        self._catalogue.finish(name, entry)
 
     async def start(self, name: str) -> Tpm:
         """Powers it on."""

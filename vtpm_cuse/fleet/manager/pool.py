@@ -1,8 +1,8 @@
-"""Manufactured TPMs that nobody has yet, so that who wants one need not wait for its keys.
+"""TPMs that nobody has yet, so that who wants one need not wait until it is made.
 
 They are in memory alone, and each leaves the pool before anything else happens to it: it is handed
 out once, or lost with this process. What is made before it is asked for names no owner and no name,
-but its certificates name the id that its TPM will have.
+but certificates name the id that their TPM will have.
 """
 
 from __future__ import annotations
@@ -17,23 +17,114 @@ import trio
 
 from vtpm_cuse.errors import UsageError, VtpmError
 from vtpm_cuse.faults import sentence
-from vtpm_cuse.fleet.manager.making import Made, manufacture
+from vtpm_cuse.fleet.manager.making import Made, make, manufacture
 from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.manufacture.files import deciding_files
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from vtpm_cuse.fleet.manager.workers import Workers
     from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
 
 POOL: Final = 2
 """How many wait where nobody says it, once somebody has wanted one."""
+_PAUSE_SECONDS: Final = 0.02
+"""In which a TPM is named and powered on."""
 _Stamp = tuple[tuple[str, int, int, int], ...]
 """Of each file that decides what is made: path, device's number, time in ns, size."""
 
 
+class _Ahead:
+    """Those that wait, and who makes more.
+
+    Args:
+        nursery: Where they are made, one after the other.
+        most: How many wait.
+        make: Makes one.
+        what: They are, for the log.
+        pause: Seconds before it begins: who has just taken one needs the processor himself.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        most: int,
+        make: Callable[[], Awaitable[Made]],
+        what: str,
+        pause: float = 0.0,
+    ) -> None:
+        self._nursery, self._most, self._make = nursery, most, make
+        self._what, self._pause = what, pause
+        self._made: deque[Made] = deque()
+        self._filling = False
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def take(self) -> Made | None:
+        """One that nobody else gets, if there is one."""
+        return self._made.popleft() if self._made else None
+
+    def forget(self) -> None:
+        """Nobody gets those."""
+        self._made.clear()
+
+    def fill(self) -> None:
+        """Has as many made as are to wait."""
+        if not self._filling and len(self._made) < self._most:
+            self._filling = True
+            self._nursery.start_soon(self._fill_up)
+
+    async def _fill_up(self) -> None:
+        try:
+            await trio.sleep(self._pause)
+            while len(self._made) < self._most:
+                self._made.append(await self._make())
+        except (VtpmError, OSError) as exc:  # who wants one makes it, and hears of it
+            log.error("No TPM can be %s ahead of time: %s", self._what, sentence(exc))
+        finally:
+            self._filling = False
+
+
+class PlainPool:
+    """TPMs as libtpms makes them, by a worker.
+
+    Args:
+        workers: Of which each makes one, and ends.
+        nursery: Where they are made, but none before the first is wanted.
+    """
+
+    def __init__(self, workers: Workers, nursery: trio.Nursery) -> None:
+        self._workers = workers
+        self._ahead = _Ahead(nursery, POOL, self._make, "made", _PAUSE_SECONDS)
+
+    @property
+    def waiting(self) -> int:
+        """How many there are."""
+        return len(self._ahead)
+
+    async def take(self, profile: str | None) -> Made:
+        """One that nobody else gets; of another *profile* than libtpms' own, a new one.
+
+        Raises:
+            VtpmError: None can be made.
+            OSError: The same.
+        """
+        try:
+            made = None if profile is not None else self._ahead.take()
+            return made or await self._make(profile)
+        finally:
+            self._ahead.fill()
+
+    async def _make(self, profile: str | None = None) -> Made:
+        return Made(str(uuid.uuid4()), await make(self._workers, profile))
+
+
 class Pool:
-    """Makes them, one after the other, when nobody else needs the processor.
+    """Manufactured ones: made one after the other, when nobody else needs the processor.
 
     Args:
         catalogue: Where they have a folder while they are made.
@@ -42,19 +133,19 @@ class Pool:
     """
 
     def __init__(self, catalogue: Catalogue, nursery: trio.Nursery, most: int | None) -> None:
-        self._catalogue, self._nursery = catalogue, nursery
-        self._most = POOL if most is None else most
+        self._catalogue = catalogue
         self._at_once = trio.CapacityLimiter(os.cpu_count() or 1)
-        self._made: deque[Made] = deque()
+        self._ahead = _Ahead(
+            nursery, POOL if most is None else most, self._make_patiently, "manufactured"
+        )
         self._stamp: _Stamp = ()
-        self._filling = False
         if most is not None:
-            self._fill()
+            self._ahead.fill()
 
     @property
     def waiting(self) -> int:
         """How many there are."""
-        return len(self._made)
+        return len(self._ahead)
 
     async def take(self, profile: str | None) -> Made:
         """One that nobody else gets; of another than the configuration's *profile*, a new one.
@@ -66,13 +157,13 @@ class Pool:
         made = None
         if profile is None:
             await self._renew()
-            made = self._made.popleft() if self._made else None
+            made = self._ahead.take()
         try:
             if made is None:
                 async with self._at_once:
                     made = await self._make(profile, patient=False)
         finally:
-            self._fill()
+            self._ahead.fill()
         return made
 
     async def _renew(self) -> None:
@@ -80,7 +171,7 @@ class Pool:
         stamp = await in_thread(_stamp)
         if stamp != self._stamp:
             self._stamp = stamp
-            self._made.clear()
+            self._ahead.forget()
 
     async def _make(self, profile: str | None, *, patient: bool) -> Made:
         number = str(uuid.uuid4())
@@ -90,20 +181,9 @@ class Pool:
         finally:
             self._catalogue.give_up(number)
 
-    def _fill(self) -> None:
-        if not self._filling and len(self._made) < self._most:
-            self._filling = True
-            self._nursery.start_soon(self._fill_up)
-
-    async def _fill_up(self) -> None:
-        try:
-            while len(self._made) < self._most:
-                await self._renew()  # before it is made: a later change is found when it is taken
-                self._made.append(await self._make(None, patient=True))
-        except (VtpmError, OSError) as exc:  # who wants one makes it, and hears of it
-            log.error("No TPM can be manufactured ahead of time: %s", sentence(exc))
-        finally:
-            self._filling = False
+    async def _make_patiently(self) -> Made:
+        await self._renew()  # before it is made: a later change is found when it is taken
+        return await self._make(None, patient=True)
 
 
 def _stamp() -> _Stamp:
