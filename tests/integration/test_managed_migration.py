@@ -8,6 +8,7 @@ from tests.device.managed import SESSIONS_OF_A_USER, clients, opened
 from tests.integration.test_managed_sockets import Managed
 from tests.support import managed as m
 from tests.support import sockets as s
+from tests.support.auditor import Auditor
 from tests.support.commands import code_of
 
 if TYPE_CHECKING:
@@ -89,6 +90,21 @@ def test_sessions_that_nobody_loads_are_in_nobodys_way_at_the_destination(tmp_pa
             for client in there:
                 for _ in range(SESSIONS_OF_A_USER // 4):
                     assert opened(client, m.start_session())
+
+
+def test_an_exclusive_audit_session_is_one_at_the_destination(tmp_path: Path) -> None:
+    with Managed(tmp_path / "from", *s.RUNNING) as source:
+        with source.client() as client:
+            auditor = Auditor(client.command)
+            assert auditor.is_exclusive
+            context = client.command(m.save(auditor.handle))[10:]
+        blobs = exported(source)
+    with Managed(tmp_path / "to") as target:
+        imported(target, blobs)
+        with target.client() as client:
+            assert opened(client, m.load(context)) == auditor.handle
+            auditor.process = client.command
+            assert auditor.is_exclusive
 
 
 def test_by_way_of_the_c_suite(tmp_path: Path) -> None:
