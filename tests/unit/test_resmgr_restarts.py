@@ -23,9 +23,12 @@ from tests.support.managed import (
     start_session,
     started_engine,
 )
+from tests.support.suspension import Host, prepared
 from vtpm_cuse.resmgr import view
 from vtpm_cuse.resmgr.manager import Connection, Manager
 from vtpm_cuse.resmgr.quota import Limits
+from vtpm_cuse.vtpm.clients import Peer
+from vtpm_cuse.vtpm.managed import ManagedVtpm
 
 if TYPE_CHECKING:
     from vtpm_cuse.engine.libtpms import LibtpmsEngine
@@ -171,3 +174,26 @@ def test_others_sessions_stay_theirs_over_a_restart() -> None:
         restarted(engine, manager, *IN_ORDER[0])
         assert code(client, policy_digest(opened(client, start_session()))) == 0
         assert tpm.code_of(engine.process(load(context))) == 0
+
+
+@pytest.mark.parametrize(
+    ("last", "resumes"),
+    [(tpm.TPM2_SHUTDOWN_CLEAR, False), (tpm.TPM2_SHUTDOWN_STATE, True), (RANDOM, True)],
+)
+def test_the_managers_own_commands_are_no_clients_last(last: bytes, *, resumes: bool) -> None:
+    """Which decides on the shutdown in order that a reset begins with."""
+    host = Host(prepared())
+    host.vtpm.start()
+    assert tpm.code_of(host.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
+    managed = ManagedVtpm(host.vtpm)
+    one, other = managed.connect(Peer("device")), managed.connect(Peer("device"))
+    for number in range(5):
+        assert tpm.code_of(managed.process(other, load_external(number))) == 0
+    assert tpm.code_of(managed.process(one, last)) == 0
+    before = host.vtpm.commands
+    managed.close(other)
+    assert host.vtpm.commands > before
+    host.vtpm.start()
+    code = tpm.code_of(managed.process(one, tpm.TPM2_STARTUP_STATE))
+    assert code == (0 if resumes else 0x1C4)
+    host.close()
