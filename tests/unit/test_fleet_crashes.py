@@ -20,7 +20,7 @@ from tests.support.fleet import UID, in_trio
 from tests.support.tree import Tree, written
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.fleet.base import Bundle, Spec
-from vtpm_cuse.fleet.manager import manager as managers
+from vtpm_cuse.fleet.manager import pool
 from vtpm_cuse.fleet.manager.manager import Manager, Settings
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
 from vtpm_cuse.fleet.states.catalogue import Catalogue
@@ -69,6 +69,7 @@ async def managing(folder: str) -> AsyncIterator[Manager]:
             settings = Settings(folder, f"{folder}.run")
             nobody: Any = None
             yield Manager(settings, catalogue, nobody, sleepers, nursery, None)
+            nursery.cancel_scope.cancel()
     finally:
         sleepers.close()
         catalogue.close()
@@ -85,7 +86,7 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> None:
         await trio.lowlevel.checkpoint()
         return permall(next(made, 4))
 
-    monkeypatch.setattr(managers, "make", make)
+    monkeypatch.setattr(pool, "make", make)
 
 
 @pytest.fixture
