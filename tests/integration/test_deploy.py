@@ -401,7 +401,7 @@ def test_a_deployment_that_broke_off_can_be_taken_out(system: Path, venv: Path) 
         ("swtpm-cuse@.service", 5),
         ("swtpm-vtpm-proxy@.service", 10),
         ("swtpm-resource-manager@.service", 5),
-        ("vtpmd.service", 18),
+        ("vtpmd.service", 21),
     ],
 )
 def test_units_are_hardened(unit: str, exposure: int, tmp_path: Path) -> None:

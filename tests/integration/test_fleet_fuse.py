@@ -60,6 +60,20 @@ def mounts_below(folder: Path) -> list[str]:
     return [line for line in lines if line.split()[4].startswith(f"{folder}/")]
 
 
+def mounting(daemon: Daemon) -> list[int]:
+    """Of the two processes that mount for it, the one that works."""
+    pid = daemon.process.pid
+    children = [*map(int, of(pid).split())]
+    names = [Path(f"/proc/{one}/comm").read_text(encoding="ascii") for one in children]
+    (other,) = (one for one, name in zip(children, names, strict=True) if name == "vtpm-opener\n")
+    return [*map(int, of(other).split())]
+
+
+def of(pid: int) -> str:
+    """Its children."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+
+
 def kill_worker(manager: Manager) -> None:
     pid = manager.describe("one").pid
     assert pid is not None
@@ -141,6 +155,30 @@ def test_what_a_killed_manager_leaves_is_cleared_up(tmp_path: Path) -> None:
         raw = opened(path)
         assert tpm.code_of(ask(raw, tpm.get_random(8))) == 0
         os.close(raw)
+
+
+def test_who_mounts_may_die(tmp_path: Path) -> None:
+    with managing(tmp_path) as (daemon, manager):
+        paths = [manager.create(name, interface="fuse").device for name in ("one", "two")]
+        manager.start("one")
+        raw = opened(paths[0])
+        assert tpm.code_of(ask(raw, tpm.pcr_extend(10, b"1" * 32))) == 0
+        extended = ask(raw, tpm.pcr_read(10))
+        (works,) = found = mounting(daemon)
+        os.kill(works, signal.SIGKILL)
+        manager.start("two")
+        assert mounting(daemon) != found
+        os.close(opened(paths[1]))
+        manager.hibernate("one")
+        assert ask(raw, tpm.pcr_read(10)) == extended
+        os.close(raw)
+        manager.stop("one")  # whose mount it has not made
+        assert [line.split()[4] for line in mounts_below(tmp_path)] == [f"{tmp_path}/run/tpm/two"]
+        manager.start("one")
+        os.kill(mounting(daemon)[0], signal.SIGKILL)
+        daemon.process.kill()
+        daemon.process.wait()
+        wait_until(lambda: mounts_below(tmp_path) == [], "the end of both mounts")
 
 
 @pytest.mark.skipif(

@@ -11,7 +11,7 @@ import trio
 from tests.support.channel import Client
 from tests.support.fleet import started
 from vtpm_cuse.errors import FrontendError
-from vtpm_cuse.fleet.opener import Made, Mounted
+from vtpm_cuse.fleet.opener import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.fleet.opener import Wanted
 
 MAJOR: Final = 245
+FIRST_NUMBER: Final = 7
 
 
 class FakeOpener:
@@ -30,30 +31,44 @@ class FakeOpener:
         wanted: What it was asked for.
         refused: Names of devices that it does not make.
         ends: The kernel's ends, by the devices' names.
+        given: Numbers of the kernel's TPMs, and whose they are.
     """
 
     def __init__(self) -> None:
-        self.makes: Interface = "cuse"
+        self.makes: frozenset[Interface] = frozenset({"cuse", "vtpm-proxy"})
         self.wanted: list[Wanted] = []
         self.refused: set[str] = set()
         self.ends: dict[str, socket.socket] = {}
+        self.given: list[tuple[int, int]] = []
 
     async def make(self, wanted: Wanted) -> Made:
         await trio.lowlevel.checkpoint()
         self.wanted.append(wanted)
         if wanted.name in self.refused:
             raise FrontendError("The kernel refused")
+        return Made(self._channel(wanted.name), wanted.major or MAJOR)
+
+    def _channel(self, name: str) -> int:
         end, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        if wanted.name in self.ends:
-            self.ends[wanted.name].close()
-        self.ends[wanted.name] = end
-        return Made(ours.detach(), wanted.major or MAJOR)
+        if name in self.ends:
+            self.ends[name].close()
+        self.ends[name] = end
+        return ours.detach()
 
-    async def mount(self, folder: str) -> Mounted:
+    async def make_proxy(self) -> Made:
+        await trio.lowlevel.checkpoint()
+        number = FIRST_NUMBER + sum(name.startswith("tpm") for name in self.ends)
+        return Made(self._channel(f"tpm{number}"), number)
+
+    async def give_proxy(self, number: int, owner: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.given.append((number, owner))
+
+    async def mount(self, folder: str) -> int:
         raise NotImplementedError
 
-    async def unmount(self, number: int) -> None:
+    async def unmount(self, folder: str) -> None:
         raise NotImplementedError
 
     async def opened(self, name: str) -> Client:

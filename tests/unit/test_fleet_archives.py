@@ -14,6 +14,7 @@ from vtpm_cuse.fleet.states.archives import STATE_MAX
 from vtpm_cuse.wire.manager import Archive, Key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from vtpm_cuse.client.manager import Manager
@@ -97,5 +98,28 @@ def test_another_user_imports_for_himself_and_names_no_file(
             manager.import_tpm(ARCHIVE, name="web2", interface="usb")
         manager.import_tpm(ARCHIVE, name="web2", interface="cuse")
         assert [one.spec.interface for one in fleet.bundles] == ["socket", "cuse"]
+
+    with_manager(fleet, path, use)
+
+
+def test_another_user_makes_no_tpm_of_the_kernels(
+    fleet: FakeFleet, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the host would see it; one that root has made for him is his."""
+    monkeypatch.setattr(api, "_asker", lambda _: api._Asker(OTHER_USER, 1))
+
+    def use(manager: Manager) -> None:
+        kind = "vtpm-proxy"
+        fleet.tpms["theirs"] = fleet.add("theirs")._replace(interface="vtpm-proxy")
+        attempts: tuple[Callable[[], object], ...] = (
+            lambda: manager.create("one", interface=kind),
+            lambda: manager.import_tpm(ARCHIVE, interface=kind),
+            lambda: manager.clone("theirs", "another"),
+        )
+        for attempt in attempts:
+            with pytest.raises(FleetError, match="made for a user by root") as refused:
+                attempt()
+            assert refused.value.fault == "NotOwner"
+        assert manager.start("theirs").state == "asleep"
 
     with_manager(fleet, path, use)

@@ -21,7 +21,7 @@ from tests.support.kernel import FakeKernel
 from tests.support.suspension import SCRIPT, masked
 from vtpm_cuse.errors import FleetError, FrontendError
 from vtpm_cuse.fleet.base import Spec
-from vtpm_cuse.fleet.opener import Opener, Wanted
+from vtpm_cuse.fleet.opener import Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -271,39 +271,3 @@ async def test_its_owner_may_act_as_the_platform_and_nobody_else(tmp_path: Path)
                 message = FakeKernel.message(fake.IOCTL, 1000 + uid, body, uid=uid)
                 opener.ends[RAW].send(message)
                 assert (await raw.receive())[:2] == (1000 + uid, error)
-
-
-# -- the opener ---------------------------------------------------------------------------
-
-
-def test_an_opener_has_no_more_rights_than_it_takes() -> None:
-    async def use(opener: Opener) -> None:
-        for name in ("tpm0", "vtpm0", "vtpmd-a/b", "vtpmd-", "vtpmd-" + 65 * "a", "vtpmdrm-a\n"):
-            with pytest.raises(FrontendError, match="is not called"):
-                await opener.make(Wanted(name, 0, 0, 0))
-        status = dict(line.split(":\t", 1) for line in _status(opener._child))
-        rights = [int(status[kind], 16) for kind in ("CapEff", "CapPrm", "CapInh", "CapBnd")]
-        if os.geteuid() == 0:
-            assert rights == [1, 1, 0, 0]  # CAP_CHOWN
-        else:
-            assert rights[:3] == [0, 0, 0]
-        assert status["NoNewPrivs"] == "1"
-
-    with Opener("cuse") as opener:
-        trio.run(use, opener)
-    assert not os.path.exists(f"/proc/{opener._child}")
-
-
-def _status(pid: int) -> list[str]:
-    with open(f"/proc/{pid}/status", encoding="utf-8") as file:
-        return file.read().splitlines()
-
-
-def test_a_dead_opener_is_said() -> None:
-    async def use(opener: Opener) -> None:
-        os.kill(opener._child, signal.SIGKILL)
-        with pytest.raises(FrontendError, match="restart vtpmd"):
-            await opener.make(Wanted("vtpmd-one", 0, 0, 0))
-
-    with Opener("cuse") as opener:
-        trio.run(use, opener)

@@ -181,11 +181,7 @@ class ProxyMaker:
     """
 
     def __init__(self, *, tpm2: bool) -> None:
-        try:
-            control = os.open(VTPMX_PATH, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as exc:
-            reason = f"Could not open {VTPMX_PATH}: {exc.strerror}"
-            raise FrontendError(reason, _OPEN_HINTS.get(exc.errno or 0, "")) from exc
+        control = _open_control()
         try:
             _check_right(control)
         except FrontendError:
@@ -228,14 +224,42 @@ class ProxyMaker:
         self._ours.close()
 
 
+def make_proxy() -> VtpmProxyNewDev:
+    """A TPM 2.0 of the kernel's; its ``fd`` is the caller's. Raises FrontendError: it is refused."""
+    control = _open_control()
+    try:
+        made = _new_device(control, VTPM_PROXY_FLAG_TPM2)
+    except OSError as exc:
+        raise _refused(exc.errno or errno.EIO) from exc
+    finally:
+        os.close(control)
+    os.set_inheritable(made.fd, False)
+    return made
+
+
+def _open_control() -> int:
+    """Raises FrontendError."""
+    try:
+        return os.open(VTPMX_PATH, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        reason = f"Could not open {VTPMX_PATH}: {exc.strerror}"
+        raise FrontendError(reason, _OPEN_HINTS.get(exc.errno or 0, "")) from exc
+
+
 def _check_right(control: int) -> None:
     """Raises FrontendError where the kernel would refuse later, when a new TPM has been made."""
-    argument = bytearray(VtpmProxyNewDev(_NO_SUCH_FLAG, 0, 0, 0, 0).pack(HOST))
     try:
-        fcntl.ioctl(control, VTPM_PROXY_IOC_NEW_DEV, argument, True)
+        _new_device(control, _NO_SUCH_FLAG)
     except OSError as exc:
         if exc.errno != errno.EOPNOTSUPP:  # for the flag, so the rest is right
             raise _refused(exc.errno or errno.EIO) from exc
+
+
+def _new_device(control: int, flags: int) -> VtpmProxyNewDev:
+    """Raises OSError."""
+    argument = bytearray(VtpmProxyNewDev(flags, 0, 0, 0, 0).pack(HOST))
+    fcntl.ioctl(control, VTPM_PROXY_IOC_NEW_DEV, argument, True)
+    return VtpmProxyNewDev.unpack_untrusted(argument, HOST)
 
 
 def _refused(number: int) -> FrontendError:
@@ -253,11 +277,9 @@ def _make_when_asked(control: int, theirs: socket.socket, *, tpm2: bool) -> NoRe
 
 
 def _make(control: int, theirs: socket.socket, flags: int) -> None:
-    argument = bytearray(VtpmProxyNewDev(flags, 0, 0, 0, 0).pack(HOST))
     try:
-        fcntl.ioctl(control, VTPM_PROXY_IOC_NEW_DEV, argument, True)
+        made = _new_device(control, flags)
     except OSError as exc:
         theirs.send(b"%d" % (exc.errno or errno.EIO))
     else:
-        made = VtpmProxyNewDev.unpack_untrusted(argument, HOST)
-        socket.send_fds(theirs, [argument], [made.fd])
+        socket.send_fds(theirs, [made.pack(HOST)], [made.fd])

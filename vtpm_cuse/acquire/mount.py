@@ -33,6 +33,7 @@ FUSE_PATH: Final = "/dev/fuse"
 _FUSE_DEVICE: Final = os.makedev(10, 229)
 _FUSERMOUNT: Final = "fusermount3"
 _OPTIONS: Final = "fsname=swtpm,subtype=vtpm,default_permissions,nosuid,nodev,noexec"
+_KIND: Final = "fuse.vtpm"
 _FD_SIZE: Final = 1
 _LEAVING_SECONDS: Final = 2.0
 _TRY_AGAIN_SECONDS: Final = 0.02
@@ -190,6 +191,25 @@ class FuseMount:
                 os.rmdir(self._folder)
 
 
+def mounts_below(folder: str) -> list[str]:
+    """Where this program's kind of mounts are, somewhere below a folder. Raises FrontendError."""
+    above = os.path.realpath(folder) + "/"
+    lines = (line.split(" ") for line in _mounts())
+    found = [_unquoted(fields[4]) for fields in lines if _KIND in fields]
+    return [path for path in found if path.startswith(above)]
+
+
+def end_mount(folder: str) -> None:
+    """Ends one that a process has left; the folder goes, too. Raises FrontendError."""
+    above, name = os.path.split(folder)
+    if (
+        _mounted_on(os.path.join(os.path.realpath(above), name)) is not None
+    ):  # itself may not answer
+        _fusermount("-u", "-z", "-q", "--", folder)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
 def _check_fuse() -> None:
     if not os.path.exists(FUSE_PATH):
         raise FrontendError(f"fuse: {FUSE_PATH} not found", "try 'modprobe fuse' as root first")
@@ -235,9 +255,14 @@ def _mounted_on(folder: str) -> str | None:
     found = None
     for line in _mounts():
         fields = line.split(" ")
-        if re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]) == folder:
+        if _unquoted(fields[4]) == folder:
             found = fields[2]  # the last one is on top
     return found
+
+
+def _unquoted(path: str) -> str:
+    """As it is in the table of mounts."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)
 
 
 def _mounts() -> list[str]:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 """Off; on, without a process; on, in a process of its own; on the way there; lost until a reset."""
 SocketKind = Literal["data", "control", "managed"]
-Interface = Literal["socket", "fuse", "cuse"]
-"""How clients reach a TPM: by three Unix sockets, two files in a mount, or two character devices."""
+Interface = Literal["socket", "fuse", "cuse", "vtpm-proxy"]
+"""How clients reach a TPM: by three Unix sockets, two files in a mount, two character devices, or as a
+TPM of the kernel's, which is two devices, too."""
 Offer = Literal["off", "keep", "remove"]
 """To containers: not at all, or what becomes of a TPM when the container ends that had it."""
 Identity = Literal["new", "same"]
@@ -49,7 +50,8 @@ class Tpm(NamedTuple):
     """One TPM as it is now.
 
     ``id`` is a UUID and never changes; ``sockets`` are absolute paths, none of one that is a
-    device: ``device`` is its path for one client, ``managed_device`` that for many; ``generation`` counts its
+    device: ``device`` is its path for one client, ``managed_device`` that for many, and of one of the kernel's
+    there is none while it is off, for its number may be another one then; ``generation`` counts its
     sleeps and power-ups; ``last_used`` is seconds since 1970, None before the first use;
     ``commands``, ``wakes``, ``sleeps`` and ``failures`` count since the manager began; ``pid`` is
     that of its process while it has one; ``failure`` says what happened to one that is failed, and

@@ -55,7 +55,7 @@ class SavedVault(NamedTuple):
 class SavedMachine(NamedTuple):
     """A TPM that is on.
 
-    ``entrance`` is where its clients come in, ``mount`` the number of a FUSE mount for the opener;
+    ``entrance`` is where its clients come in, ``number`` that of a TPM of the kernel's;
     ``saved`` is what it sleeps with, which nobody has been given; ``worker`` has it while it is
     awake, and all of its connections. The rest is as in `fleet.manager.machine` and `fleet.base.Tpm`.
     """
@@ -69,7 +69,7 @@ class SavedMachine(NamedTuple):
     used: float | None
     vault: SavedVault
     entrance: tuple[int, ...]
-    mount: int | None
+    number: int | None
     connections: tuple[int, ...]
     watch_data: bool
     saved: bytes

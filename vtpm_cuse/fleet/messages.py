@@ -33,6 +33,8 @@ class Order(IntEnum):
     UNMOUNT = 8
     LOOK = 9
     COUNT = 10
+    PROXY = 20
+    GIVE = 21
 
 
 class Report(IntEnum):

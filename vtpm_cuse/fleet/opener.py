@@ -2,13 +2,19 @@
 
 It answers its manager alone, over a socketpair, and ends with that. It also answers the kernel's
 first request on a device, which says what its ioctls may do with the memory of clients: so no
-worker, whom a client may have taken over, ever has that in its hand. Root's keeps the right to make
-CUSE devices; a user's has FUSE file systems mounted by fusermount3, and ends them.
+worker, whom a client may have taken over, ever has that in its hand. Root's keeps the rights to make
+TPM devices of the kernel's, and to give devices to their owners; a user's has FUSE file systems
+mounted by fusermount3, and ends them.
+
+It is one of two. The other one has the same rights, reads nothing, and makes it anew when it has
+died: its manager has none of these rights by then. What the dead one has not answered is answered
+by its successor, for a request stays in the socket until it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,14 +26,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Protocol
 
 import trio
 
+from vtpm_cuse.acquire.chardev import make_proxy
 from vtpm_cuse.acquire.cuse import CuseChannel, open_cuse
 from vtpm_cuse.acquire.keeper import settle_down
-from vtpm_cuse.acquire.mount import FuseMount
+from vtpm_cuse.acquire.mount import FuseMount, end_mount, mounts_below
 from vtpm_cuse.errors import ChannelError, FrontendError, VtpmError
 from vtpm_cuse.faults import sentence
-from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
+from vtpm_cuse.fleet.channel import Channel, close_all
 from vtpm_cuse.fleet.heritage import SavedOpener
-from vtpm_cuse.fleet.messages import Message, Order, Report
+from vtpm_cuse.fleet.messages import Inbox, Message, Order, Report
 from vtpm_cuse.service.confine import capabilities, landlock, secrecy
 
 if TYPE_CHECKING:
@@ -41,6 +48,12 @@ _NAME: Final = re.compile(r"vtpmd(rm)?-[A-Za-z0-9._-]{1,64}")
 _CLASS: Final = "/sys/class/cuse"
 _LEAVING_SECONDS: Final = 2.0
 _TRY_AGAIN_SECONDS: Final = 0.02
+_NODE_MODE: Final = 0o600
+_REQUEST_MAX: Final = 1 << 14
+"""Bytes; a path has up to 4096."""
+_TURNS: Final = 256
+_MANY: Final = 65536
+"""TPMs of the kernel's; from there on are the minor numbers of those for many clients."""
 
 
 class Wanted(NamedTuple):
@@ -53,36 +66,38 @@ class Wanted(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Its channel to the kernel, which is the caller's, and its major number."""
+    """A device's channel to the kernel, which is the caller's.
 
-    fd: int
-    major: int
-
-
-class Mounted(NamedTuple):
-    """A file system's channel to the kernel, which is the caller's, and what `unmount` takes."""
+    Its major number if it is CUSE's; of a TPM of the kernel's, the number in its name.
+    """
 
     fd: int
     number: int
 
 
 class MakesDevices(Protocol):
-    """What a manager asks.
+    """What a manager asks. All raise FrontendError.
 
     Attributes:
-        makes: Which kind of them.
+        makes: Which kinds of them.
     """
 
-    makes: Interface
+    makes: frozenset[Interface]
 
     async def make(self, wanted: Wanted) -> Made:
-        """A device, which is there as long as its channel. Raises FrontendError."""
+        """A CUSE device, which is there as long as its channel."""
 
-    async def mount(self, folder: str) -> Mounted:
-        """A FUSE file system on *folder*, which is made if it is missing. Raises FrontendError."""
+    async def make_proxy(self) -> Made:
+        """A TPM 2.0 of the kernel's, which is there as long as its channel, once that is answered."""
 
-    async def unmount(self, number: int) -> None:
-        """Ends one; its folder goes, too."""
+    async def give_proxy(self, number: int, owner: int) -> None:
+        """Its nodes, which are there, become *owner*'s alone."""
+
+    async def mount(self, folder: str) -> int:
+        """A FUSE file system on *folder*, which is made if it is missing: its channel, the caller's."""
+
+    async def unmount(self, folder: str) -> None:
+        """Ends it; the folder goes, too."""
 
 
 class Opener:
@@ -91,21 +106,22 @@ class Opener:
     Forks: no thread and no loop may be there yet.
 
     Args:
-        makes: "cuse", or "fuse".
-        left: That of an earlier manager, instead of a new one.
+        run: The folder that is the manager's; a user's mounts are below.
+        own: It is a user's own: it mounts.
+        left: That of an earlier manager, instead of a new one, if it is still there.
 
     Raises:
         OSError: There is no process to be had.
     """
 
-    def __init__(self, makes: Interface, left: SavedOpener | None = None) -> None:
-        self.makes = makes
-        self._turn = trio.Lock()
+    def __init__(self, run: str, *, own: bool, left: SavedOpener | None = None) -> None:
+        self.makes: frozenset[Interface] = frozenset({"fuse"} if own else {"cuse", "vtpm-proxy"})
+        self._turn, self._turns = trio.Lock(), itertools.cycle(range(_TURNS))
         if left is not None:
             self._child, self._ours = left.pid, socket.socket(fileno=left.fd)
             self._channel = Channel(self._ours)
             return
-        self._ours, theirs = socket.socketpair()
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         manager = os.getpid()
         try:
             child = os.fork()
@@ -114,7 +130,7 @@ class Opener:
             theirs.close()
             raise
         if child == 0:
-            _open_for(theirs, manager, makes)
+            _open_for(theirs, manager, run, own=own)
         theirs.close()
         self._child = child
         self._channel = Channel(self._ours)
@@ -136,63 +152,137 @@ class Opener:
 
     async def make(self, wanted: Wanted) -> Made:
         """See `MakesDevices`."""
-        answer = await self._asked(Message(Order.OPEN, json.dumps(wanted).encode()))
+        answer = await self._asked(Order.OPEN, wanted)
         (fd,) = answer.descriptors
         return Made(fd, answer.number)
 
-    async def mount(self, folder: str) -> Mounted:
+    async def make_proxy(self) -> Made:
         """See `MakesDevices`."""
-        answer = await self._asked(Message(Order.MOUNT, os.fsencode(folder)))
+        answer = await self._asked(Order.PROXY)
         (fd,) = answer.descriptors
-        return Mounted(fd, answer.number)
+        return Made(fd, answer.number)
 
-    async def unmount(self, number: int) -> None:
+    async def give_proxy(self, number: int, owner: int) -> None:
         """See `MakesDevices`."""
-        with contextlib.suppress(FrontendError):  # it has ended, and all mounts with it
-            await self._asked(Message(Order.UNMOUNT, number=number))
+        await self._asked(Order.GIVE, (number, owner))
 
-    async def _asked(self, request: Message) -> Message:
+    async def mount(self, folder: str) -> int:
+        """See `MakesDevices`."""
+        (fd,) = (await self._asked(Order.MOUNT, (folder,))).descriptors
+        return fd
+
+    async def unmount(self, folder: str) -> None:
+        """See `MakesDevices`."""
+        await self._asked(Order.UNMOUNT, (folder,))
+
+    async def _asked(self, order: Order, given: tuple[object, ...] = ()) -> Message:
         async with self._turn:
             answer: Message | None = None
+            turn = next(self._turns)
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 # else its answer would be the next one's
-                await self._channel.send(request)
-                answer = await self._channel.receive()
+                await self._channel.send(Message(order, json.dumps(given).encode(), turn))
+                answer = await self._answer_to(turn)
         if answer is None:
             raise FrontendError("The process that makes devices has ended", "restart vtpmd")
         if answer.kind is not Report.DONE:
             raise FrontendError(answer.body.decode())
         return answer
 
+    async def _answer_to(self, turn: int) -> Message | None:
+        """Who has died behind an answer has a successor, who gives it once more."""
+        while (answer := await self._channel.receive()) is not None and answer.flags != turn:
+            close_all(answer.descriptors)
+        return answer
 
-def _open_for(end: socket.socket, manager: int, makes: Interface) -> NoReturn:
+
+def _open_for(end: socket.socket, manager: int, run: str, *, own: bool) -> NoReturn:
     try:
         settle_down("vtpm-opener: makes devices for vtpmd", {end.fileno()})
         if os.getppid() == manager:
-            with _Devices() if makes == "cuse" else _Mounts() as maker:
-                _serve(BlockingChannel(end), maker.answer)
+            end.setblocking(True)
+            if not own:
+                _confine()
+            secrecy.hide_process()
+            _keep_one_there(end, run, own=own)
     finally:
         os._exit(0)
 
 
-def _serve(channel: BlockingChannel, answer: Callable[[Message], Message]) -> None:
+def _keep_one_there(end: socket.socket, run: str, *, own: bool) -> None:
+    """Until the manager ends. What two have died of is refused."""
+    deadly: bytes | None = None
+    while True:
+        if (child := os.fork()) == 0:
+            _work(end, run, own=own)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            return
+        waiting = _first(end, socket.MSG_DONTWAIT)
+        if waiting == b"":
+            if own:
+                _Mounts(run).close()
+            return
+        if waiting is not None and waiting == deadly:
+            _answer(end, _request(waiting), _killed)
+            waiting = None
+        deadly = waiting
+
+
+def _work(end: socket.socket, run: str, *, own: bool) -> NoReturn:
+    status = 1
+    try:
+        with _Mounts(run) if own else _Devices() as maker:
+            _serve(end, maker.answer)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _serve(end: socket.socket, answer: Callable[[Message], Message]) -> None:
     """Makes what is asked for, until the manager ends."""
-    with contextlib.suppress(OSError, ChannelError):
-        while (request := channel.receive()) is not None:
-            close_all(request.descriptors)
-            try:
-                message = answer(request)
-            except (VtpmError, OSError) as exc:
-                message = Message(Report.FAILED, sentence(exc).encode())
-            channel.send(message)
-            close_all(message.descriptors)
+    while waiting := _first(end):
+        _answer(end, _request(waiting), answer)
+
+
+def _first(end: socket.socket, flags: int = 0) -> bytes | None:
+    """The request that waits, which stays there; b"" at the end, None where there is none yet."""
+    try:
+        return end.recv(_REQUEST_MAX, flags | socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def _request(data: bytes) -> Message:
+    """Raises ChannelError."""
+    inbox = Inbox()
+    inbox.feed(data, [])
+    if (found := inbox.next()) is None:
+        raise ChannelError("a request of an opener is not whole")
+    return found
+
+
+def _answer(end: socket.socket, request: Message, answer: Callable[[Message], Message]) -> None:
+    """And only then is the request taken out of the socket."""
+    try:
+        message = answer(request)
+    except (VtpmError, OSError) as exc:
+        message = Message(Report.FAILED, sentence(exc).encode())
+    with contextlib.suppress(OSError):
+        socket.send_fds(end, [message._replace(flags=request.flags).pack()], message.descriptors)
+        end.recv(_REQUEST_MAX)
+    close_all(message.descriptors)
+
+
+def _killed(_: Message) -> Message:
+    raise FrontendError("The process that makes devices was killed twice while it made this one")
 
 
 class _Devices:
-    """Of CUSE."""
+    """Of CUSE, and TPMs of the kernel's."""
 
     def __enter__(self) -> Self:
-        _confine()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -200,37 +290,57 @@ class _Devices:
 
     @staticmethod
     def answer(request: Message) -> Message:
-        if request.kind is not Order.OPEN:
-            raise ChannelError("an opener of devices opens")
-        fd, major = _make_cuse(Wanted(*json.loads(request.body)))
-        return Message(Report.DONE, number=major, descriptors=(fd,))
+        given = json.loads(request.body)
+        match request.kind:
+            case Order.OPEN:
+                fd, number = _make_cuse(Wanted(*given))
+            case Order.PROXY:
+                fd, number = _make_proxy()
+            case Order.GIVE:
+                _give_proxy(*given)
+                return Message(Report.DONE)
+            case _:
+                raise ChannelError("an opener of devices makes them")
+        return Message(Report.DONE, number=number, descriptors=(fd,))
 
 
 class _Mounts:
-    """Of FUSE. It has the rights that its user has, for what mounts them takes more."""
+    """Of FUSE. It has the rights that its user has, for what mounts them takes more.
 
-    def __init__(self) -> None:
-        self._mounts: dict[int, FuseMount] = {}
-        self._last = 0
+    Args:
+        run: The folder of all; what a dead one has left there is its successor's.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._mounts: dict[str, FuseMount] = {}
 
     def __enter__(self) -> Self:
-        secrecy.hide_process()
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each mount
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all of them."""
         while self._mounts:
             self._mounts.popitem()[1].close()
+        for folder in mounts_below(self._run):
+            end_mount(folder)
 
     def answer(self, request: Message) -> Message:
+        (folder,) = json.loads(request.body)
         if request.kind is Order.UNMOUNT:
-            if (found := self._mounts.pop(request.number, None)) is not None:
+            if (found := self._mounts.pop(folder, None)) is not None:
                 found.close()
+            else:
+                end_mount(folder)
             return Message(Report.DONE)
         if request.kind is not Order.MOUNT:
             raise ChannelError("an opener of file systems mounts")
-        mount = FuseMount(os.fsdecode(request.body))
+        mount = FuseMount(folder)
         try:
             mount.take_folder(keeper=False)
             mount.mount()
@@ -238,15 +348,13 @@ class _Mounts:
         except BaseException:
             mount.close()
             raise
-        self._last += 1
-        self._mounts[self._last] = mount
-        return Message(Report.DONE, number=self._last, descriptors=(mount.give_away(),))
+        self._mounts[folder] = mount
+        return Message(Report.DONE, descriptors=(mount.give_away(),))
 
 
 def _confine() -> None:
-    """Root's has one right left, which is to give a node to its owner; of paths, devices."""
-    secrecy.hide_process()
-    capabilities.keep_only(capabilities.CAP_CHOWN)
+    """Root's has two rights left: to give a node to its owner, and to make TPMs; of paths, devices."""
+    capabilities.keep_only(capabilities.CAP_CHOWN, capabilities.CAP_SYS_ADMIN)
     capabilities.gain_nothing()
     with contextlib.suppress(landlock.LandlockMissing):
         landlock.restrict({"/dev": landlock.READ_FILE | landlock.WRITE_FILE})
@@ -286,13 +394,31 @@ def _registered(name: str, major: int, minor: int) -> CuseChannel:
     return channel
 
 
-def _give(name: str, owner: int, minor: int) -> int:
-    """Makes the node its owner's, alone; returns the major number that it has."""
+def _make_proxy() -> Made:
+    """Raises FrontendError."""
+    made = make_proxy()
+    return Made(made.fd, made.tpm_num)
+
+
+def _give_proxy(number: int, owner: int) -> None:
+    """Both nodes, which udev may have given to others. Raises FrontendError."""
+    for name, minor in ((f"tpm{number}", None), (f"tpmrm{number}", _MANY + number)):
+        _give(name, owner, minor)
+
+
+def _give(name: str, owner: int, minor: int | None) -> int:
+    """Makes the node its owner's, alone; returns the major number that it has.
+
+    None else can use it from before on: to change its mode takes that it is root's.
+    """
     node = f"/dev/{name}"
     try:
         found = os.lstat(node)
-        if not stat.S_ISCHR(found.st_mode) or os.minor(found.st_rdev) != minor:
+        if not stat.S_ISCHR(found.st_mode) or minor not in {None, os.minor(found.st_rdev)}:
             raise FrontendError(f"{node} is something else than the device that was made")
+        if found.st_uid or stat.S_IMODE(found.st_mode) != _NODE_MODE:
+            os.chown(node, 0, 0, follow_symlinks=False)
+            os.chmod(node, _NODE_MODE)
         os.chown(node, owner, -1, follow_symlinks=False)
     except FileNotFoundError as exc:
         raise FrontendError(

@@ -20,7 +20,7 @@ class Tpm(NamedTuple):
         id: A UUID that no other TPM has had.
         owner: Number of the user it belongs to.
         state: What it does.
-        interface: How clients reach it: "socket", "fuse" or "cuse".
+        interface: How clients reach it: "socket", "fuse", "cuse" or "vtpm-proxy".
         sockets: Absolute paths of the Unix sockets "data", "control" and "managed", if it has them.
         generation: Rises whenever it is given to another process.
         counters: "commands" it was given, "wakes", "sleeps" and "failures".
@@ -29,7 +29,8 @@ class Tpm(NamedTuple):
         encrypted: Whether what is stored of it is.
         last_used: Of its last command, in seconds since 1970.
         pid: The process that serves it, while it is awake.
-        device: If it is one, the absolute path of the device for one client.
+        device: If it is one, the absolute path of the device for one client; of "vtpm-proxy" only
+            while it is on, for the kernel gives it a number each time.
         managed_device: The same for many clients, each of which sees a TPM of its own.
         cdi: Whether containers may ask for it, and if so, whether it is kept or removed when that
             ends which had it.

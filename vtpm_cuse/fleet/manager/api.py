@@ -255,7 +255,7 @@ class _Client:
                 return varlink.Nothing()
             case "Import", manager.Import(name, archive, owner, place, interface):
                 bundle = unpacked_untrusted(name, self._owner(name, owner), archive)
-                source, kind = self._key(name, place), _interface_of(interface)
+                source, kind = self._key(name, place), self._interface(name, interface)
                 spec = bundle.spec._replace(key=source, interface=kind)
                 return manager.OfTpm(as_told(await self._fleet.take_in(bundle._replace(spec=spec))))
             case "Logs", manager.Named(name):
@@ -269,7 +269,8 @@ class _Client:
             case "Export", manager.Named(name):
                 exported = await self._fleet.export((await self._own(name)).id)
                 return manager.OfArchive(packed(exported))
-        key = (await self._own(given.name)).id
+        found = await self._own(given.name)
+        key = found.id
         match given:
             case manager.Update(_, new_name, labels, cdi):
                 pairs = None if labels is None else tuple(labels.items())
@@ -277,7 +278,8 @@ class _Client:
                 tpm = await self._fleet.update(key, new_name, pairs, offer)
             case manager.Kept(_, snapshot):
                 tpm = await self._fleet.restore(key, snapshot)
-            case manager.Clone(_, new_name, identity):
+            case manager.Clone(name, new_name, identity):
+                self._interface(name, found.interface)
                 tpm = await self._fleet.clone(key, new_name, identity or "new")
             case _:
                 tpm = await self._changes[method](key)
@@ -309,7 +311,7 @@ class _Client:
         owner = self._owner(given.name, given.owner)
         labels = tuple((given.labels or {}).items())
         key = self._key(given.name, given.key)
-        interface = _interface_of(given.interface)
+        interface = self._interface(given.name, given.interface)
         made = bool(given.manufactured)
         offer = self._offer(given.name, given.cdi or "off")
         return Spec(given.name, owner, given.profile, made, labels, key, interface, offer)
@@ -320,6 +322,13 @@ class _Client:
             reason = "only root, and the user of the manager, can offer it to containers"
             raise FleetError("NotOwner", name, reason)
         return given
+
+    def _interface(self, name: str, given: str | None) -> Interface:
+        """Raises FleetError, VarlinkError."""
+        interface = _interface_of(given)
+        if interface == "vtpm-proxy" and not self._asker.manages_all:  # all of the host sees it
+            raise FleetError("NotOwner", name, "a TPM of the kernel's is made for a user by root")
+        return interface
 
     def _key(self, name: str, given: manager.Key | None) -> KeySource | None:
         """Raises FleetError for those who could not read it, and VarlinkError."""

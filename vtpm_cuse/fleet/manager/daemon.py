@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.heritage import Heritage
     from vtpm_cuse.fleet.manager.manager import Manager, Settings
     from vtpm_cuse.service.process.held import HeldSignals
@@ -49,9 +48,8 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
 
     SIGUSR2 has the program begin anew, with all that it has: what is installed by then is run.
     """
-    makes: Interface = "fuse" if settings.own else "cuse"
     # Before there is anything for it to see.
-    opener = None if heritage.is_there() else Opener(makes)
+    opener = None if heritage.is_there() else Opener(settings.run, own=settings.own)
     secrecy.hide_process()  # it has the volatile states of all that sleep
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # five and more for each TPM
@@ -59,7 +57,8 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     try:
         left = heritage.taken()
         while True:
-            with opener or Opener(makes, left and left.manager.opener) as used:
+            theirs = left and left.manager.opener
+            with opener or Opener(settings.run, own=settings.own, left=theirs) as used:
                 left = trio.run(_live, settings, service, held, used, left)
             if left is None:
                 break

@@ -30,18 +30,10 @@ from vtpm_cuse.errors import (
 from vtpm_cuse.fleet.base import State, Tpm
 from vtpm_cuse.fleet.channel import close_all
 from vtpm_cuse.fleet.heritage import SavedMachine
-from vtpm_cuse.fleet.manager.entrances import (
-    DeviceEntrance,
-    SocketEntrance,
-    make_devices,
-    mount_on,
-    mounted,
-    places,
-)
+from vtpm_cuse.fleet.manager.entrances import opened, places, reopened
 from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.fleet.manager.workers import WorkerProcess, keep, said_by
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.opener import Mounted
 from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 
@@ -96,8 +88,8 @@ class Surroundings(NamedTuple):
 
     def need_opener(self, interface: Interface) -> MakesDevices:
         """Who makes such. Raises FrontendError."""
-        if self.opener is None or self.opener.makes != interface:
-            whose = "Root's manager" if interface == "cuse" else "A user's own manager"
+        if self.opener is None or interface not in self.opener.makes:
+            whose = "A user's own manager" if interface == "fuse" else "Root's manager"
             raise FrontendError(f"{whose} alone has TPMs with --interface {interface}")
         return self.opener
 
@@ -133,7 +125,8 @@ class Machine:
 
     def described(self) -> Tpm:
         """It as it is now."""
-        found = places(self.entry.interface, self.name, self._folder)
+        number = self._entrance.number if self._entrance else None
+        found = places(self.entry.interface, self.name, self._folder, number)
         return Tpm(
             self.name,
             self.entry.id,
@@ -188,9 +181,11 @@ class Machine:
         self._become("starting")
         try:
             await in_thread(self._open_vault)
-            await self._open_entrance()
-            failure = await self._serve(ON)
+            entrance = await self._open_entrance()
+            if not (failure := await self._serve(ON)):
+                await entrance.appear()
         except (VtpmError, OSError) as exc:
+            await self._end_worker()
             self._power_off()
             if isinstance(exc, FrontendError):
                 raise
@@ -206,12 +201,15 @@ class Machine:
             await self.wake()
             await self._ask(Order.STOP)
         if self.state == "failed":
-            if self._worker is not None:
-                self._worker.kill()
-                await self._worker.ended.wait()
+            await self._end_worker()
             self._power_off()
         if entrance is not None:
             await entrance.gone.wait()
+
+    async def _end_worker(self) -> None:
+        if (worker := self._worker) is not None:
+            worker.kill()
+            await worker.ended.wait()
 
     async def reset(self) -> None:
         """Powers it off and on, also after a failure. Raises FleetError."""
@@ -317,12 +315,13 @@ class Machine:
             used=self._used,
             vault=self._vault.leave(),
             entrance=self._ours,
-            mount=self._entrance.leave(),
+            number=self._entrance.number,
             connections=self._connections,
             watch_data=self._watch_data,
             saved=self._saved,
             worker=worker.suspend() if worker is not None else None,
         )
+        self._entrance.leave()
         self._vault = self._entrance = self._worker = None
         self._connections = ()
         return saved
@@ -348,7 +347,7 @@ class Machine:
         catalogue = self._all.catalogue
         folder = catalogue.state_of(self.name)
         self._vault = vault = Vault.resume(folder, saved.vault, catalogue.reserve)
-        self._entrance = self._entrance_of(saved)
+        self._entrance = reopened(self.entry, self._folder, saved, self._all)
         if saved.worker is None:
             self._watch()
         else:
@@ -366,34 +365,14 @@ class Machine:
         vault.permanent()  # a wrong key is one, before a worker takes it for damage
         vault.forget_volatile()
 
-    def _entrance_of(self, saved: SavedMachine) -> Entrance:
-        """What an earlier manager has opened. Raises VtpmError, OSError."""
-        entry, descriptors = self.entry, saved.entrance
-        if entry.interface == "socket":
-            return SocketEntrance(self._folder, entry.owner, descriptors)
-        if saved.mount is None:
-            return DeviceEntrance(descriptors)
-        mount = Mounted(descriptors[0], saved.mount)
-        return mounted(self._all.need_opener(entry.interface), mount, self._all.nursery)
-
-    async def _open_entrance(self) -> None:
+    async def _open_entrance(self) -> Entrance:
         """Raises FrontendError where there is no device to be had, VtpmError, OSError."""
-        entry = self.entry
-        if entry.interface == "socket":
-            self._entrance = SocketEntrance(self._folder, entry.owner)
-            return
-        opener = self._all.need_opener(entry.interface)
-        if entry.interface == "fuse":
-            self._entrance = await mount_on(opener, self._folder, self._all.nursery)
-            return
-        major = entry.major or self._all.catalogue.major
-        self._entrance, major = await make_devices(
-            opener, self.name, entry.owner, major, entry.number
-        )
-        if major != entry.major:
-            self._all.catalogue.major = major
-            self.entry = entry._replace(major=major)
-            await in_thread(functools.partial(self._all.catalogue.write, self.name, self.entry))
+        catalogue = self._all.catalogue
+        found = self._entrance = await opened(self.name, self.entry, self._folder, self._all)
+        if self.entry.interface == "cuse" and self.entry.major != catalogue.major:
+            self.entry = self.entry._replace(major=catalogue.major)
+            await in_thread(functools.partial(catalogue.write, self.name, self.entry))
+        return found
 
     @property
     def _ours(self) -> tuple[int, ...]:

@@ -47,6 +47,9 @@ class Offers:
         if interface == "socket":
             reason = "Only a TPM that is a device is offered to containers"
             raise FrontendError(reason, "make it with --interface cuse")
+        if interface == "vtpm-proxy":  # a document that outlives it would be about another one
+            reason = "A TPM of the kernel's is not offered to containers, for its number changes"
+            raise FrontendError(reason, "make it with --interface cuse")
         if offer == "remove":
             _own_program()
 

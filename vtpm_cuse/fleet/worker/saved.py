@@ -1,7 +1,7 @@
 """What serves one TPM, and its volatile state, as bytes: from one worker to the next.
 
 The manager keeps them unread. Descriptors are numbers of those that come along; the three first
-ones are the listeners. The bytes are a line of JSON, nothing that could run, and behind it the
+ones are the listeners, or the first one is the kernel's. The bytes are a line of JSON, nothing that could run, and behind it the
 volatile state, which is long: to read it as text took longer than all else of a wake.
 """
 
@@ -104,6 +104,8 @@ def _renumbered(
     def data(one: SavedData) -> SavedData:
         return one._replace(fd=number(one.fd))
 
+    if saved.data_listener is None:  # the kernel is the only client, in the first's place
+        return saved._replace(only=saved.only and saved.only._replace(fd=listeners[0]))
     managed = saved.managed
     return saved._replace(
         data_listener=listeners[0],

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from vtpm_cuse.acquire.chardev import ProxyDevice
 from vtpm_cuse.acquire.cuse import CuseChannel
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.mount import FuseMount
@@ -18,6 +19,7 @@ from vtpm_cuse.proto.fuse import FileOwnership, FuseSession
 from vtpm_cuse.serve.connections import adopted
 from vtpm_cuse.serve.device import DeviceServer, SavedDevice, Served
 from vtpm_cuse.serve.sockets import SavedSockets, SocketServer
+from vtpm_cuse.wire.tpm import TpmRc, response
 
 if TYPE_CHECKING:
     import select
@@ -67,6 +69,8 @@ def clients_of(
     """As *task* has them, with the descriptors that came with it, and *epoll* for sockets."""
     if task.interface == "socket":
         return _SocketClients(descriptors, worker, epoll)
+    if task.interface == "vtpm-proxy":
+        return _KernelClient(descriptors, worker, dead=mode == OFF)
     first_handle = task.generation * _HANDLES_OF_ONE if mode == OFF else 0
     channels = _in_mount if task.interface == "fuse" else _of_cuse
     return _DeviceClients(channels(descriptors, task.owner), worker, task.owner, first_handle)
@@ -109,6 +113,41 @@ class _SocketClients:
         self._endpoints.close()
         if isinstance(saved, SavedSockets):
             close_all(_listeners_of(saved))
+
+
+class _KernelClient:
+    """The kernel, which has a TPM device of its own on one descriptor.
+
+    Args:
+        descriptors: That one.
+        worker: Runs the long commands.
+        dead: Who served it has died, and may owe an answer.
+    """
+
+    def __init__(self, descriptors: tuple[int, ...], worker: Worker, *, dead: bool) -> None:
+        (self._fd,) = descriptors
+        self._worker, self._dead = worker, dead
+        self._endpoints = Endpoints()
+
+    def serve(
+        self, nursery: trio.Nursery, ptm: PtmService, saved: SavedServer | None
+    ) -> SocketServer:
+        self._endpoints = endpoints = Endpoints()
+        server = SocketServer(nursery, endpoints, ptm, self._worker)
+        if isinstance(saved, SavedSockets):
+            server.resume(saved)
+            return server
+        if self._dead:
+            with contextlib.suppress(OSError):  # it waits for none
+                os.write(self._fd, response(TpmRc.TPM_RC_FAILURE, tpm2=True))
+        endpoints.data_stream = ProxyDevice(self._fd)
+        server.start()
+        return server
+
+    def close(self, saved: SavedServer | None = None) -> None:
+        self._endpoints.close()
+        if saved is not None:
+            close_all((self._fd,))
 
 
 class _Channels(NamedTuple):

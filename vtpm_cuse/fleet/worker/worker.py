@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from vtpm_cuse import faults
-from vtpm_cuse.config import ProcessConfig, ProfileConfig, StartupConfig, VtpmConfig
+from vtpm_cuse.config import (
+    LocalityConfig,
+    ProcessConfig,
+    ProfileConfig,
+    StartupConfig,
+    VtpmConfig,
+)
 from vtpm_cuse.errors import ChannelError, DeviceError, EngineError, TpmUnavailable, VtpmError
 from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.tasks import MAKE, OFF, RESUME, Task
+from vtpm_cuse.fleet.tasks import MAKE, OFF, ON, RESUME, Task
 from vtpm_cuse.fleet.worker import clock, rehearsal
 from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
 from vtpm_cuse.fleet.worker.serving import clients_of, flags_of
@@ -113,7 +119,9 @@ async def _serve(
     store = MessageStore(calls, task.permanent)
     profile = None if task.profile is None else ProfileConfig(task.profile)
     startup = StartupConfig(not_need_init=order.flags != OFF, startup="clear")
-    config = VtpmConfig(tpm2=True, startup=startup, profile=profile)
+    of_kernel = task.interface == "vtpm-proxy"
+    locality = LocalityConfig(allow_set_locality=of_kernel)
+    config = VtpmConfig(tpm2=True, startup=startup, profile=profile, locality=locality)
     saved = unpacked(task.saved, order.descriptors) if order.flags == RESUME else None
     try:
         vtpm = make_vtpm_on(config, store)
@@ -122,6 +130,8 @@ async def _serve(
             vtpm.resume(saved.vtpm._replace(volatile=volatile))
         else:
             power_on(vtpm, config)
+            if of_kernel and order.flags == ON:
+                vtpm.self_test()  # the kernel begins with one, for which it does not wait long
             if order.flags == MAKE:
                 vtpm.close()
     except VtpmError as exc:

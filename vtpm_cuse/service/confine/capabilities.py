@@ -21,6 +21,7 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 CAP_CHOWN: Final = 0
 _CAP_DAC_OVERRIDE: Final = 1
 _CAP_FOWNER: Final = 3
+CAP_SYS_ADMIN: Final = 21
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT: Final = 47
@@ -49,10 +50,10 @@ def drop_capabilities(needed: Iterable[str]) -> None:
         _set_capabilities(libc, effective=0, permitted=0)
 
 
-def keep_only(capability: int) -> None:
-    """Gives up all capabilities but this one, if it has that. Raises OSError: the kernel refuses."""
+def keep_only(*wanted: int) -> None:
+    """Gives up all capabilities but these, as far as it has them. Raises OSError: the kernel refuses."""
     libc = _bounded()
-    keep = _permitted(libc) & 1 << capability
+    keep = _permitted(libc) & sum(1 << capability for capability in wanted)
     _set_capabilities(libc, effective=keep, permitted=keep)
 
 

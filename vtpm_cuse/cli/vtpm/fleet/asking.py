@@ -33,7 +33,7 @@ KEY_OPTION: Final = Option(
     noun="key",
     subs=tuple(sub for sub in KEY if sub.name in _KEY),
 )
-INTERFACES: Final = ("socket", "fuse", "cuse")
+INTERFACES: Final = ("socket", "fuse", "cuse", "vtpm-proxy")
 INTERFACE_OPTION: Final = Option(
     "interface",
     "how clients are to reach it; by default socket",

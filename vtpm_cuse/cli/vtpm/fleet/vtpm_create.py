@@ -67,7 +67,9 @@ PROGRAM: Final = Program(
         "it is two character devices, which root's manager alone can make: /dev/vtpmd-NAME for one "
         "client at a time and PTM requests, /dev/vtpmdrm-NAME for many clients, each of which sees a "
         "TPM of its own. They are there while it is on, belong to its owner, and have the same "
-        "numbers whenever that can be. With --interface fuse, which a user's own manager alone has, it "
+        "numbers whenever that can be. With --interface vtpm-proxy the kernel makes them, as for a TPM of "
+        "the machine's: /dev/tpmN and /dev/tpmrmN, by a number that vtpm show tells while it is on. Only root "
+        "makes such a TPM, which all of the host sees, for whomever it is. With --interface fuse, which a user's own manager alone has, it "
         "is the files vtpm0 and vtpmrm0, which are used like these devices by this user alone.",
     ),
     examples=(
