@@ -17,6 +17,7 @@ import contextlib
 import os
 import random
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -65,14 +66,19 @@ class Host:
         words += ["--run", str(folder / "run"), "--idle", str(LAZY_SECONDS)]
         words += ["--quota", "tpms=1000000", "--log", "file=-"]
         self._process = subprocess.Popen(words)
+        self.path = str(folder / "run/manager.sock")
         while True:
             try:
-                self.manager = Manager(str(folder / "run/manager.sock"))
+                self.manager = Manager(self.path)
                 break
             except FrontendError:
                 if self._process.poll() is not None:
                     sys.exit("bench: vtpmd does not start")
                 time.sleep(0.01)
+
+    def begin_anew(self) -> None:
+        """Has the manager begin anew; who asks it has to connect again."""
+        self._process.send_signal(signal.SIGUSR2)
 
     def end(self) -> None:
         """Ends all of it, and what was stored is not looked at any more."""
