@@ -2,7 +2,7 @@
 
 ./setup lab --timeout 6000 -- .venv/bin/python bench/fleet_devices.py [--devices 1000]
 
-Each is made, started and used by a client that stays, sleeps, goes on in a manager that has begun
+Each is imported, started and used by a client that stays, sleeps, goes on in a manager that has begun
 anew, and is removed. Who measures sits in the lab, where everything takes five to twelve times as
 long as on the host. Memory of processes is the kernel's proportional set size (PSS); that of the
 kernel is what it counts as its own (Slab, page tables, stacks) and grows meanwhile.
@@ -17,6 +17,7 @@ import resource
 import sys
 import tempfile
 import time
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,8 @@ IN_LAB: Final = True
 DEVICES: Final = 50
 """That the lab has time for in a run of all benchmarks."""
 WAKES: Final = 50
+MODEL: Final = "model"
+"""They are all copies of it: to make one takes a process, and no device."""
 _KERNELS: Final = ("Slab", "PageTables", "KernelStack", "Percpu")
 _SUCCESS: Final = bytes(4)
 
@@ -92,14 +95,17 @@ def measure(report: Report, host: Host, count: int) -> None:
         clients[name] = os.open(f"/dev/vtpmd-{name}", os.O_RDWR)
         answered(clients[name])
 
+    manager.create(MODEL)
+    archive = manager.export(MODEL)
     kernel, processes = of_kernel(), host.pss()
     made, started, first, slept = [], [], [], []
     for name in names:
-        made.append(milliseconds(partial(manager.create, name, interface="cuse")))
+        copy = archive._replace(id=str(uuid.uuid4()), name=name)
+        made.append(milliseconds(partial(manager.import_tpm, copy, interface="cuse")))
         started.append(milliseconds(partial(manager.start, name)))
         first.append(milliseconds(partial(used, name)))
         slept.append(milliseconds(partial(manager.hibernate, name)))
-    add(report, "create", made)
+    add(report, "import", made)
     add(report, "start, with two devices", started)
     add(report, "open and first answer", first)
     add(report, "sleep", slept)
