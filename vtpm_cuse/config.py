@@ -18,6 +18,8 @@ LandlockUse = Literal["try", "require"]
 class KeySource(NamedTuple):
     """One ``--key`` or ``--migration-key``; the first of the sources counts, in this order.
 
+    With none of them, who has the key gives it, whenever it is needed.
+
     Attributes:
         file: Path of a file with the key.
         fd: Descriptor to read the key from.
@@ -41,6 +43,19 @@ class KeySource(NamedTuple):
     format: str = "hex"
     kdf: str = "pbkdf2"
     remove: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether nothing says where it is."""
+        places = self.file, self.fd, self.credential, self.keyring, self.pwdfile, self.pwdfd
+        return places.count(None) == len(places)
+
+
+class Secret:
+    """A key that was given, of as many bytes as its cipher has; it is never shown."""
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
 
 
 class User(NamedTuple):

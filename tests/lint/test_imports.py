@@ -58,7 +58,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "service.confine": frozenset({"config", "errors", "files", "service.process"})
     | {"storage.base", "storage.modes"},
     "service.process": frozenset({"config", "errors", "files"}),
-    "service.keys": frozenset({"config", "service.confine", "storage"}),
+    "service.keys": frozenset({"config", "errors", "service.confine", "storage"}),
     "service.remover": frozenset({"acquire.keeper", "service.confine", "service.process"}),
     "service.compose": ERRORS
     | {"config", "engine", "engine.base", "service.keys", "service.process", "storage"}
@@ -117,7 +117,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.swtpm_bios": WORDS | {"cli.bios_steps", "client", "service.confine", "wire"},
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
-    "cli.vtpm": WORDS | {"cli.controls", "client", "files", "lab", "programs", "wire"},
+    "cli.vtpm": WORDS
+    | {"cli.controls", "client", "config", "files", "lab", "programs", "service.keys", "wire"},
     "cli.setup": WORDS
     | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
+    from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.base import Fleet, Identity, Offer, State
 
 OTHER_USER = 4242
@@ -48,6 +49,7 @@ class FakeFleet:
         self.looks: dict[str, bytes] = {}
         self.asked: list[tuple[object, ...]] = []
         self.trouble: Exception | None = None
+        self.secrets: list[bytes | None] = []
         self.before_list: Callable[[], None] | None = None
         self.watchers: list[trio.MemorySendChannel[Event]] = []
 
@@ -79,7 +81,8 @@ class FakeFleet:
         for watcher in self.watchers:
             watcher.close()
 
-    async def create(self, spec: Spec) -> Tpm:
+    async def create(self, spec: Spec, secret: Secret | None = None) -> Tpm:
+        self.secrets.append(None if secret is None else secret.value)
         if spec.name in self.tpms:
             raise FleetError("TpmExists", spec.name, "there is one already")
         self.specs.append(spec)
@@ -87,7 +90,8 @@ class FakeFleet:
         self.tell(Event("created", tpm))
         return tpm
 
-    async def start(self, name: str) -> Tpm:
+    async def start(self, name: str, secret: Secret | None = None) -> Tpm:
+        self.secrets.append(None if secret is None else secret.value)
         return self._become(name, "asleep", "start")
 
     async def stop(self, name: str) -> Tpm:
@@ -139,9 +143,9 @@ class FakeFleet:
         tpm = self._become(name, "stopped", "export")
         return Bundle(tpm.id, Spec(tpm.name, tpm.owner, labels=tpm.labels), self.state)
 
-    async def take_in(self, bundle: Bundle) -> Tpm:
+    async def take_in(self, bundle: Bundle, secret: Secret | None = None) -> Tpm:
         self.bundles.append(bundle)
-        return await self.create(bundle.spec)
+        return await self.create(bundle.spec, secret)
 
     async def look(self, name: str, what: str) -> bytes | None:
         tpm = await self.describe(name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import getpass
 import io
 import json
+import logging
 import os
 import pty
 import stat
@@ -110,9 +112,37 @@ def test_what_is_made_with_it(
         Spec("web1", os.geteuid(), manufactured=True, key=file),
         Spec("web2", os.geteuid(), key=KeySource(credential="tpm")),
     ]
-    for wrong in ("mode=aes-cbc", "file=a,credential=b", "fd=3", "remove=1"):
+    for wrong in ("mode=aes-cbc", "file=a,credential=b", "file=a,fd=3", "fd=99999", "remove=1"):
         assert run("create", "--key", wrong, "web3")[0] == 1
     assert len(fleet.specs) == 2
+
+
+def test_a_key_that_is_kept_nowhere_is_given_each_time(
+    run: Run, fleet: FakeFleet, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """It is read here, with the rights of who asks, and is in no message."""
+    caplog.set_level(logging.DEBUG)
+    secret, path = os.urandom(32), tmp_path / "web1.vtpm"
+
+    def given() -> str:
+        reads, writes = os.pipe()
+        os.write(writes, secret)
+        os.close(writes)
+        return f"fd={reads},format=binary,mode=aes-256-cbc"
+
+    assert run("create", "--key", given(), "web1") == (0, "web1: stopped\n", "")
+    assert run("start", "--key", given(), "web1")[0] == 0
+    fleet.add("web2", os.geteuid())
+    assert run("export", "web2", str(path))[0] == run("rm", "web2")[0] == 0
+    assert run("import", "--key", given(), str(path))[0] == 0
+    assert fleet.secrets == [secret] * 3
+    assert {spec.key for spec in fleet.specs} == {KeySource(mode="aes-256-cbc")}
+    assert "Start of 'web1'" in caplog.text
+    assert secret.hex() not in caplog.text
+    assert base64.b64encode(secret).decode() not in caplog.text
+    short = given().replace("mode=aes-256-cbc", "mode=rot13")
+    assert run("start", "--key", short, "web1")[0] == 1
+    assert len(fleet.secrets) == 3
 
 
 def test_a_tpm_goes_through_a_file(

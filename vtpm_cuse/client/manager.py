@@ -111,7 +111,8 @@ class Manager:
             profile: libtpms' JSON, or a name for it.
             labels: To be kept beside it.
             manufactured: It has endorsement keys, their certificates, and one of the platform.
-            key: Where the manager finds the key that encrypts what is stored of it.
+            key: Where the manager finds the key that encrypts what is stored of it, or that key,
+                which `start` needs again then.
             interface: How clients are to reach it: "socket", which is the default, "fuse" or "cuse".
             cdi: Containers may ask for it, and it is to "keep" or to "remove" when one ends that
                 had it.
@@ -121,9 +122,9 @@ class Manager:
         given = manager.Create(name, owner, profile, kept, made, key, interface, cdi)
         return self._tpm("Create", given)
 
-    def start(self, name: str) -> Tpm:
-        """Serves it; the first command wakes it."""
-        return self._tpm("Start", manager.Named(name))
+    def start(self, name: str, *, key: Key | None = None) -> Tpm:
+        """Serves it; the first command wakes it. *key* has the key that is kept nowhere, if it has one."""
+        return self._tpm("Start", manager.Start(name, key))
 
     def stop(self, name: str) -> Tpm:
         """Shuts it down, and serves it no longer."""
@@ -189,7 +190,7 @@ class Manager:
             archive: What `export` gave.
             name: What it is to be called, by default as it was.
             owner: As for `create`.
-            key: Where the key is that its state was encrypted with.
+            key: Where the key is that its state was encrypted with, or that key.
             interface: As for `create`.
         """
         given = manager.Import(

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from vtpm_cuse.config import KeySource
+    from vtpm_cuse.config import KeySource, Secret
 
 State = Literal["stopped", "asleep", "awake", "starting", "failed"]
 """Off; on, without a process; on, in a process of its own; on the way there; lost until a reset."""
@@ -25,7 +25,8 @@ Identity = Literal["new", "same"]
 class Spec(NamedTuple):
     """A TPM to be made: ``owner`` is a uid, ``profile`` libtpms' JSON or a name for it.
 
-    ``key`` is where the key is kept that encrypts its state; it is read there at every start.
+    ``key`` is where the key is kept that encrypts its state; it is read there at every start. One that is
+    kept nowhere comes beside it, and again at every start.
     """
 
     name: str
@@ -101,10 +102,10 @@ class Fleet(Protocol):
     else is ever called: who has looked at a TPM can be sure to change that one.
     """
 
-    async def create(self, spec: Spec) -> Tpm:
+    async def create(self, spec: Spec, secret: Secret | None = None) -> Tpm:
         """Make a TPM, stopped. OverLimit, TpmExists, BadName, KeyRejected."""
 
-    async def start(self, name: str) -> Tpm:
+    async def start(self, name: str, secret: Secret | None = None) -> Tpm:
         """Power it on, cold. Busy unless stopped; StateDamaged, KeyRejected."""
 
     async def stop(self, name: str) -> Tpm:
@@ -143,7 +144,7 @@ class Fleet(Protocol):
     async def export(self, name: str) -> Bundle:
         """Give a copy of it. Busy unless stopped."""
 
-    async def take_in(self, bundle: Bundle) -> Tpm:
+    async def take_in(self, bundle: Bundle, secret: Secret | None = None) -> Tpm:
         """Have that TPM, stopped. As `create`; TpmExists also for its id, StateDamaged."""
 
     async def hibernate(self, name: str) -> Tpm:

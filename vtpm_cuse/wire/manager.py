@@ -95,6 +95,8 @@ class Event(NamedTuple):
 class Key(NamedTuple):
     """Where the manager reads a key, whenever it needs it: a file, a passphrase's, a credential.
 
+    Or the key itself, which the manager has only while the TPM is on: it is needed at each start.
+
     Attributes:
         file: Absolute path of a file with the key.
         pwdfile: Absolute path of a file with a passphrase.
@@ -102,6 +104,7 @@ class Key(NamedTuple):
         mode: The cipher, by default "aes-128-cbc".
         format: Of the key, "hex" by default, or "binary".
         kdf: For a passphrase, "pbkdf2" by default, or "sha512".
+        secret: The key, as many bytes as its cipher takes, in base64.
     """
 
     file: str | None = None
@@ -110,6 +113,7 @@ class Key(NamedTuple):
     mode: str | None = None
     format: str | None = None
     kdf: str | None = None
+    secret: str | None = None
 
 
 class Create(NamedTuple):
@@ -129,6 +133,13 @@ class Named(NamedTuple):
     """Which TPM, by its name or its id."""
 
     name: str
+
+
+class Start(NamedTuple):
+    """Which TPM, by its name or its id, and its key, if that is given at each start."""
+
+    name: str
+    key: Key | None = None
 
 
 class Remove(NamedTuple):
@@ -234,7 +245,7 @@ MANAGER: Final = Interface(
     (Tpm, Event, Key, Archive, Note),
     (
         Method("Create", Create, OfTpm, "Makes a TPM, which is stopped."),
-        Method("Start", Named, OfTpm, "Serves it; the first command wakes it."),
+        Method("Start", Start, OfTpm, "Serves it; the first command wakes it."),
         Method("Stop", Named, OfTpm, "Shuts it down, and serves it no longer."),
         Method("Reset", Named, OfTpm, "Switches it off and on, as its platform would."),
         Method("Remove", Remove, Nothing, "Deletes it with its state and its snapshots."),

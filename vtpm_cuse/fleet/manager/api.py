@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import os
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
 from contextlib import aclosing
 from itertools import islice
@@ -21,7 +21,7 @@ import trio
 
 from vtpm_cuse import __version__
 from vtpm_cuse.acquire.peers import NO_UID, Credentials
-from vtpm_cuse.config import KeySource
+from vtpm_cuse.config import KeySource, Secret
 from vtpm_cuse.errors import FleetError, MessageError, VarlinkError, VtpmError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.fleet.base import Interface, Spec
@@ -146,7 +146,6 @@ class _Client:
         self._fleet, self._stream, self._asker = fleet, stream, asker
         self._messages = Messages(varlink.CALL_MAX)
         self._changes: dict[str, Callable[[str], Awaitable[Tpm]]] = {
-            "Start": fleet.start,
             "Stop": fleet.stop,
             "Reset": fleet.reset,
             "Hibernate": fleet.hibernate,
@@ -244,7 +243,8 @@ class _Client:
             case "GetInterfaceDescription", varlink.Asked(name):
                 return varlink.Described(_interface(name).description)
             case "Create", manager.Create():
-                return manager.OfTpm(as_told(await self._fleet.create(self._spec(given))))
+                spec, secret = self._spec(given), _secret_of(given.key)
+                return manager.OfTpm(as_told(await self._fleet.create(spec, secret)))
             case "Describe", manager.Named(name):
                 return manager.OfTpm(as_told(await self._own(name)))
             case "Remove", manager.Remove(name, force):
@@ -257,7 +257,8 @@ class _Client:
                 bundle = unpacked_untrusted(name, self._owner(name, owner), archive)
                 source, kind = self._key(name, place), self._interface(name, interface)
                 spec = bundle.spec._replace(key=source, interface=kind)
-                return manager.OfTpm(as_told(await self._fleet.take_in(bundle._replace(spec=spec))))
+                bundle = bundle._replace(spec=spec)
+                return manager.OfTpm(as_told(await self._fleet.take_in(bundle, _secret_of(place))))
             case "Logs", manager.Named(name):
                 notes = await self._fleet.logs((await self._own(name)).id)
                 return manager.OfNotes([manager.Note(*note) for note in notes])
@@ -272,6 +273,11 @@ class _Client:
         found = await self._own(given.name)
         key = found.id
         match given:
+            case manager.Start(name, place):
+                if place is not None and place.secret is None:
+                    raise _bad_parameter("key")
+                self._key(name, place)
+                tpm = await self._fleet.start(key, _secret_of(place))
             case manager.Update(_, new_name, labels, cdi):
                 pairs = None if labels is None else tuple(labels.items())
                 offer = cdi and self._offer(given.name, cdi)
@@ -334,6 +340,11 @@ class _Client:
         """Raises FleetError for those who could not read it, and VarlinkError."""
         if given is None:
             return None
+        places = (given.file, given.pwdfile, given.credential)
+        if given.secret is not None:
+            if places.count(None) != len(places):
+                raise _bad_parameter("key")
+            return KeySource() if given.mode is None else KeySource(mode=given.mode)
         if not self._asker.manages_all:  # the manager reads it, and it would tell them of files
             reason = "only root, and the user of the manager, can say where a key is"
             raise FleetError("NotOwner", name, reason)
@@ -369,6 +380,16 @@ class _Client:
 
 
 _TELLING: Final = frozenset({"GetInfo", "GetInterfaceDescription", "Describe", "Logs", "Look"})
+
+
+def _secret_of(given: manager.Key | None) -> Secret | None:
+    """Raises VarlinkError."""
+    if given is None or given.secret is None:
+        return None
+    try:
+        return Secret(b64decode(given.secret, validate=True))
+    except ValueError as exc:
+        raise _bad_parameter("key.secret") from exc
 
 
 def _interface_of(given: str | None) -> Interface:

@@ -40,6 +40,7 @@ from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.manager.entrances import Entrance
     from vtpm_cuse.fleet.manager.sleepers import Sleepers
@@ -175,12 +176,12 @@ class Machine:
 
     # -- what is asked for --------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, secret: Secret | None = None) -> None:
         """Powers it on. Raises FleetError, FrontendError; it is stopped then."""
         self.need_stopped()
         self._become("starting")
         try:
-            await in_thread(self._open_vault)
+            await in_thread(functools.partial(self._open_vault, secret))
             entrance = await self._open_entrance()
             if not (failure := await self._serve(ON)):
                 await entrance.appear()
@@ -357,10 +358,11 @@ class Machine:
 
     # -- its process ------------------------------------------------------------------------------
 
-    def _open_vault(self) -> None:
+    def _open_vault(self, secret: Secret | None) -> None:
         """Its state is for nobody else. Raises StorageError."""
-        folder = self._all.catalogue.state_of(self.name)
-        self._vault = vault = Vault.of(folder, self.entry.key, reserve=self._all.catalogue.reserve)
+        catalogue = self._all.catalogue
+        folder, key = catalogue.state_of(self.name), self.entry.key
+        self._vault = vault = Vault.of(folder, key, secret, reserve=catalogue.reserve)
         vault.lock()
         vault.permanent()  # a wrong key is one, before a worker takes it for damage
         vault.forget_volatile()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from typing import Literal
 
+    from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.base import Identity, Offer
     from vtpm_cuse.fleet.heritage import SavedMachine
     from vtpm_cuse.fleet.opener import MakesDevices
@@ -222,7 +223,7 @@ class Manager:
 
     # -- what is asked for --------------------------------------------------------------------
 
-    async def create(self, spec: Spec) -> Tpm:
+    async def create(self, spec: Spec, secret: Secret | None = None) -> Tpm:
         """Makes a TPM, stopped."""
         name = spec.name
         check_labels(name, spec.labels)
@@ -232,13 +233,13 @@ class Manager:
             try:
                 pool = self.pool if spec.manufactured else self.plain_pool
                 made = await pool.take(spec.profile)
-                return await self._new(name, Entry.of(made.id, spec, device), made)
+                return await self._new(name, Entry.of(made.id, spec, device), made, secret)
             except UsageError as exc:
                 raise FleetError("StateDamaged", name, str(exc)) from exc
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
 
-    async def take_in(self, bundle: Bundle) -> Tpm:
+    async def take_in(self, bundle: Bundle, secret: Secret | None = None) -> Tpm:
         """Has a TPM that was exported, stopped."""
         name, spec = bundle.spec.name, bundle.spec
         check_labels(name, spec.labels)
@@ -249,14 +250,16 @@ class Manager:
         ):
             await self._need_room(name, spec.owner)
             try:
-                return await self._new(name, Entry.of(bundle.id, spec, device), bundle)
+                return await self._new(name, Entry.of(bundle.id, spec, device), bundle, secret)
             except (VtpmError, OSError) as exc:
                 raise translated(name, exc) from exc
 
-    async def _new(self, name: str, entry: Entry, given: Made | Bundle) -> Tpm:
+    async def _new(
+        self, name: str, entry: Entry, given: Made | Bundle, secret: Secret | None
+    ) -> Tpm:
         """One that is *given*, with its folder. Raises VtpmError, OSError."""
         try:
-            await in_thread(partial(self._put, name, entry, given))
+            await in_thread(partial(self._put, name, entry, given, secret))
         finally:
             self._catalogue.give_up(entry.id)
         machine = self._machines[name] = Machine(name, entry, self._surroundings)
@@ -265,9 +268,9 @@ class Manager:
         self._tell("created", machine)
         return machine.described()
 
-    def _put(self, name: str, entry: Entry, given: Made | Bundle) -> None:
+    def _put(self, name: str, entry: Entry, given: Made | Bundle, secret: Secret | None) -> None:
         """On the disk. Raises VtpmError, OSError."""
-        vault = Vault.of(self._catalogue.begin(entry.id), entry.key, may_begin=True)
+        vault = Vault.of(self._catalogue.begin(entry.id), entry.key, secret, may_begin=True)
         try:
             vault.lock()
             match given:
@@ -279,10 +282,10 @@ class Manager:
             vault.close()
         self._catalogue.finish(name, entry)
 
-    async def start(self, name: str) -> Tpm:
+    async def start(self, name: str, secret: Secret | None = None) -> Tpm:
         """Powers it on."""
         async with self._mine(name) as machine:
-            await machine.start()
+            await machine.start(secret)
             try:
                 self._offer(machine)
             except FrontendError:

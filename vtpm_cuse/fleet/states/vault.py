@@ -21,9 +21,9 @@ from vtpm_cuse.errors import (
 from vtpm_cuse.files import open_to_read
 from vtpm_cuse.fleet.heritage import SavedVault
 from vtpm_cuse.fleet.messages import Answer, Call, Message, described
-from vtpm_cuse.service.keys import open_key
+from vtpm_cuse.service.keys import check_source, given_key, open_key
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT
-from vtpm_cuse.storage.keys import CIPHER_KEY_SIZES, KDFS, KEY_FORMATS, Key
+from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.storage.stores import open_directory, open_store
 from vtpm_cuse.wire.blob import (
@@ -41,7 +41,7 @@ from vtpm_cuse.wire.ptm import PtmResult
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.config import KeySource
+    from vtpm_cuse.config import KeySource, Secret
     from vtpm_cuse.storage.reserve import Reserve
 
 QUICK: Final = frozenset({Call.LOAD, Call.SIZES, Call.REMAINS, Call.LOCK})
@@ -81,19 +81,25 @@ class Vault:
         cls,
         folder: str,
         source: KeySource | None,
+        secret: Secret | None = None,
         *,
         may_begin: bool = False,
         reserve: Reserve | None = None,
     ) -> Vault:
-        """With the key that is kept there. Raises StateKeyRejected where it cannot be had."""
+        """With the key that is kept there, or is given. Raises StateKeyRejected where it cannot be had."""
+        if secret is not None and not (source and source.is_given):
+            reason = "is kept elsewhere" if source else "is none: it is not encrypted"
+            raise StateKeyRejected("its key", reason, PtmResult.TPM_BAD_PARAMETER)
         if source is None:
             return cls(folder, may_begin=may_begin, reserve=reserve)
         try:
-            key = _key_at(source)
+            check_source(source)
+            key = given_key(source, secret) if source.is_given else _key_at(source)
         except (UsageError, OSError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
             where = source.file or source.pwdfile or source.credential
-            raise StateKeyRejected(f"its key {where}", reason, PtmResult.TPM_KEYNOTFOUND) from exc
+            name = f"its key {where}" if where else "its key"
+            raise StateKeyRejected(name, reason, PtmResult.TPM_KEYNOTFOUND) from exc
         return cls(folder, key, may_begin=may_begin, reserve=reserve)
 
     def lock(self) -> None:
@@ -210,10 +216,6 @@ class Vault:
 
 def _key_at(source: KeySource) -> Key:
     """The key, for which nobody waits. Raises UsageError, OSError."""
-    allowed = {"mode": CIPHER_KEY_SIZES, "format": KEY_FORMATS, "kdf": KDFS}
-    for name, known in allowed.items():
-        if getattr(source, name) not in known:
-            raise UsageError(f"the {name} of a key is one of {', '.join(known)}")
     if source.file is not None:
         source = source._replace(file=None, fd=open_to_read(source.file))
     elif source.pwdfile is not None:

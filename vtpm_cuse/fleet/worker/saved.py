@@ -1,8 +1,9 @@
 """What serves one TPM, and its volatile state, as bytes: from one worker to the next.
 
 The manager keeps them unread. Descriptors are numbers of those that come along; the three first
-ones are the listeners, or the first one is the kernel's. The bytes are a line of JSON, nothing that could run, and behind it the
-volatile state, which is long: to read it as text took longer than all else of a wake.
+ones are the listeners, or the first one is the kernel's. The bytes are a line of JSON, nothing that
+could run, and behind it the volatile state, which is long: to read it as text took longer than all
+else of a wake.
 """
 
 from __future__ import annotations

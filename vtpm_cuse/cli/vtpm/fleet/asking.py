@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from vtpm_cuse.cli.words.front import run_command
 from vtpm_cuse.cli.words.keys import KEY
 from vtpm_cuse.cli.words.table import Option, Program, Term, TpmTerm
+from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, UsageError, shown
 
 if TYPE_CHECKING:
@@ -25,13 +26,22 @@ SOCKET: Final = Option(
 )
 HELP: Final = Option("help", "print this help and end", letter="h")
 OPTIONS: Final = (SOCKET, Option("json", "print an object, the TPM as it is then"), HELP)
-_KEY: Final = ("file", "pwdfile", "credential", "mode", "format", "kdf")
+_KEPT: Final = ("file", "pwdfile", "credential")
+_GIVEN: Final = ("fd", "pwdfd", "keyring")
+_HOW: Final = ("mode", "format", "kdf")
 OWNER: Final = Option("owner", "the user that it is for, by name or number", metavar="USER")
 KEY_OPTION: Final = Option(
     "key",
-    "where the manager finds the key that encrypts what is stored of it",
+    "where the manager finds the key that encrypts what is stored of it; or, with fd, pwdfd and "
+    "keyring, where this command does, here and at each start",
     noun="key",
-    subs=tuple(sub for sub in KEY if sub.name in _KEY),
+    subs=tuple(sub for sub in KEY if sub.name in {*_KEPT, *_GIVEN, *_HOW}),
+)
+GIVEN_KEY_OPTION: Final = Option(
+    "key",
+    "the key of a TPM whose key is kept nowhere",
+    noun="key",
+    subs=tuple(sub for sub in KEY if sub.name in {*_GIVEN, *_HOW}),
 )
 INTERFACES: Final = ("socket", "fuse", "cuse", "vtpm-proxy")
 INTERFACE_OPTION: Final = Option(
@@ -118,11 +128,33 @@ def key_of(line: CommandLine) -> Key | None:
 
     if (given := line.subs("key")) is None:
         return None
-    texts = {name: given.text(name) for name in _KEY}
-    for name in ("file", "pwdfile"):
-        if (path := texts[name]) is not None:
-            texts[name] = os.path.abspath(path)
-    return Key(**texts)
+    source = KeySource(
+        fd=given.integer("fd"),
+        pwdfd=given.integer("pwdfd"),
+        keyring=given.text("keyring"),
+        mode=given.text("mode") or KeySource().mode,
+        format=given.text("format") or KeySource().format,
+        kdf=given.text("kdf") or KeySource().kdf,
+    )
+    kept = {name: text for name in _KEPT if (text := given.text(name)) is not None}
+    if not source.is_given:
+        if kept:
+            raise UsageError("A key is kept somewhere, or is given, and not both")
+        return Key(secret=_read_key(source), mode=source.mode)
+    for name in {"file", "pwdfile"} & kept.keys():
+        kept[name] = os.path.abspath(kept[name])
+    how = {name: text for name in _HOW if (text := given.text(name)) is not None}
+    return Key(**kept, **how)
+
+
+def _read_key(source: KeySource) -> str:
+    """In base64. Raises UsageError."""
+    from base64 import b64encode
+
+    from vtpm_cuse.service.keys import check_source, open_key
+
+    check_source(source)
+    return b64encode(open_key(source).secret).decode()
 
 
 def interface_of(line: CommandLine) -> str | None:

@@ -62,7 +62,9 @@ PROGRAM: Final = Program(
         "A key is read by the manager, each time the TPM is started, from the file or from the "
         "credential that the manager was given by systemd; it remembers where that is, and no key. "
         "Without it, the TPM cannot be started. Only root and the manager's user can say where it "
-        "is.",
+        "is. Whoever wants his key to be kept nowhere gives it by a descriptor (fd, or pwdfd with a "
+        "passphrase) or from a kernel keyring of his own (keyring), and again to each vtpm start; the "
+        "manager has it while the TPM is on.",
         "With --interface socket it has three Unix sockets, as vtpm show tells. With --interface cuse "
         "it is two character devices, which root's manager alone can make: /dev/vtpmd-NAME for one "
         "client at a time and PTM requests, /dev/vtpmdrm-NAME for many clients, each of which sees a "
@@ -79,6 +81,10 @@ PROGRAM: Final = Program(
             "Encrypted",
             "head -c 32 /dev/urandom >web4.key\n"
             "vtpm create --key file=web4.key,format=binary,mode=aes-256-cbc web4",
+        ),
+        Example(
+            "With a key that the manager does not keep",
+            "vtpm create --key fd=3 web6 3<web6.key\nvtpm start --key fd=3 web6 3<web6.key",
         ),
         Example("With keys and certificates", "vtpm create --manufactured web3"),
         Example(
