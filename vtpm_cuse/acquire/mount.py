@@ -46,11 +46,12 @@ class FuseMount:
     Args:
         folder: Absolute path of an empty folder; made if there is none, and then removed again.
         allow_other: Other users may use it too.
+        read_only: Nobody writes to it.
     """
 
-    def __init__(self, folder: str, *, allow_other: bool = False) -> None:
+    def __init__(self, folder: str, *, allow_other: bool = False, read_only: bool = False) -> None:
         self._folder = os.path.realpath(folder)
-        self._allow_other = allow_other
+        self._options = _OPTIONS + ",allow_other" * allow_other + ",ro" * read_only
         self._keeper: Keeper | None = None
         self._lock = -1
         self._made = False
@@ -124,14 +125,13 @@ class FuseMount:
             if os.path.exists(self._folder) and not os.path.isdir(self._folder):
                 raise FrontendError(f"{self._folder} is no directory") from None
             reason = f"Could not use {self._folder}: {exc.strerror}"
-            raise FrontendError(reason, "choose another with --mount DIR") from exc
+            raise FrontendError(reason, "choose another") from exc
 
     def mount(self) -> None:
         """Raises FrontendError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours, theirs:
-            options = f"{_OPTIONS},allow_other" if self._allow_other else _OPTIONS
-            done = _fusermount("-o", options, "--", self._folder, channel=theirs)
+            done = _fusermount("-o", self._options, "--", self._folder, channel=theirs)
             theirs.close()
             if done.returncode:
                 raise FrontendError(f"Could not mount on {self._folder}: {_said(done)}")
@@ -243,7 +243,7 @@ def _check_empty(fd: int, folder: str) -> None:
     if _mounted_on(folder) is not None:  # by another one, just now
         raise _in_use(folder)
     if os.listdir(fd):
-        raise FrontendError(f"{folder} is not empty", "choose another with --mount DIR")
+        raise FrontendError(f"{folder} is not empty", "choose another")
 
 
 def _in_use(folder: str) -> FrontendError:

@@ -51,6 +51,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.fleet.vtpm_start",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_stop",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_top",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_tree",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_wake",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_watch",
     "vtpm_cuse.cli.vtpmd",

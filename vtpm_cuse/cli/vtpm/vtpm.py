@@ -60,6 +60,7 @@ PROGRAM: Final = Program(
         Subcommand("start", "switch a TPM on", f"{_MANAGER}.vtpm_start"),
         Subcommand("stop", "shut a TPM down", f"{_MANAGER}.vtpm_stop"),
         Subcommand("top", "the TPMs of the manager, the busiest first", f"{_MANAGER}.vtpm_top"),
+        Subcommand("tree", "the TPMs, as a folder to look at", f"{_MANAGER}.vtpm_tree"),
         Subcommand("wake", "wake a TPM", f"{_MANAGER}.vtpm_wake"),
         Subcommand("watch", "what happens to the TPMs of the manager", f"{_MANAGER}.vtpm_watch"),
     ),
