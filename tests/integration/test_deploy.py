@@ -93,6 +93,7 @@ def test_it_lies_where_the_system_looks(system: Path, venv: Path) -> None:
         "swtpm-cuse@.service",
         "swtpm-resource-manager@.service",
         "swtpm-vtpm-proxy@.service",
+        "vtpm-tree.service",
         "vtpmd.service",
         "vtpmd.socket",
     }
@@ -402,6 +403,7 @@ def test_a_deployment_that_broke_off_can_be_taken_out(system: Path, venv: Path) 
         ("swtpm-vtpm-proxy@.service", 10),
         ("swtpm-resource-manager@.service", 5),
         ("vtpmd.service", 21),
+        ("vtpm-tree.service", 37),
     ],
 )
 def test_units_are_hardened(unit: str, exposure: int, tmp_path: Path) -> None:

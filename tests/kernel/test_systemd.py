@@ -515,9 +515,14 @@ def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
             systemd.systemctl("reload", "vtpmd.service")
             found = json.loads(systemd.call("vtpm", "show", "one", "--json").stdout)
             assert (found["state"], found["pid"]) == ("awake", told["pid"])
+            systemd.systemctl("start", "vtpm-tree.service")  # goes on with the next one
+            assert systemd.call("cat", "/run/vtpm-tree/one/state").stdout == "awake\n"
+            assert len(systemd.call("cat", "/run/vtpm-tree/one/pcr-sha256/0").stdout) == 65
             systemd.systemctl("stop", "vtpmd.service")
+        systemd.systemctl("stop", "vtpm-tree.service")
+        assert not Path("/run/vtpm-tree").exists()
     finally:
-        systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")
+        systemd.systemctl("stop", "vtpm-tree.service", "vtpmd.socket", "vtpmd.service")
     said = systemd.call("journalctl", "--no-pager", "-t", "vtpmd").stdout
     assert "TPMs are in /var/lib/vtpm" in said
 
@@ -525,6 +530,7 @@ def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
 def test_units_are_without_fault(systemd: Systemd) -> None:
     kinds = ("cuse@vtpm0", "vtpm-proxy@a", "resource-manager@tpm0")
     names = (*(f"swtpm-{kind}.service" for kind in kinds), "vtpmd.service", "vtpmd.socket")
+    names = (*names, "vtpm-tree.service")
     done = systemd.call("systemd-analyze", "verify", "--man=no", *names)
     assert (done.stdout, done.stderr) == ("", "")
 
@@ -532,7 +538,7 @@ def test_units_are_without_fault(systemd: Systemd) -> None:
 def test_units_as_systemd_has_them_are_hardened(systemd: Systemd) -> None:
     """In tenths, as for the files that they are made of."""
     units = {"swtpm-cuse@vtpm0": 5, "swtpm-vtpm-proxy@a": 10, "swtpm-resource-manager@tpm0": 10}
-    for unit, exposure in {**units, "vtpmd": 21}.items():
+    for unit, exposure in {**units, "vtpmd": 21, "vtpm-tree": 37}.items():
         words = ("security", "--no-pager", f"--threshold={exposure}", f"{unit}.service")
         systemd.call("systemd-analyze", *words)
 

@@ -106,6 +106,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"service.compose", "service.confine"},
     "fleet.zygote": frozenset({"config", "errors", "fleet", "fleet.worker"})
     | {"service.confine", "service.process"},
+    "tree": frozenset({"acquire", "client", "errors", "service.confine", "service.process"})
+    | {"wire"},
     # programs
     "cli.words": ERRORS | {"files"},
     "cli.registry": frozenset({"cli.words"}),
@@ -118,7 +120,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "cli.bios_steps": frozenset({"errors", "wire"}),
     "cli.ca": WORDS | {"ca", "faults", "files", "service.confine"},
     "cli.vtpm": WORDS
-    | {"cli.controls", "client", "config", "files", "lab", "programs", "service.keys", "wire"},
+    | {"cli.controls", "client", "config", "files", "lab", "programs", "service.keys"}
+    | {"tree", "wire"},
     "cli.setup": WORDS
     | {"ca", "config", "files", "manufacture", "service.confine", "service.process"}
     | {"storage", "storage.locations"},
@@ -146,7 +149,7 @@ NO_IO: Final = {
     *{"socket", "select", "selectors", "fcntl", "subprocess", "threading", "queue", "time"},
     *{"asyncio", "trio", "cffi", "pathlib", "io", "shutil", "tempfile", "signal", "logging"},
 }
-KNOW_TRIO: Final = {"serve", "service", "acquire", "fleet"}
+KNOW_TRIO: Final = {"serve", "service", "acquire", "fleet", "tree"}
 
 
 def name_of(path: Path) -> str:

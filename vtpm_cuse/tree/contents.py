@@ -27,26 +27,30 @@ _BANKS: Final = ("pcr-sha1", "pcr-sha256", "pcr-sha384", "pcr-sha512")
 _PCRS: Final = tuple(str(index) for index in range(24))
 
 
+def _line(text: str) -> str:
+    """One line, whatever somebody else has written into it."""
+    return shown(text).replace("\n", "\\u000a")
+
+
 def _lines(pairs: dict[str, str], between: str) -> str:
-    return "".join(shown(f"{key}{between}{value}") + "\n" for key, value in pairs.items())
+    return "\n".join(_line(f"{key}{between}{value}") for key, value in pairs.items())
 
 
 _KNOWN: Final[dict[str, Callable[[Tpm], str | None]]] = {
     "device": lambda tpm: tpm.device,
-    "failure": lambda tpm: tpm.failure,
+    "failure": lambda tpm: _line(tpm.failure),
     "generation": lambda tpm: str(tpm.generation),
     "id": lambda tpm: tpm.id,
     "interface": lambda tpm: tpm.interface,
-    "labels": lambda tpm: _lines(tpm.labels, "=").rstrip("\n"),
+    "labels": lambda tpm: _lines(tpm.labels, "="),
     "managed_device": lambda tpm: tpm.managed_device,
     "metrics": lambda tpm: metrics.text([tpm]).rstrip("\n"),
     "owner": lambda tpm: str(tpm.owner),
-    "sockets": lambda tpm: _lines(tpm.sockets, " ").rstrip("\n"),
+    "sockets": lambda tpm: _lines(tpm.sockets, " "),
     "state": lambda tpm: tpm.state,
     "status": lambda tpm: json.dumps(to_json(tpm)),
 }
-"""Makers of texts; None for a file that this TPM has not. Only ``labels`` and such have many lines."""
-_ESCAPED: Final = ("labels", "sockets", "metrics")
+"""Makers of texts; None for a file that this TPM has not."""
 
 
 def folders(folder: str) -> Sequence[str]:
@@ -68,13 +72,12 @@ def known(tpm: Tpm, path: str) -> bytes | None:
     text = None if make is None else make(tpm)
     if text is None:
         return None
-    text = text if path in _ESCAPED else shown(text)
     return f"{text}\n".encode() if text else b""
 
 
 def log_text(notes: Sequence[Note]) -> bytes:
     """What has happened, a line each."""
-    return "".join(f"{_when(note.time)} {shown(note.text)}\n" for note in notes).encode()
+    return "".join(f"{_when(note.time)} {_line(note.text)}\n" for note in notes).encode()
 
 
 def _when(seconds: float) -> str:

@@ -58,6 +58,7 @@ PROGRAM: Final = Program(
         *ENVIRONMENT,
         Term("NOTIFY_SOCKET", "Where a service manager waits for it to be ready."),
     ),
+    files=(Term("/run/vtpm-tree", "Where root's is, as the unit vtpm-tree.service has it."),),
     see_also=("vtpm(8)", "vtpm_show(8)", "vtpm_logs(8)", "vtpm_metrics(8)"),
 )
 
