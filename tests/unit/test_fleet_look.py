@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -12,12 +13,14 @@ import trio
 from tests.support import commands as tpm
 from tests.support.auditor import Auditor
 from tests.support.fleet import Client, fleet, in_trio, started
+from tests.support.fleet_devices import fake_opener
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.wire.tpm2 import TpmaNv
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.manager.manager import Manager
 
 _CERTIFICATE = bytes(range(256)) * 5
@@ -74,6 +77,26 @@ async def test_it_says_what_its_clients_would_hear(tmp_path: Path) -> None:
             await until_refused(manager)  # it has to come there
         await client.send(tpm.get_random(8)[5:])
         assert tpm.code_of(await client.answer()) == 0
+
+
+@pytest.mark.parametrize("interface", ["socket", "cuse"])
+@in_trio
+async def test_a_worker_holds_the_same_descriptors_behind_a_look_and_a_reset(
+    interface: Interface, tmp_path: Path
+) -> None:
+    with fake_opener() as opener:
+        async with fleet(tmp_path, opener) as manager:
+            found = await started(manager, "one", interface=interface)
+            clients = [await Client.of(found, kind) for kind in found.sockets]
+            for client in clients[::2]:
+                assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
+            await manager.look("one", "caps")
+            held = sorted(os.listdir(f"/proc/{found.pid}/fd"))
+            for _ in range(5):
+                await manager.look("one", "caps")
+                await manager.reset("one")
+            assert (await manager.describe("one")).pid == found.pid
+            assert sorted(os.listdir(f"/proc/{found.pid}/fd")) == held
 
 
 @in_trio

@@ -136,6 +136,7 @@ class SocketServer:
 
     def _suspended(self) -> SavedSockets:
         endpoints, now = self._endpoints, trio.current_time()
+        endpoints.spend_reserve()
         listeners = endpoints.data_listener, endpoints.control_listener
         data, controls = (None if found is None else found.detach() for found in listeners)
         saved = SavedSockets(
