@@ -11,10 +11,11 @@ from typing import Final
 import pytest
 
 from tests.support.fuse import needs_fuse, ordinary_user
-from tests.support.handbook import HANDBOOK, pages, script
+from tests.support.handbook import pages, script
 from tests.support.waiting import wait_until
 
-PATH: Final = f"{Path(sys.executable).parent}:/usr/sbin:{os.environ['PATH']}"
+# A user's on Debian, who has nothing of root's in it.
+PATH: Final = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
 
 
 def started_from(home: Path) -> dict[int, str]:
@@ -29,15 +30,17 @@ def started_from(home: Path) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize("name", pages(lab=False))
-def test_a_page_word_by_word(name: str) -> None:
+@pytest.mark.parametrize("page", pages(lab=False), ids=lambda page: page.stem)
+def test_a_page_word_by_word(page: Path) -> None:
     """It works, and it ends what it has started."""
     needs_fuse()
     with ordinary_user() as user:
-        commands = f"cd\n{script(HANDBOOK / f'{name}.md', lab=False)}"
+        commands = f"cd\n{script(page, lab=False)}"
         try:
             user.run("bash", "-eux", "-o", "pipefail", "-c", commands, env={"PATH": PATH})
-            wait_until(lambda: not started_from(user.folder), f"the end of all that {name} starts")
+            wait_until(
+                lambda: not started_from(user.folder), f"the end of all that {page.stem} starts"
+            )
         finally:
             for pid in started_from(user.folder):
                 os.kill(pid, signal.SIGKILL)

@@ -12,20 +12,20 @@ from typing import Final
 import pytest
 
 from tests.kernel.harness import PATIENCE, ROOT, needs
-from tests.support.handbook import HANDBOOK, pages, script
+from tests.support.handbook import pages, script
 
 PLACE: Final = Path("/var/lib/vtpm-cuse")
 # The tests are root, and the modules are there or in the kernel.
 SHIMS: Final = 'sudo() { "$@"; }; modprobe() { grep -q "" /proc/modules; }\n'
 
 
-@pytest.mark.parametrize("name", pages(lab=True))
-def test_a_page_word_by_word(cuse: None, name: str) -> None:
+@pytest.mark.parametrize("page", pages(lab=True), ids=lambda page: page.stem)
+def test_a_page_word_by_word(cuse: None, page: Path) -> None:
     needs(not PLACE.exists(), f"{PLACE} is there already")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     try:
         subprocess.run(
-            ["bash", "-eux", "-c", SHIMS + script(HANDBOOK / f"{name}.md", lab=True)],
+            ["bash", "-eux", "-c", SHIMS + script(page, lab=True)],
             check=True,
             cwd=ROOT,
             env={**os.environ, "PATH": path},

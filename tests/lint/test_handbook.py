@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.lint.test_papers import missing
-from tests.support.handbook import HANDBOOK, boxes
+from tests.support.handbook import PAGES, boxes
 from tools.manual.messages import KINDS, fitting, messages, page
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PAGES = sorted(HANDBOOK.glob("*.md"))
 READ = {"{toctree}", "{eval-rst}"}
 
 

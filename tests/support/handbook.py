@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
-HANDBOOK: Final = Path(__file__).parents[2] / "docs" / "handbook"
+_DOCS: Final = Path(__file__).parents[2] / "docs"
+PAGES: Final = (*sorted(_DOCS.glob("handbook/*.md")), _DOCS / "manager.md")
 
 _BOX: Final = re.compile(
     r"(?:<!-- (lab|as: ([^>]+)) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL
@@ -40,6 +41,6 @@ def script(page: Path, *, lab: bool) -> str:
     )
 
 
-def pages(*, lab: bool) -> list[str]:
-    """The names of the pages that have commands for there."""
-    return [page.stem for page in sorted(HANDBOOK.glob("*.md")) if script(page, lab=lab)]
+def pages(*, lab: bool) -> list[Path]:
+    """Those that have commands for there."""
+    return [page for page in PAGES if script(page, lab=lab)]
