@@ -13,6 +13,7 @@ import stat
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,8 @@ import trio
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
 from tests.support.waiting import wait_until
 from vtpm_cuse.cli import vtpmd
+from vtpm_cuse.cli.emulator import swtpm_fuse
+from vtpm_cuse.cli.emulator.settings import fuse_config
 from vtpm_cuse.cli.words.commandline import CommandLine
 from vtpm_cuse.client.manager import default_path
 from vtpm_cuse.config import KeySource
@@ -29,7 +32,6 @@ from vtpm_cuse.fleet.base import Bundle, Event, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.support.programs import Run
 
@@ -288,13 +290,28 @@ def test_which_manager(
     assert run("ls", "--socket", path)[0] == 0
     monkeypatch.delenv("VTPM_MANAGER")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    own = tmp_path / "vtpm" / "manager.sock"
+    own = tmp_path / "vtpmd" / "manager.sock"
     assert default_path() == "/run/vtpm/manager.sock"
     own.parent.mkdir()
     own.touch()
     assert default_path() == str(own)
     monkeypatch.setattr(os, "geteuid", lambda: OTHER_USER)  # the variable is left of another user
     assert default_path() == "/run/vtpm/manager.sock"
+
+
+def test_a_users_manager_is_where_clients_look_and_no_tpm_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TPM that is a file covers its folder, which has to be empty before."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("VTPM_MANAGER", raising=False)
+    own = Path(vtpmd._run_folder(CommandLine(vtpmd.PROGRAM, ["--user"])))
+    mount = Path(fuse_config(CommandLine(swtpm_fuse.PROGRAM, ["-n", "vtpm0"])).mount)
+    assert own not in {mount, *mount.parents}
+    assert mount not in own.parents
+    own.mkdir()
+    (own / "manager.sock").touch()
+    assert default_path() == str(own / "manager.sock")
 
 
 def test_env_knows_a_tpm_of_the_managers(run: Run, fleet: FakeFleet) -> None:

@@ -109,7 +109,7 @@ PROGRAM: Final = Program(
         Term(
             "XDG_STATE_HOME", "With --user, its folder vtpm has the TPMs; default: ~/.local/state."
         ),
-        Term("XDG_RUNTIME_DIR", "With --user, its folder vtpm has the sockets."),
+        Term("XDG_RUNTIME_DIR", "With --user, its folder vtpmd has the sockets."),
         Term("XDG_CONFIG_HOME", "Where swtpm_setup finds its configuration; see swtpm_setup(8)."),
         Term("NOTIFY_SOCKET", "Where a service manager waits for it to be ready."),
         Term(
@@ -187,4 +187,4 @@ def _run_folder(line: CommandLine) -> str:
     folder = os.environ.get("XDG_RUNTIME_DIR", "")
     if not os.path.isabs(folder):
         raise UsageError("Error: XDG_RUNTIME_DIR names no folder", hint="give --run DIR")
-    return f"{folder}/vtpm"
+    return f"{folder}/vtpmd"  # "vtpm" is where `swtpm fuse` mounts

@@ -44,7 +44,7 @@ def default_path() -> str:
     """
     if found := os.environ.get(VARIABLE):
         return found
-    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", ""), "vtpm", _NAME)
+    own = os.path.join(os.environ.get("XDG_RUNTIME_DIR", ""), "vtpmd", _NAME)
     with contextlib.suppress(OSError):
         if os.path.isabs(own) and os.stat(own).st_uid == os.geteuid():
             return own

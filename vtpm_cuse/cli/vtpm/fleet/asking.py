@@ -60,7 +60,7 @@ ENVIRONMENT: Final = (
     Term("VTPM_MANAGER", "The manager's socket."),
     Term(
         "XDG_RUNTIME_DIR",
-        "Without that: the user's own manager is at vtpm/manager.sock in this folder, if there is "
+        "Without that: the user's own manager is at vtpmd/manager.sock in this folder, if there is "
         "one; root's is at /run/vtpm/manager.sock.",
     ),
 )
