@@ -161,10 +161,11 @@ def _native_tests(words: Sequence[str], part: str = "native") -> _Section:
 
 
 def _prepare_unstable() -> None:
-    """The tests that need Debian unstable skip without it."""
+    """The tests that need Debian unstable or Debian 13 skip without it."""
     if os.geteuid() == 0:
-        command = ["kernel-helpers/unstable", "--prepare"]
-        step("preparing a folder of Debian unstable", command)
+        for suite in ("unstable", "trixie"):
+            command = ["kernel-helpers/unstable", "--suite", suite, "--prepare"]
+            step(f"preparing a folder of Debian {suite}", command)
     else:
         what = "tests with its libtpms and swtpm are skipped"
         say(f"no folder of Debian unstable without root: {what}")

@@ -213,11 +213,23 @@ def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: S
     assert system.changed() - ca == {STATE, KEY} | set(filter(is_new, folders))
 
 
-def test_the_same_packages_are_for_the_newest_debian(debs: Path, tmp_path: Path) -> None:
-    """With its Python and libraries, and in the place of its C suite."""
-    if not unstable.is_ready():
-        pytest.skip(unstable.REASON)
-    newest = System(tmp_path, debs, unstable.FOLDER)
+@pytest.mark.parametrize(
+    "below",
+    [
+        pytest.param(
+            unstable.FOLDER,
+            marks=pytest.mark.skipif(not unstable.is_ready(), reason=unstable.REASON),
+        ),
+        pytest.param(
+            unstable.TRIXIE,
+            marks=pytest.mark.skipif(not unstable.has_trixie(), reason=unstable.TRIXIE_REASON),
+        ),
+    ],
+    ids=lambda folder: folder.name,
+)
+def test_the_same_packages_are_for_newer_debians(below: Path, debs: Path, tmp_path: Path) -> None:
+    """With their Python and libraries, and in the place of the C suite, if it is there."""
+    newest = System(tmp_path, debs, below)
     newest.install(*PACKAGES)
     random, versions = newest.say("""
         vtpm run -- tpm2_getrandom --hex 8; echo

@@ -13,7 +13,14 @@ from typing import Final
 import pytest
 
 from tests.support.programs import INSTALLED
-from tests.support.unstable import REASON, ROOT, UNSTABLE, is_ready
+from tests.support.unstable import (
+    REASON,
+    ROOT,
+    TRIXIE_REASON,
+    UNSTABLE,
+    has_trixie,
+    is_ready,
+)
 from tools.package import DIST, NAMES
 from vtpm_cuse import __version__
 
@@ -108,6 +115,11 @@ def test_an_index_takes_them(checker: tuple[str, ...], built: list[Path]) -> Non
             [UNSTABLE, "--share", "FOLDER", "--"],
             id="unstable",
             marks=pytest.mark.skipif(not is_ready(), reason=REASON),
+        ),
+        pytest.param(
+            [UNSTABLE, "--suite", "trixie", "--share", "FOLDER", "--"],
+            id="trixie",
+            marks=pytest.mark.skipif(not has_trixie(), reason=TRIXIE_REASON),
         ),
     ],
 )

@@ -88,7 +88,9 @@ def test_two_checkouts_do_not_take_each_other_the_python(tmp_path: Path) -> None
     assert all(path.endswith("/bin\n") for path in found)
 
 
-@pytest.mark.parametrize("words", [[], ["--"], ["--nonsense"], ["--share"]])
+@pytest.mark.parametrize(
+    "words", [[], ["--"], ["--nonsense"], ["--share"], ["--suite", "../x", "true"]]
+)
 def test_bad_usage(words: list[str]) -> None:
     run = unstable(*words)
     assert run.returncode == 125
