@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 PACKAGE: Final = Path(__file__).parents[2] / "vtpm_cuse"
-OTHER_PROGRAMS: Final = {"ca", "cli", "lab", "manufacture"}
+OTHER_PROGRAMS: Final = {"ca", "cli", "lab", "manufacture", "tree"}
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -29,6 +29,7 @@ def test_every_module_of_a_service_is_imported() -> None:
     loaded = loaded_after("from vtpm_cuse.service.confine.preload import import_all; import_all()")
     assert {"vtpm_cuse.client.ioctl", "vtpm_cuse.service.cuse"} <= wanted
     assert not wanted - loaded
+    assert not {"vtpm_cuse.tree.mount", "pyfuse3"} & loaded  # a library that need not be there
 
 
 def test_every_module_of_a_set_up_is_imported() -> None:

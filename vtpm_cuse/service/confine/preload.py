@@ -66,7 +66,7 @@ def _import_packages(but: set[str]) -> None:
     import_trio()
     for module in pkgutil.walk_packages(vtpm_cuse.__path__, "vtpm_cuse."):
         package, _, rest = module.name.partition(".")[2].partition(".")
-        if package not in {*but, "cli", "lab"} and rest != "_build":
+        if package not in {*but, "cli", "lab", "tree"} and rest != "_build":
             importlib.import_module(module.name)
     for name in _LAZY:
         importlib.import_module(name)
