@@ -106,7 +106,7 @@ class Opener:
     Forks: no thread and no loop may be there yet.
 
     Args:
-        run: The folder that is the manager's; a user's mounts are below.
+        mounts: A folder of the manager's alone; a user's mounts are below.
         own: It is a user's own: it mounts.
         left: That of an earlier manager, instead of a new one, if it is still there.
 
@@ -114,7 +114,7 @@ class Opener:
         OSError: There is no process to be had.
     """
 
-    def __init__(self, run: str, *, own: bool, left: SavedOpener | None = None) -> None:
+    def __init__(self, mounts: str, *, own: bool, left: SavedOpener | None = None) -> None:
         self.makes: frozenset[Interface] = frozenset({"fuse"} if own else {"cuse", "vtpm-proxy"})
         self._turn, self._turns = trio.Lock(), itertools.cycle(range(_TURNS))
         if left is not None:
@@ -130,7 +130,7 @@ class Opener:
             theirs.close()
             raise
         if child == 0:
-            _open_for(theirs, manager, run, own=own)
+            _open_for(theirs, manager, mounts, own=own)
         theirs.close()
         self._child = child
         self._channel = Channel(self._ours)
@@ -196,7 +196,7 @@ class Opener:
         return answer
 
 
-def _open_for(end: socket.socket, manager: int, run: str, *, own: bool) -> NoReturn:
+def _open_for(end: socket.socket, manager: int, mounts: str, *, own: bool) -> NoReturn:
     try:
         settle_down("vtpm-opener: makes devices for vtpmd", {end.fileno()})
         if os.getppid() == manager:
@@ -204,23 +204,23 @@ def _open_for(end: socket.socket, manager: int, run: str, *, own: bool) -> NoRet
             if not own:
                 _confine()
             secrecy.hide_process()
-            _keep_one_there(end, run, own=own)
+            _keep_one_there(end, mounts, own=own)
     finally:
         os._exit(0)
 
 
-def _keep_one_there(end: socket.socket, run: str, *, own: bool) -> None:
+def _keep_one_there(end: socket.socket, mounts: str, *, own: bool) -> None:
     """Until the manager ends. What two have died of is refused."""
     deadly: bytes | None = None
     while True:
         if (child := os.fork()) == 0:
-            _work(end, run, own=own)
+            _work(end, mounts, own=own)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             return
         waiting = _first(end, socket.MSG_DONTWAIT)
         if waiting == b"":
             if own:
-                _Mounts(run).close()
+                _Mounts(mounts).close()
             return
         if waiting is not None and waiting == deadly:
             _answer(end, _request(waiting), _killed)
@@ -228,10 +228,10 @@ def _keep_one_there(end: socket.socket, run: str, *, own: bool) -> None:
         deadly = waiting
 
 
-def _work(end: socket.socket, run: str, *, own: bool) -> NoReturn:
+def _work(end: socket.socket, mounts: str, *, own: bool) -> NoReturn:
     status = 1
     try:
-        with _Mounts(run) if own else _Devices() as maker:
+        with _Mounts(mounts) if own else _Devices() as maker:
             _serve(end, maker.answer)
         status = 0
     finally:
@@ -308,11 +308,11 @@ class _Mounts:
     """Of FUSE. It has the rights that its user has, for what mounts them takes more.
 
     Args:
-        run: The folder of all; what a dead one has left there is its successor's.
+        above: The folder of all; what a dead one has left there is its successor's.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, above: str) -> None:
+        self._above = above
         self._mounts: dict[str, FuseMount] = {}
 
     def __enter__(self) -> Self:
@@ -327,7 +327,7 @@ class _Mounts:
         """Ends all of them."""
         while self._mounts:
             self._mounts.popitem()[1].close()
-        for folder in mounts_below(self._run):
+        for folder in mounts_below(self._above):
             end_mount(folder)
 
     def answer(self, request: Message) -> Message:

@@ -19,6 +19,7 @@ from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
 from vtpm_cuse.fleet import heritage
 from vtpm_cuse.fleet.manager import api, exporter
+from vtpm_cuse.fleet.manager.machine import FOLDER
 from vtpm_cuse.fleet.manager.manager import SOCKET, managed
 from vtpm_cuse.fleet.opener import Opener
 from vtpm_cuse.service.confine import secrecy
@@ -49,7 +50,8 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     SIGUSR2 has the program begin anew, with all that it has: what is installed by then is run.
     """
     # Before there is anything for it to see.
-    opener = None if heritage.is_there() else Opener(settings.run, own=settings.own)
+    mounts = os.path.join(settings.run, FOLDER)
+    opener = None if heritage.is_there() else Opener(mounts, own=settings.own)
     secrecy.hide_process()  # it has the volatile states of all that sleep
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # five and more for each TPM
@@ -58,7 +60,7 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
         left = heritage.taken()
         while True:
             theirs = left and left.manager.opener
-            with opener or Opener(settings.run, own=settings.own, left=theirs) as used:
+            with opener or Opener(mounts, own=settings.own, left=theirs) as used:
                 left = trio.run(_live, settings, service, held, used, left)
             if left is None:
                 break

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FOLDER: Final = "tpm"
+FOLDER: Final = "tpm"
+"""In that of the sockets: it has one for each TPM."""
 _STOP_SECONDS: Final = 60.0
 """For what an order takes: a key that is being made is given up at once, a disk may be slow."""
 _LEAVE_SECONDS: Final = 10.0
@@ -157,7 +158,7 @@ class Machine:
 
     @property
     def _folder(self) -> str:
-        return os.path.join(self._all.run, _FOLDER, self.name)
+        return os.path.join(self._all.run, FOLDER, self.name)
 
     def _become(self, state: State) -> None:
         if state != self.state:
