@@ -159,6 +159,7 @@ class Manager:
             name: Machine(name, entry, self._surroundings)
             for name, entry in catalogue.entries().items()
         }
+        self._ids = {machine.entry.id: machine for machine in self._machines.values()}
         for machine in self._machines.values():
             self._quota.changed(machine)
 
@@ -262,7 +263,8 @@ class Manager:
             await in_thread(partial(self._put, name, entry, given, secret))
         finally:
             self._catalogue.give_up(entry.id)
-        machine = self._machines[name] = Machine(name, entry, self._surroundings)
+        machine = Machine(name, entry, self._surroundings)
+        self._machines[name] = self._ids[entry.id] = machine
         self._quota.changed(machine)
         self._history.note(entry.id, "imported" if isinstance(given, Bundle) else "created")
         self._tell("created", machine)
@@ -312,7 +314,7 @@ class Manager:
                 await machine.stop()
             machine.need_stopped()
             await self._off(lambda: self._catalogue.remove(machine.name, machine.entry))
-            del self._machines[machine.name]
+            del self._machines[machine.name], self._ids[machine.entry.id]
             self._history.forget(machine.entry.id)
             self._quota.removed(machine)
             self._tell("removed", machine)
@@ -452,9 +454,7 @@ class Manager:
 
     def _one(self, name: str) -> Machine:
         """Which has this name or this id."""
-        found = self._machines.get(name)
-        if found is None:
-            found = next((one for one in self._machines.values() if one.entry.id == name), None)
+        found = self._machines.get(name) or self._ids.get(name)
         if found is None:
             raise FleetError("NoSuchTpm", check_name(name), "there is no such TPM")
         return found
@@ -494,9 +494,9 @@ class Manager:
     @contextlib.contextmanager
     def _reserved_id(self, name: str, number: str) -> Iterator[None]:
         """While one comes that has an id already. Raises FleetError where there is that TPM."""
-        there = next((one.name for one in self._machines.values() if one.entry.id == number), None)
+        there = self._ids.get(number)
         if there is not None or number in self._coming:
-            reason = f"it is there already, as {there}" if there else "it is on its way already"
+            reason = f"it is there already, as {there.name}" if there else "it is on its way already"
             raise FleetError("TpmExists", name, reason)
         self._coming[number] = None
         try:
