@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Interface, SocketKind, State, Tpm
-    from vtpm_cuse.fleet.manager.pool import Pool
+    from vtpm_cuse.fleet.manager.pool import PlainPool, Pool
     from vtpm_cuse.fleet.opener import MakesDevices
 
 LAZY: Final = 3600.0
@@ -99,7 +99,7 @@ async def until(manager: Manager, name: str, state: State) -> None:
                 break
 
 
-async def filled(pool: Pool, most: int) -> None:
+async def filled(pool: Pool | PlainPool, most: int) -> None:
     """Waits until so many manufactured TPMs wait."""
     await trio.to_thread.run_sync(wait_until, lambda: pool.waiting >= most, "a full pool")
 

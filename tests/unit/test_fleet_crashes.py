@@ -87,6 +87,7 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> None:
         return permall(next(made, 4))
 
     monkeypatch.setattr(pool, "make", make)
+    monkeypatch.setattr(pool, "_PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture

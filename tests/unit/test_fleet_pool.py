@@ -12,7 +12,7 @@ from tests.support.fleet import filled, in_trio
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.fleet.manager import pool as pool_module
 from vtpm_cuse.fleet.manager.making import Made
-from vtpm_cuse.fleet.manager.pool import POOL, Pool
+from vtpm_cuse.fleet.manager.pool import POOL, PlainPool, Pool
 from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 if TYPE_CHECKING:
@@ -116,3 +116,25 @@ async def test_a_failure_is_told_to_who_wants_one(factory: Factory, catalogue: C
         factory.fails = False
         await pool.take(None)
         await filled(pool, 2)
+
+
+@in_trio
+async def test_each_plain_one_is_handed_out_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    async def make(_workers: object, profile: str | None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        asked.append(profile)
+        return f"{len(asked)} {profile}".encode()
+
+    monkeypatch.setattr(pool_module, "make", make)
+    async with trio.open_nursery() as nursery:
+        pool = PlainPool(None, nursery)  # type: ignore[arg-type]  # whoever makes them
+        await trio.testing.wait_all_tasks_blocked()
+        assert asked == []
+        made = [await pool.take(None)]
+        await filled(pool, POOL)
+        assert (await pool.take("another")).permanent == b"4 another"
+        made += [await pool.take(None) for _ in range(4)]
+    assert [one.permanent[2:] for one in made] == [b"None"] * 5
+    assert len({one.id for one in made}) == len({one.permanent for one in made}) == 5

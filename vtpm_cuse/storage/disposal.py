@@ -11,7 +11,6 @@ import contextlib
 import os
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Disposal:
     def __init__(self) -> None:
         self.run_later: RunLater | None = None
         self._worthwhile = False
-        self._waiting: deque[int] = deque()
+        self._waiting: list[int] = []  # most of many stores never have one
         self._closing = threading.Lock()
 
     @contextlib.contextmanager
@@ -72,7 +71,7 @@ class Disposal:
         """Whether there was one. The lock: who finds none may rely on all being free."""
         with self._closing:
             try:
-                fd = self._waiting.popleft()
+                fd = self._waiting.pop(0)
             except IndexError:
                 return False
             with contextlib.suppress(OSError):  # the kernel closes it, whatever it says

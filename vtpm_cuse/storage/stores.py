@@ -55,8 +55,8 @@ def open_store(
     )
 
 
-def open_directory(path: str) -> DirectoryStore:
+def open_directory(path: str, *, fsync: bool = True) -> DirectoryStore:
     """A TPM 2.0 in a folder that is its owner's alone; nothing is created or read yet."""
     from vtpm_cuse.storage.directory import DirectoryStore
 
-    return DirectoryStore(path, tpm2=True, mode=OWNER_MODE)
+    return DirectoryStore(path, tpm2=True, mode=OWNER_MODE, fsync=fsync)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.fleet.base import Note
@@ -21,13 +20,14 @@ class History:
     """Notes by a TPM's id. A sleep is none, nor that one wakes: these come by the thousand."""
 
     def __init__(self) -> None:
-        self._notes: dict[str, deque[Note]] = {}
+        self._notes: dict[str, list[Note]] = {}
         self._last: dict[str, str] = {}
 
     def note(self, number: str, text: str) -> None:
         """Something that was done with it."""
-        notes = self._notes.setdefault(number, deque(maxlen=_NOTES_MAX))
+        notes = self._notes.setdefault(number, [])
         notes.append(Note(time.time(), text))
+        del notes[:-_NOTES_MAX]
 
     def see(self, tpm: Tpm) -> None:
         """What it is now, which is noted where it is something else than it was."""

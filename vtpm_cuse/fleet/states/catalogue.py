@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import FleetError, StateLocked, StorageError
-from vtpm_cuse.files import flush_folder, make_folder, write_output
+from vtpm_cuse.files import flush, flush_folder, make_folder, write_all, write_output
 from vtpm_cuse.fleet.base import Interface, Offer, Spec
 from vtpm_cuse.storage.locking import take_lock
 from vtpm_cuse.storage.reserve import Reserve
@@ -180,11 +180,8 @@ class Catalogue:
 
     def _write(self, folder: str, entry: Entry) -> None:
         path = os.path.join(folder, _FILE)
-        text = json.dumps(_kept(entry), indent=1) + "\n"
-        if len(text) > _ENTRY_MAX:
-            raise FleetError("OverLimit", entry.id, "its profile and its labels are too long")
         with _errors(path):
-            write_output(path, text.encode(), _FILE_MODE)
+            write_output(path, _text(entry), _FILE_MODE)
 
     def _of(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -215,10 +212,11 @@ class Catalogue:
         shutil.rmtree(self._of(_NEW + number), ignore_errors=True)
 
     def finish(self, name: str, entry: Entry) -> None:
-        """That TPM is there from now on, durably. Raises StorageError."""
+        """That TPM is there from now on, durably, whatever of it was before. Raises StorageError."""
         new = self._of(_NEW + entry.id)
-        self._write(new, entry)  # which puts all names of the folder on the disk
         with _errors(self._of(name)):
+            _write_new(os.path.join(new, _FILE), _text(entry))
+            _flush(new)
             self._rename(new, self._of(name))
 
     def rename(self, name: str, new_name: str) -> None:
@@ -251,7 +249,7 @@ class Catalogue:
             with _errors(folder):
                 above = os.path.dirname(folder)
                 make_folder(above, _FOLDER_MODE)
-                self._flush(self._of(name))
+                _flush_names(self._of(name))
                 self._rename(new, folder)
         finally:
             self.give_up(number)
@@ -268,18 +266,50 @@ class Catalogue:
     def _rename(self, old: str, new: str) -> None:
         os.rename(old, new)  # nobody else makes one of that name, and an old one is not empty
         try:
-            self._flush(os.path.dirname(new))
+            _flush_names(os.path.dirname(new))
         except OSError:
             os.rename(new, old)  # who is told that it has failed finds it as it was
             raise
 
-    @staticmethod
-    def _flush(folder: str) -> None:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            flush_folder(fd)
-        finally:
-            os.close(fd)
+
+def _flush(folder: str) -> None:
+    """All that is in it: files before names, of which a journal then has little left to write."""
+    folders = []
+    for where, _, files in os.walk(folder):
+        folders.append(where)
+        for file in files:
+            fd = os.open(os.path.join(where, file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                flush(fd)
+            finally:
+                os.close(fd)
+    for where in reversed(folders):
+        _flush_names(where)
+
+
+def _flush_names(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flush_folder(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_new(path: str, text: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, _FILE_MODE)
+    try:
+        write_all(fd, text)
+    finally:
+        os.close(fd)
+
+
+def _text(entry: Entry) -> bytes:
+    """What is kept of it. Raises FleetError."""
+    text = json.dumps(_kept(entry), indent=1) + "\n"
+    if len(text) > _ENTRY_MAX:
+        raise FleetError("OverLimit", entry.id, "its profile and its labels are too long")
+    return text.encode()
 
 
 # Any: JSON.

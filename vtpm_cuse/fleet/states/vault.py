@@ -54,7 +54,8 @@ class Vault:
     Args:
         folder: Where it is; it is there. None for a TPM that is being made, in memory.
         key: Encrypts what is kept; a worker never sees it.
-        may_begin: A TPM that is not there is to be made. Else it is missing, and that is a fault.
+        may_begin: A TPM that is not there is to be made: whoever gives its folder a name puts it on
+            the disk before. Else it is missing, and that is a fault.
         reserve: Of one that stays open, among many.
 
     Attributes:
@@ -69,7 +70,7 @@ class Vault:
         may_begin: bool = False,
         reserve: Reserve | None = None,
     ) -> None:
-        self._directory = None if folder is None else open_directory(folder)
+        self._directory = None if folder is None else open_directory(folder, fsync=not may_begin)
         self.blobs = self._directory or open_store("mem://", tpm2=True)
         self._sealed = SealedStore(self.blobs, key, reserve=reserve)
         self._key = key
