@@ -4,10 +4,12 @@
 
 The programs are started as their users do, and what is measured is what a client of a socket sees.
 Where the limit of descriptors is too low for so many sleepers, there is more than one manager.
-Memory of all is the kernel's proportional set size (PSS), which divides what processes share; that
-of one that is awake is what it shares with none. Beside a first answer is the C suite's, from its
-exec on; beside the round trip of a TPM that is awake that of a `swtpm socket` of ours, without a
-manager, in the same column.
+Memory of all is the kernel's proportional set size (PSS), which divides what processes share, and
+what the kernel itself has more of than before; that of one that is awake is what it shares with
+none. Beside a first answer, and a wake, is the C suite's first answer, from its exec on: its TPM
+takes a process, or it has to be started. Beside a TPM that sleeps is such a process that nobody
+uses; beside one of the pool a `swtpm_setup`; beside the round trip of a TPM that is awake that of a
+`swtpm socket` of ours, without a manager, in the same column.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from bench.report import Report, add_arguments, finish
+from bench.setup import CASES, OURS, PEER, Side
 from vtpm_cuse.client.manager import Manager
 from vtpm_cuse.errors import FrontendError
 
@@ -41,16 +44,23 @@ ROUND_TRIPS: Final = 500
 WAKES: Final = 300
 AWAKE: Final = 10
 STARTS: Final = 20
+SETUPS: Final = 5
+POOL_SECONDS: Final = 2.0
+"""In which a pool has what it lacks again."""
+MANY: Final = 10_000
 LAZY_SECONDS: Final = 36000
 PAUSE_SECONDS: Final = 0.03
 """Between two that wake: a host on which all wake at once is another measurement."""
 DESCRIPTORS: Final = 6
 """Of a TPM that sleeps with one client: three listeners, folder, lock, connection."""
-OTHER_DESCRIPTORS: Final = 200
+OTHER_DESCRIPTORS: Final = 300
 FIRST_ANSWER_MS: Final = 5.0
+MANUFACTURED_MS: Final = 10.0
 WAKE_P50_MS: Final = 2.0
 WAKE_P99_MS: Final = 5.0
 ASLEEP_KIB: Final = 30.0
+ASLEEP_MIB: Final = 300.0
+"""Of so many, in all."""
 AWAKE_MIB: Final = 5.5
 ROUND_TRIP: Final = 1.05
 _TICK_MS: Final = 1000 / os.sysconf("SC_CLK_TCK")
@@ -65,7 +75,9 @@ class Host:
         words = [str(PROGRAMS / "vtpmd"), "--state", str(folder / "state")]
         words += ["--run", str(folder / "run"), "--idle", str(LAZY_SECONDS)]
         words += ["--quota", "tpms=1000000", "--log", "file=-"]
-        self._process = subprocess.Popen(words)
+        Side(OURS, folder / "config")
+        found = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config")}
+        self._process = subprocess.Popen(words, env=found)
         self.path = str(folder / "run/manager.sock")
         while True:
             try:
@@ -114,6 +126,23 @@ def memory(pid: int) -> dict[str, float]:
     return {name.rstrip(":"): float(value) for name, value, _ in lines}
 
 
+def kernel_memory() -> float:
+    """KiB that the kernel has for what processes hold."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    found = {name: float(rest.split()[0]) for name, _, rest in map(_cut, text.splitlines())}
+    return sum(found[name] for name in ("Slab", "KernelStack", "PageTables"))
+
+
+def _cut(line: str) -> tuple[str, str, str]:
+    return line.partition(":")
+
+
+def private(pid: int) -> float:
+    """KiB that a process shares with none."""
+    found = memory(pid)
+    return found["Private_Dirty"] + found["Private_Clean"]
+
+
 def ticks(pid: int) -> list[float]:
     """Milliseconds: its own in user mode and in the kernel, and those of its children."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
@@ -147,9 +176,16 @@ def percentile(times: list[float], part: float) -> float:
     return sorted(times)[min(len(times) - 1, int(len(times) * part))]
 
 
+class Lone(NamedTuple):
+    """A TPM without a manager: its process, and its client."""
+
+    pid: int
+    client: socket.socket
+
+
 @contextlib.contextmanager
-def lone(program: str, folder: Path) -> Iterator[socket.socket]:
-    """A client of a TPM without a manager, once it has answered; that takes a new folder."""
+def lone(program: str, folder: Path) -> Iterator[Lone]:
+    """A TPM without a manager, once it has answered; that takes a new folder."""
     folder.mkdir()
     path = str(folder / "data")
     words = [program, "socket", "--tpm2", "--tpmstate", f"dir={folder}", "--log", "file=-"]
@@ -158,7 +194,7 @@ def lone(program: str, folder: Path) -> Iterator[socket.socket]:
         try:
             with connected(path) as connection:
                 answered(connection)
-                yield connection
+                yield Lone(process.pid, connection)
         finally:
             process.kill()
 
@@ -188,37 +224,88 @@ def first_answers_of(program: str, folder: Path) -> list[float]:
     return times
 
 
-def measure(report: Report, folder: Path, sleepers: int, peer: str) -> None:
+class Peer(NamedTuple):
+    """What the C suite takes: to first answers, ms; for a process, KiB; for a set-up, ms."""
+
+    starts: list[float]
+    pss: float
+    private: float
+    setup: float | None
+
+    @classmethod
+    def measured(cls, program: str, folder: Path) -> Peer | None:
+        """None where it is not installed."""
+        if not Path(program).exists():
+            return None
+        with contextlib.ExitStack() as undo:
+            ones = [
+                undo.enter_context(lone(program, folder / f"awake{number}")).pid
+                for number in range(AWAKE)
+            ]
+            pss = statistics.median(memory(pid)["Pss"] for pid in ones)
+            own = statistics.median(map(private, ones))
+        setup = None
+        if Path(PEER).exists():
+            side = Side(PEER, folder / "setup")
+            side.seconds(CASES[0])  # not counted: the CA is made
+            setup = statistics.median(side.seconds(CASES[0]) for _ in range(SETUPS)) * 1000
+        return cls(first_answers_of(program, folder), pss, own, setup)
+
+
+def add(report: Report, what: str, unit: str, ours: float, peer: float | None, most: float) -> None:
+    """A row, of which ours may be *most* of that unit."""
+    report.add(what, unit, ours, peer, most / peer if peer else most)
+
+
+def measure(report: Report, folder: Path, sleepers: int, program: str) -> None:
     """All figures."""
     room = resource.getrlimit(resource.RLIMIT_NOFILE)[1] - OTHER_DESCRIPTORS
     share = min(sleepers, room // DESCRIPTORS)
     counts = [min(share, sleepers - begun) for begun in range(0, sleepers, share)]
+    peer, kernel = Peer.measured(program, folder), kernel_memory()
     with contextlib.ExitStack() as undo:
         hosts = [Host(folder / f"host{number}") for number in range(len(counts))]
         for host in hosts:
             undo.callback(host.end)
-        before = sum(host.pss() for host in hosts)
+            first_answers(host, [f"first{number}" for number in range(AWAKE)])
+        time.sleep(1)
+        before = sum(host.pss() for host in hosts)  # with what it has but once
         first = []
         for host, count in zip(hosts, counts, strict=True):
             first += first_answers(host, [f"t{number}" for number in range(count)])
-        theirs = first_answers_of(peer, folder) if Path(peer).exists() else []
-        what = "create, start, first answer"
-        median = percentile(theirs, 0.5) if theirs else None
-        limit = FIRST_ANSWER_MS if median is None else FIRST_ANSWER_MS / median
-        report.add(f"{what}: p50", "ms", percentile(first, 0.5), median, limit)
-        report.add(f"{what}: smallest", "ms", min(first), min(theirs) if theirs else None)
+        what, starts = "create, start, first answer", peer.starts if peer else None
+        theirs = percentile(starts, 0.5) if starts else None
+        add(report, f"{what}: p50", "ms", percentile(first, 0.5), theirs, FIRST_ANSWER_MS)
+        report.add(f"{what}: smallest", "ms", min(first), min(starts) if starts else None)
         time.sleep(1)  # what was awake has ended, and is replaced
-        size = (sum(host.pss() for host in hosts) - before) / sleepers
-        report.add("memory of one that sleeps", "KiB", size, limit=ASLEEP_KIB)
-        wakes(report, hosts)
-        awake(report, hosts[0])
+        size = sum(host.pss() for host in hosts)
+        one = (size - before) / sleepers
+        add(report, "memory of one that sleeps", "KiB", one, peer and peer.pss, ASLEEP_KIB)
+        whole = (size + kernel_memory() - kernel) / 1024
+        limit = ASLEEP_MIB if sleepers >= MANY else None
+        report.add(f"memory of all, {sleepers} asleep", "MiB", whole, limit=limit)
+        wakes(report, hosts, theirs)
+        manufactured(report, hosts[0], peer and peer.setup)
+        awake(report, hosts[0], peer and peer.private)
         round_trips(report, folder, hosts[0].clients["t0"])
     report.notes.append(
         f"Asleep: {sleepers}, in {len(hosts)} manager{'s' if len(hosts) > 1 else ''}, each with a client."
     )
 
 
-def wakes(report: Report, hosts: list[Host]) -> None:
+def manufactured(report: Report, host: Host, peer: float | None) -> None:
+    """Those of the pool, which begins with the first."""
+    times = []
+    for number in range(SETUPS + 1):
+        begun = time.perf_counter()
+        host.manager.create(f"made{number}", manufactured=True)
+        times.append((time.perf_counter() - begun) * 1000)
+        time.sleep(POOL_SECONDS)
+    what = "create --manufactured, from the pool: p50"
+    add(report, what, "ms", percentile(times[1:], 0.5), peer, MANUFACTURED_MS)
+
+
+def wakes(report: Report, hosts: list[Host], peer: float | None) -> None:
     """One after the other, in random order."""
     chance = random.Random(1)  # noqa: S311
     begun, times = sum(host.cpu() for host in hosts), []
@@ -230,21 +317,20 @@ def wakes(report: Report, hosts: list[Host]) -> None:
         host.manager.hibernate(name)
     cpu = (sum(host.cpu() for host in hosts) - begun) / WAKES
     report.add("wake and answer: smallest", "ms", min(times))
-    report.add("wake and answer: p50", "ms", percentile(times, 0.5), limit=WAKE_P50_MS)
+    add(report, "wake and answer: p50", "ms", percentile(times, 0.5), peer, WAKE_P50_MS)
     report.add("wake and answer: p99", "ms", percentile(times, 0.99), limit=WAKE_P99_MS)
     report.add("processor time of a wake, a sleep and a new blank process", "ms", cpu)
 
 
-def awake(report: Report, host: Host) -> None:
+def awake(report: Report, host: Host, peer: float | None) -> None:
     """What their processes share with none."""
     names = list(host.clients)[:AWAKE]
     for name in names:
         answered(host.clients[name])
     processes = [host.manager.describe(name).pid for name in names]
-    used = [memory(pid) for pid in processes if pid is not None]
-    private = [one["Private_Dirty"] + one["Private_Clean"] for one in used]
-    median = statistics.median(private) / 1024
-    report.add(f"memory of one that is awake, of {AWAKE}", "MiB", median, limit=AWAKE_MIB)
+    median = statistics.median(private(pid) for pid in processes if pid is not None) / 1024
+    what, theirs = f"memory of one that is awake, of {AWAKE}", peer and peer / 1024
+    add(report, what, "MiB", median, theirs, AWAKE_MIB)
 
 
 def round_trips(report: Report, folder: Path, client: socket.socket) -> None:
@@ -254,7 +340,7 @@ def round_trips(report: Report, folder: Path, client: socket.socket) -> None:
         theirs: list[float] = []
         for _ in range(ROUNDS):
             ours += [answered(client) * 1000 for _ in range(ROUND_TRIPS)]
-            theirs += [answered(other) * 1000 for _ in range(ROUND_TRIPS)]
+            theirs += [answered(other.client) * 1000 for _ in range(ROUND_TRIPS)]
     for what, part in (("p50", 0.5), ("p99", 0.99)):
         limit = ROUND_TRIP if what == "p50" else None
         report.add(
@@ -275,7 +361,10 @@ def main() -> None:
     report = Report("fleet", "vtpmd, many TPMs of one host")
     with tempfile.TemporaryDirectory() as folder:
         measure(report, Path(folder), max(AWAKE, options.sleepers), options.peer)
-    report.notes.append("C suite, in round trips: a `swtpm socket` of ours without a manager.")
+    report.notes.append(
+        "C suite: in wakes, its start; of one that sleeps, a process of its that nobody uses; in round "
+        "trips, a `swtpm socket` of ours without a manager."
+    )
     finish(report, options)
 
 
