@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import pty
+import shlex
 import stat
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import pytest
 import trio
@@ -202,6 +204,44 @@ def test_what_is_no_archive_is_not_sent(
     assert (status, out) == (1, "")
     assert said.startswith(f"vtpm import: {path} is no archive of a TPM: ")
     assert fleet.bundles == []
+
+
+def test_what_machines_and_containers_are_given(run: Run, fleet: FakeFleet) -> None:
+    fleet.add("one")
+    found = fleet.add("two")._replace(interface="cuse", sockets={})
+    fleet.tpms["two"] = found._replace(device="/dev/a,'b", managed_device="/dev/c d")
+    fleet.tpms["off"] = found._replace(name="off")
+    fleet.tpms["own"] = fleet.tpms["two"]._replace(name="own", interface="fuse")
+    fleet.tpms["named"] = fleet.tpms["two"]._replace(name="named", cdi="keep")
+
+    def given(*words: str) -> str:
+        status, out, err = run("attach", *words)
+        return out if status == 0 else err
+
+    control = "/run/vtpm/one/control"
+    assert shlex.split(given("one")) == [
+        *("-chardev", f"socket,id=chrtpm,path={control}"),
+        *("-tpmdev", "emulator,id=tpm0,chardev=chrtpm", "-device", "tpm-crb,tpmdev=tpm0"),
+    ]
+    assert shlex.split(given("two")) == [
+        *("-tpmdev", "passthrough,id=tpm0,path=/dev/a,,'b,cancel-path=/dev/null"),
+        *("-device", "tpm-tis,tpmdev=tpm0"),
+    ]
+    for name, model, inside in (
+        ("one", "tpm-crb", {"type": "unix", "mode": "connect", "path": control}),
+        ("two", "tpm-tis", {"path": "/dev/a,'b"}),
+    ):
+        element = ElementTree.fromstring(given("--to", "libvirt", name))  # noqa: S314  ours
+        assert (element.tag, element.get("model")) == ("tpm", model)
+        assert element[0][0].attrib == inside
+    devices = ["/dev/a,'b:/dev/tpm0:rw", "/dev/c d:/dev/tpmrm0:rw"]
+    for name, option in (("two", "--device"), ("own", "--volume")):
+        words = shlex.split(given("--to", "podman", name))
+        assert words == [option, devices[0], option, devices[1]]
+    assert given("--to", "podman", "named") == "--device vtpm-cuse.org/vtpm=named\n"
+    assert "one is no device" in given("--to", "podman", "one")
+    assert "type 'vtpm start off' first" in given("off")
+    assert "is none of qemu, libvirt, podman" in given("--to", "xen", "one")
 
 
 def test_ls_and_show(run: Run, fleet: FakeFleet) -> None:

@@ -34,6 +34,7 @@ MODULES: Final = (
     "vtpm_cuse.cli.vtpm.vtpm_rc",
     "vtpm_cuse.cli.vtpm.vtpm_run",
     "vtpm_cuse.cli.vtpm.vtpm_trace",
+    "vtpm_cuse.cli.vtpm.fleet.vtpm_attach",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_cdi",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_clone",
     "vtpm_cuse.cli.vtpm.fleet.vtpm_create",

@@ -43,6 +43,7 @@ PROGRAM: Final = Program(
         Subcommand(
             "trace", "the commands of a packet capture, readable", "vtpm_cuse.cli.vtpm.vtpm_trace"
         ),
+        Subcommand("attach", "what a machine is given for a TPM", f"{_MANAGER}.vtpm_attach"),
         Subcommand("cdi", "offer a TPM to containers", f"{_MANAGER}.vtpm_cdi"),
         Subcommand("clone", "make a TPM like another", f"{_MANAGER}.vtpm_clone"),
         Subcommand("create", "make a TPM", f"{_MANAGER}.vtpm_create"),
