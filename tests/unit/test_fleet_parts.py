@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -488,6 +489,38 @@ async def test_what_is_no_connection_is_not_kept(catalogue: Catalogue, tmp_path:
         await puppet.worker.ended.wait()
         assert (stage.one.state, stage.one.described().pid) == ("failed", None)
         assert puppet.process.wait(60) == -9
+
+
+@in_trio
+async def test_what_a_worker_says_of_its_tpm_is_bounded(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    async with _stage(catalogue, tmp_path) as stage:
+        puppet = await stage.started(stage.one.start)
+
+        async def say(message: Message) -> None:
+            assert await puppet.orders.receive() == Message(Order.LOOK, b"caps")
+            await puppet.orders.send(message)
+
+        for message, seen in (
+            *((Message(Report.TOLD, b"x"), b"x"), (Message(Report.TOLD, b"x", errno.ENOENT), None)),
+            *(
+                (Message(Report.TOLD, bytes(1 << 14)), "cannot tell"),
+                (Message(Report.DONE), "in the middle"),
+            ),
+            *(
+                (Message(Report.TOLD, b"x", errno.EBUSY), "cannot tell"),
+                (Message(Report.BUSY), "in the middle"),
+            ),
+        ):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(say, message)
+                if isinstance(seen, str):
+                    with pytest.raises(FleetError, match=seen) as info:
+                        await stage.one.look("caps")
+                    assert info.value.fault == "Busy"
+                else:
+                    assert await stage.one.look("caps") == seen
 
 
 @pytest.mark.parametrize("seed", range(4))
