@@ -123,6 +123,20 @@ class Manager:
             self.end_objects(connection)
         self.sessions.drop_useless()
 
+    def note_given(self, answer: bytes) -> None:
+        """An answer that gives any client a handle: whoever had it has lost it without a word.
+
+        One that is not the manager's may have ended what had it. To be called before `process` goes
+        on behind one of its own.
+        """
+        handle = wire.response_handle(answer) if succeeded(answer) else None
+        if handle is None:
+            return
+        if kind_of(handle) == TpmHt.TRANSIENT:
+            self.objects.lose_number(handle)
+        elif kind_of(handle) in SESSIONS and (found := self.sessions.find(handle)) is not None:
+            self.sessions.remove(found)
+
     def learn(self) -> bool:
         """Asks the TPM what it is like; False while it is not started.
 

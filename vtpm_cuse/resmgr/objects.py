@@ -71,9 +71,8 @@ class Objects:
 
     def _take_slot(self, found: Object, physical: int) -> None:
         # Whoever had this number has lost it without a word, by somebody's Clear, say.
-        stale = self._loaded.get(physical)
-        if stale is not None and stale is not found:
-            stale.physical = None
+        if self._loaded.get(physical) is not found:
+            self.lose_number(physical)
         found.physical = physical
         self._loaded[physical] = found
 
@@ -87,6 +86,11 @@ class Objects:
         if found.physical is not None:
             self._loaded.pop(found.physical, None)
             found.physical = None
+
+    def lose_number(self, physical: int) -> None:
+        """`lose` of the one that is loaded there, if there is one."""
+        if (found := self._loaded.get(physical)) is not None:
+            self.lose(found)
 
     def flush(self, found: Object) -> None:
         """Ends it. Raises TpmError."""

@@ -75,6 +75,7 @@ class ManagedVtpm:
         self._manager.reset(resumed=vtpm.resumed)
         vtpm.before_snapshot = self._manager.drop
         vtpm.on_startup = self._on_startup
+        vtpm.on_given = self._manager.note_given
 
     def begin(self) -> None:
         """To be called first: learns what the TPM is like, unless somebody would notice."""

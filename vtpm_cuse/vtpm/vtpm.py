@@ -44,7 +44,7 @@ from vtpm_cuse.wire.tpm import (
     self_test_command,
     startup_command,
 )
-from vtpm_cuse.wire.tpm2_handles import SESSIONS_TAG, UNKNOWN_SESSION
+from vtpm_cuse.wire.tpm2_handles import HANDLE_GIVERS, SESSIONS_TAG, UNKNOWN_SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,8 +104,8 @@ class Vtpm:
         starts: How often it was started: what was in it before the last time is no more.
         resumed: The last time, it went on from a volatile state.
         before_snapshot: Called before all that it holds leaves for another TPM.
-        on_startup: Called before any command of a client, when a TPM2_Startup has succeeded, or the
-            TPM goes on from a volatile state.
+        on_startup: Called when a TPM2_Startup has succeeded, or it is resumed, before all commands.
+        on_given: Told of answers to commands that give a client a handle (`HANDLE_GIVERS`).
         commands: How many it was given since it was made.
         gone: Why a borrowed TPM is no more, once that is so.
         on_gone: Called then, in the thread that has found it out.
@@ -137,6 +137,7 @@ class Vtpm:
         self.resumed = False
         self.before_snapshot: Callable[[], None] = lambda: None
         self.on_startup: Callable[[], None] = lambda: None
+        self.on_given: Callable[[bytes], None] = lambda _: None
         self.gone: DeviceGone | None = None
         self.on_gone: Callable[[], None] = lambda: None
 
@@ -254,10 +255,8 @@ class Vtpm:
         engine, kinds = self._engine, {kind.blob_name: kind for kind in StateType}
         engine.locality = saved.locality
         engine.buffer_size(saved.buffer_size)
-        self._last_header = saved.last_header
-        self._hashing = saved.hashing
-        self._failure_said = saved.failure_said
-        self._profile = saved.profile
+        self._last_header, self._profile = saved.last_header, saved.profile
+        self._hashing, self._failure_said = saved.hashing, saved.failure_said
         self._audit.session = saved.audit
         self._given = {kinds[name]: payload for name, payload in saved.given}
         for kind, payload in self._given.items():
@@ -309,6 +308,9 @@ class Vtpm:
             answer = self._execute(command)
             if answer[6:TPM_HEADER_SIZE] == _SUCCESS:
                 self.on_startup()
+            return answer
+        if code in HANDLE_GIVERS:
+            self.on_given(answer := self._execute(command))
             return answer
         if not self.is_long(command) and len(self._known) < _KNOWN_MAX:
             self._known[self._last_header] = command_size(command)

@@ -39,6 +39,15 @@ _SESSION_ATTRIBUTE_AUDIT_EXCLUSIVE: Final = 0x02
 _LASTS: Final = _SESSION_ATTRIBUTE_CONTINUE | _SESSION_ATTRIBUTE_AUDIT_EXCLUSIVE
 _HANDLES_MAX: Final = 3
 UNKNOWN_SESSION: Final = 0xFFFF_FFFF
+HANDLE_GIVERS: Final = frozenset(
+    code.to_bytes(4, "big")
+    for code in (
+        *(TpmCc.TPM_CC_CreatePrimary, TpmCc.TPM_CC_Load, TpmCc.TPM_CC_HMAC_Start),
+        *(TpmCc.TPM_CC_ContextLoad, TpmCc.TPM_CC_LoadExternal, TpmCc.TPM_CC_StartAuthSession),
+        *(TpmCc.TPM_CC_HashSequenceStart, TpmCc.TPM_CC_CreateLoaded),
+    )
+)
+"""Codes of the commands whose response begins with a handle, as any TPM says of them (TPMA_CC)."""
 SESSIONS_TAG: Final = TpmTag.TPM_ST_SESSIONS.to_bytes(2, "big")
 
 
