@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -12,119 +11,20 @@ from typing import Final
 import pytest
 
 from tests.support import unstable
+from tests.support.debian import PACKAGES, SYSTEM, System, is_new
 from tests.support.unstable import ROOT
-from tools.package import copy_tracked, day_of_release
+from tools.package import day_of_release
 from vtpm_cuse import PEER_VERSION, __version__
 
-PACKAGES: Final = ("python3-vtpm-cuse", "vtpm-cuse", "vtpm-cuse-swtpm")
 STATE: Final = "var/lib/vtpm-cuse/vtpm0/tpm2-00.permall"
 KEY: Final = "etc/vtpm-cuse/vtpm0.key"
-# Of the system alone: no Python or tool of a user's.
-SYSTEM: Final = {
-    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": "/root",
-    "LC_ALL": "C.UTF-8",
-    "DEBIAN_FRONTEND": "noninteractive",
-}
-# A system of its own over another, whose files it only reads; all that changes is in "upper".
-ENTER: Final = """
-mount --make-rprivate /
-mount -t overlay -o "lowerdir=$3,upperdir=$1/upper,workdir=$1/work" overlay "$1/system"
-cd "$1/system"
-mount -t proc proc proc
-mount --rbind /dev dev
-mount -t tmpfs tmpfs run
-mount -t tmpfs tmpfs tmp
-mount --bind "$2" mnt
-shift 3
-exec chroot . /bin/sh -ec "$@"
-"""
-# Where the package manager and what it starts note what they did.
-NOTES: Final = ("var/lib/dpkg/", "var/lib/apt/", "var/cache/", "var/log/", "var/lib/systemd/")
-USERS: Final = ("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow", "etc/.pwd.lock")
-
-
-def is_new(name: str) -> bool:
-    """Whether the system below has nothing of that name."""
-    return not Path("/", name).exists()
-
-
-class System:
-    """A Debian with the packages of *below*, Debian's swtpm among them, and with ours beside it."""
-
-    def __init__(self, folder: Path, debs: Path, below: Path = Path("/")) -> None:
-        self._folder = folder
-        self._debs = debs
-        self._below = below
-        for name in ("upper", "work", "system"):
-            (folder / name).mkdir()
-
-    def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A script of sh in there, that ends at the first error."""
-        alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-        return subprocess.run(
-            [*alone, "sh", "-ec", ENTER, "sh", self._folder, self._debs, self._below, script],
-            env={**SYSTEM, **variables},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def say(self, script: str, **variables: str) -> str:
-        """What a script prints that succeeds."""
-        done = self.run(script, **variables)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def install(self, *names: str) -> str:
-        """Installs packages as a user does; nothing is fetched."""
-        files = " ".join(f"/mnt/{name}_{__version__}_all.deb" for name in names)
-        return self.say(f"apt-get install -y --no-install-recommends {files}")
-
-    def changed(self) -> set[str]:
-        """Files and links that are new or other than in the system below, and new folders."""
-        upper = self._folder / "upper"
-        names = set()
-        for path in upper.rglob("*"):
-            name = str(path.relative_to(upper))
-            folder = path.is_dir() and not path.is_symlink()
-            # What is gone is a device there.
-            if is_new(name) if folder else path.is_file() or path.is_symlink():
-                names.add(name)
-        return {name for name in names if not name.startswith((*NOTES, *USERS))}
 
 
 @pytest.fixture(scope="module")
-def debs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the packages."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a checkout of git")
-    folder = tmp_path_factory.mktemp("debian")
-    copy_tracked(folder / "tree")
-    done = subprocess.run(
-        ["dpkg-buildpackage", "-b", "-us", "-uc"],
-        cwd=folder / "tree",
-        env={**SYSTEM, "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def system(debs: Path, tmp_path_factory: pytest.TempPathFactory) -> System:
+def system(bare_system: System) -> System:
     """With vtpm-cuse installed beside Debian's swtpm."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, for chroot and mount")
-    made = System(tmp_path_factory.mktemp("system"), debs)
-    entered = made.run("true")
-    if entered.returncode:
-        pytest.skip(f"no system over this one: {entered.stderr.strip()}")
-    made.install(*PACKAGES[:2])
-    return made
+    bare_system.install(*PACKAGES[:2])
+    return bare_system
 
 
 def test_version_and_day_are_those_of_the_changelog() -> None:

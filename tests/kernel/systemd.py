@@ -1,4 +1,4 @@
-"""A systemd that runs beside the lab's own process 1."""
+"""A systemd that runs beside process 1, in the lab or in a system of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Systemd:
         self.pid = int(children.read_text())
 
     def call(self, *words: str, status: int | None = 0) -> Done:
-        enter = ("nsenter", "-t", str(self.pid), "--mount", "--pid", "--cgroup")
+        enter = ("nsenter", "-t", str(self.pid), "--mount", "--pid", "--cgroup", "--root", "--wd")
         return run(*enter, *words, status=status)
 
     def systemctl(self, *words: str, status: int | None = 0) -> str:
