@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -86,10 +87,33 @@ def test_units_and_profiles_name_what_is_there(system: System) -> None:
     assert "/usr/local/bin/" not in said
 
 
-def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: System) -> None:
-    """And with all of them gone, nothing is left but the TPMs."""
+@pytest.fixture(scope="module")
+def emulator(system: System) -> System:
+    """With the package, too, that is in the place of the C suite."""
     system.install(PACKAGES[2])
-    said = system.say("""
+    return system
+
+
+def test_their_own_tests_pass(emulator: System) -> None:
+    """Those of debian/tests, run by autopkgtest; what they depend on is there already."""
+    names = ("run", "library", "swtpm")  # the fourth makes a device in /dev
+    chosen = " ".join(f"--test-name {name}" for name in names)
+    script = """
+        mkdir -p /run/tree/debian
+        cd /run/tree/debian
+        cp -r /mnt/tree/debian/control /mnt/tree/debian/changelog /mnt/tree/debian/tests .
+        sed -n 's/^Depends: //p' tests/control | xargs -d '\\n' apt-get --simulate satisfy >/run/said
+        grep '^0 upgraded, 0 newly installed' /run/said
+        sed -i 's/^Depends: .*/Depends:/' tests/control
+        autopkgtest --no-built-binaries -B /run/tree $CHOSEN -- null 2>&1
+    """
+    said = emulator.say(script, CHOSEN=chosen, PYTHONDONTWRITEBYTECODE="1")
+    results = dict(re.findall(r"^(\w+) +(PASS|FAIL|SKIP)", said, re.MULTILINE))
+    assert results == dict.fromkeys(names, "PASS"), said
+
+
+def test_one_of_them_is_in_the_place_of_the_c_suite(emulator: System) -> None:
+    said = emulator.say("""
         dpkg-query -W -f '${Package} ${db:Status-Status}\\n' swtpm swtpm-tools || :
         swtpm --version
         /usr/share/swtpm/swtpm-localca --version
@@ -105,12 +129,15 @@ def test_one_of_them_is_in_the_place_of_the_c_suite_until_it_is_purged(system: S
     assert said.count(f"version {PEER_VERSION} (vtpm-cuse {__version__})") == 2
     assert "installed" not in said.split()
     assert "tss:750" in said
-    system.say(f"mkdir -p /{Path(STATE).parent}; echo state >/{STATE}; echo key >/{KEY}")
-    system.say(f"apt-get purge -y {' '.join(PACKAGES)}")
-    ca = {name for name in system.changed() if name.startswith("var/lib/swtpm-localca/")}
+
+
+def test_with_all_of_them_purged_nothing_is_left_but_the_tpms(emulator: System) -> None:
+    emulator.say(f"mkdir -p /{Path(STATE).parent}; echo state >/{STATE}; echo key >/{KEY}")
+    emulator.say(f"apt-get purge -y {' '.join(PACKAGES)}")
+    ca = {name for name in emulator.changed() if name.startswith("var/lib/swtpm-localca/")}
     assert len(ca) >= 4
     folders = {str(path) for name in (STATE, KEY) for path in Path(name).parents}
-    assert system.changed() - ca == {STATE, KEY} | set(filter(is_new, folders))
+    assert emulator.changed() - ca == {STATE, KEY} | set(filter(is_new, folders))
 
 
 @pytest.mark.parametrize(

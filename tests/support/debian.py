@@ -40,8 +40,18 @@ shift 3
 exec /bin/sh -ec "$@"
 """
 # Where the package manager and what it starts note what they did.
-NOTES: Final = ("var/lib/dpkg/", "var/lib/apt/", "var/cache/", "var/log/", "var/lib/systemd/")
+NOTES: Final = (
+    "var/lib/dpkg/",
+    "var/lib/apt/",
+    "var/cache/",
+    "var/log/",
+    "var/lib/systemd/",
+    "etc/dpkg",
+)
 USERS: Final = ("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow", "etc/.pwd.lock")
+
+
+UNSAFE: Final = "etc/dpkg/dpkg.cfg.d/unsafe"
 
 
 def is_new(name: str) -> bool:
@@ -58,6 +68,10 @@ class System:
         self._below = below
         for name in ("upper", "work", "system"):
             (folder / name).mkdir()
+        # No disk is waited for: what a power cut would leave is thrown away all the same.
+        settings = folder / "upper" / UNSAFE
+        settings.parent.mkdir(parents=True)
+        settings.write_text("force-unsafe-io\n")
 
     def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """A script of sh in there, that ends at the first error."""

@@ -1,0 +1,118 @@
+"""debian/: installed, upgraded and removed under systemd, while TPMs are used."""
+
+from __future__ import annotations
+
+import json
+import socket
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.kernel.systemd import Systemd
+from tests.support import commands as tpm
+from tests.support.debian import EARLIER, PACKAGES, System, earlier
+from tests.support.sockets import connect, listens
+from tests.support.waiting import wait_until
+from vtpm_cuse import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.sockets import Client
+
+# Of what starts with a system only the log; no unit or script is to change this machine.
+BOOT: Final = """
+ln -sf /bin/true /usr/sbin/modprobe
+ln -sf /bin/true /usr/bin/udevadm
+find /lib/systemd/system/sysinit.target.wants ! -name '*journald*' -type l -delete
+rm -rf /etc/systemd/system/*.wants
+for unit in dev-cuse.device modprobe@cuse.service
+do ln -sf /dev/null /etc/systemd/system/$unit; done
+mkdir -p /etc/systemd/system/swtpm-cuse@vtpm0.service.d
+cat >/etc/systemd/system/swtpm-cuse@vtpm0.service.d/socket.conf <<END
+[Service]
+ExecStart=
+ExecStart=/usr/lib/vtpm-cuse/bin/swtpm socket --tpm2 --tpmstate dir=\\${STATE_DIRECTORY} \\
+    --flags startup-clear --server type=unixio,path=\\${STATE_DIRECTORY}/socket
+END
+printf '[Unit]\\nRequires=sysinit.target systemd-journald.service\\n' >/etc/systemd/system/test.target
+mount -t sysfs -o ro sysfs sys
+mount -t cgroup2 none sys/fs/cgroup
+mount --make-rshared /
+exec env -i container=test PATH="$PATH" /lib/systemd/systemd --system --unit=test.target
+"""
+UNIT: Final = "swtpm-cuse@vtpm0.service"
+PCR: Final = 10
+
+
+@pytest.fixture
+def systemd(bare_system: System, debs: Path, tmp_path: Path) -> Iterator[Systemd]:
+    """One that has booted in a system of its own, with earlier versions of the packages."""
+    earlier(debs, PACKAGES[:2])
+    with (tmp_path / "log").open("wb") as log:
+        process = bare_system.start(BOOT, log)
+    try:
+        found = Systemd(process)
+        bus = root_of(found) / "run/systemd/private"
+        wait_until(partial(listens, bus), "systemd", process=process, log=tmp_path / "log")
+        found.systemctl("is-system-running", "--wait", status=None)
+        found.call(
+            "sh", "-ec", f"dpkg -i {' '.join(f'/mnt/{name}_earlier.deb' for name in PACKAGES[:2])}"
+        )
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+
+
+def root_of(systemd: Systemd) -> Path:
+    return Path(f"/proc/{systemd.pid}/root")
+
+
+def extended(client: Client) -> bytes:
+    """The answer that tells a PCR, which was extended."""
+    assert tpm.code_of(client.command(tpm.pcr_extend(PCR, b"1" * 32))) == 0
+    return client.command(tpm.pcr_read(PCR))
+
+
+def version_of(manager: Path) -> str:
+    """Of the program that answers there."""
+    with socket.socket(socket.AF_UNIX) as asked, asked.makefile("rb") as answer:
+        asked.connect(str(manager))
+        asked.sendall(b'{"method": "org.varlink.service.GetInfo"}\0')
+        said = b"".join(iter(lambda: answer.read(1), b"\0"))
+    version: str = json.loads(said)["parameters"]["version"]
+    return version
+
+
+def test_an_upgrade_and_what_follows(systemd: Systemd) -> None:
+    """No client notices an upgrade, the manager is the new one; at a removal all TPMs end, in order."""
+    root = root_of(systemd)
+    systemd.systemctl("start", "vtpmd.socket", UNIT)
+    systemd.call("vtpm", "create", "one")
+    told = json.loads(systemd.call("vtpm", "start", "one", "--json").stdout)
+    manager = root / "run/vtpm/manager.sock"
+    units = ("vtpmd.service", UNIT)
+    before = [systemd.show(unit, "MainPID") for unit in units]
+    assert version_of(manager) == EARLIER
+    with (
+        connect(root / told["sockets"]["data"].lstrip("/")) as managed,
+        connect(root / "var/lib/private/vtpm-cuse/vtpm0/socket") as alone,
+    ):
+        values = [extended(client) for client in (managed, alone)]
+        debs = " ".join(f"/mnt/{name}_{__version__}_all.deb" for name in PACKAGES[:2])
+        systemd.call("sh", "-ec", f"dpkg -i {debs}")
+        assert version_of(manager) == __version__
+        assert [systemd.show(unit, "MainPID") for unit in units] == before
+        assert [client.command(tpm.pcr_read(PCR)) for client in (managed, alone)] == values
+        systemd.call("dpkg", "--remove", *reversed(PACKAGES[:2]))
+        assert managed.ended()
+        assert alone.ended()
+    assert {systemd.show(unit, "ActiveState") for unit in units} == {"inactive"}
+    systemd.call("dpkg", "--purge", *reversed(PACKAGES[:2]))
+    left = systemd.call("find", "/run/vtpm", "/run/vtpm-cuse", "/etc/vtpm-cuse", status=None)
+    assert left.stdout == ""
+    assert (root / "var/lib/private/vtpm-cuse/vtpm0/tpm2-00.permall").stat().st_size > 0
+    assert list(root.glob("var/lib/vtpm/*"))
