@@ -21,6 +21,40 @@ STATE: Final = "var/lib/vtpm-cuse/vtpm0/tpm2-00.permall"
 KEY: Final = "etc/vtpm-cuse/vtpm0.key"
 
 
+# A machine with a TPM that has no disk, and starts all the same.
+LIBVIRT: Final = """
+mount -t tmpfs -o mode=755 tmpfs /etc/libvirt
+mount -t tmpfs -o mode=755 tmpfs /var/lib/libvirt
+mount -t sysfs -o ro sysfs /sys
+printf 'cgroup_controllers = []\\nnamespaces = []\\n' >/etc/libvirt/qemu.conf
+cat >/run/domain.xml <<END
+<domain type='qemu'>
+  <name>guest</name>
+  <memory unit='MiB'>64</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <devices>
+    <tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+END
+virtlogd --daemon
+libvirtd --daemon
+virsh define /run/domain.xml
+virsh start guest >&2 || { cat /var/log/libvirt/qemu/guest.log /var/log/swtpm/libvirt/qemu/guest* >&2; exit 1; }
+virsh domstate guest
+virsh qemu-monitor-command guest --hmp info tpm
+ps -C swtpm -o args= -ww
+cat /var/log/swtpm/libvirt/qemu/guest*
+find /var/lib/libvirt/swtpm -name '*permall' -printf '%u %p\\n'
+virsh destroy guest
+virsh undefine guest
+echo left:
+find /var/lib/libvirt/swtpm -mindepth 1
+"""
+
+
 @pytest.fixture(scope="module")
 def system(bare_system: System) -> System:
     """With vtpm-cuse installed beside Debian's swtpm."""
@@ -129,6 +163,23 @@ def test_one_of_them_is_in_the_place_of_the_c_suite(emulator: System) -> None:
     assert said.count(f"version {PEER_VERSION} (vtpm-cuse {__version__})") == 2
     assert "installed" not in said.split()
     assert "tss:750" in said
+
+
+def test_libvirt_starts_a_machine_with_them(emulator: System) -> None:
+    """As installed, but for what a container does not have; nothing tells it of our programs."""
+    if "libvirt-qemu:" not in Path("/etc/passwd").read_text():
+        pytest.skip("needs libvirt-daemon-system")
+    said = emulator.say(LIBVIRT)
+    assert "\nrunning\n" in said
+    assert "type=emulator" in said
+    assert "EK certificate locally" in said  # by our swtpm_setup, for the other is gone
+    assert re.search(
+        r"^/usr/bin/python3 -IB /usr/bin/swtpm socket .*--terminate", said, re.MULTILINE
+    )
+    assert re.search(
+        r"^tss /var/lib/libvirt/swtpm/[-0-9a-f]{36}/tpm2/tpm2-00.permall$", said, re.MULTILINE
+    )
+    assert said.endswith("left:\n")
 
 
 def test_with_all_of_them_purged_nothing_is_left_but_the_tpms(emulator: System) -> None:

@@ -22,7 +22,8 @@ SYSTEM: Final = {
     "LC_ALL": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
 }
-# A system of its own over another, whose files it only reads; all that changes is in "upper".
+# A system of its own over another, whose files it only reads; all that changes is in "upper". It
+# has no network.
 ENTER: Final = """
 mount --make-rprivate /
 mount -t overlay -o "lowerdir=$3,upperdir=$1/upper,workdir=$1/work" overlay "$1/system"
@@ -91,7 +92,7 @@ class System:
         )
 
     def _entering(self, script: str) -> list[str]:
-        alone = ("unshare", "--mount", "--pid", "--cgroup", "--fork", "--kill-child")
+        alone = ("unshare", "--mount", "--pid", "--cgroup", "--net", "--fork", "--kill-child")
         places = (self._folder, self._debs, self._below)
         return [*alone, "sh", "-ec", ENTER, "sh", *map(str, places), script]
 
