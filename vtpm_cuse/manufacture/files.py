@@ -32,6 +32,7 @@ _SETTINGS: Final = frozenset(
         *{"ek1keyalgo", "ek2keyalgo", "iakkeyalgo", "idevidkeyalgo"},
     }
 )
+_LOCAL_CAS: Final = ("swtpm_localca", "swtpm-localca")
 _WORDS: Final = frozenset({"overwrite", "root", "skip-if-exist"})
 
 
@@ -105,6 +106,24 @@ def deciding_files() -> tuple[str, ...]:
         CaSettings.load(ca, os.environ).issuer_certificate,
     )
     return tuple(path for path in found if path is not None)
+
+
+def written_folders() -> tuple[str, ...] | None:
+    """The folders of a local CA, to which a set-up without options writes.
+
+    None where nobody can tell: a program that is no local CA makes certificates, or a token signs.
+
+    Raises:
+        UsageError: A file that says so cannot be read.
+    """
+    config = ConfigFile.load(configfile.find(_SETUP_FILE, os.environ, "--config"), "vtpmd")
+    tool = os.path.basename(config.certificate_tool() or _LOCAL_CAS[0])
+    ca = CaSettings.load(config.value("create_certs_tool_config"), os.environ)
+    if tool not in _LOCAL_CAS or ca.signing_key.startswith("pkcs11:"):
+        return None
+    files = (ca.signing_key, ca.issuer_certificate, ca.serial_file)
+    found = (ca.state_dir, *(os.path.dirname(path) for path in files))
+    return tuple(dict.fromkeys(path for path in found if os.path.isabs(path)))
 
 
 def create_config_files(how: str) -> Iterator[str]:

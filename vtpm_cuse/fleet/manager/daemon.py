@@ -18,7 +18,7 @@ from vtpm_cuse.acquire.sockets import listen
 from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
 from vtpm_cuse.fleet import heritage
-from vtpm_cuse.fleet.manager import api, exporter
+from vtpm_cuse.fleet.manager import api, confinement, exporter
 from vtpm_cuse.fleet.manager.machine import FOLDER
 from vtpm_cuse.fleet.manager.manager import SOCKET, managed
 from vtpm_cuse.fleet.opener import Opener
@@ -57,6 +57,8 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # five and more for each TPM
     status = 0
     try:
+        if not heritage.is_there():  # what this process has taken the place of was in it
+            confinement.enter(settings)
         left = heritage.taken()
         while True:
             theirs = left and left.manager.opener

@@ -45,7 +45,7 @@ SOCKET: Final = "manager.sock"
 """Where it is asked, in the folder of the sockets."""
 
 _ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_RUN_MODE: Final = 0o711
+RUN_MODE: Final = 0o711
 _EVENTS_MAX: Final = 1024
 """That one who watches may be behind; then it is told no more."""
 _AT_A_TIME: Final = 256
@@ -99,7 +99,7 @@ async def managed(
         VtpmError: It cannot begin.
         OSError: The same.
     """
-    make_folder(settings.run, _RUN_MODE, umask=False)
+    make_folder(settings.run, RUN_MODE, umask=False)
     with contextlib.ExitStack() as undo:
         catalogue = Catalogue(settings.state, left and left.manager.lock)
         undo.callback(catalogue.close)

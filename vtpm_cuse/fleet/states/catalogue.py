@@ -33,7 +33,7 @@ _DAMAGED: Final = ".damaged"
 _NEW: Final = ".new-"
 _OLD: Final = ".old-"
 _LOCK: Final = ".lock"
-_FOLDER_MODE: Final = 0o700
+FOLDER_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _ENTRY_MAX: Final = 1 << 16
 _KEY: Final = frozenset({"file", "pwdfile", "credential", "mode", "format", "kdf"})
@@ -116,7 +116,7 @@ class Catalogue:
         if lock is not None:
             self._lock = lock
             return
-        make_folder(self.path, _FOLDER_MODE)
+        make_folder(self.path, FOLDER_MODE)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)
         try:
@@ -204,7 +204,7 @@ class Catalogue:
         """A folder for the state of a TPM that is yet to be, by its id. Raises StorageError."""
         state = os.path.join(self._of(_NEW + number), "state")
         with _errors(state):
-            make_folder(state, _FOLDER_MODE)
+            make_folder(state, FOLDER_MODE)
         return state
 
     def give_up(self, number: str) -> None:
@@ -248,7 +248,7 @@ class Catalogue:
             yield new
             with _errors(folder):
                 above = os.path.dirname(folder)
-                make_folder(above, _FOLDER_MODE)
+                make_folder(above, FOLDER_MODE)
                 _flush_names(self._of(name))
                 self._rename(new, folder)
         finally:

@@ -12,15 +12,18 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 log = logging.getLogger(__name__)
 
 # linux/capability.h, linux/prctl.h
 _CAPABILITY_VERSION_3: Final = 0x20080522
 CAP_CHOWN: Final = 0
-_CAP_DAC_OVERRIDE: Final = 1
-_CAP_FOWNER: Final = 3
+CAP_DAC_OVERRIDE: Final = 1
+CAP_FOWNER: Final = 3
+CAP_KILL: Final = 5
+CAP_SETGID: Final = 6
+CAP_SETUID: Final = 7
 CAP_SYS_ADMIN: Final = 21
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -41,7 +44,7 @@ def drop_capabilities(needed: Iterable[str]) -> None:
     """
     libc = _bounded()
     permitted = _permitted(libc)
-    keep = permitted & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_FOWNER)
+    keep = permitted & (1 << CAP_DAC_OVERRIDE | 1 << CAP_FOWNER)
     _set_capabilities(libc, effective=0, permitted=keep)
     if keep and (others := [path for path in needed if _needs_rights(path)]):
         log.info("Other users' files need the right to write to them: %s", ", ".join(others))
@@ -54,6 +57,16 @@ def keep_only(*wanted: int) -> None:
     """Gives up all capabilities but these, as far as it has them. Raises OSError: the kernel refuses."""
     libc = _bounded()
     keep = _permitted(libc) & sum(1 << capability for capability in wanted)
+    _set_capabilities(libc, effective=keep, permitted=keep)
+
+
+def bound(*those: int) -> None:
+    """Gives up all capabilities but *those*, for itself and for all programs that it starts.
+
+    Raises OSError: the kernel refuses.
+    """
+    libc = _bounded(those)
+    keep = _permitted(libc) & sum(1 << one for one in those)
     _set_capabilities(libc, effective=keep, permitted=keep)
 
 
@@ -85,12 +98,13 @@ def _needs_rights(path: str) -> bool:
     return not os.access(path, wanted, effective_ids=True)
 
 
-def _bounded() -> ctypes.CDLL:
-    """The C library; no program that is started gets any."""
+def _bounded(but: Collection[int] = ()) -> ctypes.CDLL:
+    """The C library; no program that is started gets any, *but* these."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     for number in range(_CAPABILITIES_MAX):  # fails where it was none, or not ours to drop
-        libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
+        if number not in but:
+            libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     return libc
 
 

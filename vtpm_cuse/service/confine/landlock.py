@@ -21,12 +21,20 @@ _SYS_RESTRICT_SELF: Final = 446
 _CREATE_RULESET_VERSION: Final = 1
 _RULE_PATH_BENEATH: Final = 1
 
+EXECUTE: Final = 1 << 0
 WRITE_FILE: Final = 1 << 1
 READ_FILE: Final = 1 << 2
 READ_DIR: Final = 1 << 3
+REMOVE_DIR: Final = 1 << 4
 REMOVE_FILE: Final = 1 << 5
+MAKE_DIR: Final = 1 << 7
 MAKE_REG: Final = 1 << 8
+MAKE_SOCK: Final = 1 << 9
+REFER: Final = 1 << 13
 TRUNCATE: Final = 1 << 14
+IOCTL_DEV: Final = 1 << 15
+REFERS_SINCE: Final = 2
+"""The version from which on a file may go from one folder to another."""
 
 # All rights of files, TCP ports and scopes, by the version that brought them: to handle a right
 # is to refuse it wherever no rule gives it.
@@ -55,11 +63,11 @@ def version() -> int:
     raise LandlockMissing(reason)
 
 
-def restrict(paths: Mapping[str, int]) -> None:
+def restrict(paths: Mapping[str, int], *, files_only: bool = False) -> None:
     """Refuses every path but *paths* with the given rights, for good; open descriptors stay.
 
-    TCP, abstract sockets and signals to others are refused too where the kernel can. What is
-    not there now is refused as well. Needs no-new-privileges.
+    TCP, abstract sockets and signals to others are refused too where the kernel can, unless it is
+    for *files_only*. What is not there now is refused as well. Needs no-new-privileges.
 
     Raises:
         LandlockMissing: Nothing is restricted.
@@ -68,9 +76,9 @@ def restrict(paths: Mapping[str, int]) -> None:
     abi = version()
     handled = (1 << max(bits for since, bits in _FILE_RIGHTS if since <= abi)) - 1
     attributes = [handled]
-    if abi >= _NET_VERSION:
+    if abi >= _NET_VERSION and not files_only:
         attributes.append(_NET_RIGHTS)
-    if abi >= _SCOPE_VERSION:
+    if abi >= _SCOPE_VERSION and not files_only:
         attributes.append(_SCOPES)
     attribute = (ctypes.c_uint64 * len(attributes))(*attributes)
     ruleset = _checked(_SYS_CREATE_RULESET, attribute, ctypes.c_size_t(ctypes.sizeof(attribute)), 0)
@@ -89,7 +97,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         return
     try:
         if not os.path.isdir(path):
-            rights &= READ_FILE | WRITE_FILE | TRUNCATE
+            rights &= EXECUTE | READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV
         rule = struct.pack("=Qi", rights, fd)  # struct landlock_path_beneath_attr
         _checked(_SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
     finally:

@@ -86,6 +86,21 @@ _DEADLY: Final = (
     "name_to_handle_at open_by_handle_at lookup_dcookie vhangup"
 )
 
+_NOBODYS: Final = (
+    # other processes' memory and descriptors
+    "ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd "
+    # name spaces, roots, mounts
+    "setns unshare chroot pivot_root mount umount umount2 move_mount open_tree fsopen fsmount "
+    "fsconfig fspick mount_setattr "
+    # the kernel
+    "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register "
+    "init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff "
+    "iopl ioperm modify_ldt syslog acct quotactl quotactl_fd settimeofday clock_settime "
+    "clock_adjtime adjtimex sethostname setdomainname name_to_handle_at open_by_handle_at "
+    "lookup_dcookie vhangup nfsservctl"
+)
+"""What neither a manager needs nor any program that it starts."""
+
 _IOCTLS: Final = (
     0x5401,  # TCGETS: isatty() by Python's open()
     0x5421,  # FIONBIO: setblocking()
@@ -302,6 +317,18 @@ def make_filter(
     if kill:
         for name in set(_DEADLY.split()) - allowed:
             rules.add(_KILL_PROCESS, name)
+    return rules.finish()
+
+
+def make_common_filter() -> Filter:
+    """For who starts other programs, which inherit it: without what none of them does.
+
+    Raises:
+        FrontendError: There is no libseccomp.
+    """
+    rules = _Rules(_ALLOW, _KILL_PROCESS)
+    for name in _NOBODYS.split():
+        rules.add(_ERRNO | errno.EPERM, name)
     return rules.finish()
 
 
