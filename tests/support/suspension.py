@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from tests.support import commands as tpm
@@ -99,6 +100,18 @@ def prepared(*, tpm2: bool = True) -> dict[str, bytes]:
     host.vtpm.process(tpm.TPM2_STARTUP_CLEAR if tpm2 else tpm.TPM12_STARTUP_CLEAR)
     host.close()
     return host.store.blobs
+
+
+@contextmanager
+def started(blobs: dict[str, bytes]) -> Iterator[Host]:
+    """A TPM 2.0 that has these blobs, is on and started."""
+    host = Host(blobs)
+    host.vtpm.start()
+    try:
+        assert tpm.code_of(host.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
+        yield host
+    finally:
+        host.close()
 
 
 def masked(command: bytes, response: bytes) -> bytes | tuple[int, int]:

@@ -10,7 +10,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support.auditor import AUDIT, EXCLUSIVE, Auditor
-from tests.support.suspension import Host, prepared
+from tests.support.suspension import Host, prepared, started
 from tests.support.vectors import STATE
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.vtpm import audit
@@ -36,11 +36,8 @@ def blobs() -> dict[str, bytes]:
 
 @pytest.fixture
 def host(blobs: dict[str, bytes]) -> Iterator[Host]:
-    found = Host(blobs)
-    found.vtpm.start()
-    assert tpm.code_of(found.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
-    yield found
-    found.close()
+    with started(blobs) as found:
+        yield found
 
 
 def ask(vtpm: Vtpm) -> int:

@@ -9,7 +9,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support import managed as m
 from tests.support.commands import code_of
-from tests.support.suspension import Host, prepared
+from tests.support.suspension import Host, prepared, started
 from vtpm_cuse.resmgr.commands import commands
 from vtpm_cuse.resmgr.inner import Inner
 from vtpm_cuse.vtpm.clients import Peer
@@ -50,11 +50,8 @@ def blobs() -> dict[str, bytes]:
 
 @pytest.fixture
 def world(blobs: dict[str, bytes]) -> Iterator[World]:
-    host = Host(blobs)
-    host.vtpm.start()
-    assert code_of(host.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
-    yield World(host)
-    host.close()
+    with started(blobs) as host:
+        yield World(host)
 
 
 @pytest.mark.parametrize("is_known", [False, True])

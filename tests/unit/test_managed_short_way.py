@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import commands as tpm
 from tests.support import managed as m
-from tests.support.suspension import Host, prepared
+from tests.support.suspension import Host, prepared, started
 from vtpm_cuse.vtpm.clients import Peer
 from vtpm_cuse.vtpm.managed import ManagedVtpm
 
@@ -49,11 +49,8 @@ def blobs() -> dict[str, bytes]:
 
 @pytest.fixture
 def world(blobs: dict[str, bytes]) -> Iterator[World]:
-    host = Host(blobs)
-    host.vtpm.start()
-    assert tpm.code_of(host.vtpm.process(tpm.TPM2_STARTUP_CLEAR)) == 0
-    yield World(host)
-    host.close()
+    with started(blobs) as host:
+        yield World(host)
 
 
 def test_is_equal_for_each_client(world: World) -> None:
