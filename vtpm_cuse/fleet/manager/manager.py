@@ -496,7 +496,9 @@ class Manager:
         """While one comes that has an id already. Raises FleetError where there is that TPM."""
         there = self._ids.get(number)
         if there is not None or number in self._coming:
-            reason = f"it is there already, as {there.name}" if there else "it is on its way already"
+            reason = (
+                f"it is there already, as {there.name}" if there else "it is on its way already"
+            )
             raise FleetError("TpmExists", name, reason)
         self._coming[number] = None
         try:
