@@ -101,7 +101,8 @@ def test_what_is_there_of_one_awake_asleep_and_off(daemon: Daemon, tmp_path: Pat
         assert len(os.listdir(one / "pcr-sha256")) == 24
         assert "TCG version: 2.0\n" in (one / "caps").read_text()
         assert refusal(one / "ek.crt") == refusal(one / "pcr-sha256/24") == "ENOENT"
-        assert refusal(top / found.id / "state") == refusal(top / "nix") == "ENOENT"
+        for name in ("nix", ".git", found.id, os.fsdecode(b"\xff"), "n" * 255):
+            assert refusal(top / name / "state") == refusal(top / name) == "ENOENT", name
         manager.hibernate("one")
         assert (one / "state").read_text() == "asleep\n"
         assert refusal(one / "pcr-sha256/10") == refusal(one / "caps") == "EAGAIN"

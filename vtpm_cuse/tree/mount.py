@@ -92,8 +92,8 @@ class Tree(pyfuse3.Operations):
         """What has that name in a folder. Raises FUSEError, as all of these do."""
         folder, text = self._numbers.place(parent_inode), os.fsdecode(name)
         if folder == _Place():
-            tpm = await self._described(text)
-            if tpm.name != text:  # an id, say
+            tpm = await self._described(text) if text.isascii() else None
+            if tpm is None or tpm.name != text:  # an id, say
                 raise pyfuse3.FUSEError(errno.ENOENT)
             return self._found(_Place(tpm.id), tpm.owner, is_folder=True)
         tpm = await self._described(folder.tpm)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PATIENCE_SECONDS: Final = 10.0
 _ERRORS: Final = {
     "NoSuchTpm": errno.ENOENT,
+    "BadName": errno.ENOENT,
     "NotOwner": errno.EACCES,
     "Busy": errno.EAGAIN,
 }
