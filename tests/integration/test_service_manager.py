@@ -6,32 +6,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import sockets as s
 from tests.support.commands import get_random
 from tests.support.programs import module_of
+from tests.support.service_manager import started
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.client.manager import Manager
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
-
-_AS_PASSED: Final = """
-import os, sys
-names, fds = sys.argv[1], [int(fd) for fd in sys.argv[2].split(",")]
-for number, fd in enumerate([os.dup(fd) for fd in fds]):
-    os.dup2(fd, 3 + number)
-    os.set_inheritable(3 + number, True)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)), LISTEN_FDNAMES=names)
-os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
-"""
-"""Does what systemd does: descriptors from 3 on, and three variables."""
 
 
 @pytest.fixture
@@ -74,20 +62,6 @@ def test_no_manager_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert "Could not reach the service manager" in server.log_text()
 
 
-def started(
-    names: str, listeners: Sequence[socket.socket], *words: str, stderr: int | None = None
-) -> subprocess.Popen[bytes]:
-    """A program of Python's that is given listening sockets."""
-    fds = [sock.fileno() for sock in listeners]
-    return subprocess.Popen(
-        [sys.executable, "-c", _AS_PASSED, names, ",".join(map(str, fds)), *words],
-        stdin=subprocess.DEVNULL,
-        stderr=stderr,
-        pass_fds=fds,
-        env=s.environment(),
-    )
-
-
 def passed(
     tmp_path: Path, names: str, *words: str, stderr: int | None = None
 ) -> subprocess.Popen[bytes]:
@@ -96,7 +70,9 @@ def passed(
     with ExitStack() as stack:
         listeners = [stack.enter_context(s.listener(tmp_path / name)) for name in ("data", "ctrl")]
         server = (*s.OURS[1:], "socket", "--tpm2", "--tpmstate", f"dir={tmp_path / 'state'}")
-        return started(names, listeners, *server, *s.RUNNING, *words, stderr=stderr)
+        return started(
+            names, [one.fileno() for one in listeners], *server, *s.RUNNING, *words, stderr=stderr
+        )
 
 
 def test_passed_sockets(tmp_path: Path) -> None:
@@ -146,7 +122,7 @@ def test_a_manager_of_many_is_asked_on_a_passed_socket(
     words = ("-c", code, "--state", str(tmp_path / "state"), "--run", str(tmp_path / "run"))
     path = tmp_path / "manager.sock"
     with manager, s.listener(path) as listener:
-        process = started("manager", [listener], *words, stderr=subprocess.PIPE)
+        process = started("manager", [listener.fileno()], *words, stderr=subprocess.PIPE)
         with process, Manager(str(path)) as asking:
             assert asking.list() == []
             assert manager.recv(100) == b"READY=1"

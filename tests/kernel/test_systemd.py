@@ -34,6 +34,8 @@ from tests.support.commands import (
     nv_define,
     nv_read,
     nv_write,
+    pcr_extend,
+    pcr_read,
 )
 from tests.support.sockets import listens
 
@@ -525,6 +527,29 @@ def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
         systemd.systemctl("stop", "vtpm-tree.service", "vtpmd.socket", "vtpmd.service")
     said = systemd.call("journalctl", "--no-pager", "-t", "vtpmd").stdout
     assert "TPMs are in /var/lib/vtpm" in said
+
+
+def test_tpms_of_the_manager_outlive_it(systemd: Systemd) -> None:
+    """Who has a device open sees neither a death nor a restart; behind a stop it is gone."""
+    systemd.systemctl("reset-failed", "vtpmd.service")  # starts are counted
+    systemd.systemctl("start", "vtpmd.socket")
+    kill = ("kill", "--kill-whom=main", "--signal=KILL")
+    try:
+        systemd.call("vtpm", "create", "two", "--interface", "cuse")
+        systemd.call("vtpm", "start", "two")
+        with opened(Path("/dev/vtpmd-two")) as fd:
+            assert code_of(exchange(fd, pcr_extend(10, b"1" * 32))) == 0
+            extended = exchange(fd, pcr_read(10))
+            for words in (kill, kill, ("restart",)):
+                before = systemd.show("vtpmd", "MainPID")
+                systemd.systemctl(*words, "vtpmd.service")
+                assert exchange(fd, pcr_read(10)) == extended
+                systemd.call("vtpm", "hibernate", "two")
+                assert systemd.show("vtpmd", "MainPID") not in {before, "0"}
+            systemd.systemctl("stop", "vtpmd.service")
+            wait_until(lambda: not os.path.exists("/dev/vtpmd-two"), "the end of the device")
+    finally:
+        systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")
 
 
 def test_units_are_without_fault(systemd: Systemd) -> None:

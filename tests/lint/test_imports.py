@@ -101,6 +101,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     | {"acquire", "config", "fleet.base", "fleet.states.archives", "wire"},
     "fleet.opener": ERRORS
     | {"acquire", "acquire.keeper", "fleet", "fleet.base", "service.confine"},
+    "fleet.depot": frozenset({"errors", "fleet", "service.confine"}),
     "fleet.worker": ERRORS
     | {"acquire", "config", "fleet", "proto", "resmgr", "serve", "storage.base", "vtpm", "wire"}
     | {"service.compose", "service.confine"},

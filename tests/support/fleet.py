@@ -16,8 +16,10 @@ import trio
 from tests.support import commands as tpm
 from tests.support.sockets import u32
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
+from vtpm_cuse.fleet import lines
 from vtpm_cuse.fleet.base import Spec
-from vtpm_cuse.fleet.channel import Channel, close_all
+from vtpm_cuse.fleet.blocking import close_all
+from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.manager.manager import Manager, Settings, managed
 from vtpm_cuse.fleet.manager.workers import WorkerProcess
 from vtpm_cuse.fleet.messages import Answer, Message
@@ -186,7 +188,8 @@ class Puppet:
         calls, self._calls = socket.socketpair()
         self.process = subprocess.Popen(["/bin/sleep", "1000"])
         held = os.pidfd_open(self.process.pid)
-        self.worker = WorkerProcess(self.process.pid, held, Channel(orders), Channel(calls))
+        line, self._line = lines.line()
+        self.worker = WorkerProcess(self.process.pid, held, line, Channel(orders), Channel(calls))
         self.orders, self.calls = Channel(self._orders), Channel(self._calls)
         self.told = Message(Answer.FAILED)
 
@@ -202,6 +205,7 @@ class Puppet:
         close_all(self.told.descriptors)
         self.orders.close()
         self.calls.close()
+        self._line.close()
 
 
 def random_of(response: bytes) -> bytes:

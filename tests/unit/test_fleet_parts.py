@@ -26,10 +26,12 @@ from vtpm_cuse.errors import (
     StateMissing,
     StorageError,
 )
-from vtpm_cuse.fleet.channel import BlockingChannel, Channel
+from vtpm_cuse.fleet import lines
+from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.manager.entrances import DeviceEntrance, SocketEntrance
-from vtpm_cuse.fleet.manager.machine import Machine, Surroundings
+from vtpm_cuse.fleet.manager.machine import Machine
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
+from vtpm_cuse.fleet.manager.surroundings import Surroundings
 from vtpm_cuse.fleet.messages import (
     BODY_MAX,
     Answer,
@@ -45,6 +47,7 @@ from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry, check_name
 from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 from vtpm_cuse.fleet.worker.clock import Moment
+from vtpm_cuse.fleet.worker.hearing import Hearing
 from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
 from vtpm_cuse.fleet.worker.store import MessageStore
 from vtpm_cuse.proto.control import SavedControlStream
@@ -231,16 +234,17 @@ def test_a_state_that_is_open_takes_two_descriptors(tmp_path: Path) -> None:
 
 
 def test_a_worker_asks_for_no_state_that_came_along_until_it_has_begun() -> None:
-    end, ours = socket.socketpair()
+    ours, end = lines.line()
     ours.close()
-    store = MessageStore(BlockingChannel(end), BLOB)
+    hearing = Hearing(end)
+    store = MessageStore(hearing, BLOB)
     assert [store.load(PERMANENT), store.load(PERMANENT)] == [BLOB, BLOB]
     with pytest.raises(StorageError, match="manager"):
         store.load("volatilestate")
     store.forget()
     with pytest.raises(StorageError, match="manager"):
         store.load(PERMANENT)
-    end.close()
+    hearing.close()
 
 
 @pytest.mark.parametrize(

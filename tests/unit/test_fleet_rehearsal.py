@@ -21,8 +21,8 @@ from vtpm_cuse.serve.sockets import SocketServer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.fleet.channel import Channel
-    from vtpm_cuse.fleet.worker.store import Calls
+    from vtpm_cuse.fleet.worker.hearing import Hearing
+    from vtpm_cuse.fleet.worker.store import Managers
 
 
 def held() -> set[object]:
@@ -68,8 +68,9 @@ def test_all_is_done_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("kind", [Report.FAILED, Report.DONE])
 def test_a_worker_that_says_something_else_is_found_out(kind: Report) -> None:
-    async def serve(orders: Channel, _: Calls) -> None:
-        await orders.send(Message(kind))
+    async def serve(hearing: Hearing, _: Managers) -> None:
+        assert await hearing.receive() is not None
+        await hearing.say(Message(kind))
 
     with pytest.raises(ExceptionGroup) as caught:
         rehearsal.prepare(serve, 1)

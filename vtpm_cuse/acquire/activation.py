@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _FIRST_FD: Final = 3
 _DIGITS_MAX: Final = 9
 EMULATORS: Final = ("data", "ctrl")
-MANAGERS: Final = ("manager",)
+MANAGERS: Final = ("manager", "depot")
 
 
 def passed_sockets(known: Sequence[str] = EMULATORS, taken: Collection[int] = ()) -> dict[str, int]:

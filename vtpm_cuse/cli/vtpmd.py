@@ -96,6 +96,9 @@ PROGRAM: Final = Program(
         "SIGTERM and SIGINT end the manager in order: each TPM is shut down as by TPM2_Shutdown. "
         "Behind a crash of the manager, TPMs are as after a power cut: what was acknowledged is "
         "there.",
+        "Where a service manager keeps a descriptor for it (see FDSTORE), that is otherwise: TPMs outlive its "
+        "death and its restart, with their clients, but for those in a mount. A process that only keeps what "
+        "is theirs, and ends when nothing of that is kept any more, waits for the next manager.",
     ),
     examples=(
         Example("", "vtpmd --user"),
@@ -113,8 +116,14 @@ PROGRAM: Final = Program(
         Term("XDG_CONFIG_HOME", "Where swtpm_setup finds its configuration; see swtpm_setup(8)."),
         Term("NOTIFY_SOCKET", "Where a service manager waits for it to be ready."),
         Term(
+            "FDSTORE",
+            "Whether the service manager keeps descriptors, as a number of them above 0; older versions of "
+            "systemd than 254 do not say so, and vtpmd.service does.",
+        ),
+        Term(
             "LISTEN_FDS, LISTEN_FDNAMES",
-            "A socket called manager that a service manager has opened: it is asked there.",
+            "A socket called manager that a service manager has opened: it is asked there; and one called depot, "
+            "which it has kept.",
         ),
     ),
     files=(

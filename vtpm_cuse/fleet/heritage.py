@@ -1,7 +1,8 @@
-"""What a manager leaves to the program that takes its place: plain values, and open descriptors.
+"""What a manager leaves to the one that takes its place: plain values, and open descriptors.
 
-Those stay open over an execve and are named by their numbers; the values are lines of JSON in a
-file in memory. What sleeps goes on sleeping, and who is awake keeps its process.
+Over an execve those stay open and are named by their numbers; the values are lines of JSON in a
+file in memory. To one that comes behind a killed one they are handed, with a text for each TPM.
+What sleeps goes on sleeping, and who is awake keeps its process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vtpm_cuse.fleet.base import State
 
@@ -37,12 +38,15 @@ class SavedChannel(NamedTuple):
 
 
 class SavedWorker(NamedTuple):
-    """A worker that goes on; ``held`` is the pidfd of its process."""
+    """A worker that goes on; ``held`` is the pidfd of its process, ``line`` where it is brought channels.
+
+    ``channels`` are those that it has, for orders and for calls; None behind a killed manager.
+    """
 
     pid: int
     held: int
-    orders: SavedChannel
-    calls: SavedChannel
+    line: int
+    channels: tuple[SavedChannel, SavedChannel] | None
 
 
 class SavedVault(NamedTuple):
@@ -56,7 +60,8 @@ class SavedMachine(NamedTuple):
     """A TPM that is on.
 
     ``entrance`` is where its clients come in, ``number`` that of a TPM of the kernel's;
-    ``saved`` is what it sleeps with, which nobody has been given; ``worker`` has it while it is
+    ``saved`` is what it sleeps with, which nobody has been given, or it is in the file ``blob``, which
+    is empty once somebody has; ``worker`` has it while it is
     awake, and all of its connections. The rest is as in `fleet.manager.machine` and `fleet.base.Tpm`.
     """
 
@@ -72,8 +77,9 @@ class SavedMachine(NamedTuple):
     number: int | None
     connections: tuple[int, ...]
     watch_data: bool
-    saved: bytes
+    blob: int | None
     worker: SavedWorker | None
+    saved: bytes = b""
 
 
 class SavedZygote(NamedTuple):
@@ -95,7 +101,7 @@ class SavedManager(NamedTuple):
 
     ``form`` is that of all that workers have saved, ``lock`` has the lock of the catalogue,
     ``listener`` is where the manager is asked; at a path that is the manager's own, or somebody's
-    who has opened it.
+    who has opened it. ``depot`` is the line of who keeps what outlives a killed manager.
     """
 
     form: str
@@ -104,6 +110,7 @@ class SavedManager(NamedTuple):
     own_path: bool
     zygote: SavedZygote | None
     opener: SavedOpener | None
+    depot: int | None = None
 
 
 class Heritage(NamedTuple):
@@ -126,22 +133,72 @@ KINDS: Final = {
 }
 
 
-def _descriptors(left: Heritage) -> Iterator[int]:
-    def of_channel(channel: SavedChannel) -> tuple[int, ...]:
-        return (channel.fd, *channel.descriptors)
+def _of_channel(channel: SavedChannel) -> tuple[int, ...]:
+    return (channel.fd, *channel.descriptors)
 
+
+def _descriptors(left: Heritage) -> Iterator[int]:
     manager = left.manager
     yield from (manager.lock, manager.listener)
     if manager.zygote is not None:
-        yield from of_channel(manager.zygote.channel)
+        yield from _of_channel(manager.zygote.channel)
     if manager.opener is not None:
         yield manager.opener.fd
+    if manager.depot is not None:
+        yield manager.depot
     for machine in left.machines:
-        if machine.vault.lock is not None:
-            yield machine.vault.lock
-        yield from (*machine.entrance, *machine.connections)
-        if (worker := machine.worker) is not None:
-            yield from (worker.held, *of_channel(worker.orders), *of_channel(worker.calls))
+        yield from descriptors_of(machine)
+
+
+def descriptors_of(machine: SavedMachine) -> Iterator[int]:
+    """All that are open for it."""
+    yield from (fd for fd in (machine.vault.lock, machine.blob) if fd is not None)
+    yield from (*machine.entrance, *machine.connections)
+    if (worker := machine.worker) is not None:
+        yield from (worker.held, worker.line)
+        for channel in worker.channels or ():
+            yield from _of_channel(channel)
+
+
+def detached(one: SavedManager | SavedMachine) -> tuple[bytes, tuple[int, ...]]:
+    """It as a text, and descriptors, for who is no child of this process."""
+    found: list[int] = []
+
+    def number(fd: int) -> int:
+        found.append(fd)
+        return len(found) - 1
+
+    return plain.packed(_renumbered(one, number)), tuple(found)
+
+
+def attached(text: bytes, descriptors: Sequence[int]) -> SavedManager | SavedMachine:
+    """The reverse. Raises ChannelError: it is none that this version can take."""
+    one = plain.unpacked(text, KINDS)
+    try:
+        found: SavedManager | SavedMachine = _renumbered(one, descriptors.__getitem__)
+    except (LookupError, TypeError, AttributeError) as exc:
+        raise ChannelError(
+            f"what an earlier manager has left is of another version: {exc}"
+        ) from exc
+    return found
+
+
+def _renumbered(
+    one: SavedManager | SavedMachine, number: Callable[[int], int]
+) -> SavedManager | SavedMachine:
+    """With other numbers for all descriptors that a killed manager leaves."""
+    if isinstance(one, SavedManager):
+        return one._replace(lock=number(one.lock), listener=number(one.listener))
+    worker, vault = one.worker, one.vault
+    if worker is not None:
+        worker = worker._replace(held=number(worker.held), line=number(worker.line))
+    return one._replace(
+        vault=vault._replace(lock=None if vault.lock is None else number(vault.lock)),
+        entrance=tuple(map(number, one.entrance)),
+        connections=tuple(map(number, one.connections)),
+        blob=None if one.blob is None else number(one.blob),
+        worker=worker,
+    )
 
 
 def written(left: Heritage) -> int:

@@ -21,7 +21,7 @@ DESCRIPTORS_MAX: Final = 512
 
 
 class Order(IntEnum):
-    """What the manager tells a worker, a zygote, and an opener."""
+    """What the manager tells a worker, a zygote, an opener, and the depot."""
 
     FORK = 1
     SERVE = 2
@@ -33,12 +33,14 @@ class Order(IntEnum):
     UNMOUNT = 8
     LOOK = 9
     COUNT = 10
+    KEEP = 11
+    FORGET = 12
     PROXY = 20
     GIVE = 21
 
 
 class Report(IntEnum):
-    """What a worker tells the manager, a zygote, and an opener."""
+    """What a worker tells the manager, a zygote, an opener, and the depot."""
 
     READY = 65
     SERVING = 66

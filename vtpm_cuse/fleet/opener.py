@@ -32,7 +32,8 @@ from vtpm_cuse.acquire.keeper import settle_down
 from vtpm_cuse.acquire.mount import FuseMount, end_mount, mounts_below
 from vtpm_cuse.errors import ChannelError, FrontendError, VtpmError
 from vtpm_cuse.faults import sentence
-from vtpm_cuse.fleet.channel import Channel, close_all
+from vtpm_cuse.fleet.blocking import close_all
+from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.heritage import SavedOpener
 from vtpm_cuse.fleet.messages import Inbox, Message, Order, Report
 from vtpm_cuse.service.confine import capabilities, landlock, secrecy

@@ -19,6 +19,8 @@ RESUME: Final = 3
 
 FUSE_FILES: Final = ("vtpm0", "vtpmrm0")
 """Those of a TPM that is a mount: the device for one client, and that for many."""
+IN_ORDER: Final = b"in order"
+"""With SLEEP: as if it were shut down, for it may never go on."""
 WATCH_DATA: Final = 1
 """Flag of ASLEEP: a data client that comes is served at once; else it waits for the other's end."""
 

@@ -27,10 +27,10 @@ from vtpm_cuse.service.process import logs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm_cuse.fleet.channel import BlockingChannel
+    from vtpm_cuse.fleet.blocking import BlockingChannel
     from vtpm_cuse.service.confine.seccomp import Filter
 
-    Begin = Callable[[socket.socket, socket.socket], None]
+    Begin = Callable[[socket.socket], None]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def main() -> None:
     end = socket.socket(fileno=int(sys.argv[1]))
     end.set_inheritable(False)
     import_all()
-    from vtpm_cuse.fleet.channel import BlockingChannel
+    from vtpm_cuse.fleet.blocking import BlockingChannel
     from vtpm_cuse.fleet.worker import worker  # with all that it takes
     from vtpm_cuse.fleet.worker.saved import FORM
 
@@ -108,29 +108,28 @@ def _reap(_number: int, _frame: object) -> None:
 
 
 def _fork(message: Message, channel: BlockingChannel, begin: Begin) -> None:
-    """A worker with the two descriptors; its number, and a descriptor that means it, go back."""
-    orders, calls = message.descriptors
+    """A worker with the end of its line; its number, and a descriptor that means it, go back."""
+    (line,) = message.descriptors
     if message.kind is not Order.FORK:
         raise ChannelError("a zygote only forks")
     signal.pthread_sigmask(signal.SIG_BLOCK, _CHILD)  # until it is held, its number is its own
     child = os.fork()
     if child == 0:
         channel.close()
-        _become_worker(orders, calls, begin)
-    os.close(orders)
-    os.close(calls)
+        _become_worker(line, begin)
+    os.close(line)
     held = os.pidfd_open(child)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _CHILD)
     channel.send(Message(Report.DONE, number=child, descriptors=(held,)))
     os.close(held)
 
 
-def _become_worker(orders: int, calls: int, begin: Begin) -> None:
+def _become_worker(line: int, begin: Begin) -> None:
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _CHILD)
-        begin(socket.socket(fileno=orders), socket.socket(fileno=calls))
+        begin(socket.socket(fileno=line))
         status = 0
     except BaseException:  # the manager hears that it has ended
         log.exception("A worker has failed")

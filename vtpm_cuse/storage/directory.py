@@ -197,15 +197,24 @@ class DirectoryStore:
             raise
         self._lock_fd = fd
 
-    def leave(self) -> int | None:
-        """The descriptor that has the lock, if there is one: another process is to take it over."""
-        fd, self._lock_fd = self._lock_fd, -1
-        return fd if fd >= 0 else None
+    @property
+    def lock_fd(self) -> int | None:
+        """The descriptor that has the lock, if there is one."""
+        return self._lock_fd if self._lock_fd >= 0 else None
+
+    def leave(self) -> None:
+        """Another process is to take over the lock, by that descriptor."""
+        self._lock_fd = -1
 
     def take_over(self, lock: int | None) -> None:
-        """Has the lock by a descriptor that a process has left."""
-        if lock is not None:
-            self._lock_fd = lock
+        """Has the lock by a descriptor that a process has left. Raises StateLocked: it has not."""
+        if lock is None:
+            return
+        self._lock_fd = lock
+        try:
+            take_lock(lock)  # again, for that process may have given it up
+        except OSError as exc:
+            raise StateLocked(self._full(LOCK_NAME), f"it is another's: {exc.strerror}") from exc
 
     def unlock(self) -> None:
         """Releases the lock; the file stays."""

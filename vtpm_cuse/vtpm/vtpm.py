@@ -217,15 +217,16 @@ class Vtpm:
                 self._auto_shutdown()
             self._engine.stop()
 
-    def suspend(self) -> SavedVtpm:
+    def suspend(self, *, in_order: bool = False) -> SavedVtpm:
         """The vTPM as plain values; only between two commands, and it is not used any more.
 
-        The TPM is off then, and notices nothing: no TPM2_Shutdown. The store stays open and locked.
-
-        Raises:
-            EngineError: There is no volatile state to be had; nothing has changed.
+        The TPM is off then, and notices nothing; *in_order*, for it may never be resumed, it has had a
+        TPM2_Shutdown. The store stays open and locked. Raises EngineError, with nothing changed:
+        there is no volatile state to be had.
         """
         engine, running = self._engine, self.running
+        if running and in_order:
+            self._auto_shutdown()
         saved = SavedVtpm(
             self._custody.suspend(),
             running,

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import resource
+import socket
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
@@ -19,15 +20,16 @@ from vtpm_cuse.config import SocketAddress
 from vtpm_cuse.errors import VtpmError
 from vtpm_cuse.fleet import heritage
 from vtpm_cuse.fleet.manager import api, confinement, exporter
+from vtpm_cuse.fleet.manager.deposits import Deposits
 from vtpm_cuse.fleet.manager.machine import FOLDER
 from vtpm_cuse.fleet.manager.manager import SOCKET, managed
 from vtpm_cuse.fleet.opener import Opener
+from vtpm_cuse.fleet.states.catalogue import Catalogue
 from vtpm_cuse.service.confine import secrecy
 from vtpm_cuse.service.process.signals import ending_signals, renewing_signal
 from vtpm_cuse.wire import metrics
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
@@ -61,9 +63,12 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
             confinement.enter(settings)
         left = heritage.taken()
         while True:
+            deposits = _deposits(settings, service, left)
+            if left is None and deposits is not None:
+                left = deposits.left
             theirs = left and left.manager.opener
             with opener or Opener(mounts, own=settings.own, left=theirs) as used:
-                left = trio.run(_live, settings, service, held, used, left)
+                left = trio.run(_live, settings, service, held, used, left, deposits)
             if left is None:
                 break
             opener = None
@@ -79,6 +84,26 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     return status
 
 
+def _deposits(
+    settings: Settings, service: ServiceManager, left: Heritage | None
+) -> Deposits | None:
+    """What outlives this manager, where somebody keeps it. Raises UsageError, ChannelError, OSError."""
+    if not service.keeps:
+        return None
+    fd = activation.passed_sockets(activation.MANAGERS).get("depot")
+    if left is not None:
+        fd = left.manager.depot
+    line = None
+    if fd is not None:
+        os.set_inheritable(fd, False)
+        line = socket.socket(fileno=fd)
+    found = Deposits(service, line, tell=left is None)
+    if found.left is not None and not Catalogue.is_of(settings.state, found.left.manager.lock):
+        log.error("TPMs that were on are off, for they are not in %s", settings.state)
+        found.clear()
+    return found
+
+
 def _leaves(group: BaseExceptionGroup[Exception]) -> list[Exception]:
     found: list[Exception] = []
     for exc in group.exceptions:
@@ -92,6 +117,7 @@ async def _live(
     held: HeldSignals,
     opener: Opener,
     left: Heritage | None,
+    deposits: Deposits | None,
 ) -> Heritage | None:
     """Until the end, or until there is something to be left to the next program."""
     scope = trio.CancelScope()
@@ -117,8 +143,9 @@ async def _live(
             scope.cancel()
 
     with ending_signals(scope.cancel, held.release) as came, renewing_signal(begin_anew):
-        async with managed(settings, opener, left) as manager:
+        async with managed(settings, opener, left, deposits) as manager:
             with _asked(settings, left) as place:
+                manager.keep(place.socket.fileno(), own_path=place.own_path)
                 with scope, _metrics(settings) as monitored:
                     log.info("TPMs are in %s, their sockets in %s.", settings.state, settings.run)
                     async with trio.open_nursery() as nursery:
@@ -128,9 +155,14 @@ async def _live(
                         await api.serve(manager, place.listener())
                 held.hold()
                 if renewed and not came:
-                    own_path = bool(place.endpoints.give_up_paths())
-                    found = await manager.leave(place.socket.detach(), own_path=own_path)
-                    return found._replace(manager=found.manager._replace(opener=opener.leave()))
+                    place.endpoints.give_up_paths()
+                    listener = place.socket.detach()
+                    found = await manager.leave(listener, own_path=place.own_path)
+                    depot = None if deposits is None else deposits.leave()
+                    saved = found.manager._replace(opener=opener.leave(), depot=depot)
+                    return found._replace(manager=saved)
+                if deposits is not None:
+                    place.endpoints.give_up_paths()
                 held.release()
             service.stopping()
     return None
@@ -156,6 +188,7 @@ class _Place(NamedTuple):
 
     endpoints: Endpoints
     socket: socket.socket
+    own_path: bool
 
     def listener(self) -> trio.SocketListener:
         """For who serves it, and closes his own descriptor of it."""
@@ -173,9 +206,12 @@ def _asked(settings: Settings, left: Heritage | None) -> Iterator[_Place]:
     address = SocketAddress("unixio", fd=passed, path=SOCKET, mode=mode, gid=settings.group)
     if left is not None:
         address = address._replace(fd=left.manager.listener)
+        if passed is not None:  # the same once more
+            os.close(passed)
     with _listening(settings, address) as place:
         if left is not None and left.manager.own_path:
             place.endpoints.own(os.path.join(os.path.abspath(settings.run), SOCKET))
+            place = place._replace(own_path=True)
         yield place
 
 
@@ -190,4 +226,4 @@ def _listening(settings: Settings, address: SocketAddress) -> Iterator[_Place]:
     path = os.path.join(os.path.abspath(settings.run), address.path or "")
     with contextlib.closing(Endpoints()) as endpoints:
         own = endpoints.control_listener = listen(endpoints, address._replace(path=path))
-        yield _Place(endpoints, own)
+        yield _Place(endpoints, own, own_path=address.fd is None)

@@ -15,7 +15,7 @@ from vtpm_cuse.acquire.sockets import acquire
 from vtpm_cuse.config import SocketAddress, SocketConfig, VtpmConfig
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.files import make_folder
-from vtpm_cuse.fleet.channel import close_all
+from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.opener import Made, Wanted
 from vtpm_cuse.fleet.tasks import FUSE_FILES
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.fleet.base import Interface, SocketKind
     from vtpm_cuse.fleet.heritage import SavedMachine
-    from vtpm_cuse.fleet.manager.machine import Surroundings
+    from vtpm_cuse.fleet.manager.surroundings import Surroundings
     from vtpm_cuse.fleet.opener import MakesDevices
     from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry
 

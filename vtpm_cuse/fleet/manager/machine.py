@@ -12,42 +12,30 @@ import functools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from vtpm_cuse import faults
-from vtpm_cuse.errors import (
-    ChannelError,
-    FleetError,
-    FrontendError,
-    StateKeyRejected,
-    StateLocked,
-    StorageError,
-    UsageError,
-    VtpmError,
-)
+from vtpm_cuse.errors import ChannelError, FleetError, FrontendError, VtpmError
 from vtpm_cuse.fleet.base import State, Tpm
-from vtpm_cuse.fleet.channel import close_all
+from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.heritage import SavedMachine
 from vtpm_cuse.fleet.manager.entrances import opened, places, reopened
+from vtpm_cuse.fleet.manager.failures import translated
 from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.manager.volatile import Volatile
 from vtpm_cuse.fleet.manager.workers import WorkerProcess, keep, said_by
 from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.states.vault import Vault
-from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
+from vtpm_cuse.fleet.tasks import IN_ORDER, OFF, ON, RESUME, WATCH_DATA, Task
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from vtpm_cuse.config import Secret
-    from vtpm_cuse.fleet.base import Interface
     from vtpm_cuse.fleet.manager.entrances import Entrance
-    from vtpm_cuse.fleet.manager.sleepers import Sleepers
-    from vtpm_cuse.fleet.manager.workers import Workers
-    from vtpm_cuse.fleet.opener import MakesDevices
-    from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry
-    from vtpm_cuse.wire.metrics import Histogram
+    from vtpm_cuse.fleet.manager.surroundings import Surroundings
+    from vtpm_cuse.fleet.states.catalogue import Entry
 
 log = logging.getLogger(__name__)
 
@@ -60,40 +48,13 @@ _LEAVE_SECONDS: Final = 10.0
 _AGAIN_SECONDS: Final = 1.0
 _COUNT_SECONDS: Final = 0.2
 """For a number that may as well be an older one."""
+_BUSY_SECONDS: Final = 0.05
+"""After which a client may have finished what it is in the middle of."""
 _TRIES: Final = 3
 _LOOK_MAX: Final = 1 << 13  # more than NV memory's largest index, where a certificate is
 _IN_USE: Final = "a client is in the middle of something"
 _COMMANDS_MAX: Final = 1 << 32
 """More than a worker can have executed between two sleeps."""
-
-
-class Surroundings(NamedTuple):
-    """What all TPMs of a manager share.
-
-    Attributes:
-        run: The folder for sockets.
-        idle: Seconds without a command after which a TPM sleeps.
-        changed: Called with one that is not as it was.
-        wake_times: Of wakes, as seconds.
-        opener: Who makes devices, where that can be done.
-    """
-
-    catalogue: Catalogue
-    workers: Workers
-    sleepers: Sleepers[Machine]
-    nursery: trio.Nursery
-    run: str
-    idle: float
-    changed: Callable[[Machine], None]
-    wake_times: Histogram
-    opener: MakesDevices | None = None
-
-    def need_opener(self, interface: Interface) -> MakesDevices:
-        """Who makes such. Raises FrontendError."""
-        if self.opener is None or interface not in self.opener.makes:
-            whose = "A user's own manager" if interface == "fuse" else "Root's manager"
-            raise FrontendError(f"{whose} alone has TPMs with --interface {interface}")
-        return self.opener
 
 
 class Machine:
@@ -112,6 +73,7 @@ class Machine:
         self.state: State = "stopped"
         self.turn = trio.Lock()
         self._all = surroundings
+        self._deposits = surroundings.deposits_of(entry.interface)
         self._failure = ""
         self._generation = 0
         self._commands = self._count = 0
@@ -121,7 +83,8 @@ class Machine:
         self._entrance: Entrance | None = None
         self._worker: WorkerProcess | None = None
         self._serving = trio.Event()
-        self._saved = b""
+        self._saved: Volatile | None = None
+        self._settled = False
         self._connections: tuple[int, ...] = ()
         self._watch_data = True
 
@@ -260,7 +223,7 @@ class Machine:
     async def wake_for_client(self) -> None:
         """As something has come for it; where that is not to be, it comes again."""
         async with self.turn:
-            if self._worker is not None or self._entrance is None:
+            if self._worker is not None or self._entrance is None or self._settled:
                 return
             self._used = time.time()
             try:
@@ -305,9 +268,22 @@ class Machine:
             await self._need_rest(worker.rested.wait)
         if self._vault is None or self._entrance is None:
             return None
-        worker = self._worker
         self._all.sleepers.forget((*self._ours, *self._connections))
-        saved = SavedMachine(
+        saved = self._as_saved(self._vault)
+        self._entrance.leave()
+        if self._worker is not None:
+            saved = saved._replace(worker=self._worker.suspend())
+        if self._saved is not None:
+            data, blob = self._saved.leave()
+            saved = saved._replace(saved=data, blob=blob)
+        self._vault.leave()
+        self._vault = self._entrance = self._worker = self._saved = None
+        self._connections = ()
+        return saved
+
+    def _as_saved(self, vault: Vault) -> SavedMachine:
+        """It as plain values, of which one that comes behind a killed manager can make something."""
+        return SavedMachine(
             id=self.entry.id,
             state=self.state,
             failure=self._failure,
@@ -315,18 +291,42 @@ class Machine:
             commands=self._commands,
             wakes=self._wakes,
             used=self._used,
-            vault=self._vault.leave(),
+            vault=vault.saved,
             entrance=self._ours,
-            number=self._entrance.number,
+            number=None if self._entrance is None else self._entrance.number,
             connections=self._connections,
             watch_data=self._watch_data,
-            saved=self._saved,
-            worker=worker.suspend() if worker is not None else None,
+            blob=None if self._saved is None else self._saved.fd,
+            worker=None if self._worker is None else self._worker.kept(),
         )
-        self._entrance.leave()
-        self._vault = self._entrance = self._worker = None
-        self._connections = ()
-        return saved
+
+    def _keep(self) -> None:
+        """As it is now, it outlives the manager, where it does."""
+        if self._deposits is not None and self._vault is not None:
+            self._deposits.put(self._as_saved(self._vault))
+
+    async def settle(self) -> None:
+        """Puts it to sleep as if it were shut down: who finds what is kept goes on, or nobody does.
+
+        Where a client is in the middle of something that has no end, it is stopped. Nothing wakes it
+        any more. Raises FleetError.
+        """
+        if self._deposits is None:
+            await self.stop()
+            return
+        self._settled = True
+        if self.state == "failed":
+            if self._worker is not None:
+                self._worker.kill()
+                await self._worker.ended.wait()
+            return
+        with trio.move_on_after(_LEAVE_SECONDS):
+            while self.state in {"awake", "asleep"}:
+                await self._awake()
+                if await self._ask(Order.SLEEP, IN_ORDER) is None and self.state == "asleep":
+                    return
+                await trio.sleep(_BUSY_SECONDS)
+        await self.stop()
 
     async def _need_rest(self, waiting: Callable[[], Awaitable[None]]) -> None:
         """Waits; where that takes too long, its process is to blame, and ended."""
@@ -340,22 +340,47 @@ class Machine:
             await waiting()
 
     def resume(self, saved: SavedMachine) -> None:
-        """Goes on from there, before anything else. Raises VtpmError, OSError."""
+        """Goes on from there, before anything else. Raises VtpmError, OSError; it is off then."""
+        try:
+            self._resume(saved)
+        except (VtpmError, OSError):
+            self._power_off()
+            raise
+
+    def _resume(self, saved: SavedMachine) -> None:
         self.state, self._failure = saved.state, saved.failure
         self._generation, self._commands = saved.generation, saved.commands
         self._wakes, self._used = saved.wakes, saved.used
-        self._saved, self._connections = saved.saved, saved.connections
+        self._saved, self._connections = Volatile.resume(saved.saved, saved.blob), saved.connections
         self._watch_data = saved.watch_data
         catalogue = self._all.catalogue
         folder = catalogue.state_of(self.name)
         self._vault = vault = Vault.resume(folder, saved.vault, catalogue.reserve)
         self._entrance = reopened(self.entry, self._folder, saved, self._all)
-        if saved.worker is None:
-            self._watch()
+        if saved.worker is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has ended
+                self._worker = WorkerProcess.resume(saved.worker)
+        if self._worker is not None:
+            if saved.worker is not None and saved.worker.channels is not None:
+                self._serving.set()
+            self._all.nursery.start_soon(self._attend, self._worker, vault)
+            self._all.nursery.start_soon(self._rejoin, self._worker, self._serving)
+        elif self._saved is None and self.state != "failed":
+            self._end_of(
+                None, "its process has ended, or was beginning, when the manager did", vault
+            )
         else:
-            self._worker = worker = WorkerProcess.resume(saved.worker)
-            self._serving.set()
-            self._all.nursery.start_soon(self._attend, worker, vault)
+            self._watch()
+        self._keep()
+
+    async def _rejoin(self, worker: WorkerProcess, serving: trio.Event) -> None:
+        """Who wants something of it waits until its process has said again that it serves."""
+        async with self.turn:
+            with trio.move_on_after(_STOP_SECONDS) as scope:
+                await serving.wait()
+            if scope.cancelled_caught:
+                log.error("%s: its process does not answer", self.name)
+                worker.kill()
 
     # -- its process ------------------------------------------------------------------------------
 
@@ -394,7 +419,8 @@ class Machine:
         permanent = b"" if mode == OFF else vault.permanent_blob()
         worker = await self._all.workers.take()
         # From here on the volatile state is used up, whatever happens.
-        saved, self._saved = self._saved, b""
+        saved = b"" if self._saved is None else self._saved.take()
+        self._saved = None
         connections, self._connections = self._connections, ()
         held = (*self._ours, *connections)
         self._all.sleepers.forget(held)
@@ -404,6 +430,7 @@ class Machine:
         if self.state != "failed":
             self._become("starting")
             self._failure = ""
+        self._keep()
         self._all.nursery.start_soon(self._attend, worker, vault)
         order = Message(
             Order.SERVE,
@@ -460,7 +487,7 @@ class Machine:
                     if self.state != "failed":
                         self._become("awake")
                     self._serving.set()
-                case Report.STOPPED | Report.FAILED if not self._serving.is_set():
+                case Report.STOPPED | Report.FAILED | Report.READY if not self._serving.is_set():
                     return message
                 case Report.STOPPED:
                     return message
@@ -484,6 +511,7 @@ class Machine:
         if self.state == "failed":
             self._failure = ""
             self._become("awake")
+            self._keep()
 
     def _end_of(self, message: Message | None, failure: str, vault: Vault) -> None:
         """What it is behind the end of its process."""
@@ -501,6 +529,8 @@ class Machine:
         self._failure = failure if message is None else said_by(message)
         log.error("%s: %s; it waits for a reset", self.name, self._failure)
         self._become("failed")
+        self._watch_data = True  # clients have gone with the process
+        self._keep()
         if again:
             self._all.nursery.start_soon(self._watch_later)
         elif self._entrance is not None and self._entrance.owes:
@@ -509,13 +539,15 @@ class Machine:
             self._watch()
 
     def _sleep(self, message: Message) -> None:
-        self._saved, self._connections = message.body, message.descriptors
+        self._saved = Volatile(message.body, outlives=self._deposits is not None)
+        self._connections = message.descriptors
         self._watch_data = bool(message.flags & WATCH_DATA)
         self._count = min(message.number, _COMMANDS_MAX)
         self._generation += 1
         self._sleeps += 1
         if self.state != "failed":
             self._become("asleep")
+        self._keep()
         self._watch()
 
     def _watch(self) -> None:
@@ -539,7 +571,11 @@ class Machine:
         """Nothing is left of it but what is on the disk."""
         self._all.sleepers.forget((*self._ours, *self._connections))
         close_all(self._connections)
-        self._connections, self._saved, self._watch_data = (), b"", True
+        if self._saved is not None:
+            self._saved.take()
+        self._connections, self._saved, self._watch_data = (), None, True
+        if self._deposits is not None:
+            self._deposits.drop(self.entry.id)
         if self._entrance is not None:
             self._entrance.close()
             self._entrance = None
@@ -548,20 +584,3 @@ class Machine:
             self._vault = None
         self._failure = ""
         self._become("stopped")
-
-
-def translated(name: str, exc: Exception) -> FleetError:
-    """What went wrong, in the words of a fleet."""
-    if isinstance(exc, FleetError):
-        return exc
-    said = faults.sentence(exc)
-    match exc:
-        case StateLocked():
-            return FleetError("Busy", name, said)
-        case StateKeyRejected():
-            return FleetError("KeyRejected", name, said)
-        case StorageError():
-            return FleetError("StateDamaged", name, said)
-        case UsageError():
-            return FleetError("Busy", name, said)
-    return FleetError("OverLimit", name, said)

@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from vtpm_cuse.errors import FleetError, FrontendError, UsageError, VtpmError
+from vtpm_cuse import faults
+from vtpm_cuse.errors import ChannelError, FleetError, FrontendError, UsageError, VtpmError
 from vtpm_cuse.files import make_folder
 from vtpm_cuse.fleet.base import Bundle, Event, Note, Spec, Tpm
 from vtpm_cuse.fleet.heritage import Heritage, SavedManager
+from vtpm_cuse.fleet.manager.failures import translated
 from vtpm_cuse.fleet.manager.history import History
-from vtpm_cuse.fleet.manager.machine import Machine, Surroundings, translated
+from vtpm_cuse.fleet.manager.machine import Machine
 from vtpm_cuse.fleet.manager.making import Made
 from vtpm_cuse.fleet.manager.offers import Offers
 from vtpm_cuse.fleet.manager.pool import PlainPool, Pool
 from vtpm_cuse.fleet.manager.quota import Limits, Quota
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
+from vtpm_cuse.fleet.manager.surroundings import Surroundings
 from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.fleet.manager.workers import SPARE, Workers
 from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry, check_labels, check_name
-from vtpm_cuse.fleet.states.vault import Vault
-from vtpm_cuse.storage.base import PERMANENT
+from vtpm_cuse.fleet.states.vault import Vault, copy_state, read_state
 from vtpm_cuse.wire.metrics import Histogram
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.base import Identity, Offer
     from vtpm_cuse.fleet.heritage import SavedMachine
+    from vtpm_cuse.fleet.manager.deposits import Deposits
     from vtpm_cuse.fleet.opener import MakesDevices
 
 log = logging.getLogger(__name__)
@@ -88,11 +91,15 @@ class Settings(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def managed(
-    settings: Settings, opener: MakesDevices | None = None, left: Heritage | None = None
+    settings: Settings,
+    opener: MakesDevices | None = None,
+    left: Heritage | None = None,
+    deposits: Deposits | None = None,
 ) -> AsyncIterator[Manager]:
     """A manager, while it is entered; behind it, all TPMs have been shut down in order, or left.
 
-    It goes on with what another one has *left*. Who wants to end it cancels what is within, and not
+    It goes on with what another one has *left*; with *deposits*, another one can go on with what it
+    has, however it ends. Who wants to end it cancels what is within, and not
     what is around it. Without *opener*, no TPM is a device.
 
     Raises:
@@ -107,13 +114,9 @@ async def managed(
         undo.callback(sleepers.close)
         async with trio.open_nursery() as nursery:
             workers = Workers(nursery, settings.level, settings.messages, settings.spare)
-            manager = Manager(settings, catalogue, workers, sleepers, nursery, opener)
+            manager = Manager(settings, catalogue, workers, sleepers, nursery, opener, deposits)
             try:
-                if left is None:
-                    await workers.start()
-                else:
-                    await workers.start(left.manager.form, left.manager.zygote)
-                    manager.resume(left.machines)
+                await manager.begin(left)
                 manager.offer_again()
                 nursery.start_soon(manager.wake_sleepers)
                 yield manager
@@ -135,6 +138,7 @@ class Manager:
         sleepers: Sleepers[Machine],
         nursery: trio.Nursery,
         opener: MakesDevices | None,
+        deposits: Deposits | None = None,
     ) -> None:
         self._settings = settings
         self._catalogue = catalogue
@@ -153,7 +157,7 @@ class Manager:
         self.wake_times = Histogram()
         self._surroundings = Surroundings(
             *(catalogue, workers, sleepers, nursery, os.path.abspath(settings.run)),
-            *(settings.idle, self._changed, self.wake_times, opener),
+            *(settings.idle, self._changed, self.wake_times, opener, deposits),
         )
         self._machines = {
             name: Machine(name, entry, self._surroundings)
@@ -163,11 +167,43 @@ class Manager:
         for machine in self._machines.values():
             self._quota.changed(machine)
 
-    def resume(self, machines: Sequence[SavedMachine]) -> None:
-        """Goes on with these. Raises VtpmError, OSError."""
+    async def begin(self, left: Heritage | None) -> None:
+        """Goes on with what another one has *left*; a TPM that cannot go on is off.
+
+        Raises:
+            VtpmError: There are no workers to be had.
+            OSError: The same.
+        """
+        if left is None:
+            await self.workers.start()
+            return
+        deposits, machines = self._surroundings.deposits, left.machines
+        try:
+            await self.workers.start(left.manager.form, left.manager.zygote)
+        except ChannelError as exc:
+            if deposits is None:
+                raise
+            log.error("TPMs that were on are off: %s", exc)
+            deposits.forget(machines)
+            machines = ()
+            await self.workers.start()
         those = {machine.entry.id: machine for machine in self._machines.values()}
+        if deposits is not None:
+            deposits.forget(one for one in machines if one.id not in those)
         for saved in machines:
-            those[saved.id].resume(saved)
+            if (machine := those.get(saved.id)) is None:
+                continue
+            try:
+                machine.resume(saved)
+            except (VtpmError, OSError) as exc:
+                log.error("A TPM that was on is off: %s", faults.sentence(exc))
+
+    def keep(self, listener: int, *, own_path: bool) -> None:
+        """From now on another one can go on with its TPMs, where they outlive it; see `leave`."""
+        if (deposits := self._surroundings.deposits) is not None:
+            lock = self._catalogue.lock
+            form = self.workers.form
+            deposits.put(SavedManager(form, lock, listener, own_path, None, None))
 
     def offer_again(self) -> None:
         """Has documents of those that are on, and none that one who died has left of others."""
@@ -207,7 +243,7 @@ class Manager:
                 self._nursery.start_soon(machine.wake_for_client)
 
     async def end(self) -> None:
-        """Shuts all of them down, in order, but for those that are left."""
+        """Shuts all of them down, in order, but for those that are left; who outlives it sleeps on."""
         if self._left:
             return
         limit = trio.CapacityLimiter(_AT_ONCE)
@@ -215,7 +251,7 @@ class Manager:
         async def stop(machine: Machine) -> None:
             async with limit, machine.turn:
                 with contextlib.suppress(VtpmError):
-                    await machine.stop()
+                    await machine.settle()
 
         async with trio.open_nursery() as nursery:
             for machine in self._machines.values():
@@ -383,7 +419,7 @@ class Manager:
 
             def copy() -> None:
                 with self._catalogue.new_snapshot(machine.name, snapshot) as folder:
-                    _copy(self._catalogue.state_of(machine.name), folder)
+                    copy_state(self._catalogue.state_of(machine.name), folder)
 
             await self._off(copy)
             self._quota.changed(machine)
@@ -396,7 +432,7 @@ class Manager:
 
             def copy() -> None:
                 folder = self._catalogue.need_snapshot(machine.name, snapshot)
-                _copy(folder, self._catalogue.state_of(machine.name))
+                copy_state(folder, self._catalogue.state_of(machine.name))
 
             await self._off(copy)
             self._history.note(machine.entry.id, f"snapshot {snapshot} was restored")
@@ -416,7 +452,7 @@ class Manager:
             machine.need_stopped()
             folder = self._catalogue.state_of(machine.name)
             try:
-                state = await in_thread(partial(_read, folder))
+                state = await in_thread(partial(read_state, folder))
             except (VtpmError, OSError) as exc:
                 raise translated(machine.name, exc) from exc
             self._history.note(machine.entry.id, "exported")
@@ -562,24 +598,3 @@ class Manager:
             except (trio.WouldBlock, trio.BrokenResourceError):
                 watcher.close()
                 self._watchers.discard(watcher)
-
-
-def _read(folder: str) -> bytes:
-    """The permanent state as it is in its file; under its lock. Raises VtpmError."""
-    vault = Vault(folder)
-    try:
-        vault.lock()
-        return vault.blobs.load(PERMANENT)
-    finally:
-        vault.close()
-
-
-def _copy(source: str, target: str) -> None:
-    """The permanent state; under both locks. Raises VtpmError."""
-    with contextlib.ExitStack() as undo:
-        vaults = [Vault(source), Vault(target)]
-        for vault in vaults:
-            undo.callback(vault.close)
-            vault.lock()
-        blob = vaults[0].blobs.load(PERMANENT)
-        vaults[1].blobs.replace_all({PERMANENT: blob})

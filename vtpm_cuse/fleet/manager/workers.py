@@ -16,7 +16,9 @@ import trio
 
 from vtpm_cuse.client.child import program_environment, program_words
 from vtpm_cuse.errors import ChannelError
-from vtpm_cuse.fleet.channel import Channel, close_all
+from vtpm_cuse.fleet import lines
+from vtpm_cuse.fleet.blocking import close_all
+from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.heritage import SavedWorker, SavedZygote
 from vtpm_cuse.fleet.manager.threads import in_thread
 from vtpm_cuse.fleet.messages import Call, Message, Order, Report
@@ -37,20 +39,29 @@ _ZYGOTE: Final = "vtpm_cuse.fleet.zygote"
 """A program of its own: nothing of this process' memory is in a worker."""
 _AGAIN_SECONDS: Final = 1.0
 _TEXT_MAX: Final = 1000
+_CHANNELS: Final = 2
+"""Of a worker."""
 
 
 class WorkerProcess:
     """A worker, as its manager has it.
 
-    Attributes:
+    Args:
         pid: Of its process.
+        held: The descriptor that means it.
+        line: Who has this end can bring it other channels; with the last such end it ends.
+
+    Attributes:
+        pid: The same.
         orders: Where it is told what to do, and reports.
         calls: Where it asks for its state.
         ended: Set when nothing more will come of it.
         rested: Set when nobody here uses its channels any more.
     """
 
-    def __init__(self, pid: int, held: int, orders: Channel, calls: Channel) -> None:
+    def __init__(
+        self, pid: int, held: int, line: socket.socket, orders: Channel, calls: Channel
+    ) -> None:
         self.pid = pid
         self.orders = orders
         self.calls = calls
@@ -58,6 +69,7 @@ class WorkerProcess:
         self.rested = trio.Event()
         self.resting = False
         self._held = held
+        self._line = line
         self._answer: Message | None = None
         self._answered = trio.Event()
         self._counted = trio.Event()
@@ -76,9 +88,29 @@ class WorkerProcess:
 
     @classmethod
     def resume(cls, saved: SavedWorker) -> WorkerProcess:
-        """That of an earlier manager. Raises ChannelError, OSError."""
-        orders, calls = map(Channel.resume, (saved.orders, saved.calls))
-        return cls(saved.pid, saved.held, orders, calls)
+        """That of an earlier manager; where that was killed, it is brought other channels.
+
+        Raises:
+            ChannelError: They are none.
+            OSError: It has ended.
+        """
+        line = socket.socket(fileno=saved.line)
+        try:
+            if saved.channels is None:
+                channels = [Channel(end) for end in lines.bring(line, _CHANNELS, lines.TELL)]
+            else:
+                channels = [Channel.resume(one) for one in saved.channels]
+        except (ChannelError, OSError):  # nobody else has it: it is ended, if it has not
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(saved.held, signal.SIGKILL)
+            line.close()
+            os.close(saved.held)
+            raise
+        return cls(saved.pid, saved.held, line, *channels)
+
+    def kept(self) -> SavedWorker:
+        """What a manager needs of it who comes behind a killed one."""
+        return SavedWorker(self.pid, self._held, self._line.fileno(), None)
 
     def rest(self) -> None:
         """What it asks for from now on is for the next manager."""
@@ -89,7 +121,8 @@ class WorkerProcess:
     def suspend(self) -> SavedWorker:
         """It as plain values, and not this manager's any more; once it has `rested`."""
         held, self._held = self._held, -1
-        return SavedWorker(self.pid, held, self.orders.suspend(), self.calls.suspend())
+        channels = self.orders.suspend(), self.calls.suspend()
+        return SavedWorker(self.pid, held, self._line.detach(), channels)
 
     async def ask(self, order: Order, what: bytes = b"") -> Message | None:
         """DONE, BUSY, FAILED or TOLD, as it answers; None when it has ended, or its TPM sleeps."""
@@ -134,6 +167,7 @@ class WorkerProcess:
             self.kill()
             os.close(self._held)
             self._held = -1
+        self._line.close()
         self.orders.close()
         self.calls.close()
         self.ended.set()
@@ -205,6 +239,11 @@ class Workers:
         """Of the zygote, while there is one."""
         return self._zygote.pid if self._zygote else None
 
+    @property
+    def form(self) -> str:
+        """Of what its workers save; known once it has started."""
+        return self._form.decode()
+
     async def start(self, form: str = "", zygote: SavedZygote | None = None) -> None:
         """Has the first ones ready, of the *zygote* of an earlier manager, if there is one.
 
@@ -256,7 +295,7 @@ class Workers:
         async with self._turn:
             zygote, self._zygote = self._zygote, None
         saved = zygote and SavedZygote(zygote.pid, zygote.channel.suspend())
-        return self._form.decode(), saved
+        return self.form, saved
 
     def close(self) -> None:
         """Ends those that are blank, and the zygote."""
@@ -344,23 +383,23 @@ class Workers:
 
 async def _fork(channel: Channel) -> WorkerProcess | None:
     """A worker; None where the zygote is no more."""
-    orders, their_orders = socket.socketpair()
-    calls, their_calls = socket.socketpair()
-    ends = their_orders.fileno(), their_calls.fileno()
+    line, end = lines.line()
     with contextlib.ExitStack() as undo:
-        undo.callback(orders.close)
-        undo.callback(calls.close)
-        try:
-            with trio.CancelScope(shield=True):  # else its answer would be the next one's
-                with their_orders, their_calls:
-                    await channel.send(Message(Order.FORK, descriptors=ends))
-                answer = await channel.receive()
-        except (OSError, ChannelError):
-            return None
+        undo.callback(line.close)
+        with end:
+            orders, calls = map(undo.enter_context, lines.bring(line, _CHANNELS, lines.TELL))
+            try:
+                with trio.CancelScope(shield=True):  # else its answer would be the next one's
+                    with end:
+                        await channel.send(Message(Order.FORK, descriptors=(end.fileno(),)))
+                    answer = await channel.receive()
+            except (OSError, ChannelError):
+                return None
         if answer is None:
             return None
         if answer.kind is not Report.DONE or len(answer.descriptors) != 1:
             close_all(answer.descriptors)
             return None
         undo.pop_all()
-    return WorkerProcess(answer.number, answer.descriptors[0], Channel(orders), Channel(calls))
+    held = answer.descriptors[0]
+    return WorkerProcess(answer.number, held, line, Channel(orders), Channel(calls))

@@ -103,6 +103,7 @@ class Catalogue:
         path: The same, absolute.
         reserve: Of all stores that stay open in it.
         major: A major number that devices of its TPMs have had lately, 0 if none.
+        lock: The descriptor by which it is this process'.
 
     Raises:
         OSError: It cannot be had.
@@ -114,26 +115,34 @@ class Catalogue:
         self.reserve = Reserve()
         self.major = 0
         if lock is not None:
-            self._lock = lock
+            self.lock = lock
             return
         make_folder(self.path, FOLDER_MODE)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)
+        self.lock = os.open(os.path.join(self.path, _LOCK), flags, _FILE_MODE)
         try:
-            take_lock(self._lock)
+            take_lock(self.lock)
         except OSError as exc:
-            os.close(self._lock)
+            os.close(self.lock)
             raise StateLocked(self.path, f"another manager has it: {exc.strerror}") from exc
+
+    @staticmethod
+    def is_of(path: str, lock: int) -> bool:
+        """Whether *lock* is that descriptor, of the folder at *path*."""
+        try:
+            return os.path.samestat(os.stat(os.path.join(path, _LOCK)), os.fstat(lock))
+        except OSError:
+            return False
 
     def leave(self) -> int:
         """The descriptor by which it is this process', which another one is to have."""
-        lock, self._lock = self._lock, -1
+        lock, self.lock = self.lock, -1
         return lock
 
     def close(self) -> None:
         """Another process may have it."""
-        if self._lock >= 0:
-            os.close(self._lock)
+        if self.lock >= 0:
+            os.close(self.lock)
 
     def entries(self) -> dict[str, Entry]:
         """All TPMs by their names; what a crash left of others goes. Raises OSError.

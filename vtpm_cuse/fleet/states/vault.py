@@ -6,6 +6,7 @@ manager's business alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Final
 
@@ -116,13 +117,17 @@ class Vault:
             found._directory.take_over(saved.lock)
         return found
 
-    def leave(self) -> SavedVault:
-        """It as plain values; it is not used any more."""
-        key = self._key
-        lock = None if self._directory is None else self._directory.leave()
-        saved = SavedVault(lock, None if key is None else key.secret)
+    @property
+    def saved(self) -> SavedVault:
+        """It as plain values."""
+        lock = None if self._directory is None else self._directory.lock_fd
+        return SavedVault(lock, None if self._key is None else self._key.secret)
+
+    def leave(self) -> None:
+        """It is not used any more, and stays locked by the descriptor in `saved`."""
+        if self._directory is not None:
+            self._directory.leave()
         self.blobs.close()
-        return saved
 
     def forget_volatile(self) -> None:
         """A start after a time without power is a cold one. Raises StorageError."""
@@ -213,6 +218,27 @@ class Vault:
         if name == PERMANENT:
             raise ChannelError("the permanent state is to be deleted")
         self._sealed.delete(name, must_exist=must_exist)
+
+
+def read_state(folder: str) -> bytes:
+    """The permanent state as it is in its file; under its lock. Raises VtpmError."""
+    vault = Vault(folder)
+    try:
+        vault.lock()
+        return vault.blobs.load(PERMANENT)
+    finally:
+        vault.close()
+
+
+def copy_state(source: str, target: str) -> None:
+    """The permanent state; under both locks. Raises VtpmError."""
+    with contextlib.ExitStack() as undo:
+        vaults = [Vault(source), Vault(target)]
+        for vault in vaults:
+            undo.callback(vault.close)
+            vault.lock()
+        blob = vaults[0].blobs.load(PERMANENT)
+        vaults[1].blobs.replace_all({PERMANENT: blob})
 
 
 def _key_at(source: KeySource) -> Key:

@@ -21,17 +21,20 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from vtpm_cuse.errors import ChannelError, StateMissing
-from vtpm_cuse.fleet.channel import Channel, close_all
+from vtpm_cuse.fleet import lines
+from vtpm_cuse.fleet.blocking import close_all
+from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.messages import Answer, Call, Message, Order, Report, described
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, Task
+from vtpm_cuse.fleet.worker.hearing import Hearing
 from vtpm_cuse.fleet.worker.saved import LISTENERS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from vtpm_cuse.fleet.worker.store import Calls
+    from vtpm_cuse.fleet.worker.store import Managers
 
-    Serve = Callable[[Channel, Calls], Awaitable[None]]
+    Serve = Callable[[Hearing, Managers], Awaitable[None]]
 
 _COMMAND: Final = bytes.fromhex("80010000000c0000017b0010")
 """TPM2_GetRandom."""
@@ -54,7 +57,7 @@ class Practice(NamedTuple):
 
 
 class Shelf:
-    """In place of a manager: a TPM that is made stores here (implements `store.Calls`).
+    """In place of a manager: a TPM that is made stores here (implements `store.Managers`).
 
     Attributes:
         permanent: What it has stored last, as a LOAD would give it.
@@ -62,23 +65,18 @@ class Shelf:
 
     def __init__(self) -> None:
         self.permanent = b""
-        self._answer = Message(Answer.DONE)
 
-    def send(self, message: Message) -> None:
-        """Does that; `receive` says how it went."""
-        self._answer = Message(Answer.DONE)
+    def ask(self, message: Message) -> Message:
+        """Does that, and says how it went."""
         match message.kind:
             case Call.STORE:
                 self.permanent = message.body
             case Call.SIZES:
-                self._answer = Message(Answer.DONE, b"{}")
+                return Message(Answer.DONE, b"{}")
             case Call.LOAD:
                 lack = StateMissing("the state", "there is none")
-                self._answer = Message(Answer.FAILED, described(lack))
-
-    def receive(self) -> Message:
-        """The answer."""
-        return self._answer
+                return Message(Answer.FAILED, described(lack))
+        return Message(Answer.DONE)
 
 
 def prepare(serve: Serve, rounds: int) -> Practice:
@@ -133,10 +131,16 @@ async def _played(
     sleeps: bool,
 ) -> Message:
     """The part of the manager and of a client; gives what the worker has said last."""
-    manager, orders = map(Channel, socket.socketpair())
-    with contextlib.closing(manager), contextlib.closing(orders):
+    line, end = lines.line()
+    orders, calls = lines.bring(line, 2, lines.TELL)
+    with (
+        line,
+        calls,
+        contextlib.closing(Channel(orders)) as manager,
+        contextlib.closing(Hearing(end)) as hearing,
+    ):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, orders, shelf)
+            nursery.start_soon(serve, hearing, shelf)
             await manager.send(Message(Order.SERVE, task.pack(), mode, descriptors=given))
             said = await _heard(manager, Report.SERVING)
             for _ in range(_COMMANDS):
@@ -146,6 +150,7 @@ async def _played(
                 await manager.send(Message(Order.SLEEP))
                 said = await _heard(manager, Report.ASLEEP)
             manager.close()
+            line.close()
     return said
 
 

@@ -12,7 +12,7 @@ from vtpm_cuse.acquire.cuse import CuseChannel
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.mount import FuseMount
 from vtpm_cuse.errors import DeviceGone
-from vtpm_cuse.fleet.channel import close_all
+from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.tasks import FUSE_FILES, OFF, WATCH_DATA
 from vtpm_cuse.proto.device import DeviceSession
 from vtpm_cuse.proto.fuse import FileOwnership, FuseSession

@@ -9,7 +9,7 @@ import json
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-from vtpm_cuse.errors import ChannelError, StorageError
+from vtpm_cuse.errors import StorageError
 from vtpm_cuse.fleet.messages import Answer, Call, Message, failure
 from vtpm_cuse.storage.base import BLOB_NAMES, PERMANENT, WithoutBackup
 
@@ -17,26 +17,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Calls(Protocol):
-    """Who keeps the state, and is asked by messages: the manager."""
+class Managers(Protocol):
+    """Who has the state."""
 
-    def send(self, message: Message) -> None:
-        """Asks for something."""
-
-    def receive(self) -> Message | None:
-        """The answer; None where there will be none."""
+    def ask(self, message: Message) -> Message | None:
+        """The answer; None when there is nobody any more."""
 
 
 class MessageStore(WithoutBackup):
     """Implements `storage.base.StateStore`; the lock is the manager's, who has it at the start.
 
     Args:
-        channel: To the manager.
+        managers: One after the other.
         permanent: The permanent state of now, if it came along; `forget` ends that.
     """
 
-    def __init__(self, channel: Calls, permanent: bytes = b"") -> None:
-        self._channel = channel
+    def __init__(self, managers: Managers, permanent: bytes = b"") -> None:
+        self._managers = managers
         self._permanent = permanent
         self._turn = threading.Lock()
         self._locked = True
@@ -104,12 +101,8 @@ class MessageStore(WithoutBackup):
 
     def _ask(self, call: Call, name: str = "", body: bytes = b"", flags: int = 0) -> bytes:
         number = BLOB_NAMES.index(name) if name else 0
-        try:
-            with self._turn:
-                self._channel.send(Message(call, body, flags, number))
-                answer = self._channel.receive()
-        except (OSError, ChannelError) as exc:
-            raise StorageError(name or "the state", f"the manager does not answer: {exc}") from exc
+        with self._turn:
+            answer = self._managers.ask(Message(call, body, flags, number))
         if answer is None:
             raise StorageError(name or "the state", "the manager has ended")
         if answer.kind is Answer.DONE:

@@ -24,10 +24,11 @@ from vtpm_cuse.config import (
     VtpmConfig,
 )
 from vtpm_cuse.errors import ChannelError, DeviceError, EngineError, TpmUnavailable, VtpmError
-from vtpm_cuse.fleet.channel import BlockingChannel, Channel, close_all
+from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.messages import Message, Order, Report
-from vtpm_cuse.fleet.tasks import MAKE, OFF, ON, RESUME, Task
+from vtpm_cuse.fleet.tasks import IN_ORDER, MAKE, OFF, ON, RESUME, Task
 from vtpm_cuse.fleet.worker import clock, rehearsal
+from vtpm_cuse.fleet.worker.hearing import Hearing
 from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
 from vtpm_cuse.fleet.worker.serving import clients_of, flags_of
 from vtpm_cuse.fleet.worker.store import MessageStore
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.fleet.worker.rehearsal import Practice
     from vtpm_cuse.fleet.worker.serving import Clients, SavedServer, Server
-    from vtpm_cuse.fleet.worker.store import Calls
+    from vtpm_cuse.fleet.worker.store import Managers
     from vtpm_cuse.service.confine.seccomp import Filter
     from vtpm_cuse.vtpm.vtpm import Vtpm
 
@@ -68,16 +69,12 @@ def prepare() -> Practice | None:
         return None
 
 
-def run(
-    orders: socket.socket, calls: socket.socket, rules: Filter | None, practice: Practice | None
-) -> None:
+def run(line: socket.socket, rules: Filter | None, practice: Practice | None) -> None:
     """Lives, in a process of its own; returns when that is to end."""
-    trio.run(_live, Channel(orders), BlockingChannel(calls), rules, practice)
+    trio.run(_live, Hearing(line), rules, practice)
 
 
-async def _live(
-    orders: Channel, calls: BlockingChannel, rules: Filter | None, practice: Practice | None
-) -> None:
+async def _live(hearing: Hearing, rules: Filter | None, practice: Practice | None) -> None:
     if practice is not None:
         await _rehearse(practice)
     with contextlib.suppress(landlock.LandlockMissing):  # the zygote has said so
@@ -85,7 +82,7 @@ async def _live(
     with select.epoll() as epoll:  # of this process alone, and the sandbox allows no more of them
         worker = sandbox.seal(ProcessConfig(), rules, Worker)
         try:
-            await _obey(orders, calls, worker, epoll)
+            await _obey(hearing, hearing, worker, epoll)
         except (ChannelError, OSError) as exc:
             log.warning("The manager has gone: %s", exc)
         finally:
@@ -100,23 +97,30 @@ async def _rehearse(practice: Practice) -> None:
     practice.listener.close()
 
 
-async def _idle(orders: Channel, calls: Calls) -> None:
+async def _idle(hearing: Hearing, managers: Managers) -> None:
     """A worker that is given no command that takes long."""
     with select.epoll() as epoll:
-        await _obey(orders, calls, Worker(begun=False), epoll)
+        await _obey(hearing, managers, Worker(begun=False), epoll)
 
 
-async def _obey(orders: Channel, calls: Calls, worker: Worker, epoll: select.epoll) -> None:
-    order = await orders.receive()
+async def _obey(hearing: Hearing, managers: Managers, worker: Worker, epoll: select.epoll) -> None:
+    order = await hearing.receive()
     if order is not None and order.kind is Order.SERVE:
-        await _serve(order, orders, calls, worker, epoll)
+        await _serve(order, hearing, managers, worker, epoll)
+        await _be_ended(hearing)
+
+
+async def _be_ended(hearing: Hearing) -> None:
+    """What was said last has been heard, and is safe, when a manager ends this process."""
+    while await hearing.receive() is not None:
+        pass
 
 
 async def _serve(
-    order: Message, orders: Channel, calls: Calls, worker: Worker, epoll: select.epoll
+    order: Message, hearing: Hearing, managers: Managers, worker: Worker, epoll: select.epoll
 ) -> None:
     task = Task.unpack(order.body)
-    store = MessageStore(calls, task.permanent)
+    store = MessageStore(managers, task.permanent)
     profile = None if task.profile is None else ProfileConfig(task.profile)
     startup = StartupConfig(not_need_init=order.flags != OFF, startup="clear")
     of_kernel = task.interface == "vtpm-proxy"
@@ -135,17 +139,17 @@ async def _serve(
             if order.flags == MAKE:
                 vtpm.close()
     except VtpmError as exc:
-        await orders.send(_failed(exc))
+        await hearing.say(_failed(exc), lasts=True)
         return
     if order.flags == MAKE:
-        await orders.send(Message(Report.STOPPED))
+        await hearing.say(Message(Report.STOPPED), lasts=True)
         return
     store.forget()
     off = not vtpm.running
     if off:  # before a client can reset it, of which the manager then hears
-        await orders.send(Message(Report.SERVING))
+        await hearing.say(Message(Report.SERVING), lasts=True)
     clients = clients_of(task, order.flags, order.descriptors, worker, epoll)
-    served = _Served(vtpm, orders, clients, task.idle, begun=off)
+    served = _Served(vtpm, hearing, clients, task.idle, begun=off)
     try:
         await served.serve(None if saved is None else saved.served)
     finally:
@@ -161,10 +165,10 @@ class _Served:
     """The TPM while it is here."""
 
     def __init__(
-        self, vtpm: Vtpm, orders: Channel, clients: Clients, idle: float, *, begun: bool
+        self, vtpm: Vtpm, hearing: Hearing, clients: Clients, idle: float, *, begun: bool
     ) -> None:
         self._vtpm = vtpm
-        self._orders = orders
+        self._hearing = hearing
         self._clients = clients
         self._idle = idle
         self._saved: SavedServer | None = None
@@ -187,23 +191,23 @@ class _Served:
             if saved is None:
                 break
             if self._asked.kind is Order.RESET:
-                await self._orders.send(self._reset())
+                await self._hearing.say(self._reset())
             elif self._asked.kind is Order.LOOK:
-                await self._orders.send(self._look(self._asked.body))
+                await self._hearing.say(self._look(self._asked.body))
             elif await self._fell_asleep(saved):
                 return
         lost = self._vtpm.state_lost
         self._vtpm.close()
         self._clients.close()
         report = Message(Report.FAILED, b"another process has its state")
-        await self._orders.send(report if lost else Message(Report.STOPPED))
+        await self._hearing.say(report if lost else Message(Report.STOPPED), lasts=True)
 
     async def _attend(self, server: Server, scope: trio.CancelScope) -> None:
         """Obeys, and finds out when nobody uses the TPM."""
         if not self._begun:
             self._begun = True
             await trio.lowlevel.checkpoint()  # what has come is answered first
-            await self._orders.send(Message(Report.SERVING))
+            await self._hearing.say(Message(Report.SERVING), lasts=True)
         while True:
             if (left := self._due - trio.current_time()) <= 0:
                 self._looks = self._looks + 1 if self._seen == self._vtpm.commands else 0
@@ -213,7 +217,7 @@ class _Served:
                 continue
             order: Message | None = None
             with trio.move_on_after(left) as waited:
-                order = await self._orders.receive()
+                order = await self._hearing.receive()
             if waited.cancelled_caught:
                 continue
             if order is None or order.kind is Order.STOP:
@@ -221,11 +225,11 @@ class _Served:
                 scope.cancel()
                 return
             if order.kind is Order.COUNT:
-                await self._orders.send(Message(Report.COUNTED, number=self._vtpm.commands))
+                await self._hearing.say(Message(Report.COUNTED, number=self._vtpm.commands))
                 continue
             if await self._suspend(server, order):
                 return
-            await self._orders.send(Message(Report.BUSY))
+            await self._hearing.say(Message(Report.BUSY))
 
     async def _suspend(self, server: Server, order: Message) -> bool:
         """Whether it has ended what serves, for the sake of *order*."""
@@ -259,15 +263,17 @@ class _Served:
     async def _fell_asleep(self, served: SavedServer) -> bool:
         begin = clock.now()
         try:
-            saved = self._vtpm.suspend()
+            saved = self._vtpm.suspend(in_order=self._asked.body == IN_ORDER)
         except EngineError as exc:  # it runs on
             log.warning("The TPM stays awake: %s", exc)
-            await self._orders.send(Message(Report.BUSY))
+            await self._hearing.say(Message(Report.BUSY))
             return False
         since = clock.asleep_since(saved.volatile, begin)
         data, descriptors = packed(SavedTpm(served, saved, since))
         flags, commands = flags_of(served), self._vtpm.commands
-        await self._orders.send(Message(Report.ASLEEP, data, flags, commands, descriptors))
+        report = Message(Report.ASLEEP, data, flags, commands, descriptors)
+        await self._hearing.say(report, lasts=True)
+        await _be_ended(self._hearing)
         close_all(descriptors)
         self._clients.close(served)
         return True

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 _VARIABLE: Final = "NOTIFY_SOCKET"
 _DESCRIPTOR: Final = "fd:"
+_STORE: Final = "FDSTORE"
+_DIGITS_MAX: Final = 9
 
 
 class ServiceManager:
@@ -29,6 +31,24 @@ class ServiceManager:
     def waits(self) -> bool:
         """Whether there is one."""
         return self._connection is not None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it keeps descriptors for the next process of this service.
+
+        systemd says so since version 254; for an older one, the unit does.
+        """
+        most = os.environ.get(_STORE, "")
+        digits = most.isascii() and most.isdecimal() and len(most) <= _DIGITS_MAX
+        return self.waits and digits and int(most) > 0
+
+    def store(self, name: str, fd: int) -> None:
+        """Has it keep a duplicate of *fd* for the next process of this service. It does not answer."""
+        self._tell(f"FDSTORE=1\nFDNAME={name}", fd)
+
+    def forget(self, name: str) -> None:
+        """It is to close all of that name."""
+        self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def ready(self, *, in_background: bool) -> None:
         """Clients are served; by another process than was started, where it is *in_background*.
@@ -56,11 +76,14 @@ class ServiceManager:
         os.environ[_VARIABLE] = f"{_DESCRIPTOR}{fd}"
         return [fd]
 
-    def _tell(self, state: str) -> None:
+    def _tell(self, state: str, fd: int | None = None) -> None:
         if self._connection is None or os.getpid() != self._process:
             return
         try:
-            self._connection.send(state.encode())
+            if fd is None:
+                self._connection.send(state.encode())  # a sandbox allows no descriptors
+            else:
+                socket.send_fds(self._connection, [state.encode()], [fd])
         except OSError as exc:
             log.warning("Could not tell the service manager: %s", exc.strerror)
 
