@@ -58,7 +58,7 @@ def systemd(bare_system: System, debs: Path, tmp_path: Path) -> Iterator[Systemd
         found = Systemd(process)
         wait_until(partial(runs, found), "systemd", process=process, log=tmp_path / "log")
         found.call(
-            "sh", "-ec", f"dpkg -i {' '.join(f'/mnt/{name}_earlier.deb' for name in PACKAGES[:2])}"
+            "sh", "-ec", f"dpkg -i {' '.join(f'/mnt/earlier/{name}.deb' for name in PACKAGES[:2])}"
         )
         yield found
     finally:

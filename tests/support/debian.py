@@ -135,9 +135,10 @@ def build(folder: Path) -> None:
 
 
 def earlier(debs: Path, names: tuple[str, ...]) -> None:
-    """Makes an earlier version of some packages beside them, as *NAME*_earlier.deb."""
+    """Makes an earlier version of some packages below them, as earlier/*NAME*.deb."""
     for name in names:
-        tree = debs / f"{name}_earlier"
+        tree = debs / "earlier" / name
+        tree.parent.mkdir(exist_ok=True)
         _run("dpkg-deb", "-R", debs / f"{name}_{__version__}_all.deb", tree)
         for path in (
             tree / "DEBIAN/control",
