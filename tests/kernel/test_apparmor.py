@@ -95,5 +95,6 @@ def test_a_machine_cannot_reach_the_disk_of_another_by_it(machine: tuple[str, ..
     words = ("socket", "--tpm2", "--tpmstate", "backend-uri=mem://", "--server", "type=tcp,port=0")
     done = run(*machine, str(PROGRAM), *words, "--log", f"file={disk}", status=None)
     assert done.status != 0
+    assert str(disk) in done.stderr
     assert "Permission denied" in done.stderr
     assert not disk.exists()
