@@ -220,9 +220,8 @@ class Vtpm:
     def suspend(self, *, in_order: bool = False) -> SavedVtpm:
         """The vTPM as plain values; only between two commands, and it is not used any more.
 
-        The TPM is off then, and notices nothing; *in_order*, for it may never be resumed, it has had a
-        TPM2_Shutdown. The store stays open and locked. Raises EngineError, with nothing changed:
-        there is no volatile state to be had.
+        The TPM is off then, and notices nothing; *in_order*, it has had a TPM2_Shutdown, and may never
+        be resumed. The store stays open and locked. Raises EngineError: it runs on.
         """
         engine, running = self._engine, self.running
         if running and in_order:
