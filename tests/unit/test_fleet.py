@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 from array import array
@@ -132,6 +133,26 @@ async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> 
             await manager.hibernate("one")
         await client.send(tpm.get_random(8)[5:])
         assert tpm.code_of(await client.answer()) == 0
+
+
+@in_trio
+async def test_whose_connections_have_no_room_in_the_manager_stays_awake(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with fleet(tmp_path) as manager:
+        found = await started(manager, "one")
+        clients = [await Client.of(found, "managed") for _ in range(8)]
+        for client in clients:
+            assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+        try:
+            with pytest.raises(FleetError, match="in the middle"):
+                await manager.hibernate("one")
+            assert (await manager.describe("one")).pid == found.pid
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await manager.hibernate("one")
+        for client in clients:
+            assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
 
 
 @in_trio

@@ -54,7 +54,10 @@ class Report(IntEnum):
 
 
 class Call(IntEnum):
-    """What a worker wants of the state; the number is that of a blob in `storage.base.BLOB_NAMES`."""
+    """What a worker wants of the state; the number is that of a blob in `storage.base.BLOB_NAMES`.
+
+    Or, with ROOM, of its manager: to take so many descriptors.
+    """
 
     LOAD = 129
     STORE = 130
@@ -64,6 +67,7 @@ class Call(IntEnum):
     LOCK = 134
     UNLOCK = 135
     CLOSE = 136
+    ROOM = 137
 
 
 class Answer(IntEnum):

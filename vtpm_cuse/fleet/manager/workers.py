@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,13 +17,21 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from vtpm_cuse.client.child import program_environment, program_words
-from vtpm_cuse.errors import ChannelError
+from vtpm_cuse.errors import ChannelError, StorageError
 from vtpm_cuse.fleet import lines
 from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.heritage import SavedWorker, SavedZygote
 from vtpm_cuse.fleet.manager.threads import in_thread
-from vtpm_cuse.fleet.messages import Call, Message, Order, Report
+from vtpm_cuse.fleet.messages import (
+    DESCRIPTORS_MAX,
+    Answer,
+    Call,
+    Message,
+    Order,
+    Report,
+    described,
+)
 from vtpm_cuse.fleet.states.vault import QUICK
 from vtpm_cuse.programs import start_program
 
@@ -41,6 +51,9 @@ _AGAIN_SECONDS: Final = 1.0
 _TEXT_MAX: Final = 1000
 _CHANNELS: Final = 2
 """Of a worker."""
+_ROOM_PART: Final = 8
+"""What part of all descriptors is left free, unless that is more than one TPM can need."""
+_NO_ROOM: Final = Message(Answer.FAILED, described(StorageError("the manager", "has no room")))
 
 
 class WorkerProcess:
@@ -175,12 +188,29 @@ class WorkerProcess:
         self.answer(self._answer)
 
 
+def _has_room(worker: WorkerProcess, count: int) -> bool:
+    """Whether so many descriptors can come: the kernel closes silently what does not fit.
+
+    New ones have the lowest numbers that are free, so none above the first that is.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    first = limit - min(count, DESCRIPTORS_MAX) - min(DESCRIPTORS_MAX, limit // _ROOM_PART)
+    try:
+        fd = fcntl.fcntl(worker.calls.fileno(), fcntl.F_DUPFD_CLOEXEC, first)
+    except OSError:
+        return False
+    os.close(fd)
+    return fd == first
+
+
 async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None]) -> None:
     """Answers what a worker asks of its state, until it ends; whoever asks for more is ended."""
     try:
         while (request := await worker.calls.receive()) is not None:
             close_all(request.descriptors)
-            if request.kind in QUICK:
+            if request.kind is Call.ROOM:
+                answer = Message(Answer.DONE) if _has_room(worker, request.number) else _NO_ROOM
+            elif request.kind in QUICK:
                 answer = vault.answer_untrusted(request)
                 if request.kind is Call.LOAD and request.number == 0:
                     on_load()

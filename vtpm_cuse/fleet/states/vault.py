@@ -173,7 +173,7 @@ class Vault:
         """What a worker gets for *request*. Raises ChannelError for what no worker asks for."""
         if not isinstance(request.kind, Call) or request.descriptors:
             raise ChannelError("no request of a store")
-        if request.number >= len(BLOB_NAMES):
+        if request.kind is Call.ROOM or request.number >= len(BLOB_NAMES):
             raise ChannelError(f"a blob of number {request.number}")
         if self.closed and request.kind is not Call.CLOSE:
             raise ChannelError("a request behind the end")

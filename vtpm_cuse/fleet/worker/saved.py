@@ -72,6 +72,18 @@ FORM: Final = plain.form(
 """Of all that one version of this package may have to take from another one."""
 
 
+def connections_of(served: SavedServer) -> int:
+    """How many descriptors go over with it."""
+    found: list[int] = []
+
+    def number(fd: int) -> int:
+        found.append(fd)
+        return fd
+
+    _renumbered(served, number, (0, 1, 2))
+    return len(found)
+
+
 def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
     """The bytes, and the descriptors behind the listeners."""
     found: list[int] = []

@@ -93,14 +93,24 @@ class MessageStore(WithoutBackup):
         """What a manager has."""
         return "nothing was changed; restore a snapshot of the TPM, or put back a copy of its state"
 
+    def has_room(self, descriptors: int) -> bool:
+        """Whether the manager can take so many of them: what it cannot would be closed on its way."""
+        try:
+            self._ask(Call.ROOM, number=descriptors)
+        except StorageError:
+            return False
+        return True
+
     def close(self) -> None:
         """The TPM is off, in order; again is harmless."""
         if not self._closed:
             self._closed = True
             self._ask(Call.CLOSE)
 
-    def _ask(self, call: Call, name: str = "", body: bytes = b"", flags: int = 0) -> bytes:
-        number = BLOB_NAMES.index(name) if name else 0
+    def _ask(
+        self, call: Call, name: str = "", body: bytes = b"", flags: int = 0, number: int = 0
+    ) -> bytes:
+        number = BLOB_NAMES.index(name) if name else number
         with self._turn:
             answer = self._managers.ask(Message(call, body, flags, number))
         if answer is None:

@@ -29,7 +29,7 @@ from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.tasks import IN_ORDER, MAKE, OFF, ON, RESUME, Task
 from vtpm_cuse.fleet.worker import clock, rehearsal
 from vtpm_cuse.fleet.worker.hearing import Hearing
-from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
+from vtpm_cuse.fleet.worker.saved import SavedTpm, connections_of, packed, unpacked
 from vtpm_cuse.fleet.worker.serving import clients_of, flags_of
 from vtpm_cuse.fleet.worker.store import MessageStore
 from vtpm_cuse.serve.worker import Worker
@@ -149,7 +149,7 @@ async def _serve(
     if off:  # before a client can reset it, of which the manager then hears
         await hearing.say(Message(Report.SERVING), lasts=True)
     clients = clients_of(task, order.flags, order.descriptors, worker, epoll)
-    served = _Served(vtpm, hearing, clients, task.idle, begun=off)
+    served = _Served(vtpm, store, hearing, clients, task.idle, begun=off)
     try:
         await served.serve(None if saved is None else saved.served)
     finally:
@@ -165,9 +165,17 @@ class _Served:
     """The TPM while it is here."""
 
     def __init__(
-        self, vtpm: Vtpm, hearing: Hearing, clients: Clients, idle: float, *, begun: bool
+        self,
+        vtpm: Vtpm,
+        store: MessageStore,
+        hearing: Hearing,
+        clients: Clients,
+        idle: float,
+        *,
+        begun: bool,
     ) -> None:
         self._vtpm = vtpm
+        self._store = store
         self._hearing = hearing
         self._clients = clients
         self._idle = idle
@@ -262,10 +270,16 @@ class _Served:
 
     async def _fell_asleep(self, served: SavedServer) -> bool:
         begin = clock.now()
-        try:
-            saved = self._vtpm.suspend(in_order=self._asked.body == IN_ORDER)
-        except EngineError as exc:  # it runs on
-            log.warning("The TPM stays awake: %s", exc)
+        saved = None
+        if (count := connections_of(served)) and not self._store.has_room(count):
+            log.warning("The TPM stays awake: too many files are open for its clients' connections")
+        else:
+            try:
+                saved = self._vtpm.suspend(in_order=self._asked.body == IN_ORDER)
+            except EngineError as exc:  # it runs on
+                log.warning("The TPM stays awake: %s", exc)
+        if saved is None:
+            self._looks = 0
             await self._hearing.say(Message(Report.BUSY))
             return False
         since = clock.asleep_since(saved.volatile, begin)
