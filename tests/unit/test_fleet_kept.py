@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ from vtpm_cuse.fleet.messages import Answer, Call, Message, Order, Report
 from vtpm_cuse.fleet.worker.hearing import Hearing
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator
 
 SERVING = Message(Report.SERVING)
@@ -148,6 +148,21 @@ def test_the_depot_tells_the_next_manager_what_was_put_last() -> None:
         channel.close()
     assert os.read(source, 1) == b""  # nobody has the other end any more
     os.close(source)
+
+
+def test_the_depot_has_what_was_put_by_one_who_has_not_waited_for_it() -> None:
+    line, end = lines.line()
+    with line, end:
+        (one,) = lines.bring(line, 1, lines.GO_ON)
+        with contextlib.closing(BlockingChannel(one)) as channel:
+            channel.send(Message(Order.KEEP, b"one\n"))
+        (one,) = lines.bring(line, 1, lines.TELL)
+        one.shutdown(socket.SHUT_WR)  # it only hears
+        line.close()
+        depot.keep(end)
+        with contextlib.closing(BlockingChannel(one)) as channel:
+            told_first = channel.receive()
+    assert told_first == Message(Order.KEEP, b"one\n")
 
 
 @pytest.mark.parametrize("outlives", [False, True])

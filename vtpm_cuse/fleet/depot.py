@@ -48,10 +48,11 @@ def keep(end: socket.socket) -> None:
     while (found := lines.brought(end, 1)) is not None:
         word, (one,) = found
         channel = BlockingChannel(one)
-        with contextlib.suppress(OSError, ChannelError):  # of a manager that is killed
+        with contextlib.suppress(OSError):  # one who is killed has put something all the same
             for message in kept.values() if word == lines.TELL else ():
                 channel.send(message)
             channel.send(Message(Report.READY))
+        with contextlib.suppress(OSError, ChannelError):
             while (message_ := channel.receive()) is not None:
                 _take(message_, kept)
         channel.close()
