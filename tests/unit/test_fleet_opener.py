@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import signal
@@ -17,6 +18,7 @@ from tests.support.waiting import wait_until
 from vtpm_cuse.acquire import chardev
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.fleet import opener as openers
+from vtpm_cuse.fleet.messages import Message, Order
 from vtpm_cuse.fleet.opener import Opener, Wanted
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.vtpmx import VTPM_PROXY_FLAG_TPM2, VTPM_PROXY_IOC_NEW_DEV, VtpmProxyNewDev
@@ -24,7 +26,6 @@ from vtpm_cuse.wire.vtpmx import VTPM_PROXY_FLAG_TPM2, VTPM_PROXY_IOC_NEW_DEV, V
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from vtpm_cuse.fleet.messages import Message
 
 CAP_CHOWN, CAP_SYS_ADMIN = 0, 21
 REFUSED = Wanted("tpm0", 0, 0, 0)
@@ -81,6 +82,17 @@ def test_a_dead_one_has_a_successor() -> None:
             assert worker_of(opener) != dead
 
     with_opener(use)
+
+
+def test_a_manager_that_ends_without_its_answer_is_no_reason_to_stay() -> None:
+    with Opener("/nonexistent", own=False) as opener:
+        works = worker_of(opener)
+        os.kill(works, signal.SIGSTOP)
+        opener._ours.send(Message(Order.OPEN, json.dumps(REFUSED).encode()).pack())
+        opener._ours.close()
+        os.kill(works, signal.SIGCONT)
+        wait_until(lambda: os.waitpid(opener._child, os.WNOHANG) != (0, 0), "their end")
+        assert is_gone(works)
 
 
 def test_when_both_are_dead_that_is_said() -> None:

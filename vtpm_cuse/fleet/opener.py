@@ -224,7 +224,8 @@ def _keep_one_there(end: socket.socket, mounts: str, *, own: bool) -> None:
                 _Mounts(mounts).close()
             return
         if waiting is not None and waiting == deadly:
-            _answer(end, _request(waiting), _killed)
+            with contextlib.suppress(OSError):  # the next one finds that out
+                _answer(end, _request(waiting), _killed)
             waiting = None
         deadly = waiting
 
@@ -241,8 +242,9 @@ def _work(end: socket.socket, mounts: str, *, own: bool) -> NoReturn:
 
 def _serve(end: socket.socket, answer: Callable[[Message], Message]) -> None:
     """Makes what is asked for, until the manager ends."""
-    while waiting := _first(end):
-        _answer(end, _request(waiting), answer)
+    with contextlib.suppress(OSError):  # it has ended, and does not wait for what it has asked
+        while waiting := _first(end):
+            _answer(end, _request(waiting), answer)
 
 
 def _first(end: socket.socket, flags: int = 0) -> bytes | None:
@@ -265,15 +267,16 @@ def _request(data: bytes) -> Message:
 
 
 def _answer(end: socket.socket, request: Message, answer: Callable[[Message], Message]) -> None:
-    """And only then is the request taken out of the socket."""
+    """And only then is the request taken out of the socket. Raises OSError: nobody waits."""
     try:
         message = answer(request)
     except (VtpmError, OSError) as exc:
         message = Message(Report.FAILED, sentence(exc).encode())
-    with contextlib.suppress(OSError):
+    try:
         socket.send_fds(end, [message._replace(flags=request.flags).pack()], message.descriptors)
         end.recv(_REQUEST_MAX)
-    close_all(message.descriptors)
+    finally:
+        close_all(message.descriptors)
 
 
 def _killed(_: Message) -> Message:
