@@ -36,6 +36,7 @@ from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import ChannelError, FleetError, StorageError
 from vtpm_cuse.fleet.base import Bundle, Spec
 from vtpm_cuse.fleet.manager import machine
+from vtpm_cuse.fleet.manager.pool import POOL
 from vtpm_cuse.fleet.manager.quota import Limits
 from vtpm_cuse.fleet.messages import Order
 from vtpm_cuse.storage.keys import Key
@@ -138,8 +139,9 @@ async def test_a_tpm_sleeps_by_itself_and_wakes_for_a_client(tmp_path: Path) -> 
 @in_trio
 async def test_whose_connections_have_no_room_in_the_manager_stays_awake(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    async with fleet(tmp_path) as manager:
+    async with fleet(tmp_path, spare=0) as manager:
         found = await started(manager, "one")
+        await filled(manager.plain_pool, POOL)  # who makes them has descriptors, too
         clients = [await Client.of(found, "managed") for _ in range(8)]
         for client in clients:
             assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
@@ -222,9 +224,9 @@ async def _with_data(manager: Manager, name: str) -> tuple[Tpm, Client]:
 async def test_a_dead_worker_is_a_failed_tpm_until_a_reset(tmp_path: Path, way: str) -> None:
     async with fleet(tmp_path) as manager:
         found, client = await _with_data(manager, "one")
-        await client.send(tpm.create_primary_rsa())  # in the middle of it
         pid = (await manager.describe("one")).pid
         assert pid is not None
+        await client.send(tpm.create_primary_rsa())  # in the middle of it
         os.kill(pid, signal.SIGKILL)
         assert await client.at_end()
         await until(manager, "one", "failed")

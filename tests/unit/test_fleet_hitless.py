@@ -22,6 +22,7 @@ from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.fleet.heritage import Heritage, SavedManager
 from vtpm_cuse.fleet.manager import machine
 from vtpm_cuse.fleet.manager.manager import Manager, Settings, managed
+from vtpm_cuse.fleet.manager.pool import _Ahead
 from vtpm_cuse.fleet.messages import Answer, Call, Message, Report
 from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
@@ -166,7 +167,9 @@ def _held() -> int:
 
 async def _puppet(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> Puppet:
     """Serves a TPM called one."""
-    await manager.create(Spec("one", UID))
+    with monkeypatch.context() as changed:
+        changed.setattr(_Ahead, "fill", lambda _: None)  # or it would be asked to make one
+        await manager.create(Spec("one", UID))
     puppet = Puppet()
 
     async def take() -> object:

@@ -51,11 +51,20 @@ async def answer(end: socket.socket) -> bytes:
     return end.recv(4096)
 
 
-async def kill_worker(manager: Manager) -> None:
-    pid = (await manager.describe("one")).pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    await until(manager, "one", "failed")
+async def answer_of_a_dead_one(manager: Manager, end: socket.socket) -> bytes:
+    """What is answered to a command in the middle of which the worker is killed."""
+    while True:
+        pid = (await manager.describe("one")).pid
+        assert pid is not None
+        end.send(tpm.create_primary_rsa())
+        while struct.unpack("i", fcntl.ioctl(end, _SIOCOUTQ, bytes(4)))[0]:
+            await trio.lowlevel.checkpoint()  # until it has been read
+        os.kill(pid, signal.SIGKILL)
+        await until(manager, "one", "failed")
+        found = await answer(end)
+        if tpm.code_of(found):
+            return found
+        await manager.reset("one")  # it was quicker: once more
 
 
 @in_trio
@@ -100,11 +109,7 @@ async def test_a_dead_workers_answer_is_given_by_the_next_one(tmp_path: Path) ->
             await started(manager, "one", interface="vtpm-proxy")
             end = opener.ends[NAME]
             assert tpm.code_of(await ask(end, tpm.pcr_extend(10, b"1" * 32))) == 0
-            end.send(tpm.create_primary_rsa())
-            while struct.unpack("i", fcntl.ioctl(end, _SIOCOUTQ, bytes(4)))[0]:
-                await trio.lowlevel.checkpoint()  # until it has been read
-            await kill_worker(manager)
-            assert await answer(end) == FAILURE
+            assert await answer_of_a_dead_one(manager, end) == FAILURE
             assert await ask(end, tpm.pcr_read(10)) == FAILURE
             assert await ask(end, tpm.get_random(8)) == FAILURE
             assert (await manager.reset("one")).state == "awake"
