@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests.support.engine import FakeEngine
@@ -9,6 +11,9 @@ from tests.support.stores import FailingStore
 from vtpm_cuse.errors import StateLocked
 from vtpm_cuse.storage.sealed import SealedStore
 from vtpm_cuse.vtpm.vtpm import Vtpm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def make() -> tuple[Vtpm, FailingStore]:
@@ -39,18 +44,26 @@ def test_lock_is_tried_again_for_a_minute_at_most(
     assert store.locks == len(pauses) + 1
 
 
+def at_pause(
+    count: int, happens: Callable[[], None], pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the pause with that number something happens."""
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == count:
+            happens()
+
+    monkeypatch.setattr("time.sleep", sleep)
+
+
 def test_lock_that_comes_free_is_taken(
     pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vtpm, store = make()
     store.faults["lock"] = StateLocked("/x/.lock", "taken")
 
-    def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == 3:
-            store.faults.clear()
-
-    monkeypatch.setattr("time.sleep", sleep)
+    at_pause(3, store.faults.clear, pauses, monkeypatch)
     vtpm.lock_storage(300)
     assert len(pauses) == 3
 
@@ -62,12 +75,7 @@ def test_who_is_to_end_does_not_wait_for_a_lock(
     vtpm, store = make()
     store.faults["lock"] = StateLocked("/x/.lock", "taken")
 
-    def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == 5:
-            vtpm.abort()
-
-    monkeypatch.setattr("time.sleep", sleep)
+    at_pause(5, vtpm.abort, pauses, monkeypatch)
     with pytest.raises(StateLocked):
         vtpm.lock_storage(300)
     assert len(pauses) == 5
