@@ -49,11 +49,14 @@ def enter(settings: Settings) -> None:
     """For good; while this process has but one thread.
 
     Raises:
-        FrontendError: The kernel refuses.
-        OSError: A folder cannot be made.
+        FrontendError: A folder cannot be made, or the kernel refuses.
     """
-    make_folder(settings.state, FOLDER_MODE)
-    make_folder(settings.run, RUN_MODE, umask=False)
+    try:
+        make_folder(settings.state, FOLDER_MODE)
+        make_folder(settings.run, RUN_MODE, umask=False)
+    except OSError as exc:
+        reason = f"There are no folders {settings.state} and {settings.run}: {exc.strerror}"
+        raise FrontendError(reason, "choose others with --state and --run") from exc
     try:
         written = _written(settings)
         capabilities.bound(*_NEEDED)
