@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import struct
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.fleet.manager.manager import Manager
 
 RAW, MANY = "vtpmd-one", "vtpmdrm-one"
+_DYING_SECONDS = 0.2
 
 
 async def _story(
@@ -194,6 +197,37 @@ async def test_the_devices_go_when_it_is_off(tmp_path: Path) -> None:
             await manager.remove("one", force=True)
             assert opener.gone(MANY)
             assert await manager.list() == []
+
+
+@in_trio
+async def test_who_is_still_dying_holds_no_device_of_one_that_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that takes its time."""
+    send = signal.pidfd_send_signal
+    timers: list[threading.Timer] = []
+
+    def die(pidfd: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            send(pidfd, number)
+        os.close(pidfd)
+
+    def slowly(pidfd: int, number: int) -> None:
+        send(pidfd, signal.SIGSTOP)  # nor does it end by itself
+        timers.append(threading.Timer(_DYING_SECONDS, die, (os.dup(pidfd), number)))
+        timers[-1].start()
+
+    with fake_opener() as opener:
+        async with fleet(tmp_path, opener, spare=0) as manager:
+            await started_device(manager, "one")
+            monkeypatch.setattr(signal, "pidfd_send_signal", slowly)
+            await manager.hibernate("one")
+            await manager.stop("one")
+            assert opener.gone(RAW)
+            assert opener.gone(MANY)
+    for timer in timers:
+        timer.join()
+    assert timers
 
 
 @in_trio

@@ -466,6 +466,7 @@ class Machine:
                     nursery.cancel_scope.cancel()
         finally:
             if not worker.resting or message is not None:
+                await worker.die()  # nobody else answers its clients, nor has a device of theirs
                 self._worker = None
                 self._used = time.time()
                 try:

@@ -49,6 +49,8 @@ _ZYGOTE: Final = "vtpm_cuse.fleet.zygote"
 """A program of its own: nothing of this process' memory is in a worker."""
 _AGAIN_SECONDS: Final = 1.0
 _TEXT_MAX: Final = 1000
+_DIE_SECONDS: Final = 10.0
+"""For the kernel, which takes a process apart in milliseconds."""
 _CHANNELS: Final = 2
 """Of a worker."""
 _ROOM_PART: Final = 8
@@ -173,6 +175,13 @@ class WorkerProcess:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._held, signal.SIGKILL)
+
+    async def die(self) -> None:
+        """`kill`, and waits until it holds nothing any more of what it was given."""
+        self.kill()
+        if self._held >= 0:
+            with trio.CancelScope(shield=True), trio.move_on_after(_DIE_SECONDS):
+                await trio.lowlevel.wait_readable(self._held)
 
     def end(self) -> None:
         """`kill`, and gives up what belongs to it; once nobody waits for its channels."""
