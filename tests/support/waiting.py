@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-PATIENCE_SECONDS: Final = 60
+PATIENCE_SECONDS: Final = 200
 """For tests that would otherwise hang; none depends on it."""
 
 _INTERVAL_SECONDS: Final = 0.001

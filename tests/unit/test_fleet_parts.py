@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from tests.support.fleet import LAZY, UID, Puppet, in_trio
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import (
     ChannelError,
@@ -450,7 +451,7 @@ class Stage:
 
 @contextlib.asynccontextmanager
 async def _stage(catalogue: Catalogue, run: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE_SECONDS):
         async with trio.open_nursery() as nursery:
             stage = Stage(catalogue, run, nursery)
             try:
@@ -492,7 +493,7 @@ async def test_what_is_no_connection_is_not_kept(catalogue: Catalogue, tmp_path:
         os.close(nothing)
         await puppet.worker.ended.wait()
         assert (stage.one.state, stage.one.described().pid) == ("failed", None)
-        assert puppet.process.wait(60) == -9
+        assert puppet.process.wait(PATIENCE_SECONDS) == -9
 
 
 @in_trio
@@ -548,7 +549,7 @@ async def test_a_worker_that_lies_is_ended_and_reaches_nobody(
             with contextlib.suppress(OSError):
                 puppet.send_raw(b"\xff" * 16)  # one that is found out for sure
             await puppet.worker.ended.wait()
-            assert puppet.process.wait(60) == -9
+            assert puppet.process.wait(PATIENCE_SECONDS) == -9
             assert stage.one.state in {"failed", "asleep", "stopped"}
     assert _everything(os.path.join(catalogue.path, "two")) == other
     assert _sockets() == before
