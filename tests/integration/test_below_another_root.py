@@ -20,6 +20,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support import sockets as s
 from tests.support.files import open_files
+from tests.support.private import lines_with
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
@@ -185,13 +186,9 @@ def test_what_helps_the_server_is_not_taken_for_it(
     """Callers look for it by its command line, and find one process."""
     with server(root) as (pid, connect):
         use(connect)
-        lines = {path: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-        assert [path for path, line in lines.items() if os.fsencode(root) in line] == [
-            Path(f"/proc/{pid}/cmdline")
-        ]
-        assert f"vtpm-remover: clears up after {pid}".encode() in {
-            line.strip(b"\0") for line in lines.values()
-        }
+        remover = f"vtpm-remover: clears up after {pid}"
+        wait_until(lambda: remover in lines_with(remover).values(), "a name of its own")
+        assert [*lines_with(str(root))] == [pid]
 
 
 @pytest.mark.parametrize("server", SERVERS)

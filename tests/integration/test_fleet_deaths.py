@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.support import commands as tpm
+from tests.support.files import open_files
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ def test_the_manager_has_no_engine_and_a_worker_nothing_else(tmp_path: Path) -> 
             assert len(users) == 1
             assert (users == {str(os.geteuid())}) == (os.geteuid() != 0)  # of root's, somebody else
             assert not found["Groups"] or os.geteuid() != 0
-        opened = {os.readlink(entry) for entry in Path(f"/proc/{told['worker']}/fd").iterdir()}
-        assert not [name for name in opened if name.startswith(str(tmp_path))]
+        opened = open_files(told["worker"])
+        assert opened
+        assert not [name for name in opened.values() if name.startswith(str(tmp_path))]
 
 
 ZYGOTES: Final = """

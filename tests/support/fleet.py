@@ -162,6 +162,12 @@ class Client:
         await self.send(u32(number) + body)
         return await self.answer_of(size)
 
+    async def until_end(self) -> None:
+        """Waits for the end, whatever comes before."""
+        with contextlib.suppress(ConnectionResetError):
+            while await self.connection.recv(4096):
+                pass
+
     async def at_end(self) -> bool:
         """Waits until something comes; whether that is the end."""
         try:
@@ -197,6 +203,11 @@ class Puppet:
         """Any bytes."""
         with contextlib.suppress(OSError):
             (self._calls if calls else self._orders).send(data)
+
+    def end_of_orders(self) -> None:
+        """It says nothing more, as one that has ended."""
+        with contextlib.suppress(OSError):
+            self._orders.shutdown(socket.SHUT_WR)
 
     def end(self) -> None:
         """Waits until it has been ended."""

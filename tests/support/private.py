@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@contextmanager
+@contextlib.contextmanager
 def runtime_folder() -> Iterator[Path]:
     """For XDG_RUNTIME_DIR: short, and a shell would see two words. In the end nothing is in it."""
     folder = Path(tempfile.mkdtemp(prefix="run time-"))
@@ -26,14 +26,17 @@ def runtime_folder() -> Iterator[Path]:
 
 def processes_below(folder: Path) -> list[str]:
     """Command lines that name *folder*."""
-    found = []
+    return [*lines_with(str(folder)).values()]
+
+
+def lines_with(text: str) -> dict[int, str]:
+    """The command lines in which that is, by their processes."""
+    found = {}
     for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = place.read_bytes()
-        except OSError:
-            continue
-        if bytes(folder) in words:
-            found.append(words.replace(b"\0", b" ").decode())
+        with contextlib.suppress(OSError):  # it has ended
+            line = place.read_bytes().rstrip(b"\0").replace(b"\0", b" ")
+            if os.fsencode(text) in line:
+                found[int(place.parent.name)] = os.fsdecode(line)
     return found
 
 

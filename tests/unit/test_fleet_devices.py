@@ -101,6 +101,21 @@ async def test_who_has_it_open_does_not_keep_it_awake_and_wakes_it(tmp_path: Pat
             await until(manager, "one", "asleep")
 
 
+async def _sleeps_while_a_key_is_made(manager: Manager, raw: Client) -> bool:
+    """Whether it can be put to sleep with a read that waits for a key."""
+    assert await raw.write(tpm.create_primary_rsa()) == 0
+    waits = await raw.start_read()
+    sleeps = True
+    try:
+        await manager.hibernate("one")
+    except FleetError as exc:
+        assert "in the middle" in str(exc)  # noqa: PT017  it need not be raised
+        sleeps = False
+    answered, _, answer = await raw.receive()
+    assert (answered, tpm.code_of(answer)) == (waits, 0)
+    return sleeps
+
+
 async def _stays(manager: Manager) -> None:
     with pytest.raises(FleetError, match="in the middle"):
         await manager.hibernate("one")
@@ -129,12 +144,8 @@ async def test_it_does_not_sleep_in_the_middle_of_something(tmp_path: Path) -> N
             while await raw.read():
                 pass
             await manager.hibernate("one")
-            # A read waits while a key is made.
-            assert await raw.write(tpm.create_primary_rsa()) == 0
-            waits = await raw.start_read()
-            await _stays(manager)
-            answered, _, answer = await raw.receive()
-            assert (answered, tpm.code_of(answer)) == (waits, 0)
+            while await _sleeps_while_a_key_is_made(manager, raw):
+                pass  # that was quicker: once more
             await manager.hibernate("one")
             # What nobody is there to read keeps nothing awake; it is there later, as in the C suite.
             assert await raw.write(tpm.get_random(8)) == 0

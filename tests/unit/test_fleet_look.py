@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from tests.support import commands as tpm
+from tests.support import sockets as s
 from tests.support.auditor import Auditor
 from tests.support.fleet import Client, fleet, in_trio, started
 from tests.support.fleet_devices import fake_opener
@@ -88,8 +89,11 @@ async def test_no_look_and_no_reset_costs_a_worker_descriptors(
         async with fleet(tmp_path, opener) as manager:
             found = await started(manager, "one", interface=interface)
             clients = [await Client.of(found, kind) for kind in found.sockets]
-            for client in clients[::2]:
-                assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
+            for kind, client in zip(found.sockets, clients, strict=True):  # all have been let in
+                if kind == "control":
+                    assert await client.control(s.GET_CAPABILITY, b"", 8)
+                else:
+                    assert tpm.code_of(await client.ask(tpm.get_random(8))) == 0
             await manager.look("one", "caps")
             held = len(os.listdir(f"/proc/{found.pid}/fd"))
             for _ in range(5):
