@@ -143,7 +143,15 @@ from vtpm_cuse.fleet.messages import Answer
 send = Ends._send
 Ends._send = lambda end, data, more: (die if data[0] == Answer.DONE else send)(end, data, more)
 """
-NOT_ASLEEP: Final = "from vtpm_cuse.fleet.manager.machine import Machine; Machine._sleep = die"
+NOT_HEARD: Final = "from vtpm_cuse.fleet.manager.machine import Machine; Machine._take_last = die"
+NOT_TOLD: Final = """
+from vtpm_cuse.fleet.manager.workers import WorkerProcess
+end = WorkerProcess.die
+async def die_behind_it(worker):
+    await end(worker)
+    die()
+WorkerProcess.die = die_behind_it
+"""
 
 
 def test_what_a_killed_manager_has_not_answered_is_asked_of_the_next(service: Service) -> None:
@@ -152,15 +160,16 @@ def test_what_a_killed_manager_has_not_answered_is_asked_of_the_next(service: Se
         service.kill()
         service.start(DYING + NOT_STORED)
         client.send(tpm.nv_define(tpm.NV_INDEX, SIZE))
-        for place in (NOT_ANSWERED, NOT_ASLEEP):
+        for place in (NOT_ANSWERED, NOT_HEARD):
             service.process.wait(PATIENCE_SECONDS)
             service.start(DYING + place)
         assert tpm.code_of(client.response()) == 0
         assert tpm.code_of(client.command(tpm.nv_write(tpm.NV_INDEX, bytes(SIZE)))) == 0
         with Manager(str(service.path)) as manager, contextlib.suppress(FrontendError):
             manager.hibernate("one")
-        service.process.wait(PATIENCE_SECONDS)
-        service.start()
+        for place in (NOT_TOLD, ""):
+            service.process.wait(PATIENCE_SECONDS)
+            service.start(DYING + place)
         assert pcr(client) == extended
         assert tpm.code_of(client.command(tpm.nv_read(tpm.NV_INDEX, SIZE))) == 0
 

@@ -466,10 +466,10 @@ class Machine:
                     nursery.cancel_scope.cancel()
         finally:
             if not worker.resting or message is not None:
-                await worker.die()  # nobody else answers its clients, nor has a device of theirs
-                self._worker = None
-                self._used = time.time()
                 try:
+                    self._take_last(message, vault)
+                    await worker.die()  # nobody else answers clients, nor has a device of theirs
+                    self._worker, self._used = None, time.time()
                     self._end_of(message, failure, vault)
                     self._commands, self._count = self._commands + self._count, 0
                 finally:
@@ -514,14 +514,34 @@ class Machine:
             self._become("awake")
             self._keep()
 
+    def _take_last(self, message: Message | None, vault: Vault) -> None:
+        """What its process has said last outlives this manager before that is ended."""
+        kind, known = message and message.kind, self._entrance
+        if kind is Report.STOPPED and self._deposits is not None:
+            self._deposits.drop(self.entry.id)
+        if message is None or kind is not Report.ASLEEP:
+            return
+        if vault.closed or not known or not all(map(known.takes_back, message.descriptors)):
+            close_all(message.descriptors)
+            return
+        self._saved = Volatile(message.body, outlives=self._deposits is not None)
+        self._connections = message.descriptors
+        self._watch_data = bool(message.flags & WATCH_DATA)
+        self._count = min(message.number, _COMMANDS_MAX)
+        self._generation += 1
+        self._sleeps += 1
+        if self._deposits is not None:
+            state: State = "failed" if self.state == "failed" else "asleep"
+            self._deposits.put(self._as_saved(vault)._replace(state=state, worker=None))
+
     def _end_of(self, message: Message | None, failure: str, vault: Vault) -> None:
         """What it is behind the end of its process."""
+        if self._saved is not None:
+            if self.state != "failed":
+                self._become("asleep")
+            self._watch()
+            return
         if message is not None and message.kind is Report.ASLEEP:
-            known = self._entrance
-            if not vault.closed and known and all(map(known.takes_back, message.descriptors)):
-                self._sleep(message)
-                return
-            close_all(message.descriptors)
             failure = "its process has handed over what is no connection"
         if vault.closed or (message is not None and message.kind is Report.STOPPED):
             self._power_off()
@@ -538,18 +558,6 @@ class Machine:
             self._all.nursery.start_soon(self.wake_for_client)
         else:
             self._watch()
-
-    def _sleep(self, message: Message) -> None:
-        self._saved = Volatile(message.body, outlives=self._deposits is not None)
-        self._connections = message.descriptors
-        self._watch_data = bool(message.flags & WATCH_DATA)
-        self._count = min(message.number, _COMMANDS_MAX)
-        self._generation += 1
-        self._sleeps += 1
-        if self.state != "failed":
-            self._become("asleep")
-        self._keep()
-        self._watch()
 
     def _watch(self) -> None:
         known = self._entrance
