@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ def find_program(name: str, path: str | None = None) -> str | None:
     folders = os.get_exec_path() if path is None else path.split(os.pathsep)
     absolute = [folder for folder in folders if os.path.isabs(folder)]
     return shutil.which(name, path=os.pathsep.join(absolute))
+
+
+def own_program(name: str) -> str | None:
+    """The path of a program that is installed with this one, if it is."""
+    # A link to a program is not beside the others; the interpreter of a venv is, by its link.
+    for beside in (os.path.realpath(sys.argv[0]), os.path.abspath(sys.executable)):
+        path = os.path.join(os.path.dirname(beside), name)
+        if os.access(path, os.X_OK):
+            return path
+    return None
 
 
 # Any: the options are those of Popen.

@@ -10,6 +10,7 @@ import os
 import pwd
 import signal
 import stat
+import sys
 from typing import TYPE_CHECKING, Never
 
 import pytest
@@ -38,6 +39,11 @@ class MadeUp(Machine):
         super().__init__(root, str(root / "bin"))
         self.release = "6.1.0"
         self._denied = denied
+
+    checkout = None
+
+    def typed(self, name: str, *, sudo: bool = False) -> str:
+        return f"/ours/{name}" if sudo else name
 
     def why_not(self, path: str, module: str) -> str:
         if path in self._denied:
@@ -103,8 +109,55 @@ def test_a_device_for_others_is_the_next_step_with_sudo(tmp_path: Path) -> None:
     made_up.put("/proc/self/status", ALL_CAPABILITIES)
     diagnosis = diagnose(made_up)
     assert finding(diagnosis, "/dev/cuse").state is State.DENIED
-    assert diagnosis.next.startswith("sudo swtpm-cuse -n vtpm0")
+    assert diagnosis.next == "sudo /ours/swtpm-cuse -n vtpm0"
     assert works(diagnosis) == {"socket"}
+
+
+@pytest.mark.parametrize(
+    ("checkout", "lab", "deploy"),
+    [(None, "", ""), ("/a b", "'/a b/setup' lab --prepare", "sudo '/a b/setup' deploy")],
+)
+def test_only_who_has_a_checkout_is_told_to_use_it(
+    made_up: MadeUp, monkeypatch: pytest.MonkeyPatch, checkout: str, lab: str, deploy: str
+) -> None:
+    monkeypatch.setattr(MadeUp, "checkout", checkout)
+    diagnosis = diagnose(made_up)
+    found = [finding(diagnosis, name) for name in ("lab", "deployed")]
+    assert [each.command for each in found] == [lab, deploy]
+    assert ["comes with a checkout" in found[0].detail, "package" in found[1].detail] == (
+        [False, False] if checkout else [True, True]
+    )
+
+
+def test_a_checkout_is_where_the_programs_were_installed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    (tmp_path / "setup").touch()
+    assert Machine().checkout is None
+    (tmp_path / "vtpm_cuse").mkdir()
+    assert Machine().checkout == str(tmp_path)
+
+
+def test_a_program_is_named_as_the_user_can_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a name that is the C suite's there, nor for sudo by one that it does not find."""
+    ours, others, links = (tmp_path / name for name in ("our own", "others", "links"))
+    for folder in (ours, others):
+        folder.mkdir()
+        (folder / "swtpm").touch(0o755)
+    links.mkdir()
+    (links / "swtpm").symlink_to(ours / "swtpm")
+    monkeypatch.setattr(sys, "argv", [str(links / "swtpm")])
+    quoted = f"'{ours}/swtpm'"
+    assert Machine(path=str(ours)).typed("swtpm") == "swtpm"
+    assert Machine(path=f"{links}:{others}").typed("swtpm") == "swtpm"
+    assert Machine(path=f"{others}:{links}").typed("swtpm") == quoted
+    assert Machine(path="").typed("swtpm") == quoted
+    assert Machine(path=str(ours)).typed("swtpm", sudo=True) == quoted
+    monkeypatch.setattr(machine, "_PATH_OF_SUDO", str(links))
+    assert Machine(path="").typed("swtpm", sudo=True) == "swtpm"
 
 
 def obstacles(diagnosis: Diagnosis) -> dict[str, str]:

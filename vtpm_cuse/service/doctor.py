@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vtpm_cuse.errors import NO_PROC, EngineUnavailable
-from vtpm_cuse.programs import find_program
+from vtpm_cuse.programs import find_program, own_program
 from vtpm_cuse.service import flaws
 from vtpm_cuse.service.confine import landlock
 
@@ -133,6 +135,21 @@ class Machine:
         """Whether there is such a program."""
         return find_program(name, self._path) is not None
 
+    def typed(self, name: str, *, sudo: bool = False) -> str:
+        """What starts that program of this package: its path, where PATH leads to none or another."""
+        own = own_program(name)
+        found = find_program(name, _PATH_OF_SUDO if sudo else self._path)
+        if own is None or (found and os.path.realpath(found) == os.path.realpath(own)):
+            return name
+        return shlex.quote(own)
+
+    @property
+    def checkout(self) -> str | None:
+        """The folder of the sources, if this runs from what its ``setup`` has installed there."""
+        folder = os.path.dirname(sys.prefix)
+        there = all(os.path.exists(os.path.join(folder, name)) for name in ("setup", "vtpm_cuse"))
+        return folder if there else None
+
     def module_there(self, name: str) -> bool:
         """Whether the kernel's modules have it."""
         wanted = name.replace("_", "-")
@@ -141,6 +158,8 @@ class Machine:
         return any(found.replace("_", "-") == wanted for found in names)
 
 
+_PATH_OF_SUDO: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where Debian's sudo looks, whatever the caller's PATH says."""
 # The module of a device, and what it is good for.
 _DEVICES: Final = {
     "/dev/cuse": ("cuse", "swtpm-cuse makes devices on it"),
@@ -172,30 +191,30 @@ def diagnose(machine: Machine) -> Diagnosis:
             "cuse",
             no_library or no_device("/dev/cuse"),
             "a character device /dev/NAME",
-            "swtpm-cuse -n vtpm0",
+            f"{machine.typed('swtpm-cuse')} -n vtpm0",
         ),
         Offer(
             "vtpm-proxy",
             no_library or no_device("/dev/vtpmx") or no_right,
             "a TPM device of the kernel's, /dev/tpmN",
-            "swtpm chardev --vtpm-proxy",
+            f"{machine.typed('swtpm')} chardev --vtpm-proxy",
         ),
         Offer(
             "fuse",
             no_library or no_device("/dev/fuse") or no_program or no_mount,
             "a file in a mount of your own, without root",
-            "swtpm fuse -n vtpm0",
+            f"{machine.typed('swtpm')} fuse -n vtpm0",
         ),
         Offer(
             "socket",
             no_library,
             "TPM commands over Unix sockets, for QEMU; a TCP port would be open to every user",
-            "mkdir -p -m 700 ~/tpm && swtpm socket --tpm2 --tpmstate dir=$HOME/tpm "
+            f"mkdir -p -m 700 ~/tpm && {machine.typed('swtpm')} socket --tpm2 --tpmstate dir=$HOME/tpm "
             "--flags startup-clear --server type=unixio,path=$HOME/tpm/data "
             "--ctrl type=unixio,path=$HOME/tpm/ctrl",
         ),
     )
-    return Diagnosis(findings, offers, _next(findings, offers))
+    return Diagnosis(findings, offers, _next(machine, findings, offers))
 
 
 def _why_no_library(by_name: dict[str, Finding]) -> str:
@@ -205,7 +224,7 @@ def _why_no_library(by_name: dict[str, Finding]) -> str:
     return "libtpms is missing" if missing else "libtpms cannot be used"
 
 
-def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
+def _next(machine: Machine, findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
     """What brings a device nearer, else the best that works."""
     by_name = {finding.name: finding for finding in findings}
     library, device = by_name["libtpms"], by_name["/dev/cuse"]
@@ -216,7 +235,7 @@ def _next(findings: tuple[Finding, ...], offers: tuple[Offer, ...]) -> str:
     if device.state is State.LOADABLE:
         return device.command
     if device.state is State.DENIED:
-        return f"sudo {offers[0].command}"
+        return f"sudo {machine.typed('swtpm-cuse', sudo=True)} -n vtpm0"
     return next(offer.command for offer in offers if offer.works)
 
 
@@ -237,13 +256,7 @@ def _findings(machine: Machine) -> Iterator[Finding]:
     yield _present(
         machine, "systemd", ("/run/systemd/system",), "runs units such as swtpm-cuse@vtpm0.service"
     )
-    yield _present(
-        machine,
-        "deployed",
-        ("/usr/local/lib/vtpm-cuse/manifest", "/usr/lib/vtpm-cuse/bin"),
-        "programs, units and udev rules are in the system",
-        "sudo ./setup deploy",
-    )
+    yield _deployed(machine)
     yield _program(machine, "tpm2_getrandom", "tpm2-tools", "uses a TPM 2.0")
     yield _program(machine, "qemu-system-x86_64", "qemu-system-x86", "runs VMs and the kernel lab")
     yield _lab(machine)
@@ -345,12 +358,26 @@ def _sandbox(machine: Machine) -> Iterator[Finding]:
         yield Finding("landlock", State.OK, detail)
 
 
-def _present(
-    machine: Machine, name: str, paths: tuple[str, ...], purpose: str, command: str = ""
-) -> Finding:
+def _present(machine: Machine, name: str, paths: tuple[str, ...], purpose: str) -> Finding:
     if any(map(machine.there, paths)):
         return Finding(name, State.OK, purpose)
-    return Finding(name, State.MISSING, f"no {' nor '.join(paths)}", command)
+    return Finding(name, State.MISSING, f"no {' nor '.join(paths)}")
+
+
+def _deployed(machine: Machine) -> Finding:
+    paths = ("/usr/local/lib/vtpm-cuse/manifest", "/usr/lib/vtpm-cuse/bin")
+    found = _present(machine, "deployed", paths, "programs, units and udev rules are in the system")
+    if found.state is State.OK:
+        return found
+    return _by_setup(machine, found, "sudo {} deploy", "Debian's package vtpm-cuse brings them")
+
+
+def _by_setup(machine: Machine, found: Finding, command: str, otherwise: str) -> Finding:
+    """With what the checkout's ``setup`` can do about it; elsewhere with what else could."""
+    if machine.checkout is None:
+        return found._replace(detail=f"{found.detail}; {otherwise}")
+    setup = shlex.quote(os.path.join(machine.checkout, "setup"))
+    return found._replace(command=command.format(setup))
 
 
 def _program(machine: Machine, name: str, package: str, purpose: str) -> Finding:
@@ -365,7 +392,8 @@ def _lab(machine: Machine) -> Finding:
     if kernels and machine.program("qemu-system-x86_64"):
         return Finding("lab", State.OK, f"{kernels[-1]}; a kernel with /dev/cuse in QEMU")
     detail = "a kernel with /dev/cuse in QEMU, for machines without one"
-    return Finding("lab", State.MISSING, detail, "./setup lab --prepare")
+    found = Finding("lab", State.MISSING, detail)
+    return _by_setup(machine, found, "{} lab --prepare", "it comes with a checkout")
 
 
 _KINDS: Final[tuple[tuple[str, Callable[[str], bool]], ...]] = (

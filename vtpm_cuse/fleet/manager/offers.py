@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.containers import cdi
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.faults import sentence
 from vtpm_cuse.files import make_folder, write_output
+from vtpm_cuse.programs import own_program
 
 if TYPE_CHECKING:
     from vtpm_cuse.fleet.base import Interface, Offer, Tpm
@@ -86,8 +86,6 @@ class Offers:
 
 def _own_program() -> str:
     """The program ``vtpm`` that is installed with this one. Raises FrontendError."""
-    for beside in (sys.argv[0], sys.executable):
-        path = os.path.join(os.path.dirname(os.path.abspath(beside)), _PROGRAM)
-        if os.access(path, os.X_OK):
-            return path
+    if path := own_program(_PROGRAM):
+        return path
     raise FrontendError("The program vtpm, which removes it in the end, is not beside vtpmd")
