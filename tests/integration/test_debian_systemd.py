@@ -38,6 +38,20 @@ ExecStart=
 ExecStart=/usr/lib/vtpm-cuse/bin/swtpm socket --tpm2 --tpmstate dir=\\${STATE_DIRECTORY} \\
     --flags startup-clear --server type=unixio,path=\\${STATE_DIRECTORY}/socket
 END
+useradd --create-home --uid 4711 somebody
+for unit in user@ user-runtime-dir@
+do mkdir -p /etc/systemd/system/$unit.service.d; done
+cat >/etc/systemd/system/user@.service.d/alone.conf <<END
+[Service]
+PAMName=
+Environment=XDG_RUNTIME_DIR=/run/user/%i
+END
+cat >/etc/systemd/system/user-runtime-dir@.service.d/alone.conf <<END
+[Service]
+ExecStart=
+ExecStart=install --directory --mode 700 --owner %i /run/user/%i
+ExecStop=
+END
 printf '[Unit]\\nRequires=sysinit.target systemd-journald.service\\n' >/etc/systemd/system/test.target
 mount -t sysfs -o ro sysfs sys
 mount -t cgroup2 none sys/fs/cgroup
@@ -46,6 +60,7 @@ exec env -i container=test PATH="$PATH" /lib/systemd/systemd --system --unit=tes
 """
 UNIT: Final = "swtpm-cuse@vtpm0.service"
 PCR: Final = 10
+USER: Final = 4711
 
 
 @pytest.fixture
@@ -75,6 +90,12 @@ def root_of(systemd: Systemd) -> Path:
     return Path(f"/proc/{systemd.pid}/root")
 
 
+def as_user(systemd: Systemd, *words: str) -> str:
+    """What a program says to the user who is not root."""
+    become = ("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--reset-env")
+    return systemd.call(*become, "env", f"XDG_RUNTIME_DIR=/run/user/{USER}", *words).stdout
+
+
 def extended(client: Client) -> bytes:
     """The answer that tells a PCR, which was extended."""
     assert tpm.code_of(client.command(tpm.pcr_extend(PCR, b"1" * 32))) == 0
@@ -92,28 +113,32 @@ def version_of(manager: Path) -> str:
 
 
 def test_an_upgrade_and_what_follows(systemd: Systemd) -> None:
-    """No client notices an upgrade, the manager is the new one; at a removal all TPMs end, in order."""
+    """No client notices an upgrade, managers are the new ones; at a removal all TPMs end, in order."""
     root = root_of(systemd)
-    systemd.systemctl("start", "vtpmd.socket", UNIT)
+    systemd.systemctl("start", "vtpmd.socket", UNIT, f"user@{USER}.service")
+    as_user(systemd, "systemctl", "--user", "start", "vtpmd.socket")
+    as_user(systemd, "vtpm", "create", "own")
+    own = json.loads(as_user(systemd, "vtpm", "start", "own", "--json"))
     systemd.call("vtpm", "create", "one")
     told = json.loads(systemd.call("vtpm", "start", "one", "--json").stdout)
-    manager = root / "run/vtpm/manager.sock"
+    managers = [root / f"run/{name}/manager.sock" for name in ("vtpm", f"user/{USER}/vtpmd")]
     units = ("vtpmd.service", UNIT)
     before = [systemd.show(unit, "MainPID") for unit in units]
-    assert version_of(manager) == EARLIER
+    assert [version_of(manager) for manager in managers] == [EARLIER] * 2
     with (
         connect(root / told["sockets"]["data"].lstrip("/")) as managed,
+        connect(root / own["sockets"]["data"].lstrip("/")) as users,
         connect(root / "var/lib/private/vtpm-cuse/vtpm0/socket") as alone,
     ):
-        values = [extended(client) for client in (managed, alone)]
+        clients = (managed, users, alone)
+        values = [extended(client) for client in clients]
         debs = " ".join(f"/mnt/{name}_{__version__}_all.deb" for name in PACKAGES[:2])
         systemd.call("sh", "-ec", f"dpkg -i {debs}")
-        assert version_of(manager) == __version__
+        assert [version_of(manager) for manager in managers] == [__version__] * 2
         assert [systemd.show(unit, "MainPID") for unit in units] == before
-        assert [client.command(tpm.pcr_read(PCR)) for client in (managed, alone)] == values
+        assert [client.command(tpm.pcr_read(PCR)) for client in clients] == values
         systemd.call("dpkg", "--remove", *reversed(PACKAGES[:2]))
-        assert managed.ended()
-        assert alone.ended()
+        assert all(client.ended() for client in clients)
     assert {systemd.show(unit, "ActiveState") for unit in units} == {"inactive"}
     systemd.call("dpkg", "--purge", *reversed(PACKAGES[:2]))
     left = systemd.call("find", "/run/vtpm-cuse", "/etc/vtpm-cuse", status=None)
