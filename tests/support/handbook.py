@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 _DOCS: Final = Path(__file__).parents[2] / "docs"
-PAGES: Final = (*sorted(_DOCS.glob("handbook/*.md")), _DOCS / "manager.md")
+PAGES: Final = (*sorted(_DOCS.glob("handbook/*.md")), _DOCS / "containers.md", _DOCS / "manager.md")
 
 _BOX: Final = re.compile(
     r"(?:<!-- (lab|as: ([^>]+)) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL

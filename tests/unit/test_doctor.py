@@ -146,7 +146,8 @@ def test_a_program_is_named_as_the_user_can_start_it(
     ours, others, links = (tmp_path / name for name in ("our own", "others", "links"))
     for folder in (ours, others):
         folder.mkdir()
-        (folder / "swtpm").touch(0o755)
+        (folder / "swtpm").write_text(folder.name)
+        (folder / "swtpm").chmod(0o755)
     links.mkdir()
     (links / "swtpm").symlink_to(ours / "swtpm")
     monkeypatch.setattr(sys, "argv", [str(links / "swtpm")])
@@ -158,6 +159,8 @@ def test_a_program_is_named_as_the_user_can_start_it(
     assert Machine(path=str(ours)).typed("swtpm", sudo=True) == quoted
     monkeypatch.setattr(machine, "_PATH_OF_SUDO", str(links))
     assert Machine(path="").typed("swtpm", sudo=True) == "swtpm"
+    (others / "swtpm").write_text(ours.name)
+    assert Machine(path=str(others)).typed("swtpm") == "swtpm"
 
 
 def obstacles(diagnosis: Diagnosis) -> dict[str, str]:

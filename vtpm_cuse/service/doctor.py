@@ -7,6 +7,7 @@ command that does it.
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import shlex
 import stat
@@ -139,7 +140,7 @@ class Machine:
         """What starts that program of this package: its path, where PATH leads to none or another."""
         own = own_program(name)
         found = find_program(name, _PATH_OF_SUDO if sudo else self._path)
-        if own is None or (found and os.path.realpath(found) == os.path.realpath(own)):
+        if own is None or (found and _are_alike(found, own)):
             return name
         return shlex.quote(own)
 
@@ -156,6 +157,14 @@ class Machine:
         listed = self.text(f"/lib/modules/{self.release}/modules.dep").splitlines()
         names = (line.partition(":")[0].rpartition("/")[2].partition(".")[0] for line in listed)
         return any(found.replace("_", "-") == wanted for found in names)
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Whether two programs are one, or a copy, as Debian's vtpm-cuse-swtpm has them in PATH."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:  # not to be read
+        return False
 
 
 _PATH_OF_SUDO: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
