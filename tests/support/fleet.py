@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vtpm_cuse.fleet.base import Interface, SocketKind, State, Tpm
+    from vtpm_cuse.fleet.manager.deposits import Deposits
     from vtpm_cuse.fleet.manager.pool import PlainPool, Pool
     from vtpm_cuse.fleet.opener import MakesDevices
 
@@ -42,12 +43,13 @@ UID: Final = os.geteuid()
 async def fleet(
     folder: Path,
     opener: MakesDevices | None = None,
+    deposits: Deposits | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[Manager]:
     """A manager whose TPMs sleep when they are told to."""
     found = Settings(str(folder / "state"), str(folder / "run"), **{"idle": LAZY, **settings})
     with trio.fail_after(PATIENCE_SECONDS):
-        async with managed(found, opener) as manager:
+        async with managed(found, opener, deposits=deposits) as manager:
             yield manager
 
 

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 import trio
 import trio.testing
 
-from tests.support.fleet import in_trio
+from tests.support.fleet import fleet, in_trio
+from tests.support.fleet_devices import fake_opener, started_device
 from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.errors import ChannelError
 from vtpm_cuse.fleet import depot, heritage, lines
 from vtpm_cuse.fleet.blocking import BlockingChannel, close_all
 from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.heritage import SavedManager
+from vtpm_cuse.fleet.manager import deposits
 from vtpm_cuse.fleet.manager.volatile import Volatile
 from vtpm_cuse.fleet.messages import Answer, Call, Message, Order, Report
 from vtpm_cuse.fleet.worker.hearing import Hearing
+from vtpm_cuse.programs import start_program
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from vtpm_cuse.service.process.notify import ServiceManager
 
 SERVING = Message(Report.SERVING)
+_SLOW_SECONDS: Final = 0.2
 
 
 @contextlib.contextmanager
@@ -163,6 +172,46 @@ def test_the_depot_has_what_was_put_by_one_who_has_not_waited_for_it() -> None:
         with contextlib.closing(BlockingChannel(one)) as channel:
             told_first = channel.receive()
     assert told_first == Message(Order.KEEP, b"one\n")
+
+
+class Store:
+    """A service manager that keeps one descriptor, which it has anyway."""
+
+    def store(self, _name: str, _fd: int) -> None:
+        """Has it."""
+
+    def forget(self, _name: str) -> None:
+        """Has it not."""
+
+
+@in_trio
+async def test_a_device_has_gone_when_its_tpm_is_off_whoever_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A depot that takes its time."""
+    begun: list[int] = []
+
+    def begin(*words: Any, **more: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401
+        process = start_program(*words, **more)
+        begun.append(process.pid)
+        return process
+
+    monkeypatch.setattr(deposits, "start_program", begin)
+    kept = deposits.Deposits(cast("ServiceManager", Store()), None)
+    try:
+        with fake_opener() as opener:
+            async with fleet(tmp_path, opener, kept, spare=0) as manager:
+                await started_device(manager, "one")
+                os.kill(begun[0], signal.SIGSTOP)
+                timer = threading.Timer(_SLOW_SECONDS, os.kill, (begun[0], signal.SIGCONT))
+                timer.start()
+                await manager.stop("one")
+                assert opener.gone("vtpmd-one")
+                timer.join()
+    finally:
+        os.kill(begun[0], signal.SIGCONT)
+        os.close(kept.leave())
+    assert (await trio.to_thread.run_sync(os.waitpid, begun[0], 0))[1] == 0
 
 
 @pytest.mark.parametrize("outlives", [False, True])

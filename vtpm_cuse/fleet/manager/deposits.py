@@ -6,6 +6,7 @@ the environment of a next manager, and each change would go through process 1. (
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 from typing import TYPE_CHECKING, Final
@@ -113,6 +114,11 @@ class Deposits:
         close_all((left.manager.lock, left.manager.listener))
         self.drop(_MANAGER)
         self._settle()
+
+    def settle(self) -> None:
+        """Waits until nothing is held any more of what was dropped: a device, say, has gone."""
+        with contextlib.suppress(OSError, ChannelError):  # said when it is told the next time
+            self._settle()
 
     def _settle(self) -> None:
         """Waits until all that was told has been done: the depot has one manager after the other."""

@@ -169,6 +169,8 @@ class Machine:
             await self._end_worker()
             self._power_off()
         if entrance is not None:
+            if self._deposits is not None:
+                self._deposits.settle()
             await entrance.gone.wait()
 
     async def _end_worker(self) -> None:
