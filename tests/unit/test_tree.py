@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +16,6 @@ from vtpm_cuse.fleet.manager.api import as_told
 from vtpm_cuse.tree import contents
 from vtpm_cuse.tree.source import Source
 from vtpm_cuse.wire.manager import Note
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_no_text_has_a_line_that_somebody_else_wrote() -> None:
@@ -43,6 +41,19 @@ def test_no_text_has_a_line_that_somebody_else_wrote() -> None:
     assert contents.known(device, "failure") == b""
     notes = [Note(0.0, "a\nb"), Note(1.5, "c")]
     assert contents.log_text(notes) == b"1970-01-01T00:00:00Z a\\u000ab\n1970-01-01T00:00:01Z c\n"
+
+
+def test_no_name_of_pyfuse3_is_called_that_debian_12_has_not() -> None:
+    """3.2.1 has none of those for its integers."""
+    source = Path(contents.__file__).with_name("mount.py").read_text(encoding="utf-8")
+    called = [
+        node.func.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "pyfuse3"
+    ]
+    assert {"FUSEError", "readdir_reply"} < {*called}
+    assert [name for name in called if name.endswith("T")] == []
 
 
 def test_numbers_are_kept_as_long_as_the_kernel_knows_them() -> None:

@@ -1,5 +1,7 @@
 """The tree as a file system, by pyfuse3: looks at nothing before somebody does, and keeps nothing.
 
+The names that pyfuse3 has for its integers are for types alone: Debian 12's does not have them.
+
 The folder of a TPM is its owner's. What a file has is asked for when it is opened.
 """
 
@@ -140,7 +142,7 @@ class Tree(pyfuse3.Operations):
             listing.entries[start_id:], start_id + 1
         ):
             found = self._found(place, owner, is_folder=is_folder)
-            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(os.fsencode(name)), found, at):
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), found, at):
                 self._numbers.forget(found.st_ino, 1)
                 return
 
@@ -178,10 +180,10 @@ class Tree(pyfuse3.Operations):
     def _opened(self, what: bytes | _Listing) -> pyfuse3.FileHandleT:
         self._last += 1
         self._open[self._last] = what
-        return pyfuse3.FileHandleT(self._last)
+        return self._last
 
     def _found(self, place: _Place, owner: int, *, is_folder: bool) -> pyfuse3.EntryAttributes:
-        number = pyfuse3.InodeT(self._numbers.look_up(place))
+        number = self._numbers.look_up(place)
         return _attributes(number, owner, _FOLDER_MODE if is_folder else _FILE_MODE)
 
     async def _described(self, key: str) -> Tpm:
@@ -209,7 +211,7 @@ def _entries(tpm: Tpm, folder: str) -> Sequence[tuple[str, _Place, bool, int]]:
 def _attributes(number: pyfuse3.InodeT, owner: int, mode: int) -> pyfuse3.EntryAttributes:
     found = pyfuse3.EntryAttributes()
     found.st_ino = number
-    found.st_mode = pyfuse3.ModeT(mode)
+    found.st_mode = mode
     found.st_uid = owner
     found.st_nlink = 2 if stat.S_ISDIR(mode) else 1
     found.entry_timeout = found.attr_timeout = 0  # it is asked for each time
