@@ -206,11 +206,6 @@ class Puppet:
         with contextlib.suppress(OSError):
             (self._calls if calls else self._orders).send(data)
 
-    def end_of_orders(self) -> None:
-        """It says nothing more, as one that has ended."""
-        with contextlib.suppress(OSError):
-            self._orders.shutdown(socket.SHUT_WR)
-
     def end(self) -> None:
         """Waits until it has been ended."""
         self.process.kill()

@@ -41,6 +41,7 @@ from vtpm_cuse.fleet.manager.quota import Limits
 from vtpm_cuse.fleet.messages import Order
 from vtpm_cuse.storage.keys import Key
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, is_payload, split_header_untrusted
+from vtpm_cuse.wire.ptm import PtmResult
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -196,10 +197,17 @@ async def test_a_data_connection_is_passed_as_qemu_does(tmp_path: Path) -> None:
         control = await Client.of(found, "control")
         ours, theirs = trio.socket.socketpair()
         data = Client(ours)
-        with theirs:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [theirs.fileno()]))]
-            await control.connection.sendmsg([s.u32(s.SET_DATAFD)], rights)
-        assert await control.answer_of(4) == bytes(4)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")
+        listener.listen()
+        # With what is no connection of this host, the manager would not let it sleep.
+        for given in (socket.socket(), listener, theirs):
+            with given:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [given.fileno()]))]
+                await control.connection.sendmsg([s.u32(s.SET_DATAFD)], rights)
+            assert await control.answer_of(4) == s.u32(
+                0 if given is theirs else PtmResult.TPM_BAD_PARAMETER
+            )
         assert tpm.code_of(await data.ask(tpm.pcr_extend(10, b"1" * 32))) == 0
         await manager.hibernate("one")
         assert tpm.pcr_value(await data.ask(tpm.pcr_read(10))) != bytes(32)

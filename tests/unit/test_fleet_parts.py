@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import gc
 import json
 import os
-import random
 import socket
 import tempfile
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from tests.support.fleet import LAZY, UID, Puppet, in_trio
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.fleet import UID, in_trio
+from tests.support.liars import BLOB, ENTRY, PERMALL, asked, catalogue_of_two
 from vtpm_cuse.config import KeySource
 from vtpm_cuse.errors import (
     ChannelError,
@@ -30,15 +27,11 @@ from vtpm_cuse.errors import (
 from vtpm_cuse.fleet import lines
 from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.manager.entrances import DeviceEntrance, SocketEntrance
-from vtpm_cuse.fleet.manager.machine import Machine
-from vtpm_cuse.fleet.manager.sleepers import Sleepers
-from vtpm_cuse.fleet.manager.surroundings import Surroundings
 from vtpm_cuse.fleet.messages import (
     BODY_MAX,
     Answer,
     Call,
     Inbox,
-    Kind,
     Message,
     MessageHeader,
     Order,
@@ -46,7 +39,6 @@ from vtpm_cuse.fleet.messages import (
 )
 from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry, check_name
 from vtpm_cuse.fleet.states.vault import Vault
-from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
 from vtpm_cuse.fleet.worker.clock import Moment
 from vtpm_cuse.fleet.worker.hearing import Hearing
 from vtpm_cuse.fleet.worker.saved import SavedTpm, packed, unpacked
@@ -67,17 +59,10 @@ from vtpm_cuse.vtpm.managed import SavedManagedOpen
 from vtpm_cuse.vtpm.saved import SavedVtpm
 from vtpm_cuse.wire.blob import BlobFlag, BlobTag, tlv, with_header
 from vtpm_cuse.wire.layout import HOST
-from vtpm_cuse.wire.metrics import Histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from vtpm_cuse.fleet.manager.workers import Workers
-
-PERMALL: Final = b"\0\0\xab\x36\x47\x23" + bytes(100)
-BLOB: Final = with_header(BlobFlag(0), tlv(BlobTag.DATA, PERMALL))
-ENTRY: Final = Entry("6c1dd2ba-9d67-4fb1-8f4c-9a5a35d6e9f4", UID, None, False, (("a", "b"),))
 
 
 # -- messages -----------------------------------------------------------------------------
@@ -193,10 +178,14 @@ def test_the_clients_of_a_device_go_over_with_their_calls() -> None:
 
 def test_only_connections_come_back_and_only_from_one_with_sockets(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs, open("/dev/null", "rb") as file:
+    others = socket.socket(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs, others[0], others[1], open("/dev/null", "rb") as file:
         sockets = SocketEntrance(str(tmp_path / "one"), UID)
         assert sockets.takes_back(ours.fileno())
-        assert not any(map(sockets.takes_back, (*sockets.descriptors, file.fileno())))
+        # One of the network may linger: who closes it waits.
+        wrong = (*sockets.descriptors, *(one.fileno() for one in (file, *others)))
+        assert not any(map(sockets.takes_back, wrong))
+        assert all(map(os.fstat, (ours.fileno(), *wrong)))
         sockets.close()
         assert not DeviceEntrance(()).takes_back(ours.fileno())
     assert not (tmp_path / "one").exists()
@@ -205,23 +194,19 @@ def test_only_connections_come_back_and_only_from_one_with_sockets(tmp_path: Pat
 # -- the state ----------------------------------------------------------------------------
 
 
-def _asked(vault: Vault, call: Call, body: bytes = b"", number: int = 0) -> Message:
-    return vault.answer_untrusted(Message(call, body, number=number))
-
-
 def test_a_state_that_has_gone_is_no_new_tpm(tmp_path: Path) -> None:
     vault = Vault(str(tmp_path))
     vault.lock()
-    answer = _asked(vault, Call.LOAD)
+    answer = asked(vault, Call.LOAD)
     assert answer.kind is Answer.FAILED
     assert b"StateDamaged" in answer.body
     with pytest.raises(StateLocked):
         Vault(str(tmp_path)).lock()
     vault.close()
     new = Vault(str(tmp_path), may_begin=True)
-    assert StateMissing.__name__.encode() in _asked(new, Call.LOAD).body
-    assert _asked(new, Call.STORE, BLOB).kind is Answer.DONE
-    assert _asked(new, Call.LOAD).body == BLOB
+    assert StateMissing.__name__.encode() in asked(new, Call.LOAD).body
+    assert asked(new, Call.STORE, BLOB).kind is Answer.DONE
+    assert asked(new, Call.LOAD).body == BLOB
     new.close()
 
 
@@ -266,13 +251,13 @@ def test_a_worker_asks_for_no_state_that_came_along_until_it_has_begun() -> None
 def test_what_no_worker_asks_for_is_not_done(tmp_path: Path, lie: Message) -> None:
     vault = Vault(str(tmp_path), may_begin=True)
     vault.lock()
-    assert _asked(vault, Call.STORE, BLOB).kind is Answer.DONE
+    assert asked(vault, Call.STORE, BLOB).kind is Answer.DONE
     with pytest.raises(ChannelError):
         vault.answer_untrusted(lie)
-    assert _asked(vault, Call.LOAD).body == BLOB
-    _asked(vault, Call.CLOSE)
+    assert asked(vault, Call.LOAD).body == BLOB
+    asked(vault, Call.CLOSE)
     with pytest.raises(ChannelError):
-        _asked(vault, Call.STORE, BLOB)
+        asked(vault, Call.STORE, BLOB)
 
 
 def test_a_worker_gets_its_state_and_no_key(tmp_path: Path) -> None:
@@ -321,14 +306,8 @@ def test_a_state_from_elsewhere_is_checked_before_it_is_kept(tmp_path: Path) -> 
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
     """With two TPMs, one and two."""
-    found = Catalogue(str(tmp_path / "state"))
-    for name in ("one", "two"):
-        vault = Vault(found.begin(ENTRY.id), may_begin=True)
-        assert _asked(vault, Call.STORE, BLOB).kind is Answer.DONE
-        vault.close()
-        found.finish(name, ENTRY)
-    yield found
-    found.close()
+    with catalogue_of_two(tmp_path / "state") as found:
+        yield found
 
 
 @pytest.mark.parametrize(
@@ -356,7 +335,7 @@ def test_a_damaged_description_costs_no_tpm(catalogue: Catalogue, damage: bytes 
     assert found["one"] == Entry(found["one"].id, os.geteuid(), None, False, ())
     assert catalogue.entries() == found
     vault = Vault(catalogue.state_of("one"))
-    assert _asked(vault, Call.LOAD).body == BLOB
+    assert asked(vault, Call.LOAD).body == BLOB
     vault.close()
 
 
@@ -400,194 +379,3 @@ def test_such_names_are_refused(name: str) -> None:
     with pytest.raises(FleetError) as refused:
         check_name(name)
     assert refused.value.fault == "BadName"
-
-
-# -- one TPM and what claims to be its worker ---------------------------------------------
-
-
-class Stage:
-    """A machine whose workers are puppets."""
-
-    def __init__(self, catalogue: Catalogue, run: Path, nursery: trio.Nursery) -> None:
-        self.puppets: list[Puppet] = []
-        self.refills = 0
-        self.sleepers: Sleepers[Machine] = Sleepers()
-        self.one = Machine(
-            "one",
-            ENTRY,
-            Surroundings(
-                *(catalogue, cast("Workers", self), self.sleepers, nursery, str(run), LAZY),
-                lambda _: None,
-                Histogram(),
-            ),
-        )
-
-    async def take(self) -> object:
-        """As `Workers` does."""
-        await trio.lowlevel.checkpoint()
-        self.puppets.append(Puppet())
-        return self.puppets[-1].worker
-
-    def refill(self) -> None:
-        """As `Workers` does."""
-        self.refills += 1
-
-    async def started(self, begin: Callable[[], object]) -> Puppet:
-        """What the next puppet is told; it says that it serves."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(begin)  # type: ignore[arg-type]
-            count = len(self.puppets)
-            while len(self.puppets) == count:
-                await trio.lowlevel.checkpoint()
-            puppet = self.puppets[-1]
-            told = await puppet.orders.receive()
-            assert told is not None
-            puppet.told = told
-            assert self.refills == count  # another one takes a processor from this one
-            await puppet.orders.send(Message(Report.SERVING))
-        assert self.refills == len(self.puppets)
-        return puppet
-
-
-@contextlib.asynccontextmanager
-async def _stage(catalogue: Catalogue, run: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    with trio.fail_after(PATIENCE_SECONDS):
-        async with trio.open_nursery() as nursery:
-            stage = Stage(catalogue, run, nursery)
-            try:
-                yield stage
-            finally:
-                nursery.cancel_scope.cancel()
-        for puppet in stage.puppets:
-            puppet.end()
-        stage.one._power_off()
-        stage.sleepers.close()
-
-
-@in_trio
-async def test_what_was_saved_is_given_out_once(catalogue: Catalogue, tmp_path: Path) -> None:
-    async with _stage(catalogue, tmp_path) as stage:
-        puppet = await stage.started(stage.one.start)
-        assert (puppet.told.flags, len(puppet.told.descriptors)) == (ON, 3)
-        await puppet.orders.send(Message(Report.ASLEEP, b"volatile", WATCH_DATA, 5))
-        await puppet.worker.ended.wait()
-        assert stage.one.state == "asleep"
-        puppet = await stage.started(stage.one.wake)
-        assert puppet.told.flags == RESUME
-        assert Task.unpack(puppet.told.body)[2:4] == (b"volatile", BLOB)
-        puppet.process.kill()
-        puppet.orders.close()
-        await puppet.worker.ended.wait()
-        assert stage.one.state == "failed"
-        puppet = await stage.started(stage.one.wake_for_client)
-        assert puppet.told.flags == OFF
-        assert Task.unpack(puppet.told.body)[2:4] == (b"", b"")
-
-
-@in_trio
-async def test_what_is_no_connection_is_not_kept(catalogue: Catalogue, tmp_path: Path) -> None:
-    async with _stage(catalogue, tmp_path) as stage:
-        puppet = await stage.started(stage.one.start)
-        nothing = os.open("/dev/null", os.O_RDONLY)
-        await puppet.orders.send(Message(Report.ASLEEP, descriptors=(nothing,)))
-        os.close(nothing)
-        await puppet.worker.ended.wait()
-        assert (stage.one.state, stage.one.described().pid) == ("failed", None)
-        assert puppet.process.wait(PATIENCE_SECONDS) == -9
-
-
-@in_trio
-async def test_what_a_worker_says_of_its_tpm_is_bounded(
-    catalogue: Catalogue, tmp_path: Path
-) -> None:
-    async with _stage(catalogue, tmp_path) as stage:
-        puppet = await stage.started(stage.one.start)
-
-        async def say(message: Message) -> None:
-            assert await puppet.orders.receive() == Message(Order.LOOK, b"caps")
-            await puppet.orders.send(message)
-
-        for message, seen in (
-            *((Message(Report.TOLD, b"x"), b"x"), (Message(Report.TOLD, b"x", errno.ENOENT), None)),
-            *(
-                (Message(Report.TOLD, bytes(1 << 14)), "cannot tell"),
-                (Message(Report.DONE), "in the middle"),
-            ),
-            *(
-                (Message(Report.TOLD, b"x", errno.EBUSY), "cannot tell"),
-                (Message(Report.BUSY), "in the middle"),
-            ),
-        ):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(say, message)
-                if isinstance(seen, str):
-                    with pytest.raises(FleetError, match=seen) as info:
-                        await stage.one.look("caps")
-                    assert info.value.fault == "Busy"
-                else:
-                    assert await stage.one.look("caps") == seen
-
-
-@pytest.mark.parametrize("seed", range(4))
-@in_trio
-async def test_a_worker_that_lies_is_ended_and_reaches_nobody(
-    catalogue: Catalogue, tmp_path: Path, seed: int
-) -> None:
-    chance = random.Random(seed)  # noqa: S311
-    other = _everything(os.path.join(catalogue.path, "two"))
-    before = _sockets()
-    async with _stage(catalogue, tmp_path) as stage:
-        for _ in range(12):
-            begin = stage.one.start if stage.one.state == "stopped" else stage.one._awake
-            puppet = await stage.started(begin)
-            for _ in range(chance.randrange(1, 6)):
-                if puppet.worker.ended.is_set():
-                    break
-                _lie(puppet, chance)
-                for _ in range(20):
-                    await trio.lowlevel.checkpoint()
-            puppet.end_of_orders()  # it may be in the middle of a message that seems long
-            await puppet.worker.ended.wait()
-            assert puppet.process.wait(PATIENCE_SECONDS) == -9
-            assert stage.one.state in {"failed", "asleep", "stopped"}
-    assert _everything(os.path.join(catalogue.path, "two")) == other
-    assert _sockets() == before
-    vault = Vault(catalogue.state_of("one"))
-    assert _asked(vault, Call.LOAD).body[:30] == BLOB[:30]
-    vault.close()
-
-
-def _sockets() -> list[str]:
-    """Those that are open here."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sorted(name for name in found if name.startswith("socket:"))
-
-
-def _lie(puppet: Puppet, chance: random.Random) -> None:
-    kinds: tuple[Kind, ...] = (*Report, *Call, *Order, *Answer)
-    body = chance.choice((b"", BLOB, os.urandom(chance.randrange(99)), b"{}\n"))
-    message = Message(chance.choice(kinds), body, chance.randrange(9), chance.randrange(5))
-    text = message.pack()
-    if chance.random() < 0.2:
-        text = text[: chance.randrange(len(text))] + os.urandom(9)
-    calls = chance.random() < 0.5
-    if chance.random() < 0.3:
-        ours, theirs = socket.socketpair()
-        header = MessageHeader(message.kind, 1, 2, len(body), 0).pack(HOST)
-        with ours, theirs, open("/dev/null", "rb") as file, contextlib.suppress(OSError):
-            end = puppet._calls if calls else puppet._orders
-            socket.send_fds(end, [header + body], [ours.fileno(), file.fileno()])
-        return
-    puppet.send_raw(text, calls=calls)
-
-
-def _everything(folder: str) -> dict[str, bytes]:
-    found = {}
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(path, name), "rb") as file:
-                found[os.path.join(path, name)] = file.read()
-    return found

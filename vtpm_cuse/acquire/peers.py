@@ -32,6 +32,12 @@ class Credentials(NamedTuple):
         return cls(*_UCRED.unpack(found))
 
 
+def is_connection(found: socket.socket) -> bool:
+    """Whether it is a stream of this host, and does not listen: nobody waits when that is closed."""
+    kind = found.family, found.type, found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    return kind == (socket.AF_UNIX, socket.SOCK_STREAM, 0)
+
+
 def tells_process() -> bool:
     """Whether this kernel says which process has connected: Linux 6.5 and newer."""
     here, there = socket.socketpair()

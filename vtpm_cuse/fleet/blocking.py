@@ -36,6 +36,23 @@ class Ends:
         self._inbox.close()
         self._socket.close()
 
+    def end(self) -> None:
+        """Nothing comes any more but what has come, whoever else has the other end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def take_foreign(self) -> tuple[int, ...]:
+        """What others have opened and nobody has taken; the socket, too, where some is still in it.
+
+        Who closes that may have to wait for them: for a file of theirs, or a socket that lingers.
+        """
+        self.end()
+        _, found = self._inbox.take_all()
+        with contextlib.suppress(OSError):
+            if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                found = (*found, self._socket.detach())
+        return found
+
     def _receive(self) -> bool:
         """Takes what is there; False at the end. Raises BlockingIOError, OSError."""
         data, ancillary, *_ = self._socket.recvmsg(_READ_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)

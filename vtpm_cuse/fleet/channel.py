@@ -48,6 +48,12 @@ class Channel(Ends):
             trio.lowlevel.notify_closing(self._socket)
         super().close()
 
+    def take_foreign(self) -> tuple[int, ...]:
+        """As above."""
+        if self.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+        return super().take_foreign()
+
     async def send(self, message: Message) -> None:
         """Sends all of it. Raises OSError, ChannelError when the channel is closed meanwhile."""
         rest, descriptors = memoryview(message.pack()), list(message.descriptors)

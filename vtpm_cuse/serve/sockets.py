@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
+from vtpm_cuse.acquire.peers import is_connection
 from vtpm_cuse.proto.places import Places
 from vtpm_cuse.proto.stream import framed
 from vtpm_cuse.serve.connections import (
@@ -465,6 +466,12 @@ class SocketServer:
             log.error("The passed descriptor is no socket: %s", exc.strerror)
             return PtmResult.TPM_BAD_PARAMETER
         fds.pop(0)
+        if endpoints.passed_too and not is_connection(connection):
+            log.error(
+                "The passed descriptor is no stream of this host, which alone goes on in a sleep"
+            )
+            connection.close()
+            return PtmResult.TPM_BAD_PARAMETER
         data = self._data(connection, known=True)
         self._passed.append(data)
         self._nursery.start_soon(self._serve_passed_data, data)

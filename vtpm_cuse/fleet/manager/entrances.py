@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
 
+from vtpm_cuse.acquire.peers import is_connection
 from vtpm_cuse.acquire.sockets import acquire
 from vtpm_cuse.config import SocketAddress, SocketConfig, VtpmConfig
 from vtpm_cuse.errors import FrontendError
@@ -144,15 +145,15 @@ class SocketEntrance:
         return self.descriptors if data else self.descriptors[1:]
 
     def takes_back(self, fd: int) -> bool:
-        """A connected socket; of nothing else is anything asked here, which may wait."""
-        own = os.dup(fd)
+        """A connected socket of this host; nothing else is asked anything here, which may wait."""
         try:
-            found = socket.socket(fileno=own)
+            found = socket.socket(fileno=fd)
         except OSError:
-            os.close(own)
             return False
-        with found:
-            return not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        try:
+            return is_connection(found)
+        finally:
+            found.detach()
 
     def leave(self) -> None:
         """See `Entrance`."""

@@ -31,6 +31,7 @@ from vtpm_cuse.fleet.tasks import IN_ORDER, OFF, ON, RESUME, WATCH_DATA, Task
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from threading import Thread
 
     from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.manager.entrances import Entrance
@@ -52,6 +53,8 @@ _BUSY_SECONDS: Final = 0.05
 """After which a client may have finished what it is in the middle of."""
 _TRIES: Final = 3
 _LOOK_MAX: Final = 1 << 13  # more than NV memory's largest index, where a certificate is
+_NO_ANSWER: Final = "its process does not answer"
+_NOT_CLOSED: Final = "what its last process has handed over is of somebody who does not let it go"
 _IN_USE: Final = "a client is in the middle of something"
 _COMMANDS_MAX: Final = 1 << 32
 """More than a worker can have executed between two sleeps."""
@@ -87,6 +90,7 @@ class Machine:
         self._settled = False
         self._connections: tuple[int, ...] = ()
         self._watch_data = True
+        self._closer: Thread | None = None
 
     def described(self) -> Tpm:
         """It as it is now."""
@@ -173,9 +177,9 @@ class Machine:
                 self._deposits.settle()
             await entrance.gone.wait()
 
-    async def _end_worker(self) -> None:
+    async def _end_worker(self, why: str = "") -> None:
         if (worker := self._worker) is not None:
-            worker.kill()
+            worker.kill(why)
             await worker.ended.wait()
 
     async def reset(self) -> None:
@@ -246,9 +250,7 @@ class Machine:
             if order is Order.STOP:
                 await worker.ended.wait()
         if scope.cancelled_caught:
-            log.error("%s: its process does not answer", self.name)
-            worker.kill()
-            await worker.ended.wait()
+            await self._end_worker(_NO_ANSWER)
         return answer
 
     # -- from one manager to the next -----------------------------------------------------------
@@ -318,9 +320,7 @@ class Machine:
             return
         self._settled = True
         if self.state == "failed":
-            if self._worker is not None:
-                self._worker.kill()
-                await self._worker.ended.wait()
+            await self._end_worker()
             return
         with trio.move_on_after(_LEAVE_SECONDS):
             while self.state in {"awake", "asleep"}:
@@ -335,10 +335,9 @@ class Machine:
         with trio.move_on_after(_LEAVE_SECONDS) as scope:
             await waiting()
         if scope.cancelled_caught:
-            log.error("%s: it is in the middle of something that has no end", self.name)
             if self._worker is not None:
                 self._worker.resting = False
-                self._worker.end()
+                self._worker.kill("it was in the middle of something that has no end")
             await waiting()
 
     def resume(self, saved: SavedMachine) -> None:
@@ -368,9 +367,7 @@ class Machine:
             self._all.nursery.start_soon(self._attend, self._worker, vault)
             self._all.nursery.start_soon(self._rejoin, self._worker, self._serving)
         elif self._saved is None and self.state != "failed":
-            self._end_of(
-                None, "its process has ended, or was beginning, when the manager did", vault
-            )
+            self._end_of(None, None, vault)
         else:
             self._watch()
         self._keep()
@@ -381,8 +378,7 @@ class Machine:
             with trio.move_on_after(_STOP_SECONDS) as scope:
                 await serving.wait()
             if scope.cancelled_caught:
-                log.error("%s: its process does not answer", self.name)
-                worker.kill()
+                worker.kill(_NO_ANSWER)
 
     # -- its process ------------------------------------------------------------------------------
 
@@ -417,6 +413,8 @@ class Machine:
         """
         if (vault := self._vault) is None:
             raise self.refusal("it is off")
+        if self._closer is not None and self._closer.is_alive():
+            raise self.refusal(_NOT_CLOSED)
         begin = trio.current_time()
         permanent = b"" if mode == OFF else vault.permanent_blob()
         worker = await self._all.workers.take()
@@ -455,24 +453,26 @@ class Machine:
     async def _attend(self, worker: WorkerProcess, vault: Vault) -> None:
         """From its birth to its end."""
         message: Message | None = None
-        failure = "its process has ended"
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(keep, worker, vault, self._on_load)
-                try:
-                    message = await self._hear(worker)
-                except (ChannelError, OSError) as exc:
-                    failure = f"its process was ended, for it has said {exc}"
-                    worker.resting = False
-                if not worker.resting:
-                    nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as watching:
+                watching.start_soon(worker.watch)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(keep, worker, vault, self._on_load)
+                    try:
+                        message = await self._hear(worker)
+                    except (ChannelError, OSError) as exc:
+                        worker.kill(f"its process was ended, for it has said {exc}")
+                        worker.resting = False
+                    if not worker.resting:
+                        nursery.cancel_scope.cancel()
+                watching.cancel_scope.cancel()
         finally:
             if not worker.resting or message is not None:
                 try:
                     self._take_last(message, vault)
-                    await worker.die()  # nobody else answers clients, nor has a device of theirs
+                    self._closer = await worker.die()  # it answers no client, and has no device
                     self._worker, self._used = None, time.time()
-                    self._end_of(message, failure, vault)
+                    self._end_of(message, worker, vault)
                     self._commands, self._count = self._commands + self._count, 0
                 finally:
                     worker.end()
@@ -483,8 +483,12 @@ class Machine:
         """The last message of a worker. Raises ChannelError."""
         while (message := await worker.orders.receive()) is not None:
             if message.kind is Report.ASLEEP and self._serving.is_set():
-                return message
-            close_all(message.descriptors)
+                if self._entrance and all(map(self._entrance.takes_back, message.descriptors)):
+                    return message
+                worker.kill("its process has handed over what is no connection")
+            if message.descriptors:
+                worker.foreign += message.descriptors
+                raise ChannelError(f"a message of kind {message.kind} with descriptors")
             match message.kind:
                 case Report.SERVING if not self._serving.is_set():
                     if self.state != "failed":
@@ -518,16 +522,15 @@ class Machine:
 
     def _take_last(self, message: Message | None, vault: Vault) -> None:
         """What its process has said last outlives this manager before that is ended."""
-        kind, known = message and message.kind, self._entrance
+        kind = message and message.kind
         if kind is Report.STOPPED and self._deposits is not None:
             self._deposits.drop(self.entry.id)
         if message is None or kind is not Report.ASLEEP:
             return
-        if vault.closed or not known or not all(map(known.takes_back, message.descriptors)):
-            close_all(message.descriptors)
+        self._connections = message.descriptors
+        if vault.closed:
             return
         self._saved = Volatile(message.body, outlives=self._deposits is not None)
-        self._connections = message.descriptors
         self._watch_data = bool(message.flags & WATCH_DATA)
         self._count = min(message.number, _COMMANDS_MAX)
         self._generation += 1
@@ -536,16 +539,17 @@ class Machine:
             state: State = "failed" if self.state == "failed" else "asleep"
             self._deposits.put(self._as_saved(vault)._replace(state=state, worker=None))
 
-    def _end_of(self, message: Message | None, failure: str, vault: Vault) -> None:
-        """What it is behind the end of its process."""
+    def _end_of(self, message: Message | None, worker: WorkerProcess | None, vault: Vault) -> None:
+        """What it is behind the end of its process; None: that was another manager's."""
         if self._saved is not None:
             if self.state != "failed":
                 self._become("asleep")
             self._watch()
             return
-        if message is not None and message.kind is Report.ASLEEP:
-            failure = "its process has handed over what is no connection"
-        if vault.closed or (message is not None and message.kind is Report.STOPPED):
+        failure = (
+            worker.fault if worker else "its process ended, or was beginning, with the manager"
+        )
+        if vault.closed or (message and message.kind is Report.STOPPED):
             self._power_off()
             return
         again = self.state == "failed"
@@ -562,8 +566,7 @@ class Machine:
             self._watch()
 
     def _watch(self) -> None:
-        known = self._entrance
-        ours = () if known is None else known.watched(data=self._watch_data)
+        ours = () if self._entrance is None else self._entrance.watched(data=self._watch_data)
         watched = (*ours, *self._connections)
         self._all.sleepers.forget(watched)
         try:

@@ -22,7 +22,7 @@ from vtpm_cuse.fleet import lines
 from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.heritage import SavedWorker, SavedZygote
-from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.manager.threads import close_aside, in_thread
 from vtpm_cuse.fleet.messages import (
     DESCRIPTORS_MAX,
     Answer,
@@ -37,6 +37,7 @@ from vtpm_cuse.programs import start_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from threading import Thread
 
     from vtpm_cuse.fleet.states.vault import Vault
 
@@ -51,6 +52,9 @@ _AGAIN_SECONDS: Final = 1.0
 _TEXT_MAX: Final = 1000
 _DIE_SECONDS: Final = 10.0
 """For the kernel, which takes a process apart in milliseconds."""
+_ENDED: Final = "its process has ended"
+_FORK_SECONDS: Final = 60.0
+"""For the zygote, which takes a millisecond."""
 _CHANNELS: Final = 2
 """Of a worker."""
 _ROOM_PART: Final = 8
@@ -72,6 +76,8 @@ class WorkerProcess:
         calls: Where it asks for its state.
         ended: Set when nothing more will come of it.
         rested: Set when nobody here uses its channels any more.
+        fault: Why it has ended, or was ended.
+        foreign: Descriptors that it has sent without being asked for them.
     """
 
     def __init__(
@@ -83,6 +89,8 @@ class WorkerProcess:
         self.ended = trio.Event()
         self.rested = trio.Event()
         self.resting = False
+        self.fault = _ENDED
+        self.foreign: list[int] = []
         self._held = held
         self._line = line
         self._answer: Message | None = None
@@ -169,26 +177,49 @@ class WorkerProcess:
         """What `count` waits for."""
         self._counted.set()
 
-    def kill(self) -> None:
-        """It is no more, whatever it wants; who attends to it finds its end."""
+    async def watch(self) -> None:
+        """Waits for the end of its process; that of its channels may be another's by then."""
+        with contextlib.suppress(trio.ClosedResourceError):
+            await trio.lowlevel.wait_readable(self._held)
+        self._hang_up()
+
+    def kill(self, why: str = "") -> None:
+        """It is no more, whatever it wants; who attends to it finds its end, and may tell *why*.
+
+        Also where the kernel cannot end it yet, because it waits for a file of somebody's.
+        """
+        self.fault = why if why and self.fault is _ENDED else self.fault
         if self._held < 0:
             return
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._held, signal.SIGKILL)
+        self._hang_up()
 
-    async def die(self) -> None:
-        """`kill`, and waits until it holds nothing any more of what it was given."""
+    def _hang_up(self) -> None:
+        self.orders.end()
+        self.calls.end()
+
+    async def die(self) -> Thread | None:
+        """`kill`, and waits until it holds nothing any more of what it was given.
+
+        What it has sent of others is closed; returns who still does so, where they do not let it go.
+        """
         self.kill()
         if self._held >= 0:
             with trio.CancelScope(shield=True), trio.move_on_after(_DIE_SECONDS):
                 await trio.lowlevel.wait_readable(self._held)
+        found = (*self.foreign, *self.orders.take_foreign(), *self.calls.take_foreign())
+        self.foreign.clear()
+        return await close_aside(found) if found else None
 
     def end(self) -> None:
         """`kill`, and gives up what belongs to it; once nobody waits for its channels."""
         if self._held >= 0:
             self.kill()
+            trio.lowlevel.notify_closing(self._held)
             os.close(self._held)
             self._held = -1
+        close_all(tuple(self.foreign))
         self._line.close()
         self.orders.close()
         self.calls.close()
@@ -216,7 +247,7 @@ async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None])
     """Answers what a worker asks of its state, until it ends; whoever asks for more is ended."""
     try:
         while (request := await worker.calls.receive()) is not None:
-            close_all(request.descriptors)
+            worker.foreign += request.descriptors
             if request.kind is Call.ROOM:
                 answer = Message(Answer.DONE) if _has_room(worker, request.number) else _NO_ROOM
             elif request.kind in QUICK:
@@ -227,8 +258,7 @@ async def keep(worker: WorkerProcess, vault: Vault, on_load: Callable[[], None])
                 answer = await in_thread(functools.partial(vault.answer_untrusted, request))
             await worker.calls.send(answer)
     except ChannelError as exc:
-        log.error("The process %d was ended, for it has asked for %s", worker.pid, exc)
-        worker.kill()
+        worker.kill(f"its process was ended, for it has asked for {exc}")
     except OSError:  # it has ended
         pass
 
@@ -420,8 +450,21 @@ class Workers:
             self._zygote = None
 
 
+def _is_process(descriptors: tuple[int, ...]) -> bool:
+    """Whether that is one, which means a process."""
+    try:
+        (held,) = descriptors
+        os.waitid(os.P_PIDFD, held, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # it is the zygote's
+        return True
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 async def _fork(channel: Channel) -> WorkerProcess | None:
-    """A worker; None where the zygote is no more."""
+    """A worker; None where the zygote is no more, or is none."""
+    answer = None
     line, end = lines.line()
     with contextlib.ExitStack() as undo:
         undo.callback(line.close)
@@ -431,12 +474,13 @@ async def _fork(channel: Channel) -> WorkerProcess | None:
                 with trio.CancelScope(shield=True):  # else its answer would be the next one's
                     with end:
                         await channel.send(Message(Order.FORK, descriptors=(end.fileno(),)))
-                    answer = await channel.receive()
+                    with trio.move_on_after(_FORK_SECONDS):
+                        answer = await channel.receive()
             except (OSError, ChannelError):
                 return None
         if answer is None:
             return None
-        if answer.kind is not Report.DONE or len(answer.descriptors) != 1:
+        if answer.kind is not Report.DONE or not _is_process(answer.descriptors):
             close_all(answer.descriptors)
             return None
         undo.pop_all()
