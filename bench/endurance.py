@@ -281,7 +281,11 @@ class Sample(NamedTuple):
 
 
 def sample(hosts: list[Host]) -> Sample:
-    """Memory as the kernel's PSS, of managers what they share with none."""
+    """Memory as the kernel's PSS, of managers what they have written to.
+
+    That is shared at first with the processes that make devices, which were forked from it, and
+    with none once it has begun anew: what it shares with none would grow without a leak.
+    """
     used = [pid for host in hosts for pid in (host.pid, *host.zygotes(), *host.workers())]
     size, files = 0.0, 0
     for pid in used:
@@ -289,7 +293,8 @@ def sample(hosts: list[Host]) -> Sample:
             size += memory(pid)["Pss"]
     for host in hosts:
         files += len(os.listdir(f"/proc/{host.pid}/fd"))
-    managers = sum(memory(host.pid)["Private_Dirty"] for host in hosts)
+    written = [memory(host.pid) for host in hosts]
+    managers = sum(one["Private_Dirty"] + one["Shared_Dirty"] for one in written)
     return Sample(len(used), size / 1024, managers / 1024, files)
 
 
