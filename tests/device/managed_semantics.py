@@ -13,6 +13,7 @@ from tests.device.managed import clients, objects_of, opened
 from tests.kernel.harness import PTM_GET_CAPABILITY, errno_from
 from tests.support import managed as m
 from tests.support.commands import code_of, create_primary_rsa, get_random, tpm2
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from tests.support.managed_device import DeviceClient, DeviceWorld
@@ -69,7 +70,7 @@ def test_without_waiting(world: DeviceWorld) -> None:
         assert errno_from(client.response) == errno.EAGAIN
         poll = select.poll()
         poll.register(client.fd, select.POLLIN)
-        assert poll.poll(60_000)
+        assert poll.poll(1000 * PATIENCE_SECONDS)
         assert m.handle_of(client.response()) == 0x80000000
 
 

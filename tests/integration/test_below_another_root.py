@@ -126,7 +126,7 @@ def socket_server(
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         env=s.environment(),
         pass_fds=more_fds,
     )

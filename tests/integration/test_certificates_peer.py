@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.support.certificates import Parts, TestCa, der_of, make_ca, verify
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +103,7 @@ def certify(program: list[str], out: Path, words: list[str]) -> bytes:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "LC_ALL": "C.UTF-8"},
     )
@@ -183,7 +184,9 @@ def test_encrypted_key_and_every_way_to_give_its_password(tmp_path: Path) -> Non
         compare(ca, [*RSA, "--tpm2", *spec], tmp_path)
     for wrong in ([], ["--signkey-password", "x" * 11], ["--signkey-pwd", "env:NO_SUCH_NAME"]):
         words = [*OURS, *ca.words, *ALL, *RSA, *wrong, "--out-cert", str(tmp_path / "none")]
-        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "none").exists()
@@ -194,7 +197,7 @@ def test_encrypted_key_and_every_way_to_give_its_password(tmp_path: Path) -> Non
 def fails(program: Sequence[str], *words: str) -> str:
     """What a call that fails says."""
     done = subprocess.run(
-        [*program, *words], check=False, capture_output=True, text=True, timeout=60
+        [*program, *words], check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )
     assert done.returncode == 1
     return done.stderr

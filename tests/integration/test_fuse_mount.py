@@ -41,6 +41,7 @@ from tests.support.attacks import WITNESS
 from tests.support.commands import TPM2_SHUTDOWN_CLEAR, code_of, get_random, pcr_extend, tpm12
 from tests.support.fuse import SWTPM_FUSE, FuseServer, User, mounts, needs_fuse, ordinary_user
 from tests.support.sockets import is_locked
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -217,7 +218,7 @@ def test_foreground(tmp_path: Path) -> None:
             assert code_of(exchange(fd, RANDOM)) == 0
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
     line = f"swtpm: {mount}/x is a TPM 2.0, whose state is in {tmp_path}.\n"
     assert (said, process.stderr.read()) == (line, "")
     process.stderr.close()
@@ -325,7 +326,7 @@ def test_several_at_once(make: Callable[..., Server], tmp_path: Path) -> None:
         )
         for word in words
     ]
-    said = [process.communicate(timeout=60)[1] for process in started]
+    said = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in started]
     assert sorted(process.returncode for process in started) == [0, 1, 1, 1], said
     assert sum("is in use" in line for line in said) == 3, said
     assert len([path for path, _ in mounts() if path == str(mount)]) == 1

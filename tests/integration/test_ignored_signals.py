@@ -13,7 +13,7 @@ import pytest
 from tests.kernel.harness import PROGRAMS, ROOT
 from tests.support import sockets as s
 from tests.support.fuse import SWTPM_FUSE, needs_fuse
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ def test_tpm_lives_on(interface: str, number: signal.Signals, tmp_path: Path) ->
         assert is_ignored(process.pid, number)
         other = next(other for other in ENDING if other != number)
         process.send_signal(other)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
         assert not pid_file.exists()
     finally:
         process.kill()

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.programs import INSTALLED
 from tests.support.sockets import GET_CAPABILITY, connect
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from tests.support.wheel import ROOT, copied_sources
 
 FOREIGN: Final = ("trio", "cffi", "vtpm_cuse", "sitecustomize", "usercustomize")
@@ -268,7 +268,7 @@ def test_an_installer_that_goes_by_way_of_a_shell(tmp_path: Path, wheel: Path) -
         capture_output=True,
         text=True,
         check=False,
-        timeout=20,
+        timeout=PATIENCE_SECONDS,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

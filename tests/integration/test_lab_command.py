@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.waiting import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -118,7 +120,7 @@ def test_output_streams_and_ctrl_c_reaches_the_command(tmp_path: Path) -> None:
         assert len(machines_with(scratch.name)) == 1
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == "bye\n"
-        assert process.wait(timeout=60) == 3
+        assert process.wait(timeout=PATIENCE_SECONDS) == 3
     assert machines_with(scratch.name) == []
     assert list(tmp_path.iterdir()) == [scratch], "temporary files are left"
 
@@ -133,7 +135,7 @@ def test_second_signal_ends_a_command_that_does_not(tmp_path: Path) -> None:
         process.terminate()
         assert process.stdout.readline() == "no\n"
         process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=PATIENCE_SECONDS) == 128 + signal.SIGTERM
     assert machines_with(scratch.name) == []
     assert list(tmp_path.iterdir()) == [scratch], "temporary files are left"
 

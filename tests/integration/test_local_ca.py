@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.support.certificates import Parts, TestCa, der_of, make_ca, verify
 from tests.support.processes import in_child
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.cli.ca import swtpm_localca
 
 PEER = shutil.which("swtpm_localca", path="/usr/bin") or ""
@@ -62,7 +63,7 @@ def start(program: str, out: Path, words: list[str]) -> subprocess.Popen[str]:
 
 def run(program: str, out: Path, words: list[str], status: int = 0) -> tuple[str, str]:
     with start(program, out, words) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == status, (output, errors)
     assert "Traceback" not in errors
     return output, errors
@@ -77,7 +78,7 @@ def test_many_at_once_on_a_new_ca(tmp_path: Path) -> None:
     """One of them makes the CA; each gets a serial number of its own."""
     words = [*config_of(tmp_path), "--type", "ek", "--ek", MODULUS, "--tpm2"]
     processes = [start(OURS, tmp_path / f"out{n}", words) for n in range(6)]
-    outputs = [process.communicate(timeout=100) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0] * 6, outputs
     assert sum("Creating root CA" in output for output, _ in outputs) == 1
     paths = [tmp_path / f"out{n}" / "ek.cert" for n in range(6)]
@@ -241,7 +242,7 @@ def test_uris_of_keys(uri: str, said: str, token: TestCa, tmp_path: Path) -> Non
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         env={
             **os.environ,
             "SOFTHSM2_CONF": str(tmp_path / "softhsm2.conf"),

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.programs import module_of
 from tests.support.sockets import environment
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.ca.pkcs11 import TokenKey
 from vtpm_cuse.errors import CertificateError, UsageError
 from vtpm_cuse.manufacture.run import write_copies
@@ -34,7 +35,7 @@ def run(*words: str, folder: Path, **env: str) -> subprocess.CompletedProcess[by
         stdin=subprocess.DEVNULL,
         env={**environment(), **env},
         cwd=folder,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from tools.suite import Counts, Suite, counts_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def test_a_signal_is_passed_on_once_and_waited_for(
     assert child.stdout is not None
     pid = int(child.stdout.readline())
     child.send_signal(number)
-    out, said = child.communicate(timeout=60)
+    out, said = child.communicate(timeout=PATIENCE_SECONDS)
     said = said.removeprefix("Terminated\n")  # of the shell's sleep, says the shell
     assert (out, said) == ("bye\n", f"setup: ended by {number.name}\n")
     assert child.returncode == 128 + number
@@ -69,21 +69,23 @@ def test_a_second_signal_ends_what_does_not_end(child: subprocess.Popen[str]) ->
     child.send_signal(signal.SIGINT)
     assert child.stdout.readline() == "no\n"
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=PATIENCE_SECONDS)
     assert (said, child.returncode) == ("setup: ended by SIGINT\n", 130)
     wait_until(lambda: is_gone(pid), "its end")
 
 
 def test_a_step_that_fails_shows_what_it_said() -> None:
     process = started("steps.step('trying', ['sh', '-c', 'echo the reason; exit 4'])")
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, out) == (1, "")
     assert said.startswith("setup: trying ...\n")
     assert "\nthe reason\nsetup: trying failed; all that was said is in .cache/setup.log\n" in said
 
 
 def test_a_program_that_is_missing_is_named() -> None:
-    out, said = (process := started("steps.run(['/none/such'])")).communicate(timeout=60)
+    out, said = (process := started("steps.run(['/none/such'])")).communicate(
+        timeout=PATIENCE_SECONDS
+    )
     assert (process.returncode, out) == (127, "")
     assert said == "setup: /none/such: No such file or directory\n"
 

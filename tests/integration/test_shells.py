@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.waiting import PATIENCE_SECONDS
 from tools.manual.completions import names
 from tools.manual.pages import links, pages
 from vtpm_cuse.cli.swtpm_ioctl import PROGRAM
@@ -32,7 +33,13 @@ for tool in ("man", "mandoc", "bash", "zsh", "fish"):
 def run(*words: str | Path, folder: Path = ROOT) -> str:
     """Output of a command that must succeed and say nothing on standard error."""
     done = subprocess.run(
-        words, check=False, capture_output=True, text=True, env=PLAIN, cwd=folder, timeout=60
+        words,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=PLAIN,
+        cwd=folder,
+        timeout=PATIENCE_SECONDS,
     )
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.programs import module_of
 from tests.support.sockets import OURS, RUNNING, SHUTDOWN, Server, environment, u32
+from tests.support.waiting import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +32,7 @@ def run(script: str, program: str, *words: str) -> subprocess.CompletedProcess[s
         stdin=subprocess.DEVNULL,
         text=True,
         env={**environment(), "PYTHONUNBUFFERED": ""},
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import PATIENCE_SECONDS
+
 PEER_TOOL = shutil.which("swtpm_ioctl", path="/usr/bin")
 PEER_SERVER = shutil.which("swtpm", path="/usr/bin")
 OURS = "import sys; from vtpm_cuse.cli.swtpm_ioctl import main; sys.exit(main())"
@@ -152,7 +154,7 @@ def call(tool: list[str], words: tuple[str, ...], target: tuple[str, ...], cwd: 
         text=True,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": TREE},
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     return Outcome(words, done.returncode, masked(done.stdout), masked(done.stderr))
@@ -200,7 +202,7 @@ class PeerServer:
                 call(tool, words, self.target, self.folder) for words in invocations(ON + OFF[1:])
             ]
             found.append(call(tool, ("-s",), self.target, self.folder))
-            assert self.process.wait(10) == 0
+            assert self.process.wait(PATIENCE_SECONDS) == 0
             found.append(call(tool, ("-c",), self.target, self.folder))
         finally:
             self.process.kill()
@@ -259,4 +261,4 @@ def test_state_saved_from_one_tpm_serves_another(kind: str, tmp_path: Path) -> N
     finally:
         for server in (first, second):
             server.process.terminate()
-            server.process.wait(10)
+            server.process.wait(PATIENCE_SECONDS)

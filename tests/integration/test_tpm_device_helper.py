@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import PATIENCE_SECONDS
+
 TREE = Path(__file__).parents[2]
 HELPER = TREE / "kernel-helpers/tpm-device"
 SWTPM = Path(sys.executable).parent / "swtpm"
@@ -36,7 +38,7 @@ def test_says_what_is_wrong(words: tuple[str | Path, ...], status: int, said: st
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert (done.returncode, done.stdout) == (status, "")
@@ -50,7 +52,13 @@ def test_a_program_of_the_current_folder_is_not_run_for_its_name(tmp_path: Path)
     words: list[str | Path] = [HELPER, "--", "maker"]
     env = {**os.environ, "PATH": ":.:/none"}
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path, env=env
+        words,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+        cwd=tmp_path,
+        env=env,
     )
     assert not (tmp_path / "ran").exists()
     said = "tpm-device: maker: No such file or directory\n"
@@ -63,7 +71,7 @@ def test_device_that_is_named_but_never_comes() -> None:
         [HELPER, "--timeout", "0.2", "--", "echo", line],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.unstable import FOLDER, REASON, ROOT, UNSTABLE, is_ready
+from tests.support.waiting import PATIENCE_SECONDS
 
 needs_folder = pytest.mark.skipif(not is_ready(), reason=REASON)
 
@@ -24,7 +25,7 @@ def unstable(
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -81,7 +82,7 @@ def test_two_checkouts_do_not_take_each_other_the_python(tmp_path: Path) -> None
             check=True,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
         found.append(run.stdout)
     assert found[0] == found[1] != found[2]

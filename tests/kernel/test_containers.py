@@ -16,6 +16,7 @@ from tests.kernel.harness import PATIENCE, ROOT, errno_from, needs, run
 from tests.kernel.proxy import SWTPM, Proxy, next_number
 from tests.support.commands import pcr_read, pcr_value
 from tests.support.vtpmd import running
+from tests.support.waiting import wait_until
 from vtpm_cuse.client.manager import Manager
 
 if TYPE_CHECKING:
@@ -234,7 +235,7 @@ def test_a_tpm_of_the_manager_by_its_name(runtime: str, image: Path, manager: Ma
         shared.write(pcr_read(16))
         assert pcr_value(shared.read(4096)) != bytes(32)
     assert contained(f"--device=vtpm-cuse.org/vtpm={tpm.id}").split()[:4] == found[:4]
-    assert manager.list() == []
+    wait_until(lambda: manager.list() == [], "its removal, by who cleans up the container")
 
 
 @pytest.fixture

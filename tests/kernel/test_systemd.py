@@ -520,6 +520,7 @@ def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
             systemd.systemctl("stop", "vtpmd.service")
     finally:
         systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")
+    systemd.call("journalctl", "--sync")
     said = systemd.call("journalctl", "--no-pager", "-t", "vtpmd").stdout
     assert "TPMs are in /var/lib/vtpm" in said
 

@@ -322,7 +322,7 @@ class Server:
             lambda: self.descriptors() <= descriptors,
             f"no more than {descriptors} open descriptors",
             process=self.process,
-            seconds=10,
+            seconds=PATIENCE_SECONDS,
         )
 
     def resident_kib(self) -> int:

@@ -16,6 +16,7 @@ from tests.support.commands import get_random
 from tests.support.engine import FakeEngine, echo
 from tests.support.kernel import E2BIG, Machine
 from tests.support.libtpms import BOTH, make
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.client.commands import send_command
 from vtpm_cuse.errors import DeviceError
 from vtpm_cuse.proto.device import Opener
@@ -106,6 +107,6 @@ def test_at_a_client() -> None:
         answer = threading.Thread(target=theirs.sendall, args=(long_command(MORE),))
         answer.start()
         address = cast("TpmAddress", _Connected(ours))
-        assert send_command(address, get_random(8), seconds=60) == long_command(MORE)
+        assert send_command(address, get_random(8), seconds=PATIENCE_SECONDS) == long_command(MORE)
         answer.join()
         assert os.read(theirs.fileno(), 100) == get_random(8)

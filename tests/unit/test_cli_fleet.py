@@ -22,7 +22,7 @@ import pytest
 import trio
 
 from tests.support.fake_fleet import OTHER_USER, FakeFleet, served
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.cli import vtpmd
 from vtpm_cuse.cli.emulator import swtpm_fuse
 from vtpm_cuse.cli.emulator.settings import fuse_config
@@ -56,7 +56,7 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFleet
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(PATIENCE_SECONDS)
         yield fleet
     finally:
         fleet.token.run_sync_soon(end.cancel)

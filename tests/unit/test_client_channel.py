@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.client import channel, commands, connect
 from vtpm_cuse.errors import AnswerError, FrontendError, VtpmError
 from vtpm_cuse.wire.ptm import PtmBlobType, PtmStateFlag
@@ -48,7 +49,7 @@ class ScriptedServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join(10)
+        self._thread.join(PATIENCE_SECONDS)
         self._listener.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from tests.support.processes import in_child
-from tests.support.waiting import wait_until
+from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.acquire.watcher import DeviceWatcher
 from vtpm_cuse.containers import nodes
 from vtpm_cuse.errors import FrontendError
@@ -134,7 +134,7 @@ def test_events_are_no_longer_heard_once_nobody_waits() -> None:
     try:
         os.close(theirs)
         with pytest.raises(FrontendError, match="Nobody waits"):
-            events.wait(60)
+            events.wait(PATIENCE_SECONDS)
     finally:
         events.close()
         os.close(ours)

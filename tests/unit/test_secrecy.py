@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import in_child
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.config import KeySource, VtpmConfig
 from vtpm_cuse.errors import UsageError
 from vtpm_cuse.service.compose import make_vtpm
@@ -181,7 +182,7 @@ def test_key_is_neither_in_the_log_nor_in_the_arguments(tmp_path: Path, option: 
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     said = run.stdout + run.stderr + (tmp_path / "log").read_text()
     assert "TPMSpecification" in said

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 
+from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.manufacture import run
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Tpm:
 
     def work(self) -> None:
         self.running.set()
-        assert self.canceled.wait(60)
+        assert self.canceled.wait(PATIENCE_SECONDS)
         self.ended = True
         raise KeyboardInterrupt
 
@@ -63,7 +64,7 @@ def test_during_a_command(times: int) -> None:
     tpm = Tpm()
 
     def send() -> None:
-        assert tpm.running.wait(60)
+        assert tpm.running.wait(PATIENCE_SECONDS)
         for _ in range(times):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
