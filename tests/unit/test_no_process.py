@@ -95,7 +95,7 @@ def test_remover_removes_here_what_is_there(
     remover.end(pid_files=True)
     remover.end(pid_files=True)
     assert not os.listdir(tmp_path)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -117,7 +117,7 @@ def test_keeper(name: str, number: int, after: int, monkeypatch: pytest.MonkeyPa
     refuse(monkeypatch, os, name, number, after)
     with pytest.raises(OSError, match=os.strerror(number)):
         Keeper(lambda _: None, set())
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_background(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> 
     refuse(monkeypatch, os, name, number)
     with pytest.raises(OSError, match=os.strerror(number)):
         run_in_background(lambda _: 0, lambda _: None)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @ENDS
@@ -137,7 +137,7 @@ def test_watcher(module: object, name: str, number: int, monkeypatch: pytest.Mon
     refuse(monkeypatch, module, name, number)
     with pytest.raises(OSError, match=os.strerror(number)):
         DeviceWatcher(tpm2=True)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @ENDS
@@ -152,7 +152,7 @@ def test_maker(
     refuse(monkeypatch, module, name, number)
     with pytest.raises(OSError, match=os.strerror(number)):
         chardev.ProxyMaker(tpm2=True)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @ENDS
@@ -178,7 +178,7 @@ def test_confined_tpm(
     with pytest.raises(UsageError, match=f"No process can be started: {os.strerror(number)}"):
         confined.ConfinedTpm(config, {})
     assert closed == [True]
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_a_limit_comes_with_its_cure() -> None:
