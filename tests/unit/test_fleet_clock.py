@@ -47,6 +47,22 @@ def test_a_step_of_the_clock_is_no_time(step: int, slept: int) -> None:
     assert slept <= time_of(host) - before < slept + HOUR
 
 
+@in_child
+def test_no_time_has_passed_for_one_that_nobody_has_used() -> None:
+    host = Host(prepared())
+    host.vtpm.start()
+    host.vtpm.process(tpm.TPM2_STARTUP_CLEAR)
+    begin = clock.now()
+    saved = host.vtpm.suspend()
+    since = clock.asleep_since(saved.volatile, begin)
+    then = since._replace(realtime=since.realtime - 7 * HOUR)
+    volatile = with_time(saved.volatile, since.realtime, then.realtime)
+    host.vtpm = host._make()
+    host.vtpm.resume(saved._replace(volatile=clock.as_new(volatile, then)))
+    assert time_of(host) < HOUR
+    assert clock.as_new(b"opaque", then) == b"opaque"
+
+
 def test_where_the_state_has_no_time_a_step_forwards_is_no_wake() -> None:
     begin = clock.now()
     since = clock.asleep_since(b"opaque", begin)

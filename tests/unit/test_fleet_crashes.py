@@ -21,6 +21,7 @@ from tests.support.tree import Tree, written
 from vtpm_cuse.errors import FleetError
 from vtpm_cuse.fleet.base import Bundle, Spec
 from vtpm_cuse.fleet.manager import pool
+from vtpm_cuse.fleet.manager.making import Made
 from vtpm_cuse.fleet.manager.manager import Manager, Settings
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
 from vtpm_cuse.fleet.states.catalogue import Catalogue
@@ -82,9 +83,9 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, flush, lambda _fd: None)
     made = iter((2, 3))
 
-    async def make(*_: object) -> bytes:
+    async def make(_workers: object, number: str, _profile: str | None) -> Made:
         await trio.lowlevel.checkpoint()
-        return permall(next(made, 4))
+        return Made(number, permall(next(made, 4)))
 
     monkeypatch.setattr(pool, "make", make)
     monkeypatch.setattr(pool, "_PAUSE_SECONDS", 0.0)

@@ -1,15 +1,21 @@
-"""Manufactured TPMs that wait: each handed out once, none of an earlier configuration."""
+"""TPMs that wait: each handed out once, none of an earlier configuration."""
 
 from __future__ import annotations
 
+import os
+import signal
+import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 import trio.testing
 
-from tests.support.fleet import filled, in_trio
+from tests.support import commands as tpm
+from tests.support.fleet import UID, Client, filled, fleet, in_trio, until
 from vtpm_cuse.errors import UsageError
+from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.fleet.manager import pool as pool_module
 from vtpm_cuse.fleet.manager.making import Made
 from vtpm_cuse.fleet.manager.pool import POOL, PlainPool, Pool
@@ -17,7 +23,8 @@ from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from vtpm_cuse.fleet.manager.manager import Manager
 
 
 class Factory:
@@ -122,10 +129,10 @@ async def test_a_failure_is_told_to_who_wants_one(factory: Factory, catalogue: C
 async def test_each_plain_one_is_handed_out_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    async def make(_workers: object, profile: str | None) -> bytes:
+    async def make(_workers: object, number: str, profile: str | None) -> Made:
         await trio.lowlevel.checkpoint()
         asked.append(profile)
-        return f"{len(asked)} {profile}".encode()
+        return Made(number, f"{len(asked)} {profile}".encode())
 
     monkeypatch.setattr(pool_module, "make", make)
     async with trio.open_nursery() as nursery:
@@ -138,3 +145,40 @@ async def test_each_plain_one_is_handed_out_once_too(monkeypatch: pytest.MonkeyP
         made += [await pool.take(None) for _ in range(4)]
     assert [one.permanent[2:] for one in made] == [b"None"] * 5
     assert len({one.id for one in made}) == len({one.permanent for one in made}) == 5
+
+
+async def _first_words(manager: Manager, name: str) -> tuple[tuple[int, int], bytes]:
+    """Of one that is started, asked, and stopped: resets, restarts, a random number."""
+    client = await Client.of(await manager.start(name))
+    clock = await client.ask(tpm.TPM2_READ_CLOCK)
+    resets, restarts = struct.unpack_from(">II", clock, 26)
+    answer = await client.ask(tpm.get_random(16))
+    await manager.stop(name)
+    return (resets, restarts), answer
+
+
+@in_trio
+async def test_one_that_was_powered_on_ahead_goes_on_from_there_once(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as manager:
+
+        def state_of(name: str) -> Path:
+            return Path(manager._catalogue.state_of(name), "tpm2-00.permall")
+
+        for name in ("one", "two", "three"):
+            await manager.create(Spec(name, UID))
+        before = state_of("one").read_bytes()
+        found = await manager.start("one")
+        first = await (await Client.of(found)).ask(tpm.get_random(16))
+        assert found.pid is not None
+        os.kill(found.pid, signal.SIGKILL)
+        await until(manager, "one", "failed")
+        assert state_of("one").read_bytes() == before  # it is on since before it had a name
+        await manager.stop("one")
+        again = await _first_words(manager, "one")
+        two = await _first_words(manager, "two")
+        assert (two[0], again[0]) == ((1, 0), (2, 0))
+        # Of another state, as of a snapshot, it is powered on cold.
+        state_of("three").write_bytes(state_of("two").read_bytes())
+        three = await _first_words(manager, "three")
+        assert three[0] == (1, 1)
+        assert len({first, again[1], two[1], three[1]}) == 4

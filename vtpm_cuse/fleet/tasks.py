@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from vtpm_cuse.fleet.base import Interface
 
 MAKE: Final = 0
-"""The TPM is made, and ends."""
+"""The TPM is made, powered on and started up, and ends; what STOPPED brings is for ON."""
 ON: Final = 1
-"""It is powered on, cold, and started up."""
+"""It is powered on, cold, and started up; or goes on from there, where what is saved is of a MAKE."""
 OFF: Final = 2
 """It is off: only a client who may reset it brings it back."""
 RESUME: Final = 3

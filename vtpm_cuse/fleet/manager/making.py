@@ -40,14 +40,17 @@ class Made:
     Attributes:
         id: A UUID.
         permanent: Its permanent state, as libtpms has it; never shown.
+        saved: What it goes on from when it is first powered on, if it has been before: it is handed
+            out once, for this permanent state.
     """
 
     id: str
     permanent: bytes = field(repr=False)
+    saved: bytes = field(default=b"", repr=False)
 
 
-async def make(workers: Workers, profile: str | None) -> bytes:
-    """Makes a TPM, and returns its permanent state, as libtpms has it; it is in memory alone.
+async def make(workers: Workers, number: str, profile: str | None) -> Made:
+    """Makes a TPM, which has been powered on; it is in memory alone.
 
     Raises:
         VtpmError: It cannot be made.
@@ -70,7 +73,7 @@ async def make(workers: Workers, profile: str | None) -> bytes:
         raise UsageError(said_by(message) if message else "the process that makes it has ended")
     if PERMANENT not in vault.blobs.sizes():
         raise UsageError("it has not been stored")
-    return vault.permanent()
+    return Made(number, vault.permanent(), message.body)
 
 
 async def manufacture(folder: str, number: str, profile: str | None, *, patient: bool) -> Made:

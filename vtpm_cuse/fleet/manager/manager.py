@@ -296,29 +296,28 @@ class Manager:
     ) -> Tpm:
         """One that is *given*, with its folder. Raises VtpmError, OSError."""
         try:
-            await in_thread(partial(self._put, name, entry, given, secret))
+            size = await in_thread(partial(self._put, name, entry, given, secret))
         finally:
             self._catalogue.give_up(entry.id)
-        machine = Machine(name, entry, self._surroundings)
+        made = given if isinstance(given, Made) else None
+        machine = Machine(name, entry, self._surroundings, made)
         self._machines[name] = self._ids[entry.id] = machine
-        self._quota.changed(machine)
+        self._quota.changed(machine, size)
         self._history.note(entry.id, "imported" if isinstance(given, Bundle) else "created")
         self._tell("created", machine)
         return machine.described()
 
-    def _put(self, name: str, entry: Entry, given: Made | Bundle, secret: Secret | None) -> None:
-        """On the disk. Raises VtpmError, OSError."""
+    def _put(self, name: str, entry: Entry, given: Made | Bundle, secret: Secret | None) -> int:
+        """On the disk, where nobody finds it before; so many bytes. Raises VtpmError, OSError."""
         vault = Vault.of(self._catalogue.begin(entry.id), entry.key, secret, may_begin=True)
         try:
-            vault.lock()
-            match given:
-                case Made(permanent=permanent):
-                    vault.begin(permanent)
-                case Bundle(state=state):
-                    vault.begin_with_untrusted(state)
+            if isinstance(given, Made):
+                vault.begin(given.permanent)
+            else:
+                vault.begin_with_untrusted(given.state)
         finally:
             vault.close()
-        self._catalogue.finish(name, entry)
+        return self._catalogue.finish(name, entry)
 
     async def start(self, name: str, secret: Secret | None = None) -> Tpm:
         """Powers it on."""
@@ -335,6 +334,7 @@ class Manager:
         """Shuts it down, and powers it off."""
         async with self._mine(name) as machine:
             await machine.stop()
+            self._quota.changed(machine)  # by all that it has stored
             return machine.described()
 
     async def reset(self, name: str) -> Tpm:

@@ -90,7 +90,7 @@ class _Ahead:
 
 
 class PlainPool:
-    """TPMs as libtpms makes them, by a worker.
+    """TPMs as libtpms makes them, by a worker; they have been powered on, which takes the longest.
 
     Args:
         workers: Of which each makes one, and ends.
@@ -120,7 +120,7 @@ class PlainPool:
             self._ahead.fill()
 
     async def _make(self, profile: str | None = None) -> Made:
-        return Made(str(uuid.uuid4()), await make(self._workers, profile))
+        return await make(self._workers, str(uuid.uuid4()), profile)
 
 
 class Pool:

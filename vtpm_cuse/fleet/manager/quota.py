@@ -48,11 +48,15 @@ class Quota:
         self._owners: defaultdict[int, _Owner] = defaultdict(_Owner)
         self._turn = trio.Lock()
 
-    def changed(self, machine: Machine) -> None:
-        """It is new, or its folder has something else in it."""
+    def changed(self, machine: Machine, size: int | None = None) -> None:
+        """It is new, or its folder has something else in it: so many bytes, where that is known."""
         theirs, number = self._owners[machine.entry.owner], machine.entry.id
         theirs.forget(number)
-        theirs.unknown[number] = machine
+        if size is None:
+            theirs.unknown[number] = machine
+        else:
+            theirs.sizes[number] = size
+            theirs.total += size
 
     def removed(self, machine: Machine) -> None:
         """It is no more."""

@@ -24,6 +24,8 @@ _CLOSE_SECONDS: Final = 5.0
 """For what nobody has to be asked for."""
 
 log = logging.getLogger(__name__)
+_here = threading.local()
+"""Has ``deaf`` where this thread takes none any more: to ask the kernel takes longer than a job."""
 
 
 async def in_thread(job: Callable[[], T]) -> T:
@@ -57,5 +59,7 @@ async def close_aside(descriptors: tuple[int, ...]) -> threading.Thread | None:
 
 
 def _deaf(job: Callable[[], T]) -> T:
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    if not hasattr(_here, "deaf"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        _here.deaf = True
     return job()

@@ -220,13 +220,18 @@ class Catalogue:
         """That TPM is not to be."""
         shutil.rmtree(self._of(_NEW + number), ignore_errors=True)
 
-    def finish(self, name: str, entry: Entry) -> None:
-        """That TPM is there from now on, durably, whatever of it was before. Raises StorageError."""
+    def finish(self, name: str, entry: Entry) -> int:
+        """That TPM is there from now on, durably, whatever of it was before; returns `size_of` it.
+
+        Raises:
+            StorageError: It cannot be.
+        """
         new = self._of(_NEW + entry.id)
         with _errors(self._of(name)):
             _write_new(os.path.join(new, _FILE), _text(entry))
             _flush(new)
             self._rename(new, self._of(name))
+        return self.size_of(name)
 
     def rename(self, name: str, new_name: str) -> None:
         """It has another name from now on, durably. Raises StorageError."""

@@ -56,3 +56,13 @@ def awake(volatile: bytes, since: Moment) -> bytes:
         reason = "the host's clock was set while it slept, which this libtpms takes for time"
         raise TpmUnavailable(PtmResult.TPM_FAIL, reason)
     return volatile
+
+
+def as_new(volatile: bytes, since: Moment) -> bytes:
+    """The state of one that nobody has used, for which no time has passed, to be used at once.
+
+    Where libtpms cannot be told so, its clock has run on meanwhile.
+    """
+    if time_in(volatile, since.realtime, since.realtime) is None:
+        return volatile
+    return with_time(volatile, since.realtime, now().realtime)

@@ -48,9 +48,9 @@ _QUICKLY: Final = 1
 
 
 class SavedTpm(NamedTuple):
-    """Both halves, and since when they rest."""
+    """Both halves, and since when they rest; nobody has served one that was only made."""
 
-    served: SavedServer
+    served: SavedServer | None
     vtpm: SavedVtpm
     since: Moment
 
@@ -92,7 +92,7 @@ def packed(saved: SavedTpm) -> tuple[bytes, tuple[int, ...]]:
         found.append(fd)
         return LISTENERS + len(found) - 1
 
-    served = _renumbered(saved.served, number, (0, 1, 2))
+    served = saved.served and _renumbered(saved.served, number, (0, 1, 2))
     volatile, vtpm = saved.vtpm.volatile, saved.vtpm._replace(volatile=b"")
     text = plain.packed(saved._replace(served=served, vtpm=vtpm))
     return text + b"\n" + zlib.compress(volatile, _QUICKLY), tuple(found)
@@ -104,7 +104,9 @@ def unpacked(data: bytes, descriptors: Sequence[int]) -> SavedTpm:
     saved = plain.unpacked(text, _KINDS)
     try:
         volatile = zlib.decompressobj().decompress(rest, BODY_MAX)
-        served = _renumbered(saved.served, descriptors.__getitem__, descriptors[:LISTENERS])
+        served = saved.served and _renumbered(
+            saved.served, descriptors.__getitem__, descriptors[:LISTENERS]
+        )
         vtpm = saved.vtpm._replace(volatile=volatile)
         found: SavedTpm = saved._replace(served=served, vtpm=vtpm)
     except (LookupError, TypeError, AttributeError, zlib.error) as exc:

@@ -126,23 +126,22 @@ async def _serve(
     of_kernel = task.interface == "vtpm-proxy"
     locality = LocalityConfig(allow_set_locality=of_kernel)
     config = VtpmConfig(tpm2=True, startup=startup, profile=profile, locality=locality)
-    saved = unpacked(task.saved, order.descriptors) if order.flags == RESUME else None
+    saved = unpacked(task.saved, order.descriptors) if task.saved else None
     try:
         vtpm = make_vtpm_on(config, store)
         if saved is not None:
-            volatile = clock.awake(saved.vtpm.volatile, saved.since)
-            vtpm.resume(saved.vtpm._replace(volatile=volatile))
+            told = clock.awake if order.flags == RESUME else clock.as_new
+            vtpm.resume(saved.vtpm._replace(volatile=told(saved.vtpm.volatile, saved.since)))
         else:
             power_on(vtpm, config)
-            if of_kernel and order.flags == ON:
-                vtpm.self_test()  # the kernel begins with one, for which it does not wait long
-            if order.flags == MAKE:
-                vtpm.close()
+        if of_kernel and order.flags == ON:
+            vtpm.self_test()  # the kernel begins with one, for which it does not wait long
+        made = _made(vtpm) if order.flags == MAKE else b""
     except VtpmError as exc:
         await hearing.say(_failed(exc), lasts=True)
         return
     if order.flags == MAKE:
-        await hearing.say(Message(Report.STOPPED), lasts=True)
+        await hearing.say(Message(Report.STOPPED, made), lasts=True)
         return
     store.forget()
     off = not vtpm.running
@@ -154,6 +153,13 @@ async def _serve(
         await served.serve(None if saved is None else saved.served)
     finally:
         vtpm.stop(orderly=False)  # one to practise with: another one comes into this process
+
+
+def _made(vtpm: Vtpm) -> bytes:
+    """What one that is powered on for the first time goes on from, in another process."""
+    begin = clock.now()
+    saved = vtpm.suspend()
+    return packed(SavedTpm(None, saved, clock.asleep_since(saved.volatile, begin)))[0]
 
 
 def _failed(exc: VtpmError) -> Message:
