@@ -13,6 +13,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 from vtpm_cuse.fleet.manager.machine import Machine
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
 from vtpm_cuse.fleet.manager.surroundings import Surroundings
+from vtpm_cuse.fleet.manager.volatile import FirstStarts
 from vtpm_cuse.fleet.messages import Answer, Call, Message, Report
 from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry
 from vtpm_cuse.fleet.states.vault import Vault
@@ -71,7 +72,7 @@ class Stage:
             Surroundings(
                 *(catalogue, cast("Workers", self), self.sleepers, nursery, str(run), LAZY),
                 lambda _: None,
-                Histogram(),
+                *(Histogram(), FirstStarts()),
             ),
         )
 

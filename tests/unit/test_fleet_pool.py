@@ -19,6 +19,7 @@ from vtpm_cuse.fleet.base import Spec
 from vtpm_cuse.fleet.manager import pool as pool_module
 from vtpm_cuse.fleet.manager.making import Made
 from vtpm_cuse.fleet.manager.pool import POOL, PlainPool, Pool
+from vtpm_cuse.fleet.manager.volatile import WAITING, FirstStarts
 from vtpm_cuse.fleet.states.catalogue import Catalogue
 
 if TYPE_CHECKING:
@@ -182,3 +183,17 @@ async def test_one_that_was_powered_on_ahead_goes_on_from_there_once(tmp_path: P
         three = await _first_words(manager, "three")
         assert three[0] == (1, 1)
         assert len({first, again[1], two[1], three[1]}) == 4
+
+
+def test_what_new_ones_go_on_from_is_of_the_newest_and_of_their_state() -> None:
+    found = FirstStarts()
+    for number in range(WAITING + 1):
+        found.put(Made(str(number), b"state", b"volatile"))
+    assert found.take("0", b"state") == b""
+    assert found.take("1", b"state") == b"volatile"
+    assert found.take("1", b"state") == b""
+    assert found.take("2", b"another state") == b""
+    assert found.take("2", b"state") == b""
+    found.forget("3")
+    found.forget("unknown")
+    assert found.take("3", b"state") == b""

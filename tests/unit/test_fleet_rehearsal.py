@@ -49,7 +49,7 @@ def test_all_is_done_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
         in_child.append(len(powered))
         return job()
 
-    monkeypatch.setattr(worker, "_REHEARSALS", 1)
+    monkeypatch.setattr(worker, "_REHEARSALS", 0)  # but that which `gather` looks at
     monkeypatch.setattr(LibtpmsEngine, "start", note_power)
     monkeypatch.setattr(SocketServer, "resume", note_server)
     monkeypatch.setattr(rehearsal, "in_child", child)
@@ -94,3 +94,24 @@ def test_a_child_that_fails_is_found_out(recwarn: pytest.WarningsRecorder) -> No
     assert rehearsal.in_child(lambda: b"made") == b"made"
     with pytest.raises(ChannelError, match="to practise with"):
         rehearsal.in_child(lambda: os._exit(3))
+
+
+def test_what_has_run_does_the_same_by_code_that_was_made_anew() -> None:
+    def inner(number: int) -> int:
+        return number + 1
+
+    def ran() -> None:
+        numbers.append(inner(1))
+
+    def other() -> None:
+        numbers.append(0)
+
+    numbers: list[int] = []
+    before = [function.__code__ for function in (inner, ran, other)]
+    rehearsal.gather(ran)
+    ran()
+    assert numbers == [2, 2]
+    after = [function.__code__ for function in (inner, ran, other)]
+    assert after == before
+    kept = [one is another for one, another in zip(after, before, strict=True)]
+    assert kept == [False, False, True]

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.manager.entrances import Entrance
-    from vtpm_cuse.fleet.manager.making import Made
     from vtpm_cuse.fleet.manager.surroundings import Surroundings
     from vtpm_cuse.fleet.states.catalogue import Entry
 
@@ -64,9 +63,6 @@ _COMMANDS_MAX: Final = 1 << 32
 class Machine:
     """One TPM; who changes it has its `turn`.
 
-    Args:
-        made: It was made a moment ago, and is on the disk; nobody has had it yet.
-
     Attributes:
         name: It may be changed while the TPM is stopped.
         entry: What is kept of it on the disk.
@@ -74,9 +70,7 @@ class Machine:
         turn: One change at a time.
     """
 
-    def __init__(
-        self, name: str, entry: Entry, surroundings: Surroundings, made: Made | None = None
-    ) -> None:
+    def __init__(self, name: str, entry: Entry, surroundings: Surroundings) -> None:
         self.name = name
         self.entry = entry
         self.state: State = "stopped"
@@ -93,7 +87,6 @@ class Machine:
         self._worker: WorkerProcess | None = None
         self._serving = trio.Event()
         self._saved: Volatile | None = None
-        self._made = made
         self._settled = False
         self._connections: tuple[int, ...] = ()
         self._watch_data = True
@@ -397,9 +390,8 @@ class Machine:
         vault.lock()
         permanent = vault.permanent()  # a wrong key is one, before a worker takes it for damage
         vault.forget_volatile()
-        made, self._made = self._made, None
-        if made is not None and made.saved and made.permanent == permanent:  # nobody else was on it
-            self._saved = Volatile(made.saved, outlives=False)
+        if saved := self._all.first_starts.take(self.entry.id, permanent):
+            self._saved = Volatile(saved, outlives=False)
 
     async def _open_entrance(self) -> Entrance:
         """Raises FrontendError where there is no device to be had, VtpmError, OSError."""

@@ -27,6 +27,7 @@ from vtpm_cuse.fleet.manager.quota import Limits, Quota
 from vtpm_cuse.fleet.manager.sleepers import Sleepers
 from vtpm_cuse.fleet.manager.surroundings import Surroundings
 from vtpm_cuse.fleet.manager.threads import in_thread
+from vtpm_cuse.fleet.manager.volatile import FirstStarts
 from vtpm_cuse.fleet.manager.workers import SPARE, Workers
 from vtpm_cuse.fleet.states.catalogue import Catalogue, Entry, check_labels, check_name
 from vtpm_cuse.fleet.states.vault import Vault, copy_state, read_state
@@ -157,7 +158,8 @@ class Manager:
         self.wake_times = Histogram()
         self._surroundings = Surroundings(
             *(catalogue, workers, sleepers, nursery, os.path.abspath(settings.run)),
-            *(settings.idle, self._changed, self.wake_times, opener, deposits),
+            *(settings.idle, self._changed, self.wake_times, FirstStarts()),
+            *(opener, deposits),
         )
         self._machines = {
             name: Machine(name, entry, self._surroundings)
@@ -299,8 +301,9 @@ class Manager:
             size = await in_thread(partial(self._put, name, entry, given, secret))
         finally:
             self._catalogue.give_up(entry.id)
-        made = given if isinstance(given, Made) else None
-        machine = Machine(name, entry, self._surroundings, made)
+        machine = Machine(name, entry, self._surroundings)
+        if isinstance(given, Made):
+            self._surroundings.first_starts.put(given)
         self._machines[name] = self._ids[entry.id] = machine
         self._quota.changed(machine, size)
         self._history.note(entry.id, "imported" if isinstance(given, Bundle) else "created")
@@ -352,14 +355,13 @@ class Manager:
             await self._off(lambda: self._catalogue.remove(machine.name, machine.entry))
             del self._machines[machine.name], self._ids[machine.entry.id]
             self._history.forget(machine.entry.id)
+            self._surroundings.first_starts.forget(machine.entry.id)
             self._quota.removed(machine)
             self._tell("removed", machine)
 
     async def list(self, names: Sequence[str] | None = None) -> Sequence[Tpm]:
         """Those of *names*, or all."""
-        machines = [
-            self._one(name) for name in (sorted(self._machines) if names is None else names)
-        ]
+        machines = [*map(self._one, sorted(self._machines) if names is None else names)]
         async with trio.open_nursery() as nursery:
             for machine in machines:
                 if machine.state == "awake":
@@ -532,10 +534,8 @@ class Manager:
         """While one comes that has an id already. Raises FleetError where there is that TPM."""
         there = self._ids.get(number)
         if there is not None or number in self._coming:
-            reason = (
-                f"it is there already, as {there.name}" if there else "it is on its way already"
-            )
-            raise FleetError("TpmExists", name, reason)
+            where = f"there already, as {there.name}" if there else "on its way already"
+            raise FleetError("TpmExists", name, f"it is {where}")
         self._coming[number] = None
         try:
             yield

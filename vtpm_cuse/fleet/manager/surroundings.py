@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vtpm_cuse.fleet.manager.deposits import Deposits
     from vtpm_cuse.fleet.manager.machine import Machine
     from vtpm_cuse.fleet.manager.sleepers import Sleepers
+    from vtpm_cuse.fleet.manager.volatile import FirstStarts
     from vtpm_cuse.fleet.manager.workers import Workers
     from vtpm_cuse.fleet.opener import MakesDevices
     from vtpm_cuse.fleet.states.catalogue import Catalogue
@@ -29,6 +30,7 @@ class Surroundings(NamedTuple):
         idle: Seconds without a command after which a TPM sleeps.
         changed: Called with one that is not as it was.
         wake_times: Of wakes, as seconds.
+        first_starts: Of TPMs that were made lately.
         opener: Who makes devices, where that can be done.
         deposits: What outlives the manager, where something does.
     """
@@ -41,6 +43,7 @@ class Surroundings(NamedTuple):
     idle: float
     changed: Callable[[Machine], None]
     wake_times: Histogram
+    first_starts: FirstStarts
     opener: MakesDevices | None = None
     deposits: Deposits | None = None
 

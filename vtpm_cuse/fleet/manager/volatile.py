@@ -1,9 +1,41 @@
-"""What a TPM sleeps with: bytes that nobody reads here, and that are handed out once."""
+"""What a TPM goes on from: bytes that nobody reads here, and that are handed out once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from vtpm_cuse.fleet.manager.making import Made
+
+WAITING: Final = 256
+"""New TPMs, of 3 KB each."""
+
+
+class FirstStarts:
+    """What the newest TPMs go on from when they are first started; it is in this process alone.
+
+    Others, and those that somebody else has powered on in between, are started cold.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Made] = {}
+
+    def put(self, made: Made) -> None:
+        """Of one that has got its name; for which the oldest may have to go."""
+        self._waiting[made.id] = made
+        if len(self._waiting) > WAITING:
+            del self._waiting[next(iter(self._waiting))]
+
+    def take(self, number: str, permanent: bytes) -> bytes:
+        """Of the one with that id, if its permanent state is still this one; else nothing."""
+        made = self._waiting.pop(number, None)
+        return made.saved if made is not None and made.permanent == permanent else b""
+
+    def forget(self, number: str) -> None:
+        """That one is no more."""
+        self._waiting.pop(number, None)
 
 
 class Volatile:
