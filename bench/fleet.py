@@ -190,7 +190,9 @@ def lone(program: str, folder: Path) -> Iterator[Lone]:
     path = str(folder / "data")
     words = [program, "socket", "--tpm2", "--tpmstate", f"dir={folder}", "--log", "file=-"]
     words += ["--server", f"type=unixio,path={path}", "--flags", "not-need-init,startup-clear"]
-    with subprocess.Popen(words) as process:
+    # In a session of its own, as those of a manager: the kernel shares processors out by sessions,
+    # and has who is of the client's on the client's processor, which is another measurement.
+    with subprocess.Popen(words, start_new_session=True) as process:
         try:
             with connected(path) as connection:
                 answered(connection)
