@@ -53,6 +53,15 @@ class Ends:
                 found = (*found, self._socket.detach())
         return found
 
+    def is_at_end(self) -> bool:
+        """Whether nothing comes any more, not even what has been sent already."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def _receive(self) -> bool:
         """Takes what is there; False at the end. Raises BlockingIOError, OSError."""
         data, ancillary, *_ = self._socket.recvmsg(_READ_SIZE, _ROOM, socket.MSG_CMSG_CLOEXEC)
