@@ -189,11 +189,15 @@ def test_what_new_ones_go_on_from_is_of_the_newest_and_of_their_state() -> None:
     found = FirstStarts()
     for number in range(WAITING + 1):
         found.put(Made(str(number), b"state", b"volatile"))
-    assert found.take("0", b"state") == b""
-    assert found.take("1", b"state") == b"volatile"
-    assert found.take("1", b"state") == b""
-    assert found.take("2", b"another state") == b""
-    assert found.take("2", b"state") == b""
-    found.forget("3")
-    found.forget("unknown")
-    assert found.take("3", b"state") == b""
+    assert found.take("0", b"state") is None
+    taken = found.take("1", b"state")
+    assert taken is not None
+    assert (taken.take(), taken.take()) == (b"volatile", b"")
+    assert found.take("1", b"state") is None
+    assert found.take("2", b"another state") is None
+    assert found.take("2", b"state") is None
+    for gone in ("3", "unknown"):
+        found.forget(gone)
+        assert found.take(gone, b"state") is None
+    found.put(Made("cold", b"state"))
+    assert found.take("cold", b"state") is None

@@ -383,15 +383,13 @@ class Machine:
     # -- its process ------------------------------------------------------------------------------
 
     def _open_vault(self, secret: Secret | None) -> None:
-        """Its state is for nobody else. Raises StorageError."""
+        """Its state is for nobody else; a wrong key is no damage. Raises StorageError."""
         catalogue = self._all.catalogue
         folder, key = catalogue.state_of(self.name), self.entry.key
         self._vault = vault = Vault.of(folder, key, secret, reserve=catalogue.reserve)
         vault.lock()
-        permanent = vault.permanent()  # a wrong key is one, before a worker takes it for damage
+        self._saved = self._all.first_starts.take(self.entry.id, vault.permanent())
         vault.forget_volatile()
-        if saved := self._all.first_starts.take(self.entry.id, permanent):
-            self._saved = Volatile(saved, outlives=False)
 
     async def _open_entrance(self) -> Entrance:
         """Raises FrontendError where there is no device to be had, VtpmError, OSError."""

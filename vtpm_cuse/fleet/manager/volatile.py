@@ -13,31 +13,6 @@ WAITING: Final = 256
 """New TPMs, of 3 KB each."""
 
 
-class FirstStarts:
-    """What the newest TPMs go on from when they are first started; it is in this process alone.
-
-    Others, and those that somebody else has powered on in between, are started cold.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, Made] = {}
-
-    def put(self, made: Made) -> None:
-        """Of one that has got its name; for which the oldest may have to go."""
-        self._waiting[made.id] = made
-        if len(self._waiting) > WAITING:
-            del self._waiting[next(iter(self._waiting))]
-
-    def take(self, number: str, permanent: bytes) -> bytes:
-        """Of the one with that id, if its permanent state is still this one; else nothing."""
-        made = self._waiting.pop(number, None)
-        return made.saved if made is not None and made.permanent == permanent else b""
-
-    def forget(self, number: str) -> None:
-        """That one is no more."""
-        self._waiting.pop(number, None)
-
-
 class Volatile:
     """Of one sleep.
 
@@ -84,3 +59,30 @@ class Volatile:
             os.ftruncate(fd, 0)
             os.close(fd)
         return data
+
+
+class FirstStarts:
+    """What the newest TPMs go on from when they are first started; it is in this process alone.
+
+    Others, and those that somebody else has powered on in between, are started cold.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Made] = {}
+
+    def put(self, made: Made) -> None:
+        """Of one that has got its name; for which the oldest may have to go."""
+        self._waiting[made.id] = made
+        if len(self._waiting) > WAITING:
+            del self._waiting[next(iter(self._waiting))]
+
+    def take(self, number: str, permanent: bytes) -> Volatile | None:
+        """Of the one with that id, if its permanent state is still this one."""
+        made = self._waiting.pop(number, None)
+        if made is None or not made.saved or made.permanent != permanent:
+            return None
+        return Volatile(made.saved, outlives=False)
+
+    def forget(self, number: str) -> None:
+        """That one is no more."""
+        self._waiting.pop(number, None)
