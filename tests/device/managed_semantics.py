@@ -64,14 +64,22 @@ def test_poll(world: DeviceWorld) -> None:
 
 
 def test_without_waiting(world: DeviceWorld) -> None:
+    while not _reads_before_a_key_is_made(world):
+        pass  # that was quicker: once more
+
+
+def _reads_before_a_key_is_made(world: DeviceWorld) -> bool:
     with world.client() as client:
         os.set_blocking(client.fd, False)
         client.send(create_primary_rsa(unique=os.urandom(8)))
-        assert errno_from(client.response) == errno.EAGAIN
+        if not (error := errno_from(client.response)):
+            return False
+        assert error == errno.EAGAIN
         poll = select.poll()
         poll.register(client.fd, select.POLLIN)
         assert poll.poll(1000 * PATIENCE_SECONDS)
         assert m.handle_of(client.response()) == 0x80000000
+        return True
 
 
 def test_there_are_no_ptm_requests(world: DeviceWorld) -> None:
