@@ -184,6 +184,28 @@ class Store:
         """Has it not."""
 
 
+def test_a_depot_that_hangs_is_ended_and_its_manager_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def begin(_: object, **more: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401
+        begun.append(start_program(["/bin/sleep", "1000"], **more))  # which reads nothing
+        return begun[0]
+
+    monkeypatch.setattr(deposits, "start_program", begin)
+    monkeypatch.setattr(deposits, "_PATIENCE_SECONDS", 0.01)
+    before = os.listdir("/proc/self/fd")
+    kept = deposits.Deposits(cast("ServiceManager", Store()), None)
+    for _ in range(2):  # more than fits on the way, and once more
+        kept.put(SavedManager("x" * (1 << 20), 0, 0, True, None, None))
+    kept.settle()
+    assert os.waitstatus_to_exitcode(os.waitpid(begun[0].pid, 0)[1]) == -signal.SIGKILL
+    assert len(caplog.records) == 1
+    os.close(kept.leave())
+    assert os.listdir("/proc/self/fd") == before
+
+
 @in_trio
 async def test_a_device_has_gone_when_its_tpm_is_off_whoever_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import array
 import contextlib
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING, Final
 
 from vtpm_cuse.fleet.messages import Inbox
@@ -83,13 +84,21 @@ class Ends:
 
 
 class BlockingChannel(Ends):
-    """For who has nothing else to do meanwhile."""
+    """For who has nothing else to do meanwhile.
 
-    def __init__(self, end: socket.socket) -> None:
+    Args:
+        end: Of a socketpair.
+        seconds: How long he waits at most for the other one to read, or to say, anything; 0 for ever.
+    """
+
+    def __init__(self, end: socket.socket, seconds: float = 0) -> None:
         super().__init__(end, blocking=True)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO) if seconds else ():
+            limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))  # timeval
+            end.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def send(self, message: Message) -> None:
-        """Sends all of it. Raises OSError."""
+        """Sends all of it. Raises OSError; where he has waited in vain, nothing more can be sent."""
         rest, descriptors = memoryview(message.pack()), list(message.descriptors)
         while rest:
             rest = rest[self._send(rest, descriptors) :]

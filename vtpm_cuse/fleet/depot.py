@@ -10,6 +10,7 @@ It looks into nothing, opens no path, and has no right.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import socket
@@ -51,7 +52,7 @@ def keep(end: socket.socket) -> None:
         with contextlib.suppress(OSError):  # one who is killed has put something all the same
             for message in kept.values() if word == lines.TELL else ():
                 channel.send(message)
-            channel.send(Message(Report.READY))
+            channel.send(Message(Report.READY, number=os.getpid()))
         with contextlib.suppress(OSError, ChannelError):
             while (message_ := channel.receive()) is not None:
                 _take(message_, kept)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import subprocess
 from typing import TYPE_CHECKING, Final
 
@@ -30,12 +32,16 @@ log = logging.getLogger(__name__)
 NAME: Final = "depot"
 """Of the one descriptor that a service manager keeps."""
 _PROGRAM: Final = "vtpm_cuse.fleet.depot"
+_PATIENCE_SECONDS: Final = 10.0
+"""For the depot, which takes a message in microseconds."""
 _MANAGER: Final = ""
 """Whose record is the manager's own; the others' are those of TPMs, by their ids."""
 
 
 class Deposits:
     """A manager's access to the depot; it may block, for as long as that takes its turn.
+
+    One that does not take it for seconds is ended: it would hold what nobody has any more.
 
     Args:
         service: It keeps the line.
@@ -54,6 +60,7 @@ class Deposits:
     ) -> None:
         self.left: Heritage | None = None
         self._lost = False
+        self._process: int | None = None
         if line is not None:
             try:
                 self._come(line, tell=tell)
@@ -62,7 +69,8 @@ class Deposits:
                 line.close()
             else:
                 return
-        self._line = _started()
+        self._line, process = _started()
+        self._process = os.pidfd_open(process)
         self._channel = _channel_of(self._line, tell=False)  # which it hears when it has begun
         service.forget(NAME)
         service.store(NAME, self._line.fileno())
@@ -89,6 +97,8 @@ class Deposits:
         if message is None:
             self._channel.close()
             raise ChannelError("the process that keeps it has ended")
+        with contextlib.suppress(OSError):
+            self._process = os.pidfd_open(message.number)
         if machines and not managers:
             self.forget(machines)
             machines = []
@@ -117,8 +127,10 @@ class Deposits:
 
     def settle(self) -> None:
         """Waits until nothing is held any more of what was dropped: a device, say, has gone."""
-        with contextlib.suppress(OSError, ChannelError):  # said when it is told the next time
+        try:
             self._settle()
+        except (OSError, ChannelError) as exc:
+            self._lose(exc)
 
     def _settle(self) -> None:
         """Waits until all that was told has been done: the depot has one manager after the other."""
@@ -139,27 +151,36 @@ class Deposits:
         try:
             self._channel.send(message)
         except OSError as exc:
-            if not self._lost:
-                log.error("The death of vtpmd would end its TPMs until it is reloaded: %s", exc)
-            self._lost = True
+            self._lose(exc)
+
+    def _lose(self, exc: Exception) -> None:
+        if not self._lost:
+            log.error("The death of vtpmd would end its TPMs until it is reloaded: %s", exc)
+        self._lost = True
+        if self._process is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        self._channel.close()
 
     def leave(self) -> int:
         """Its line, for the next manager."""
         self._channel.close()
+        if self._process is not None:
+            os.close(self._process)
         return self._line.detach()
 
 
 def _channel_of(line: socket.socket, *, tell: bool) -> BlockingChannel:
     (end,) = lines.bring(line, 1, lines.TELL if tell else lines.GO_ON)
-    return BlockingChannel(end)
+    return BlockingChannel(end, _PATIENCE_SECONDS)
 
 
 def _whose(one: SavedManager | SavedMachine) -> bytes:
     return (_MANAGER if isinstance(one, SavedManager) else one.id).encode() + b"\n"
 
 
-def _started() -> socket.socket:
-    """Our end of its line."""
+def _started() -> tuple[socket.socket, int]:
+    """Our end of its line, and the number of its process."""
     ours, theirs = lines.line()
     with theirs:
         process = start_program(
@@ -171,4 +192,4 @@ def _started() -> socket.socket:
             start_new_session=True,
         )
     process.returncode = 0  # it outlives this process, and nobody waits for it
-    return ours
+    return ours, process.pid
