@@ -7,14 +7,17 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.kernel.harness import PATIENCE, ROOT, errno_from, needs, run
+from tests.kernel.harness import PATIENCE, ROOT, Done, errno_from, needs, run, wait_until
 from tests.kernel.proxy import SWTPM, Proxy, next_number
 from tests.support.commands import pcr_read, pcr_value
+from tests.support.sockets import listens
 from tests.support.vtpmd import running
 from tests.support.waiting import wait_until
 from vtpm_cuse.client.manager import Manager
@@ -32,6 +35,8 @@ WORK: Final = "/srv"
 """A folder that the image has, and that is writable in the containers."""
 
 RUNTIMES: Final = ("crun", "runc")
+ORDINARY: Final = 65534
+"""A user without a range of further ones, as whom podman needs no program for that."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -236,6 +241,94 @@ def test_a_tpm_of_the_manager_by_its_name(runtime: str, image: Path, manager: Ma
         assert pcr_value(shared.read(4096)) != bytes(32)
     assert contained(f"--device=vtpm-cuse.org/vtpm={tpm.id}").split()[:4] == found[:4]
     wait_until(lambda: manager.list() == [], "its removal, by who cleans up the container")
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Of an ordinary user, with an image in it."""
+    folder = Path(tempfile.mkdtemp(prefix="vtpm-podman-"))
+    image = folder / "image"
+    image.mkdir()
+    os.chown(folder, ORDINARY, ORDINARY)
+    run("mount", "--bind", "/", image)
+    yield folder
+    run("umount", image)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_an_ordinary_user_gives_a_tpm_of_his(runtime: str, manager: Manager, home: Path) -> None:
+    """To a container of his own podman: it has no other rights than he has."""
+    names = {"his": ORDINARY, "theirs": ORDINARY + 1}
+    for name, owner in names.items():
+        manager.create(name, interface="cuse", owner=owner, cdi="keep")
+        manager.start(name)
+    user = (f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups")
+    places = (f"HOME={home}", f"XDG_RUNTIME_DIR={home}")
+    start = ("setpriv", *user, "env", "-C", home, *places, *PODMAN, "--runtime", runtime, "run")
+    script = "stat -c '%u %a' /dev/tpm*; tpm2_getrandom --hex 4 -T device:/dev/tpm0"
+
+    def contained(name: str, status: int | None) -> str:
+        words = ("--rm", "--network=none", f"--device=vtpm-cuse.org/rootless={name}", "--rootfs")
+        return run(*start, *words, home / "image", "sh", "-c", script, status=status).stdout
+
+    found = contained("his", 0).split()
+    assert found[:4] == ["0", "600"] * 2  # as root of the container he is who he is here
+    assert len(bytes.fromhex(found[4])) == 4
+    assert contained("theirs", None).split() == ["65534", "600"] * 2
+    for name in names:
+        manager.remove(name, force=True)
+
+
+def test_containerd(manager: Manager, tmp_path: Path) -> None:
+    """That of Debian unstable, in its folder there; that of Debian 12 is too old for it."""
+    folder = Path.home() / ".cache/vtpm-cuse/unstable"
+    needs((folder / "usr/bin/ctr").exists(), f"{folder} has no containerd: kernel-helpers/unstable")
+    system, place = tmp_path / "system", Path("/run/vtpm-containerd")
+    socket, log = place / "socket", tmp_path / "log"
+    place.mkdir()
+    system.mkdir()
+    image = place / "image"
+    image.mkdir()
+    for mounted in (image, system):
+        run("mount", "--bind", folder, mounted)
+    for name in ("proc", "sys", "dev", "run"):
+        run("mount", "--rbind", f"/{name}", system / name)
+    (place / "config.toml").write_text(
+        f"version = 3\nroot = '{place}/root'\nstate = '{place}/state'\n"
+        f"[grpc]\naddress = '{socket}'\n"
+    )
+    inside = ("env", "PATH=/usr/sbin:/usr/bin", "chroot", system)
+    with (
+        log.open("wb") as said,
+        subprocess.Popen(
+            [*inside, "containerd", "--config", place / "config.toml"], stderr=said
+        ) as server,
+    ):
+        try:
+            wait_until(
+                partial(listens, socket), "containerd", process=server, log=log, seconds=PATIENCE
+            )
+            manager.create("web2", interface="cuse", owner=4711, cdi="keep")
+            manager.start("web2")
+
+            def contained(*words: str, status: int | None = 0) -> Done:
+                start = (*inside, "ctr", "--address", socket, "run", "--rm", "--user", "4711")
+                script = "id -u; stat -c %a /dev/tpm*; tpm2_getrandom --hex 4 -T device:/dev/tpm0"
+                rest = ("--env", "PATH=/usr/bin", "--rootfs", image, "one", "/bin/sh", "-c", script)
+                return run(*start, *words, *rest, status=status)
+
+            assert contained(status=None).stdout == "4711\n"
+            refused = contained("--device", "vtpm-cuse.org/vtpm=web3", status=1)
+            assert "unresolvable" in refused.stderr
+            found = contained("--device", "vtpm-cuse.org/vtpm=web2").stdout.split()
+            assert found[:3] == ["4711", "600", "600"]
+            assert len(bytes.fromhex(found[3])) == 4
+            manager.remove("web2", force=True)
+        finally:
+            server.kill()
+    run("umount", "--recursive", "--lazy", system)
+    run("umount", "--lazy", image)
 
 
 @pytest.fixture

@@ -41,9 +41,17 @@ async def test_it_is_offered_while_its_devices_are_there(tmp_path: Path) -> None
             tpm = await manager.create(spec())
             assert documents(tmp_path) == {}
             await manager.start("one")
-            (found,) = documents(tmp_path).items()
-            name, document = found
-            assert name == f"vtpm-cuse.org-vtpm_{tpm.id}.json"
+            written = documents(tmp_path)
+            name, rootless = (
+                f"vtpm-cuse.org-{kind}_{tpm.id}.json" for kind in ("vtpm", "rootless")
+            )
+            assert {*written} == {name, rootless}
+            document = written[name]
+            names = [device["name"] for device in written[rootless]["devices"]]
+            assert (written[rootless]["kind"], names) == ("vtpm-cuse.org/rootless", ["one", tpm.id])
+            assert {(*one["containerEdits"],) for one in written[rootless]["devices"]} == {
+                ("mounts",)
+            }
             assert {(*document,)} == {("cdiVersion", "kind", "devices")}
             assert (document["cdiVersion"], document["kind"]) == ("0.5.0", "vtpm-cuse.org/vtpm")
             assert [device["name"] for device in document["devices"]] == ["one", tpm.id]
@@ -72,7 +80,7 @@ async def test_it_is_offered_while_its_devices_are_there(tmp_path: Path) -> None
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             await until(manager, "one", "failed")
-            assert documents(tmp_path) == {name: document}
+            assert documents(tmp_path) == written
             await manager.stop("one")
             assert documents(tmp_path) == {}
             await manager.update("one", new_name="two")
@@ -89,10 +97,16 @@ async def test_it_is_offered_otherwise_at_once_and_not_by_a_dead_manager(tmp_pat
             await started(manager, "one", interface="cuse")
             assert documents(tmp_path) == {}
             assert (await manager.update("one", cdi="keep")).cdi == "keep"
-            assert len(documents(tmp_path)) == 1
+            assert len(documents(tmp_path)) == 2
             tpm = await manager.update("one", cdi="remove")
-            ((_, document),) = documents(tmp_path).items()
-            (hook,) = document["devices"][0]["containerEdits"]["hooks"]
+            written = documents(tmp_path)
+            (hook, *_) = hooks = [
+                hook
+                for document in written.values()
+                for device in document["devices"]
+                for hook in device["containerEdits"]["hooks"]
+            ]
+            assert hooks == [hook] * 4
             assert hook["hookName"] == "poststop"
             assert os.access(hook["path"], os.X_OK)
             socket = str(tmp_path / "run/manager.sock")
@@ -100,8 +114,11 @@ async def test_it_is_offered_otherwise_at_once_and_not_by_a_dead_manager(tmp_pat
             await manager.update("one", cdi="off")
             assert documents(tmp_path) == {}
             await manager.update("one", cdi="keep")
+            off = await manager.create(spec("off", "off"))
     assert documents(tmp_path) == {}
-    for name in (cdi.file_name(tpm.id), "other.json"):  # as a manager that is killed leaves one
+    # As a manager that is killed leaves them, also while it ends an offer.
+    left = [cdi.file_name(one.id, kind) for one in (tpm, off) for kind in (cdi.KIND, cdi.ROOTLESS)]
+    for name in (*left, "other.json"):
         (tmp_path / "cdi" / name).write_text("{}")
     with fake_opener() as opener:
         async with fleet(tmp_path, opener, cdi=str(tmp_path / "cdi")) as manager:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 KIND: Final = "vtpm-cuse.org/vtpm"
+ROOTLESS: Final = "vtpm-cuse.org/rootless"
+"""The same TPM, for a container that an ordinary user starts: its runtime can make no device nodes, and
+mounts those of this machine in their place, but only under the names that they have here."""
 INSIDE: Final = ("/dev/tpm0", "/dev/tpmrm0")
 """Where programs look for a TPM: the device for one client, and that for many."""
 
@@ -20,9 +23,9 @@ _MODE: Final = 0o600
 _HOOK_SECONDS: Final = 60
 
 
-def file_name(number: str) -> str:
+def file_name(number: str, kind: str = KIND) -> str:
     """That of the document about the TPM with this id; no two TPMs ever share it."""
-    return f"{KIND.replace('/', '-')}_{number}.json"
+    return f"{kind.replace('/', '-')}_{number}.json"
 
 
 def document(
@@ -32,6 +35,7 @@ def document(
     *,
     nodes: bool,
     at_the_end: Sequence[str] = (),
+    kind: str = KIND,
 ) -> dict[str, Any]:
     """A document about one TPM.
 
@@ -39,8 +43,9 @@ def document(
         names: Under which it can be asked for, by each alone.
         paths: Of its two devices here, as in `INSIDE`.
         owner: Whose they are, in the container too, and nobody else's.
-        nodes: They are device nodes; else files, which are mounted there.
+        nodes: Device nodes are made for them; else they are mounted there.
         at_the_end: A program and its arguments, run here when the container is no more.
+        kind: What is asked for: `KIND` or `ROOTLESS`.
     """
     places = list(zip(INSIDE, paths, strict=True))
     edits: dict[str, Any] = {}
@@ -65,4 +70,4 @@ def document(
             }
         ]
     devices = [{"name": name, "containerEdits": edits} for name in names]
-    return {"cdiVersion": _VERSION, "kind": KIND, "devices": devices}
+    return {"cdiVersion": _VERSION, "kind": kind, "devices": devices}

@@ -203,15 +203,14 @@ class Manager:
     def keep(self, listener: int, *, own_path: bool) -> None:
         """From now on another one can go on with its TPMs, where they outlive it; see `leave`."""
         if (deposits := self._surroundings.deposits) is not None:
-            lock = self._catalogue.lock
-            form = self.workers.form
+            form, lock = self.workers.form, self._catalogue.lock
             deposits.put(SavedManager(form, lock, listener, own_path, None, None))
 
     def offer_again(self) -> None:
         """Has documents of those that are on, and none that one who died has left of others."""
         for machine in self._machines.values():
             tpm = machine.described()
-            if tpm.cdi != "off" and tpm.state == "stopped":
+            if tpm.cdi == "off" or tpm.state == "stopped":
                 self._offers.drop(tpm.id, left=True)
             try:
                 self._offer(machine)
@@ -258,6 +257,7 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for machine in self._machines.values():
                 nursery.start_soon(stop, machine)
+        self._offers.close()
         self._tell_no_more()
 
     # -- what is asked for --------------------------------------------------------------------

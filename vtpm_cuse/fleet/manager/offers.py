@@ -1,4 +1,4 @@
-"""TPMs that containers may ask for: a CDI document for each, while its devices are there.
+"""TPMs that containers may ask for: CDI documents of each, while its devices are there.
 
 Runtimes read all documents of the folder whenever they start a container, and give what they say to
 whoever names it: so there are only those of TPMs that are on.
@@ -60,28 +60,40 @@ class Offers:
         if not (tpm.device and tpm.managed_device):
             return
         words = ("rm", "--force", "--socket", self._socket, tpm.id)
-        text = cdi.document(
-            (tpm.name, tpm.id),
-            (tpm.device, tpm.managed_device),
-            tpm.owner,
-            nodes=tpm.interface != "fuse",
-            at_the_end=(_own_program(), *words) if tpm.cdi == "remove" else (),
-        )
-        path = os.path.join(self._folder, cdi.file_name(tpm.id))
-        try:
-            make_folder(self._folder, _FOLDER_MODE, umask=False)
-            write_output(path, (json.dumps(text, indent=1) + "\n").encode(), _FILE_MODE)
-        except OSError as exc:
-            raise FrontendError(f"It cannot be offered to containers: {sentence(exc)}") from exc
+        hook = (_own_program(), *words) if tpm.cdi == "remove" else ()
+        nodes_of = {cdi.KIND: tpm.interface != "fuse"}
+        if tpm.interface != "fuse":
+            nodes_of[cdi.ROOTLESS] = False
         self._there.add(tpm.id)
+        for kind, nodes in nodes_of.items():
+            text = cdi.document(
+                (tpm.name, tpm.id),
+                (tpm.device, tpm.managed_device),
+                tpm.owner,
+                nodes=nodes,
+                at_the_end=hook,
+                kind=kind,
+            )
+            path = os.path.join(self._folder, cdi.file_name(tpm.id, kind))
+            try:
+                make_folder(self._folder, _FOLDER_MODE, umask=False)
+                write_output(path, (json.dumps(text, indent=1) + "\n").encode(), _FILE_MODE)
+            except OSError as exc:
+                raise FrontendError(f"It cannot be offered to containers: {sentence(exc)}") from exc
 
     def drop(self, number: str, *, left: bool = False) -> None:
         """It is not offered any more; nor, if it may have been *left*, as by a manager that died."""
         if self._folder is None or not (left or number in self._there):
             return
         self._there.discard(number)
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self._folder, cdi.file_name(number)))
+        for kind in (cdi.KIND, cdi.ROOTLESS):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self._folder, cdi.file_name(number, kind)))
+
+    def close(self) -> None:
+        """Nothing is offered any more."""
+        for number in tuple(self._there):
+            self.drop(number)
 
 
 def _own_program() -> str:

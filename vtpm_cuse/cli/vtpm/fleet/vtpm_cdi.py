@@ -28,7 +28,8 @@ PROGRAM: Final = Program(
         "and /dev/tpmrm0, where programs look for one; the TPM's id will do in the place of its name. "
         "The devices belong to the TPM's owner there, too, by his number, and to nobody else. Who "
         "can use /dev/tpm0 can also reset the TPM.",
-        "For that the manager keeps a document of the Container Device Interface (CDI) in the folder "
+        "The runtime of an ordinary user takes --device vtpm-cuse.org/rootless=NAME, for a TPM of his.",
+        "For that the manager keeps documents of the Container Device Interface (CDI) in the folder "
         "that its --cdi says, while the TPM is on. It takes a TPM that is a device (vtpm create "
         "--interface cuse), and a runtime that reads these documents, as podman does since 3.2.0 and "
         "docker since 25.0.",
@@ -48,6 +49,7 @@ PROGRAM: Final = Program(
     environment=ENVIRONMENT,
     files=(
         Term("/run/cdi/vtpm-cuse.org-vtpm_ID.json", "The document about the TPM with that id."),
+        Term("/run/cdi/vtpm-cuse.org-rootless_ID.json", "The same, for containers without root."),
     ),
     see_also=("vtpm(8)", "vtpm_create(8)", "vtpmd(8)", "podman-run(1)"),
 )
