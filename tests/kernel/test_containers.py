@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests.kernel.harness import PATIENCE, ROOT, Done, errno_from, needs, run, wait_until
+from tests.kernel.harness import PATIENCE, ROOT, Done, errno_from, needs, run
 from tests.kernel.proxy import SWTPM, Proxy, next_number
 from tests.support.commands import pcr_read, pcr_value
 from tests.support.sockets import listens

@@ -1,9 +1,4 @@
-"""The deployed units under systemd as process 1, with a live udevd; only ever in the kernel lab.
-
-systemd gets namespaces of its own for processes and mounts, and udevd hears the kernel all the
-same: the lab needs no second boot for it. Everything that "./setup deploy" puts into a system is
-copied into the lab's file tree and taken out again by --uninstall, which is a test too.
-"""
+"""The units of single TPMs: their devices, users, settings, states, and what is beside them."""
 
 from __future__ import annotations
 
@@ -14,15 +9,13 @@ import pwd
 import re
 import shutil
 import signal
-import subprocess
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.kernel.harness import ROOT, exchange, needs, opened, run, wait_until
-from tests.kernel.systemd import Systemd
+from tests.kernel.harness import ROOT, exchange, opened, wait_until
+from tests.kernel.test_systemd.conftest import UNITS, VENV
 from tests.support import managed as m
 from tests.support import sockets as s
 from tests.support.commands import (
@@ -34,91 +27,19 @@ from tests.support.commands import (
     nv_define,
     nv_read,
     nv_write,
-    pcr_extend,
-    pcr_read,
 )
-from tests.support.sockets import listens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DEPLOYED = ROOT / ".cache/deployed"
+    from tests.kernel.systemd import Systemd
+
 STATES = Path("/var/lib/vtpm-cuse")
 SETTINGS = Path("/etc/vtpm-cuse")
-UNITS = Path("/etc/systemd/system")
 MANAGERS = Path("/run/swtpm-resource-manager")
 SECRET = b"kept over a restart"
 TRANSIENT_USERS = range(61184, 65520)  # systemd's numbers for DynamicUser=
-VENV = Path("/usr/local/lib/vtpm-cuse/venv")
 INTRUDER = Path(__file__).with_name("intruder.py")
-
-# Not ours, slow, or at odds with a file tree that the lab's own process 1 set up.
-MASKED = (
-    *("systemd-tmpfiles-setup", "systemd-tmpfiles-clean", "systemd-tmpfiles-setup-dev"),
-    *("systemd-journal-flush", "systemd-timesyncd", "systemd-networkd", "systemd-sysctl"),
-    *("systemd-update-utmp", "systemd-random-seed", "systemd-binfmt", "apparmor"),
-)
-TARGET = """\
-[Unit]
-Requires=sysinit.target systemd-udevd.service systemd-journald.service
-After=sysinit.target systemd-udevd.service systemd-udev-trigger.service
-"""
-
-
-@pytest.fixture(scope="module")
-def systemd(cuse: None) -> Iterator[Systemd]:
-    """What was deployed, in the lab's file tree, with systemd and udevd at work on it."""
-    needs("LAB_SCRATCH" in os.environ, "only in the kernel lab: it changes the system")
-    needs(DEPLOYED.is_dir(), f"no {DEPLOYED}: ./setup deploy --root {DEPLOYED}")
-    for tool in ("systemctl", "udevadm", "apparmor_parser"):
-        needs(shutil.which(tool) is not None, f"{tool} is missing")
-    shutil.copytree(DEPLOYED, "/", symlinks=True, dirs_exist_ok=True)
-    if not os.path.ismount("/sys/kernel/security"):
-        run("mount", "-t", "securityfs", "none", "/sys/kernel/security")
-    run("systemd-sysusers", "vtpm-cuse.conf")
-    run("systemd-tmpfiles", "--create", "vtpm-cuse.conf")
-    run("apparmor_parser", "--replace", "--skip-cache", "/etc/apparmor.d/vtpm-cuse")
-    for name in MASKED:
-        (UNITS / f"{name}.service").unlink(missing_ok=True)
-        (UNITS / f"{name}.service").symlink_to("/dev/null")
-    (UNITS / "lab.target").write_text(TARGET)
-    manager = Path("/etc/systemd/system.conf.d/lab.conf")
-    manager.parent.mkdir(exist_ok=True)
-    manager.write_text("[Manager]\nDefaultTimeoutStartSec=40\n")
-    inside = (
-        "mount --make-rshared / && "  # as process 1 does: so services see their credentials
-        "mount -t proc proc /proc && { umount -l /sys/fs/cgroup; mount -t cgroup2 none "
-        "/sys/fs/cgroup; } && "  # the one that tests of containers mounted has another root
-        'exec env -i container=lab PATH="$PATH" /lib/systemd/systemd --system --unit=lab.target'
-    )
-    started = Systemd(
-        subprocess.Popen(
-            [
-                "unshare",
-                "--pid",
-                "--fork",
-                "--mount",
-                "--cgroup",
-                "--kill-child",
-                "sh",
-                "-c",
-                inside,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-    )
-    bus = Path("/run/systemd/private")
-    wait_until(partial(listens, bus), "systemd listens", process=started.process)
-    assert started.systemctl("is-system-running", "--wait", status=None) == "running\n"
-    yield started
-    started.process.kill()  # and with it all that it runs
-    started.process.wait()
-    shutil.rmtree("/run/systemd")  # by which programs know that systemd runs
-    for name in ("cuse", "vtpmx"):
-        os.chown(f"/dev/{name}", 0, 0)
-        os.chmod(f"/dev/{name}", 0o600)
 
 
 @pytest.fixture
@@ -495,58 +416,6 @@ def _manage(systemd: Systemd, tpm: Path) -> None:
     assert not folder.exists()
     with opened(tpm) as fd:  # as it was
         assert m.listed(exchange(fd, m.list_handles(0x80000000))) == []
-
-
-def test_the_manager_of_many_is_started_by_who_asks(systemd: Systemd) -> None:
-    """Its TPMs are served by an account that owns nothing, and are there after a restart.
-
-    A reload has it begin anew, with them.
-    """
-    (SETTINGS / "vtpmd.env").write_text("VTPMD_OPTIONS=--log level=1 --idle 600\n")
-    systemd.systemctl("start", "vtpmd.socket")
-    try:
-        systemd.call("vtpm", "create", "one")
-        for _ in range(2):
-            told = json.loads(systemd.call("vtpm", "start", "one", "--json").stdout)
-            tcti = ("-T", f"swtpm:path={told['sockets']['data']}")
-            done = systemd.call("tpm2_getrandom", *tcti, "--hex", "4")
-            assert len(done.stdout.strip()) == 8
-            status = systemd.call("cat", f"/proc/{told['pid']}/status").stdout
-            worker = pwd.getpwnam("vtpmd").pw_uid
-            assert re.findall(r"^Uid:\t(\d+)", status, re.MULTILINE) == [str(worker)]
-            systemd.systemctl("reload", "vtpmd.service")
-            found = json.loads(systemd.call("vtpm", "show", "one", "--json").stdout)
-            assert (found["state"], found["pid"]) == ("awake", told["pid"])
-            systemd.systemctl("stop", "vtpmd.service")
-    finally:
-        systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")
-    systemd.call("journalctl", "--sync")
-    said = systemd.call("journalctl", "--no-pager", "-t", "vtpmd").stdout
-    assert "TPMs are in /var/lib/vtpm" in said
-
-
-def test_tpms_of_the_manager_outlive_it(systemd: Systemd) -> None:
-    """Who has a device open sees neither a death nor a restart; behind a stop it is gone."""
-    # Starts are counted, of a unit that systemd still knows.
-    systemd.systemctl("reset-failed", "vtpmd.service", status=None)
-    systemd.systemctl("start", "vtpmd.socket")
-    kill = ("kill", "--kill-whom=main", "--signal=KILL")
-    try:
-        systemd.call("vtpm", "create", "two", "--interface", "cuse")
-        systemd.call("vtpm", "start", "two")
-        with opened(Path("/dev/vtpmd-two")) as fd:
-            assert code_of(exchange(fd, pcr_extend(10, b"1" * 32))) == 0
-            extended = exchange(fd, pcr_read(10))
-            for words in (kill, kill, ("restart",)):
-                before = systemd.show("vtpmd", "MainPID")
-                systemd.systemctl(*words, "vtpmd.service")
-                assert exchange(fd, pcr_read(10)) == extended
-                systemd.call("vtpm", "hibernate", "two")
-                assert systemd.show("vtpmd", "MainPID") not in {before, "0"}
-            systemd.systemctl("stop", "vtpmd.service")
-            wait_until(lambda: not os.path.exists("/dev/vtpmd-two"), "the end of the device")
-    finally:
-        systemd.systemctl("stop", "vtpmd.socket", "vtpmd.service")
 
 
 def test_units_are_without_fault(systemd: Systemd) -> None:
