@@ -11,21 +11,20 @@ import subprocess
 import threading
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from tests.support import commands as tpm
 from tests.support import ptm
-from tests.support.vtpmd import begin_anew, running
+from tests.support.service_manager import Service
+from tests.support.vtpmd import Daemon, begin_anew, running
 from tests.support.waiting import PATIENCE_SECONDS, wait_until
 from vtpm_cuse.client.manager import Manager
-from vtpm_cuse.errors import FleetError
+from vtpm_cuse.errors import FleetError, FrontendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from tests.support.vtpmd import Daemon
 
 
 @contextlib.contextmanager
@@ -121,9 +120,11 @@ def test_a_tpm_is_two_files_that_outlive_sleep_and_death(tmp_path: Path) -> None
 
 
 def test_a_mount_stays_while_the_manager_begins_anew(tmp_path: Path) -> None:
-    with managing(tmp_path) as (daemon, manager):
-        path = manager.create("one", interface="fuse").device
+    """And with it what containers are told of it."""
+    with managing(tmp_path, "--cdi", str(tmp_path / "cdi")) as (daemon, manager):
+        path = manager.create("one", interface="fuse", cdi="keep").device
         manager.start("one")
+        (document,) = (tmp_path / "cdi").iterdir()
         raw = opened(path)
         assert tpm.code_of(ask(raw, tpm.pcr_extend(10, b"1" * 32))) == 0
         extended = ask(raw, tpm.pcr_read(10))
@@ -133,16 +134,20 @@ def test_a_mount_stays_while_the_manager_begins_anew(tmp_path: Path) -> None:
         begin_anew(daemon)  # with the TPM awake
         assert ask(raw, tpm.pcr_read(10)) == extended
         os.close(raw)
+        assert document.exists()
         with Manager(str(daemon.path)) as anew:
             anew.stop("one")
         assert mounts_below(tmp_path) == []
+        assert not document.exists()
         assert daemon.end() == 0
 
 
 def test_what_a_killed_manager_leaves_is_cleared_up(tmp_path: Path) -> None:
-    with managing(tmp_path) as (daemon, manager):
-        path = manager.create("one", interface="fuse").device
+    offering = ("--cdi", str(tmp_path / "cdi"))
+    with managing(tmp_path, *offering) as (daemon, manager):
+        path = manager.create("one", interface="fuse", cdi="keep").device
         manager.start("one")
+        (document,) = (tmp_path / "cdi").iterdir()
         raw = opened(path)
         daemon.process.kill()
         daemon.process.wait()
@@ -150,9 +155,24 @@ def test_what_a_killed_manager_leaves_is_cleared_up(tmp_path: Path) -> None:
         wait_until(lambda: fails(raw), "the end of the worker")
         with contextlib.suppress(OSError):  # it is closed, and says that nobody was told
             os.close(raw)
-    with managing(tmp_path) as (_, manager):
+        assert document.exists()
+    with managing(tmp_path, *offering) as (_, manager):
+        assert not document.exists()
         manager.start("one")
         raw = opened(path)
+        assert tpm.code_of(ask(raw, tpm.get_random(8))) == 0
+        os.close(raw)
+
+
+def test_a_manager_that_is_refused_ends_no_mount_of_the_other(tmp_path: Path) -> None:
+    with managing(tmp_path) as (_, manager):
+        path = manager.create("one", interface="fuse").device
+        manager.start("one")
+        raw = opened(path)
+        with Daemon(tmp_path, "--user") as second:
+            assert second.process.wait(PATIENCE_SECONDS) == 1
+            assert "another manager has it" in second.said
+        assert len(mounts_below(tmp_path)) == 1
         assert tpm.code_of(ask(raw, tpm.get_random(8))) == 0
         os.close(raw)
 
@@ -205,3 +225,53 @@ def test_it_is_for_the_user_of_the_manager_and_no_other_kind(tmp_path: Path) -> 
         with pytest.raises(Exception, match="Root's manager alone"):
             manager.create("one", interface="cuse")
         assert manager.list() == []
+
+
+DYING: Final = """
+import os
+from vtpm_cuse.fleet.manager import entrances
+known = entrances._mounted
+def mounted(opener, fd, folder, nursery):
+    if folder.endswith("two"):
+        os.kill(os.getpid(), 9)
+    return known(opener, fd, folder, nursery)
+entrances._mounted = mounted
+"""
+"""Behind a mount that nobody else has heard of."""
+
+
+def test_where_it_is_a_service_a_mount_outlives_a_killed_manager(tmp_path: Path) -> None:
+    """And its restart; it ends with what is kept, and so does one that nobody knows of."""
+    with Service(tmp_path, "--user", "--idle", "3600") as service:
+        service.start()
+        with Manager(str(service.path)) as manager:
+            path = manager.create("one", interface="fuse").device
+            manager.start("one")
+        raw = opened(path)
+        assert tpm.code_of(ask(raw, tpm.pcr_extend(10, b"1" * 32))) == 0
+        extended = ask(raw, tpm.pcr_read(10))
+        for end in (service.kill, service.kill, service.end):
+            end()
+            service.start()
+            assert ask(raw, tpm.pcr_read(10)) == extended
+            with Manager(str(service.path)) as manager:
+                manager.hibernate("one")
+        service.kill()
+        service.start(DYING)
+        with Manager(str(service.path)) as manager, contextlib.suppress(FrontendError):
+            manager.create("two", interface="fuse")
+            manager.start("two")
+        service.process.wait(PATIENCE_SECONDS)
+        assert len(mounts_below(tmp_path)) == 2
+        service.start()
+        assert len(mounts_below(tmp_path)) == 1
+        with Manager(str(service.path)) as manager:
+            assert [one.state for one in manager.list()] == ["asleep", "stopped"]
+            manager.start("two")
+        assert ask(raw, tpm.pcr_read(10)) == extended
+        service.kill()
+        service.forget()
+        wait_until(lambda: mounts_below(tmp_path) == [], "the end of the mounts")
+        wait_until(lambda: fails(raw), "the end of the worker")
+        with contextlib.suppress(OSError):
+            os.close(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -19,7 +20,8 @@ from tests.support.waiting import wait_until
 from vtpm_cuse.acquire import chardev
 from vtpm_cuse.errors import FrontendError
 from vtpm_cuse.fleet import opener as openers
-from vtpm_cuse.fleet.messages import Message, Order
+from vtpm_cuse.fleet.heritage import SavedOpener
+from vtpm_cuse.fleet.messages import Message, Order, Report
 from vtpm_cuse.fleet.opener import Opener, Wanted
 from vtpm_cuse.wire.layout import HOST
 from vtpm_cuse.wire.vtpmx import VTPM_PROXY_FLAG_TPM2, VTPM_PROXY_IOC_NEW_DEV, VtpmProxyNewDev
@@ -67,6 +69,51 @@ def test_an_opener_has_no_more_rights_than_it_takes() -> None:
             assert status["NoNewPrivs"] == "1"
 
     with_opener(use)
+
+
+def test_what_a_killed_manager_has_asked_is_no_answer_to_the_next() -> None:
+    """It would have one TPM's clients at another TPM."""
+    ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs, mine = os.memfd_create("theirs"), os.memfd_create("mine")
+    with end, contextlib.closing(open(theirs, "rb")), contextlib.closing(open(mine, "rb")):
+
+        def answer(number: int, fd: int) -> None:
+            message = Message(Report.DONE, number=number, descriptors=(fd,))
+            socket.send_fds(end, [message.pack()], message.descriptors)
+
+        for number in range(4):
+            answer(number, theirs)
+        opener = Opener("", own=True, left=SavedOpener(0, ours.detach()))
+
+        async def ask() -> int:
+            found: list[int] = []
+
+            async def mount() -> None:
+                found.append(await opener.mount("/nowhere"))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(mount)
+                await trio.lowlevel.wait_readable(end)
+                answer(openers._request(end.recv(4096)).number, mine)
+            return found[0]
+
+        with opener:
+            opener.shared()
+            fd = trio.run(ask)
+        assert os.path.samestat(os.fstat(fd), os.fstat(mine))
+        os.close(fd)
+
+
+def test_of_a_killed_managers_opener_only_one_that_lives_is_used() -> None:
+    with Opener("/nonexistent", own=True) as fresh:
+        ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        end.close()
+        assert Opener.behind(SavedOpener(0, ours.detach()), fresh) is fresh
+        ours, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with end, Opener.behind(SavedOpener(0, ours.detach()), fresh) as used:
+            used.shared()
+            assert used is not fresh
+            assert is_gone(fresh._child)
 
 
 def _status(pid: int) -> list[str]:

@@ -191,20 +191,31 @@ class FuseMount:
                 os.rmdir(self._folder)
 
 
-def mounts_below(folder: str) -> list[str]:
-    """Where this program's kind of mounts are, somewhere below a folder. Raises FrontendError."""
+def mounts_below(folder: str) -> dict[str, str]:
+    """Where this program's kind of mounts are, somewhere below a folder, with their device numbers.
+
+    The paths begin with *folder*, as it is given. Raises FrontendError.
+    """
     above = os.path.realpath(folder) + "/"
     lines = (line.split(" ") for line in _mounts())
-    found = [_unquoted(fields[4]) for fields in lines if _KIND in fields]
-    return [path for path in found if path.startswith(above)]
+    found = {_unquoted(fields[4]): fields[2] for fields in lines if _KIND in fields}
+    return {
+        os.path.join(folder, path.removeprefix(above)): device
+        for path, device in found.items()
+        if path.startswith(above)
+    }
 
 
-def end_mount(folder: str) -> None:
-    """Ends one that a process has left; the folder goes, too. Raises FrontendError."""
+def end_mount(folder: str, device: str | None = None) -> None:
+    """Ends one that a process has left; the folder goes, too. Raises FrontendError.
+
+    Not one of another *device* number, which has taken its place.
+    """
     above, name = os.path.split(folder)
-    if (
-        _mounted_on(os.path.join(os.path.realpath(above), name)) is not None
-    ):  # itself may not answer
+    found = _mounted_on(os.path.join(os.path.realpath(above), name))  # itself may not answer
+    if device not in {None, found}:
+        return
+    if found is not None:
         _fusermount("-u", "-z", "-q", "--", folder)
     with contextlib.suppress(OSError):
         os.rmdir(folder)

@@ -97,8 +97,8 @@ PROGRAM: Final = Program(
         "Behind a crash of the manager, TPMs are as after a power cut: what was acknowledged is "
         "there.",
         "Where a service manager keeps a descriptor for it (see FDSTORE), that is otherwise: TPMs outlive its "
-        "death and its restart, with their clients, but for those in a mount. A process that only keeps what "
-        "is theirs, and ends when nothing of that is kept any more, waits for the next manager.",
+        "death and its restart, with their clients. A process that only keeps what is theirs, and ends when "
+        "nothing of that is kept any more, waits for the next manager.",
     ),
     examples=(
         Example("", "vtpmd --user"),

@@ -188,7 +188,8 @@ def _renumbered(
 ) -> SavedManager | SavedMachine:
     """With other numbers for all descriptors that a killed manager leaves."""
     if isinstance(one, SavedManager):
-        return one._replace(lock=number(one.lock), listener=number(one.listener))
+        opener = one.opener and one.opener._replace(fd=number(one.opener.fd))
+        return one._replace(lock=number(one.lock), listener=number(one.listener), opener=opener)
     worker, vault = one.worker, one.vault
     if worker is not None:
         worker = worker._replace(held=number(worker.held), line=number(worker.line))

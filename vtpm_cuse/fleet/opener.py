@@ -19,6 +19,8 @@ import json
 import os
 import re
 import resource
+import secrets
+import select
 import socket
 import stat
 import time
@@ -39,7 +41,7 @@ from vtpm_cuse.fleet.messages import Inbox, Message, Order, Report
 from vtpm_cuse.service.confine import capabilities, landlock, secrecy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from typing import Self
 
     from vtpm_cuse.fleet.base import Interface
@@ -52,7 +54,8 @@ _TRY_AGAIN_SECONDS: Final = 0.02
 _NODE_MODE: Final = 0o600
 _REQUEST_MAX: Final = 1 << 14
 """Bytes; a path has up to 4096."""
-_TURNS: Final = 256
+_TURN_BITS: Final = 63
+"""What a killed manager has asked is answered to the next one, who cannot take it for his."""
 _MANY: Final = 65536
 """TPMs of the kernel's; from there on are the minor numbers of those for many clients."""
 
@@ -117,7 +120,9 @@ class Opener:
 
     def __init__(self, mounts: str, *, own: bool, left: SavedOpener | None = None) -> None:
         self.makes: frozenset[Interface] = frozenset({"fuse"} if own else {"cuse", "vtpm-proxy"})
-        self._turn, self._turns = trio.Lock(), itertools.cycle(range(_TURNS))
+        self._turn = trio.Lock()
+        self._turns = itertools.count(secrets.randbits(_TURN_BITS))
+        self._above, self._outlives = mounts, False
         if left is not None:
             self._child, self._ours = left.pid, socket.socket(fileno=left.fd)
             self._channel = Channel(self._ours)
@@ -143,11 +148,29 @@ class Opener:
         """It goes on, for the next manager. Nobody may be asking it."""
         return SavedOpener(self._child, self._ours.detach())
 
+    def shared(self) -> SavedOpener:
+        """From now on it may outlive this manager, for as long as somebody keeps what is returned."""
+        self._outlives = True
+        return SavedOpener(self._child, self._ours.fileno())
+
+    @classmethod
+    def behind(cls, left: SavedOpener, fresh: Self) -> Self:
+        """That of a killed manager, which may have died, too; else a *fresh* one. The other one ends."""
+        ended = select.poll()
+        ended.register(left.fd, 0)
+        if ended.poll(0):
+            os.close(left.fd)
+            return fresh
+        with fresh:
+            return cls(fresh._above, own=True, left=left)
+
     def __exit__(self, *_: object) -> None:
         """It ends, and is waited for, unless it was left."""
         if self._ours.fileno() < 0:
             return
         self._ours.close()
+        if self._outlives:
+            return
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._child, 0)
 
@@ -155,13 +178,13 @@ class Opener:
         """See `MakesDevices`."""
         answer = await self._asked(Order.OPEN, wanted)
         (fd,) = answer.descriptors
-        return Made(fd, answer.number)
+        return Made(fd, int(answer.body))
 
     async def make_proxy(self) -> Made:
         """See `MakesDevices`."""
         answer = await self._asked(Order.PROXY)
         (fd,) = answer.descriptors
-        return Made(fd, answer.number)
+        return Made(fd, int(answer.body))
 
     async def give_proxy(self, number: int, owner: int) -> None:
         """See `MakesDevices`."""
@@ -176,13 +199,20 @@ class Opener:
         """See `MakesDevices`."""
         await self._asked(Order.UNMOUNT, (folder,))
 
+    async def end_others(self, used: Collection[str]) -> None:
+        """Ends all of a user's mounts but those on folders of these names. Raises FrontendError."""
+        await self._asked(Order.UNMOUNT)  # none; so all is done that a killed manager has asked
+        kept = {os.path.join(self._above, name) for name in used}
+        for folder in mounts_below(self._above).keys() - kept:
+            await self.unmount(folder)
+
     async def _asked(self, order: Order, given: tuple[object, ...] = ()) -> Message:
         async with self._turn:
             answer: Message | None = None
             turn = next(self._turns)
             with trio.CancelScope(shield=True), contextlib.suppress(OSError):
                 # else its answer would be the next one's
-                await self._channel.send(Message(order, json.dumps(given).encode(), turn))
+                await self._channel.send(Message(order, json.dumps(given).encode(), number=turn))
                 answer = await self._answer_to(turn)
         if answer is None:
             raise FrontendError("The process that makes devices has ended", "restart vtpmd")
@@ -192,7 +222,7 @@ class Opener:
 
     async def _answer_to(self, turn: int) -> Message | None:
         """Who has died behind an answer has a successor, who gives it once more."""
-        while (answer := await self._channel.receive()) is not None and answer.flags != turn:
+        while (answer := await self._channel.receive()) is not None and answer.number != turn:
             close_all(answer.descriptors)
         return answer
 
@@ -213,16 +243,15 @@ def _open_for(end: socket.socket, manager: int, mounts: str, *, own: bool) -> No
 def _keep_one_there(end: socket.socket, mounts: str, *, own: bool) -> None:
     """Until the manager ends. What two have died of is refused."""
     deadly: bytes | None = None
-    while True:
+    for turn in itertools.count():
         if (child := os.fork()) == 0:
-            _work(end, mounts, own=own)
+            _work(end, mounts, own=own, heir=turn > 0)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
             return
         waiting = _first(end, socket.MSG_DONTWAIT)
         if waiting == b"":
-            if own:
-                _Mounts(mounts).close()
-            return
+            with _maker(mounts, own=own, heir=True):
+                return
         if waiting is not None and waiting == deadly:
             with contextlib.suppress(OSError):  # the next one finds that out
                 _answer(end, _request(waiting), _killed)
@@ -230,10 +259,14 @@ def _keep_one_there(end: socket.socket, mounts: str, *, own: bool) -> None:
         deadly = waiting
 
 
-def _work(end: socket.socket, mounts: str, *, own: bool) -> NoReturn:
+def _maker(mounts: str, *, own: bool, heir: bool) -> _Devices | _Mounts:
+    return _Mounts(mounts if heir else None) if own else _Devices()
+
+
+def _work(end: socket.socket, mounts: str, *, own: bool, heir: bool) -> NoReturn:
     status = 1
     try:
-        with _Mounts(mounts) if own else _Devices() as maker:
+        with _maker(mounts, own=own, heir=heir) as maker:
             _serve(end, maker.answer)
         status = 0
     finally:
@@ -273,7 +306,7 @@ def _answer(end: socket.socket, request: Message, answer: Callable[[Message], Me
     except (VtpmError, OSError) as exc:
         message = Message(Report.FAILED, sentence(exc).encode())
     try:
-        socket.send_fds(end, [message._replace(flags=request.flags).pack()], message.descriptors)
+        socket.send_fds(end, [message._replace(number=request.number).pack()], message.descriptors)
         end.recv(_REQUEST_MAX)
     finally:
         close_all(message.descriptors)
@@ -305,18 +338,22 @@ class _Devices:
                 return Message(Report.DONE)
             case _:
                 raise ChannelError("an opener of devices makes them")
-        return Message(Report.DONE, number=number, descriptors=(fd,))
+        return Message(Report.DONE, str(number).encode(), descriptors=(fd,))
 
 
 class _Mounts:
     """Of FUSE. It has the rights that its user has, for what mounts them takes more.
 
     Args:
-        above: The folder of all; what a dead one has left there is its successor's.
+        left: The folder of all that a dead one has left, whose successor this is. Nobody else's are
+            ever ended: a manager that is refused, for there is one, has an opener, too.
     """
 
-    def __init__(self, above: str) -> None:
-        self._above = above
+    def __init__(self, left: str | None = None) -> None:
+        self._left: dict[str, str] = {}
+        if left is not None:
+            with contextlib.suppress(FrontendError):  # where they cannot be seen, none were made
+                self._left = mounts_below(left)
         self._mounts: dict[str, FuseMount] = {}
 
     def __enter__(self) -> Self:
@@ -331,19 +368,18 @@ class _Mounts:
         """Ends all of them."""
         while self._mounts:
             self._mounts.popitem()[1].close()
-        for folder in mounts_below(self._above):
-            end_mount(folder)
+        for folder, device in self._left.items():
+            end_mount(folder, device)
 
     def answer(self, request: Message) -> Message:
-        (folder,) = json.loads(request.body)
+        folders: list[str] = json.loads(request.body)
         if request.kind is Order.UNMOUNT:
-            if (found := self._mounts.pop(folder, None)) is not None:
-                found.close()
-            else:
-                end_mount(folder)
+            for folder in folders:
+                self._end(folder)
             return Message(Report.DONE)
         if request.kind is not Order.MOUNT:
             raise ChannelError("an opener of file systems mounts")
+        (folder,) = folders
         mount = FuseMount(folder)
         try:
             mount.take_folder(keeper=False)
@@ -354,6 +390,12 @@ class _Mounts:
             raise
         self._mounts[folder] = mount
         return Message(Report.DONE, descriptors=(mount.give_away(),))
+
+    def _end(self, folder: str) -> None:
+        if (found := self._mounts.pop(folder, None)) is not None:
+            found.close()
+        else:
+            end_mount(folder)
 
 
 def _confine() -> None:

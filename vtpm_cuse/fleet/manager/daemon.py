@@ -17,7 +17,7 @@ from vtpm_cuse.acquire import activation
 from vtpm_cuse.acquire.endpoints import Endpoints
 from vtpm_cuse.acquire.sockets import listen
 from vtpm_cuse.config import SocketAddress
-from vtpm_cuse.errors import VtpmError
+from vtpm_cuse.errors import FrontendError, VtpmError
 from vtpm_cuse.fleet import heritage
 from vtpm_cuse.fleet.manager import api, confinement, exporter
 from vtpm_cuse.fleet.manager.deposits import Deposits
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from vtpm_cuse.fleet.heritage import Heritage
+    from vtpm_cuse.fleet.heritage import Heritage, SavedOpener
     from vtpm_cuse.fleet.manager.manager import Manager, Settings
     from vtpm_cuse.service.process.held import HeldSignals
     from vtpm_cuse.service.process.notify import ServiceManager
@@ -52,7 +52,7 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
     SIGUSR2 has the program begin anew, with all that it has: what is installed by then is run.
     """
     # Before there is anything for it to see.
-    mounts = os.path.join(settings.run, FOLDER)
+    mounts = os.path.join(os.path.abspath(settings.run), FOLDER)
     opener = None if heritage.is_there() else Opener(mounts, own=settings.own)
     secrecy.hide_process()  # it has the volatile states of all that sleep
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -67,8 +67,12 @@ def run(settings: Settings, service: ServiceManager, held: HeldSignals) -> int:
             if left is None and deposits is not None:
                 left = deposits.left
             theirs = left and left.manager.opener
+            if opener is not None and theirs is not None:
+                opener = Opener.behind(theirs, opener)
             with opener or Opener(mounts, own=settings.own, left=theirs) as used:
-                left = trio.run(_live, settings, service, held, used, left, deposits)
+                # Root's does not outlive it: what that makes stays, and needs nobody to end it.
+                kept = used.shared() if settings.own and deposits is not None else None
+                left = trio.run(_live, settings, service, held, used, kept, left, deposits)
             if left is None:
                 break
             opener = None
@@ -116,6 +120,7 @@ async def _live(
     service: ServiceManager,
     held: HeldSignals,
     opener: Opener,
+    kept: SavedOpener | None,
     left: Heritage | None,
     deposits: Deposits | None,
 ) -> Heritage | None:
@@ -145,7 +150,9 @@ async def _live(
     with ending_signals(scope.cancel, held.release) as came, renewing_signal(begin_anew):
         async with managed(settings, opener, left, deposits) as manager:
             with _asked(settings, left) as place:
-                manager.keep(place.socket.fileno(), own_path=place.own_path)
+                if settings.own:
+                    await _end_others(manager, opener)
+                manager.keep(place.socket.fileno(), kept, own_path=place.own_path)
                 with scope, _metrics(settings) as monitored:
                     log.info("TPMs are in %s, their sockets in %s.", settings.state, settings.run)
                     async with trio.open_nursery() as nursery:
@@ -166,6 +173,15 @@ async def _live(
                 held.release()
             service.stopping()
     return None
+
+
+async def _end_others(manager: Manager, opener: Opener) -> None:
+    """All mounts of TPMs that are off, which a dead manager has left."""
+    on = {tpm.name for tpm in await manager.list() if tpm.state != "stopped"}
+    try:
+        await opener.end_others(on)
+    except FrontendError as exc:
+        log.error("What a dead manager has mounted may be there: %s", exc)
 
 
 def _export(

@@ -121,7 +121,7 @@ class Deposits:
             return
         self.left = None
         self.forget(left.machines)
-        close_all((left.manager.lock, left.manager.listener))
+        close_all(tuple(left._replace(machines=()).descriptors()))
         self.drop(_MANAGER)
         self._settle()
 

@@ -76,7 +76,7 @@ class Machine:
         self.state: State = "stopped"
         self.turn = trio.Lock()
         self._all = surroundings
-        self._deposits = surroundings.deposits_of(entry.interface)
+        self._deposits = surroundings.deposits
         self._failure = ""
         self._generation = 0
         self._commands = self._count = 0

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from vtpm_cuse.config import Secret
     from vtpm_cuse.fleet.base import Identity, Offer
-    from vtpm_cuse.fleet.heritage import SavedMachine
+    from vtpm_cuse.fleet.heritage import SavedMachine, SavedOpener
     from vtpm_cuse.fleet.manager.deposits import Deposits
     from vtpm_cuse.fleet.opener import MakesDevices
 
@@ -200,11 +200,11 @@ class Manager:
             except (VtpmError, OSError) as exc:
                 log.error("A TPM that was on is off: %s", faults.sentence(exc))
 
-    def keep(self, listener: int, *, own_path: bool) -> None:
+    def keep(self, listener: int, opener: SavedOpener | None, *, own_path: bool) -> None:
         """From now on another one can go on with its TPMs, where they outlive it; see `leave`."""
         if (deposits := self._surroundings.deposits) is not None:
             form, lock = self.workers.form, self._catalogue.lock
-            deposits.put(SavedManager(form, lock, listener, own_path, None, None))
+            deposits.put(SavedManager(form, lock, listener, own_path, None, opener))
 
     def offer_again(self) -> None:
         """Has documents of those that are on, and none that one who died has left of others."""

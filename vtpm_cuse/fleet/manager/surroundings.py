@@ -47,10 +47,6 @@ class Surroundings(NamedTuple):
     opener: MakesDevices | None = None
     deposits: Deposits | None = None
 
-    def deposits_of(self, interface: Interface) -> Deposits | None:
-        """What outlives the manager of such; a mount does not, which ends with who has made it."""
-        return None if interface == "fuse" else self.deposits
-
     def need_opener(self, interface: Interface) -> MakesDevices:
         """Who makes such. Raises FrontendError."""
         if self.opener is None or interface not in self.opener.makes:
