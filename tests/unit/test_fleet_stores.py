@@ -80,7 +80,8 @@ async def test_the_power_goes_at_every_step_of_a_store(
 
         def noting(vault: Vault, name: str, blob: bytes) -> None:
             store(vault, name, blob)
-            if len(stored) == 1:  # a slow TPM may store its clock, too
+            # TPMs are made ahead meanwhile, and a slow one may store its clock, too.
+            if vault is manager._machines["one"]._vault and len(stored) == 1:
                 stored.append(vault.permanent())
                 last.extend(tree.after_power_cut())
                 tree.at_step = lambda: None
@@ -97,8 +98,7 @@ async def test_the_power_goes_at_every_step_of_a_store(
             written(files, place)
             return _permanent(place)
 
-    assert len(outcomes) > 1
-    assert set(map(found, outcomes.values())) <= {before, after}
+    assert set(map(found, outcomes.values())) == {before, after}
     assert set(map(found, last)) == {after}  # which was acknowledged
 
 
