@@ -113,7 +113,8 @@ def prepare(serve: Serve, rounds: int) -> Practice:
 def gather(play: Callable[[], None]) -> None:
     """Puts the code that *play* runs together in memory, where it has been all over it.
 
-    Who calls a function writes to its code, which counts that: a page for each worker.
+    Who calls a function writes to its code, which counts that: a page for each worker. trio knows
+    by its code where an interrupt has to wait: none comes to a worker, which ignores SIGINT.
     """
     ran: dict[int, CodeType] = {}
 
