@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from configparser import ConfigParser
 from typing import TYPE_CHECKING, Final
@@ -11,6 +12,7 @@ import pytest
 from tests.support import commands as tpm
 from tests.support.private import runtime_folder
 from tests.support.sockets import TREE
+from vtpm_cuse.lab import pytest_plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,6 +123,14 @@ def test_the_plugin_is_installed_with_the_package() -> None:
     config = ConfigParser()
     config.read(TREE / "setup.cfg")
     assert config["options.entry_points"]["pytest11"].split() == ["vtpm_lab", "=", PLUGIN]
+
+
+def test_debian_12s_pytest_knows_its_hooks() -> None:
+    """With pluggy 1.0; it loads what is installed, so that else none of its runs would begin."""
+    hooks = [vars(hook) for hook in vars(pytest_plugin).values() if inspect.isfunction(hook)]
+    options = [found["pytest_impl"] for found in hooks if "pytest_impl" in found]
+    assert options
+    assert not any(found.get("wrapper") for found in options)
 
 
 def test_no_test_hurts_the_next_one(pytester: pytest.Pytester) -> None:

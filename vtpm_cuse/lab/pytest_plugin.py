@@ -14,6 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+    from pluggy import Result
+
     from vtpm_cuse.lab import Tpm
     from vtpm_cuse.lab.lender import Kind, Lender
 
@@ -74,16 +76,16 @@ def tpm12(request: pytest.FixtureRequest, _vtpm_lender: Lender) -> Tpm:
     return _lend(request, _vtpm_lender, Kind("1.2"))
 
 
-@pytest.hookimpl(wrapper=True)
+# Not "wrapper", which Debian 12's pytest does not know: none of its tests would run.
+@pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+) -> Generator[None, Result[pytest.TestReport], None]:
     """Adds what the TPMs of a test that failed were asked last."""
-    report = yield
+    report = (yield).get_result()
     if report.failed:
         for tpm in item.stash.get(_LENT, []):
             _add_trace(report, tpm)
-    return report
 
 
 def _add_trace(report: pytest.TestReport, tpm: Tpm) -> None:
