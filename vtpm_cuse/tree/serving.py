@@ -32,7 +32,7 @@ def serve(folder: str, manager: str | None, *, allow_other: bool = False) -> Non
     try:
         from vtpm_cuse.tree.mount import Tree
     except ImportError as exc:
-        hint = "'pip install vtpm-cuse[tree]', or install the package python3-pyfuse3"
+        hint = "'pip install pyfuse3' where vtpm is, or install the package python3-pyfuse3"
         raise FrontendError(f"The tree needs pyfuse3: {exc}", hint) from exc
     held = HeldSignals()
     source = Source(manager)
