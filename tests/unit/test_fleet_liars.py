@@ -19,10 +19,12 @@ from tests.support.files import open_descriptors
 from tests.support.fleet import Puppet, in_trio
 from tests.support.liars import BLOB, asked, catalogue_of_two, everything, stage_of
 from tests.support.waiting import PATIENCE_SECONDS
-from vtpm_cuse.errors import FleetError
+from vtpm_cuse.errors import FleetError, UsageError
 from vtpm_cuse.fleet.blocking import close_all
 from vtpm_cuse.fleet.channel import Channel
 from vtpm_cuse.fleet.manager import threads, workers
+from vtpm_cuse.fleet.manager.making import make
+from vtpm_cuse.fleet.manager.workers import Workers
 from vtpm_cuse.fleet.messages import Answer, Call, Kind, Message, MessageHeader, Order, Report
 from vtpm_cuse.fleet.states.vault import Vault
 from vtpm_cuse.fleet.tasks import OFF, ON, RESUME, WATCH_DATA, Task
@@ -136,6 +138,66 @@ async def test_a_worker_that_lies_is_ended_and_reaches_nobody(
     vault = Vault(catalogue.state_of("one"))
     assert asked(vault, Call.LOAD).body[:30] == BLOB[:30]
     vault.close()
+
+
+class _Maker(Workers):
+    """Gives one worker, which a test plays."""
+
+    def __init__(self, puppet: Puppet) -> None:
+        self._puppet = puppet
+
+    async def take(self) -> workers.WorkerProcess:
+        await trio.lowlevel.checkpoint()
+        return self._puppet.worker
+
+    def refill(self) -> None:
+        pass
+
+
+@in_trio
+async def test_what_the_maker_of_a_tpm_hands_over_is_closed_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aside: list[int] = []
+    close = threads.close_aside
+
+    async def noted(descriptors: tuple[int, ...]) -> threading.Thread | None:
+        aside.append(len(descriptors))
+        return await close(descriptors)
+
+    monkeypatch.setattr(workers, "close_aside", noted)
+    before, puppet, ends = open_descriptors(), Puppet(), os.pipe()
+
+    async def lie() -> None:
+        assert (await puppet.orders.receive()) is not None
+        await puppet.calls.send(Message(Call.ROOM, number=1, descriptors=ends))
+        assert (await puppet.calls.receive()) is not None
+        await puppet.orders.send(Message(Report.STOPPED, descriptors=ends))
+        close_all(ends)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lie)
+        with pytest.raises(UsageError, match="not been stored"):
+            await make(_Maker(puppet), "one", None)
+    puppet.end()
+    assert sum(aside) == 4
+    assert open_descriptors() <= before
+
+
+@in_trio
+async def test_the_end_of_a_maker_is_that_of_its_process() -> None:
+    """Its ends of the channels are held here, too."""
+    puppet = Puppet()
+
+    async def die() -> None:
+        assert (await puppet.orders.receive()) is not None
+        puppet.process.kill()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(die)
+        with pytest.raises(UsageError, match="has ended"):
+            await make(_Maker(puppet), "one", None)
+    puppet.end()
 
 
 def _sockets() -> set[str]:

@@ -61,12 +61,15 @@ async def make(workers: Workers, number: str, profile: str | None) -> Made:
     worker = await workers.take()
     try:
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.watch)
             nursery.start_soon(keep, worker, vault, lambda: None)
             task = Task(0.0, profile)
             await worker.orders.send(Message(Order.SERVE, task.pack(), flags=MAKE))
             message = await worker.orders.receive()
             nursery.cancel_scope.cancel()
     finally:
+        worker.foreign += message.descriptors if message else ()
+        await worker.die()  # which closes that aside
         worker.end()
         workers.refill()
     if message is None or message.kind is not Report.STOPPED:
